@@ -146,6 +146,9 @@ def _library() -> ctypes.CDLL:
             f"no NVRTC library fits (found: {seen}; the driver's CUDA major: {_driver_major() or 'no driver'}); "
             f"{_INSTALL_HINT}"
         )
+    # NVRTC opens its builtins by bare name, which no loader path of a wheel holds: load them first.
+    for builtins in sorted(path.parent.glob("libnvrtc-builtins.so.*")):
+        ctypes.CDLL(str(builtins))
     library = ctypes.CDLL(str(path))
     library.nvrtcGetErrorString.restype = ctypes.c_char_p
     pointer, size = ctypes.c_void_p, ctypes.c_size_t
