@@ -1,0 +1,153 @@
+"""Settings and paths: every environment variable that jit_kernel reads, in one room.
+
+A setting is read from the environment once, when it is first asked for, because an environment read costs
+0.7 us on the path of a call; `reload()` forgets what was read. A value that cannot be understood raises
+`ConfigError` with the variable, its value and what it must be.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+CUDA_COMPILERS = ("nvrtc", "nvcc")
+IMPLEMENTATIONS = ("cpu", "hopper", "portable", "musa")
+LOG_LEVELS = ("quiet", "info", "debug")
+
+_TRUE = ("1", "true", "yes", "on")
+_FALSE = ("", "0", "false", "no", "off")
+
+
+class ConfigError(ValueError):
+    """An environment variable holds a value that jit_kernel cannot use."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the environment asked for. The README's table says what each setting does."""
+
+    cache_dir: Path | None
+    implementation: str | None
+    strict: bool
+    check_indices: bool
+    cuda_compiler: str
+    log: str
+    force_metadata_update: bool
+
+
+_settings: Settings | None = None
+
+
+def _choice(key: str, choices: tuple[str, ...]) -> str | None:
+    value = os.environ.get(key, "")
+    if not value:
+        return None
+    if value not in choices:
+        raise ConfigError(f"{key} is {value!r}; it must be one of {', '.join(choices)}")
+    return value
+
+
+def _flag(key: str) -> bool:
+    value = os.environ.get(key, "").lower()
+    if value in _TRUE:
+        return True
+    if value in _FALSE:
+        return False
+    raise ConfigError(f"{key} is {value!r}; it must be 1 or 0")
+
+
+def _folder(key: str) -> Path | None:
+    value = os.environ.get(key, "")
+    if not value:
+        return None
+    path = Path(value).expanduser()
+    if not path.is_absolute():
+        raise ConfigError(f"{key} is {value!r}; it must be an absolute path")
+    return path
+
+
+def settings() -> Settings:
+    """The settings of this process, read from the environment at the first call."""
+    global _settings
+    if _settings is None:
+        _settings = Settings(
+            cache_dir=_folder("JIT_KERNEL_CACHE_DIR"),
+            implementation=_choice("JIT_KERNEL_IMPLEMENTATION", IMPLEMENTATIONS),
+            strict=_flag("JIT_KERNEL_STRICT"),
+            check_indices=_flag("JIT_KERNEL_CHECK_INDICES"),
+            cuda_compiler=_choice("JIT_KERNEL_CUDA_COMPILER", CUDA_COMPILERS) or "nvrtc",
+            log=_choice("JIT_KERNEL_LOG", LOG_LEVELS) or "info",
+            force_metadata_update=_flag("JIT_KERNEL_FORCE_METADATA_UPDATE"),
+        )
+    return _settings
+
+
+def reload() -> None:
+    """Forget the settings read so far; the next question reads the environment again."""
+    global _settings
+    _settings = None
+
+
+def strict() -> bool:
+    """Whether another implementation than the best one is an error (JIT_KERNEL_STRICT)."""
+    return settings().strict
+
+
+def check_indices() -> bool:
+    """Whether index tensors on a GPU are checked, which costs a synchronisation."""
+    return settings().check_indices
+
+
+def implementation() -> str | None:
+    """The implementation that every call must take (JIT_KERNEL_IMPLEMENTATION), if any."""
+    return settings().implementation
+
+
+def cuda_compiler() -> str:
+    """Which CUDA compiler makes cubins: "nvrtc" or "nvcc"."""
+    return settings().cuda_compiler
+
+
+def log_level() -> str:
+    """How much is said on standard error: "quiet", "info" or "debug"."""
+    return settings().log
+
+
+def force_metadata_update() -> bool:
+    """Whether the attention layer computes scheduler metadata anew at every use."""
+    return settings().force_metadata_update
+
+
+def package_dir() -> Path:
+    """The folder of the Python package."""
+    return Path(__file__).resolve().parent
+
+
+def checkout_root() -> Path | None:
+    """The root of the source checkout that the package runs from, or None when it is installed."""
+    root = package_dir().parent
+    here = (root / "kernel_sources").is_dir() and (root / "pyproject.toml").is_file()
+    return root if here else None
+
+
+def kernel_sources_dir() -> Path:
+    """The folder that holds the C++, CUDA and Triton sources, in a checkout and in a wheel alike."""
+    checkout = checkout_root()
+    path = checkout / "kernel_sources" if checkout else package_dir() / "kernel_sources"
+    if not path.is_dir():
+        raise ConfigError(f"kernel sources are missing: {path} is not a folder; reinstall jit_kernel")
+    return path
+
+
+def cache_dir() -> Path:
+    """The store of compiled kernels: JIT_KERNEL_CACHE_DIR, else the checkout's, else the user's."""
+    chosen = settings().cache_dir
+    if chosen is not None:
+        return chosen
+    checkout = checkout_root()
+    if checkout is not None:
+        return checkout / "cache" / "store"
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("jit_kernel", appauthor=False))
