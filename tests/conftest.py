@@ -1,0 +1,43 @@
+"""Marks for devices, and a place for what a test run has to say at its end."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+_LINES = pytest.StashKey[list[str]]()
+
+
+def _missing(mark: str) -> str | None:
+    """Why tests with this mark cannot run here, None when they can."""
+    if mark == "gpu" and not torch.cuda.is_available():
+        return "torch sees no NVIDIA GPU"
+    if mark == "musa" and not (hasattr(torch, "musa") and torch.musa.is_available()):
+        return "torch sees no Moore Threads GPU"
+    return None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_LINES] = []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for mark in ("gpu", "musa"):
+        marked = [item for item in items if item.get_closest_marker(mark)]
+        reason = _missing(mark) if marked else None
+        if reason:
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def say(pytestconfig: pytest.Config) -> list[str]:
+    """Lines appended here are printed after the last test: worst shares, counts, durations."""
+    return pytestconfig.stash[_LINES]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.stash[_LINES]:
+        terminalreporter.section("measured")
+        for line in config.stash[_LINES]:
+            terminalreporter.write_line(line)
