@@ -12,11 +12,22 @@ from jit_kernel import config
 
 _INTERVAL = 0.2
 _line_taken = threading.Lock()
+_hushed = threading.Event()
+
+
+@contextlib.contextmanager
+def hushed() -> Iterator[None]:
+    """Leave the progress lines to the caller, who shows the whole itself."""
+    _hushed.set()
+    try:
+        yield
+    finally:
+        _hushed.clear()
 
 
 def say(text: str, level: str = "info") -> None:
     """Print one line, unless JIT_KERNEL_LOG asks for less."""
-    if config.LOG_LEVELS.index(config.log_level()) >= config.LOG_LEVELS.index(level):
+    if not _hushed.is_set() and config.LOG_LEVELS.index(config.log_level()) >= config.LOG_LEVELS.index(level):
         print(f"jit_kernel: {text}", file=sys.stderr, flush=True)
 
 
@@ -25,7 +36,7 @@ def compiling(title: str, last_seconds: float | None) -> Iterator[None]:
     """Show that `title` is being compiled: a running clock on a terminal, two plain lines elsewhere."""
     before = f", last time {last_seconds:.1f} s" if last_seconds is not None else ""
     started = time.monotonic()
-    on_terminal = sys.stderr.isatty() and config.log_level() != "quiet"
+    on_terminal = sys.stderr.isatty() and config.log_level() != "quiet" and not _hushed.is_set()
     if not (on_terminal and _line_taken.acquire(blocking=False)):
         say(f"compiling {title}{before}")
         yield

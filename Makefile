@@ -1,0 +1,71 @@
+# Every target sets up what it needs: a virtual environment in .venv with the versions of constraints.txt.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+SETUP_FILES = pyproject.toml constraints.txt
+
+.PHONY: demo test lint format bench warmup test-gpu bench-gpu test-musa clean-cache wheel
+
+demo: $(VENV)/.ready $(VENV)/.demo
+	$(BIN)/python examples/first_call.py
+	HF_HUB_OFFLINE=1 $(BIN)/python examples/sentence_search.py
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest -m "not gpu and not musa" $(PYTEST_ARGS)
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	git ls-files '*.h' '*.cuh' '*.cu' '*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files '*.h' '*.cuh' '*.cu' '*.cpp' | xargs $(BIN)/clang-format -i
+
+bench: $(VENV)/.ready $(VENV)/.bench
+	$(BIN)/python benchmarks/loader.py
+	$(BIN)/python benchmarks/cpu_attention.py
+	$(BIN)/python benchmarks/draw.py
+
+warmup: $(VENV)/.ready
+	$(BIN)/python -m jit_kernel.warmup $(WARMUP_ARGS)
+
+# The GPU targets take the Python that is there, with its own torch and its own CUDA.
+test-gpu:
+	$(PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
+
+bench-gpu:
+	$(PYTHON) benchmarks/hopper_prefill.py
+	$(PYTHON) benchmarks/portable.py
+
+test-musa:
+	$(PYTHON) -m pytest -m musa $(PYTEST_ARGS)
+
+wheel: $(VENV)/.ready
+	$(PIP) build hatchling
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist .
+
+clean-cache:
+	rm -rf cache/store
+
+$(VENV)/.ready: $(SETUP_FILES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) --editable '.[test,transformers,cuda13]'
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.ready examples/requirements-sentence-search.txt
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --require-hashes \
+	  --requirement examples/requirements-sentence-search.txt
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.ready
+	$(PIP) --editable '.[lint]'
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.ready
+	$(PIP) --editable '.[bench]'
+	touch $@
