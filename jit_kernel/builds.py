@@ -73,7 +73,7 @@ def is_stored(spec: KernelSpec, target: Target) -> bool:
     """Whether `obtain` would compile nothing. Starts no compiler that it has seen before."""
     store = _store()
     present = _present_compiler(spec.route, store)
-    return isinstance(store.lookup(spec.kernel, str(target), _key(spec, target)[0], present), Entry)
+    return isinstance(store.lookup(spec.kernel, str(target), key_of(spec, target)[0], present), Entry)
 
 
 def _store() -> Store:
@@ -89,7 +89,7 @@ def obtain(spec: KernelSpec, target: Target, unusable: Path | None = None) -> En
     """
     started = time.perf_counter()
     store = _store()
-    key, inputs = _key(spec, target)
+    key, inputs = key_of(spec, target)
     present = _present_compiler(spec.route, store)
     find = partial(store.lookup, spec.kernel, str(target), key, present)
     found = Miss("it could not be loaded", unusable) if unusable else find()
@@ -199,7 +199,7 @@ def _compile_into(
     return Entry(folder, manifest)
 
 
-def _key(spec: KernelSpec, target: Target) -> tuple[str, dict[str, str]]:
+def key_of(spec: KernelSpec, target: Target) -> tuple[str, dict[str, str]]:
     """The key of an artifact and the inputs that it was made of, each with its sha256."""
     import tvm_ffi
 
