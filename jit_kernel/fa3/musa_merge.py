@@ -1,0 +1,38 @@
+"""Combining partial results on a MUSA device, in torch: MATE's wrapper exports neither function.
+
+Both compute in float32. With lse_i the log of each part's denominator, lse = log sum_i exp(lse_i) and
+out = sum_i exp(lse_i - lse) * out_i; where every lse_i is -inf, out is 0 and lse -inf.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _weights(lse_parts: Tensor) -> tuple[Tensor, Tensor]:
+    """Over dim 0: the share of each part, 0 where no part has a key, and the lse of the whole."""
+    lse = torch.logsumexp(lse_parts, dim=0)
+    return torch.exp(lse_parts - lse).nan_to_num(nan=0.0), lse
+
+
+def flash_attn_combine(
+    *, out_partial: Tensor, lse_partial: Tensor, out: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """See `jit_kernel.flash_attention_v3.flash_attn_combine`."""
+    weights, lse = _weights(lse_partial.to(torch.float32))
+    # A part without keys may hold anything: 0 * NaN would be NaN.
+    parts = torch.where(weights[..., None] > 0, out_partial.to(torch.float32), 0.0)
+    total = (parts * weights[..., None]).sum(dim=0)
+    if out is not None:
+        return out.copy_(total), lse
+    return total.to(out_partial.dtype if out_dtype is None else out_dtype), lse
+
+
+def merge_state(*, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """See `jit_kernel.flash_attention_v3.merge_state`; lse is (hq, total_q) or (b, hq, sq), out has tokens first."""
+    weights, lse = _weights(torch.stack([lse_a, lse_b]).to(torch.float32))
+    shares = weights.transpose(-1, -2).unsqueeze(-1)
+    parts = torch.stack([out_a, out_b]).to(torch.float32)
+    total = (torch.where(shares > 0, parts, 0.0) * shares).sum(dim=0)
+    return total.to(out_a.dtype), lse
