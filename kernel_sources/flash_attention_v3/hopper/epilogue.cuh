@@ -1,0 +1,95 @@
+// From accumulators to global memory: normalise, add the sink's term, store rows and lse.
+#pragma once
+
+#include "flash_attention_v3/hopper/config.cuh"
+#include "flash_attention_v3/hopper/softmax.cuh"
+
+namespace jit_kernel::hopper {
+
+template <class Element>
+__device__ __forceinline__ float load_element(const void* pointer, int index) {
+  const u32 bits = static_cast<const unsigned short*>(pointer)[index];
+  float value;
+  if constexpr (kIsBf16<Element>) return __int_as_float(bits << 16);
+  asm("{\n.reg .b16 h;\ncvt.u16.u32 h, %1;\ncvt.f32.f16 %0, h;\n}" : "=f"(value) : "r"(bits));
+  return value;
+}
+
+template <class Element>
+__device__ __forceinline__ float sink_log2(const ForwardParams& params, int head) {
+  if (params.sinks == nullptr) return __int_as_float(0xff800000);
+  const float sink = params.sinks_are_elements
+                         ? load_element<Element>(params.sinks, head)
+                         : static_cast<const float*>(params.sinks)[head];
+  return sink * 1.44269504089f;
+}
+
+// Transposes 4 x 4 words over the four threads of a row: thread t gets word t of each thread, in their order.
+// So each thread holds 8 neighbouring columns, 16 bytes, in place of 2 columns of four groups.
+__device__ __forceinline__ void transpose_quad(u32 (&words)[4], int thread) {
+  const bool odd = thread & 1;
+  const bool high = thread & 2;
+  const u32 from_0 = __shfl_xor_sync(0xffffffffu, odd ? words[0] : words[1], 1);
+  const u32 from_1 = __shfl_xor_sync(0xffffffffu, odd ? words[2] : words[3], 1);
+  const u32 a[2] = {odd ? from_0 : words[0], odd ? words[1] : from_0};
+  const u32 b[2] = {odd ? from_1 : words[2], odd ? words[3] : from_1};
+  const u32 got_0 = __shfl_xor_sync(0xffffffffu, high ? a[0] : b[0], 2);
+  const u32 got_1 = __shfl_xor_sync(0xffffffffu, high ? a[1] : b[1], 2);
+  words[0] = high ? got_0 : a[0];
+  words[1] = high ? got_1 : a[1];
+  words[2] = high ? b[0] : got_0;
+  words[3] = high ? b[1] : got_1;
+}
+
+__device__ __forceinline__ void store_8(unsigned short* destination, const u32 (&words)[4],
+                                        bool aligned) {
+  if (aligned) {
+    *reinterpret_cast<uint4*>(destination) = make_uint4(words[0], words[1], words[2], words[3]);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    destination[i] = static_cast<unsigned short>(words[i / 2] >> (16 * (i % 2)));
+  }
+}
+
+// Writes this warpgroup's 64 rows; rows past the sequence's end and columns past head_dim_v are left alone.
+template <class C>
+__device__ __forceinline__ void store_tile(const ForwardParams& params, const TileInfo& tile,
+                                           float (&output)[C::kHeadDimV / 2], const Softmax& state,
+                                           float scale, int warpgroup) {
+  const int thread = threadIdx.x % 4;
+  const int first_row = tile.row + warpgroup * kRowsPerWarpgroup + threadIdx.x % 128 / 32 * 16 +
+                        threadIdx.x % 32 / 4;
+  const float sink = sink_log2<typename C::Element>(params, tile.head);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = first_row + 8 * r;
+    const bool inside = row < tile.len_q;
+    const RowResult result = finish_row(state.sum[r], state.reference[r], scale, sink);
+    const long long place = static_cast<long long>(tile.offset_q) + row;
+    if (params.lse != nullptr && inside && thread == 0) {
+      params.lse[tile.batch * params.lse_batch_stride + tile.head * params.lse_head_stride + place] =
+          result.lse;
+    }
+    unsigned short* out = static_cast<unsigned short*>(params.out) +
+                          tile.batch * params.out_batch_stride + place * params.out_row_stride +
+                          tile.head * params.out_head_stride + 8 * thread;
+#pragma unroll
+    for (int i = 0; i < C::kHeadDimV / 32; ++i) {
+      u32 words[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int at = 16 * i + 4 * j + 2 * r;
+        words[j] = pack<typename C::Element>(output[at] * result.factor,
+                                             output[at + 1] * result.factor);
+      }
+      transpose_quad(words, thread);
+      if (inside && 32 * i + 8 * thread < params.head_dim_v) {
+        store_8(out + 32 * i, words, params.out_is_aligned);
+      }
+    }
+  }
+}
+
+}  // namespace jit_kernel::hopper

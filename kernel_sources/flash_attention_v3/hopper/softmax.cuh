@@ -1,0 +1,137 @@
+// Online softmax on accumulator fragments: each thread holds two rows, four threads share a row.
+#pragma once
+
+#include "jit_kernel/wgmma.cuh"
+
+namespace jit_kernel::hopper {
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// 2^x on the FMA pipe, for a share of the elements where the special-function unit is the limit:
+// round to the nearest integer by adding 1.5 * 2^23, a cubic on [-1/2, 1/2] (relative error 1e-4, a
+// twentieth of bf16's rounding), and the integer added into the exponent's bits.
+__device__ __forceinline__ float exp2_polynomial(float x) {
+  const float kRound = 12582912.f;
+  x = fmaxf(x, -126.f);
+  const float shifted = x + kRound;
+  const float f = x - (shifted - kRound);
+  float y = fmaf(f, 0.05517167f, 0.24261112f);
+  y = fmaf(y, f, 0.69326099f);
+  y = fmaf(y, f, 0.99992807f);
+  return __int_as_float(__float_as_int(y) + (__float_as_int(shifted) << 23));
+}
+
+__device__ __forceinline__ float tanh_fast(float x) {
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// How much the reference may lag behind the maximum before the output is rescaled, as exponent of 2.
+// Probabilities stay below 2^8, where bf16 and fp16 keep their relative precision.
+constexpr float kRescaleThreshold = 8.f;
+
+struct Softmax {
+  float reference[2];  // what is subtracted in the exponent, as a raw score
+  float sum[2];        // this thread's part of the denominator
+  float rescale[2];    // factor for what was accumulated before the last block
+  bool must_rescale;   // some row of this warp has a factor other than 1
+};
+
+template <int kCount>
+__device__ __forceinline__ void row_maxima(const float (&scores)[kCount], float (&maxima)[2]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float a = fmaxf(scores[2 * r], scores[2 * r + 1]);
+    float b = fmaxf(scores[4 + 2 * r], scores[4 + 2 * r + 1]);
+#pragma unroll
+    for (int i = 2; i < kCount / 4; i += 2) {
+      a = fmaxf(a, fmaxf(scores[4 * i + 2 * r], scores[4 * i + 2 * r + 1]));
+      b = fmaxf(b, fmaxf(scores[4 * i + 4 + 2 * r], scores[4 * i + 4 + 2 * r + 1]));
+    }
+    a = fmaxf(a, b);
+    a = fmaxf(a, __shfl_xor_sync(0xffffffffu, a, 1));
+    maxima[r] = fmaxf(a, __shfl_xor_sync(0xffffffffu, a, 2));
+  }
+}
+
+// Turns scores into probabilities relative to the reference, and updates reference and sum.
+// kPolynomialEighths of every eight elements take the polynomial.
+template <bool kFirst, int kPolynomialEighths, int kCount>
+__device__ __forceinline__ void softmax_step(float (&scores)[kCount], Softmax& state, float scale) {
+  static_assert(kCount % 8 == 0, "a block has a multiple of 16 keys");
+  float maxima[2];
+  row_maxima(scores, maxima);
+  bool any = false;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    if constexpr (kFirst) {
+      state.reference[r] = maxima[r];
+    } else {
+      // From -inf the difference is inf and the factor 0; between two -inf it is NaN, and not greater.
+      const float growth = (maxima[r] - state.reference[r]) * scale;
+      const bool grown = growth > kRescaleThreshold;
+      state.rescale[r] = grown ? exp2_fast(-growth) : 1.f;
+      state.reference[r] = grown ? maxima[r] : state.reference[r];
+      any |= grown;
+    }
+    const float reference = state.reference[r];
+    const float offset = reference == __int_as_float(0xff800000) ? 0.f : -reference * scale;
+    float sum_a = 0.f, sum_b = 0.f;
+#pragma unroll
+    for (int i = 0; i < kCount / 4; ++i) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        float& score = scores[4 * i + 2 * r + c];
+        const float x = fmaf(score, scale, offset);
+        const bool polynomial = ((2 * i + c) * kPolynomialEighths) % 8 < kPolynomialEighths;
+        score = polynomial ? exp2_polynomial(x) : exp2_fast(x);
+        (c == 0 ? sum_a : sum_b) += score;
+      }
+    }
+    const float sum = sum_a + sum_b;
+    state.sum[r] = kFirst ? sum : fmaf(state.sum[r], state.rescale[r], sum);
+  }
+  if constexpr (!kFirst) state.must_rescale = __any_sync(0xffffffffu, any);
+}
+
+template <class Element, int kCount>
+__device__ __forceinline__ void pack_probabilities(const float (&scores)[kCount],
+                                                   u32 (&packed)[kCount / 2]) {
+#pragma unroll
+  for (int i = 0; i < kCount / 2; ++i) packed[i] = pack<Element>(scores[2 * i], scores[2 * i + 1]);
+}
+
+template <int kCount>
+__device__ __forceinline__ void rescale_output(float (&output)[kCount], const Softmax& state) {
+  if (!state.must_rescale) return;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) output[i] *= state.rescale[(i >> 1) & 1];
+}
+
+struct RowResult {
+  float factor;  // what the accumulated output is multiplied by
+  float lse;     // natural logarithm
+};
+
+// Ends a row: the sum over its four threads, the sink's term once, and the result's factor.
+// `sink_log2` is the sink times log2(e), -inf for none.
+__device__ __forceinline__ RowResult finish_row(float sum, float reference, float scale,
+                                                float sink_log2) {
+  const float kLn2 = 0.69314718056f;
+  const float kMinusInfinity = __int_as_float(0xff800000);
+  sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+  sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+  const float exponent = reference == kMinusInfinity ? kMinusInfinity : reference * scale;
+  const float top = fmaxf(exponent, sink_log2);
+  if (top == kMinusInfinity) return {0.f, kMinusInfinity};
+  const float shift = exp2_fast(exponent - top);
+  const float total = fmaf(sum, shift, exp2_fast(sink_log2 - top));
+  return {shift / total, (top + __log2f(total)) * kLn2};
+}
+
+}  // namespace jit_kernel::hopper
