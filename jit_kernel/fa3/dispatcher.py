@@ -231,7 +231,8 @@ class Dispatcher:
             split=num_splits != 1,
             metadata=True,
         )
-        made: Tensor = dispatch.resolve(self._target, features, "get_scheduler_metadata")(**call)
+        chosen: Callable[..., Any] = dispatch.resolve(self._target, features, "get_scheduler_metadata")
+        made: Tensor = chosen(**call)
         return made
 
     def flash_attn_combine(

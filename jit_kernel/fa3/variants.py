@@ -91,12 +91,11 @@ def plain_features(call: Mapping[str, Any]) -> tuple[object, ...]:
     """
     get = call.get
     q: Tensor = call["q"]
-    k: Tensor = get("k_cache")
-    appended = None
-    if k is None:
-        k, v = call["k"], call["v"]
+    k: Tensor
+    if "k_cache" in call:
+        k, v, appended = call["k_cache"], call["v_cache"], call["k"]
     else:
-        v, appended = call["v_cache"], call["k"]
+        k, v, appended = call["k"], call["v"], None
     qv: Tensor | None = call["qv"]
     head_dim, group = q.shape[-1], q.shape[-2] // k.shape[-2]
     page_size = 0 if get("page_table") is None else k.shape[1]

@@ -1,0 +1,334 @@
+"""FlashAttention-3's functions on every device: the device of `q` decides which implementation serves a call.
+
+Letters in the docstrings: b sequences; hq query heads and hk key/value heads, hq % hk == 0; d the head size of q
+and k, dv that of v; sq and sk lengths; total_q and total_k the rows of all sequences, laid end to end. Index tensors
+are int32, contiguous and on q's device.
+
+Bad shapes, dtypes, devices, strides and values raise ValueError or TypeError that name the argument, before anything
+is launched or written. What a device cannot do raises NotImplementedError with every implementation's reason.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jit_kernel import config, operators
+from jit_kernel.device import detect_device, device_target
+from jit_kernel.fa3 import arguments, combine_arguments, scheduler_header
+
+Kernels = Mapping[str, Callable[..., Any]]
+Device = torch.device | str | None
+
+# By device: the settings that it was loaded under, and its functions. config.reload() makes new settings.
+_loaded: dict[torch.device, tuple[config.Settings, Kernels]] = {}
+_supported: dict[torch.device, tuple[config.Settings, bool]] = {}
+_loading = threading.Lock()
+
+
+def _device_of(device: Device) -> torch.device:
+    """`device`, or the detected one, with an index where its kind counts devices."""
+    if device is None:
+        device = detect_device()
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device is {device!r}; it must be a torch.device or its string") from error
+    if found.type == "cuda" and found.index is None and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return found
+
+
+def _is_fa3_supported(device: Device = None) -> bool:
+    """Whether some implementation serves a device; without one, the first of cuda, musa and cpu present.
+
+    A device that is absent is not supported. The answer is remembered, for each device. Raises ValueError for a
+    device that torch does not know.
+    """
+    found = _device_of(device)
+    known = _supported.get(found)
+    settings = config.settings()
+    if known is None or known[0] is not settings:
+        known = _supported[found] = (settings, _ask_support(found))
+    return known[1]
+
+
+def _ask_support(device: torch.device) -> bool:
+    from jit_kernel.fa3 import dispatch
+
+    try:
+        answers = dispatch.supporting(device_target(device))
+    except NotImplementedError:  # a device that is absent, of a kind that nothing serves, or ruled out by a setting
+        return False
+    return any(isinstance(decision, dispatch.Accepted) for _, decision in answers)
+
+
+def _load_fa3_kernels(device: Device = None) -> Kernels:
+    """The functions that serve a device, by public name, keyword-only; without one, the detected device's.
+
+    Compiles or loads what the device's family needs, its launcher; variants follow call by call. The immutable
+    mapping is remembered, for each device. Its functions do not check their arguments. Raises NotImplementedError
+    when nothing serves the device, and what `jit.load` raises.
+    """
+    if device.__class__ is torch.device:  # as of every tensor: found without a question to torch
+        known = _loaded.get(device)
+        if known is not None and known[0] is config.settings():
+            return known[1]
+    found = _device_of(device)
+    with _loading:
+        known = _loaded.get(found)
+        settings = config.settings()
+        if known is None or known[0] is not settings:
+            from jit_kernel.fa3 import dispatch
+
+            functions = dispatch.kernels(str(found), device_target(found))
+            known = _loaded[found] = (settings, MappingProxyType(dict(functions)))
+    return known[1]
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    page_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    qv: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    num_splits: int = 1,
+    pack_gqa: bool | None = None,
+    only_qv: bool = False,
+    sm_margin: int = 0,
+    return_softmax_lse: bool = False,
+    sinks: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over sequences of different lengths: softmax(softmax_scale * q @ k.T) @ v for each.
+
+    q: (total_q, hq, d) with cu_seqlens_q (b + 1,), else (b, sq, hq, d); fp32, bf16, fp16 or float8_e4m3fn.
+    k, v: (total_k, hk, d or dv) with cu_seqlens_k (b + 1,); (b, sk, hk, d or dv); or (pages, page_size, hk, d or dv)
+        with page_table (b, max_pages), which needs seqused_k.
+    max_seqlen_q, max_seqlen_k: at least the longest lengths; None finds them, or a bound on a GPU.
+    seqused_q, seqused_k: (b,), only the first so many tokens of each sequence count.
+    softmax_scale: default 1/sqrt(d); 1/sqrt(d + dv) with qv; 1/sqrt(dv) with only_qv.
+    causal: query i sees key j when j <= i + sk - sq. attention_chunk: keys of the query's own chunk only.
+    window_size: (left, right), i + sk - sq - left <= j <= i + sk - sq + right; -1 is unbounded.
+    qv: q's shape with dv last, with d = 64 and dv 256 or 512: adds qv @ v.T to q @ k.T; only_qv drops q @ k.T.
+    q_descale, k_descale, v_descale: (b, hk) float32, factors of float8_e4m3fn inputs.
+    softcap: scores become softcap * tanh(scores / softcap); 0 is off.
+    num_splits: ways to split the keys; 1 never splits (bitwise the same in any batch), 0 chooses.
+    pack_gqa, sm_margin: hints, None and 0 by default, that no result depends on.
+    sinks: (hq,), float32 or q's dtype: one more logit a head in the softmax's denominator, without a value.
+    out: where to write; the result's shape and dtype, last stride 1. Rows that no query fills stay untouched.
+
+    Returns out, q's shape with dv last, in q's dtype (bf16 for float8_e4m3fn), 0 in rows that see no key or hold no
+    query; with return_softmax_lse also lse, float32, natural logarithm, (hq, total_q) or (b, hq, sq). Formulas:
+    FlashAttention-3 (Shah et al., 2024), sinks as in gpt-oss.
+    """
+    call = locals()
+    if torch.compiler.is_compiling():
+        return operators.varlen(call)
+    arguments.check_attention("flash_attn_varlen_func", call)
+    result: Tensor | tuple[Tensor, Tensor] = _load_fa3_kernels(q.device)["flash_attn_varlen_func"](**call)
+    return result
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    qv: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: Tensor | int | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    page_table: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k_new: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    rotary_seqlens: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    scheduler_metadata: Tensor | None = None,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    only_qv: bool = False,
+    sm_margin: int = 0,
+    return_softmax_lse: bool = False,
+    sinks: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over a cache of keys and values, to which new ones may be appended first, in place.
+
+    q: (b, sq, hq, d), or (total_q, hq, d) with cu_seqlens_q (b + 1,).
+    k_cache, v_cache: (b_cache, sk, hk, d or dv), or (pages, page_size, hk, d or dv) with page_table (b, max_pages).
+    k, v: (b, s_new, hk, d or dv), or (total_new, hk, d or dv) with cu_seqlens_k_new (b + 1,): written to the cache
+        behind cache_seqlens, then attended to. cu_seqlens_k_new without k has no meaning and no effect, as in FA3.
+    rotary_cos, rotary_sin: (max_pos, rotary_dim / 2) in q's dtype, rotary_dim a multiple of 16 and at most d: turn q
+        and k from position rotary_seqlens (b,), else cache_seqlens, on; pairs (2i, 2i + 1) if rotary_interleaved,
+        else (i, i + rotary_dim / 2). q's positions advance by token with causal, window or chunk only.
+    cache_seqlens: (b,) or one int for all: tokens in the cache before this call; None: all of it.
+    cache_batch_idx: (b,), the row of the cache, or of the page table, of each sequence.
+    cache_leftpad: (b,), how many of the first tokens of a cache are no keys.
+    scheduler_metadata: what `get_scheduler_metadata` made for the same parameters; may be a copy of it.
+
+    The other arguments, the result and its formulas are those of `flash_attn_varlen_func`.
+    """
+    call = locals()
+    if torch.compiler.is_compiling():
+        return operators.kvcache(call)
+    arguments.check_attention("flash_attn_with_kvcache", call)
+    result: Tensor | tuple[Tensor, Tensor] = _load_fa3_kernels(q.device)["flash_attn_with_kvcache"](**call)
+    return result
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    qv: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    num_splits: int = 1,
+    pack_gqa: bool | None = None,
+    deterministic: bool = False,
+    sm_margin: int = 0,
+    return_softmax_lse: bool = False,
+    sinks: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over sequences of one length: q (b, sq, hq, d), k (b, sk, hk, d), v (b, sk, hk, dv).
+
+    deterministic: accepted for FA3's sake; the forward pass always is.
+    The other arguments, the result and its formulas are those of `flash_attn_varlen_func`.
+    """
+    call = locals()
+    if torch.compiler.is_compiling():
+        return operators.dense(call)
+    arguments.check_attention("flash_attn_func", call)
+    result: Tensor | tuple[Tensor, Tensor] = _load_fa3_kernels(q.device)["flash_attn_func"](**call)
+    return result
+
+
+def get_scheduler_metadata(
+    batch_size: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    num_heads_q: int,
+    num_heads_kv: int,
+    headdim: int,
+    cache_seqlens: Tensor,
+    qkv_dtype: torch.dtype = torch.bfloat16,
+    headdim_v: int | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k_new: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    page_size: int | None = None,
+    max_seqlen_k_new: int = 0,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    attention_chunk: int = 0,
+    has_softcap: bool = False,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+) -> Tensor:
+    """What a `flash_attn_with_kvcache` call with these parameters may reuse, for as long as they hold.
+
+    Arguments as in that call; batch_size is b, headdim is d, headdim_v is dv, page_size None without page_table,
+    max_seqlen_k at most what the cache has room for, max_seqlen_k_new 0 without new keys.
+
+    Returns an int32 tensor on cache_seqlens's device. Its length depends on the batch alone and it may be copied
+    into a static buffer for graph replay. It serves the implementation that made it and opens with the parameters,
+    which the call verifies: on the CPU always, elsewhere under JIT_KERNEL_CHECK_INDICES=1.
+    """
+    call = locals()
+    if torch.compiler.is_compiling():
+        return operators.metadata(call)
+    scheduler_header.check_parameters(call)
+    made: Tensor = _load_fa3_kernels(cache_seqlens.device)["get_scheduler_metadata"](**call)
+    return made
+
+
+def flash_attn_combine(
+    out_partial: Tensor, lse_partial: Tensor, out: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Combine attention over parts of the keys into attention over all of them.
+
+    out_partial: (splits, b, sq, hq, dv) or (splits, total_q, hq, dv), fp32, bf16 or fp16, last stride 1.
+    lse_partial: the same without dv, float32, natural logarithm; -inf where a part held no key.
+    out: where to write, out_partial's shape without splits. out_dtype: out's, else out_partial's dtype.
+
+    Returns (out, lse): lse = log(sum over parts of exp(lse_partial)), out = sum of exp(lse_partial - lse) *
+    out_partial; 0 and -inf where every part is -inf. lse has out's shape without dv.
+    """
+    call = locals()
+    if torch.compiler.is_compiling():
+        return operators.combine(call)
+    combine_arguments.check_combine(call)
+    result: tuple[Tensor, Tensor] = _load_fa3_kernels(out_partial.device)["flash_attn_combine"](**call)
+    return result
+
+
+def merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge attention over two sets of keys, as the functions above return it, into attention over both.
+
+    out_a, out_b: (total_q, hq, dv) with lse (hq, total_q), or (b, sq, hq, dv) with lse (b, hq, sq).
+    lse_a, lse_b: float32, natural logarithm, any strides; -inf where a set held no key.
+
+    Returns (out, lse) of the same shapes, out in out_a's dtype; 0 and -inf where both are -inf. A sink must be in one
+    of the two alone.
+    """
+    call = locals()
+    if torch.compiler.is_compiling():
+        return operators.merge(call)
+    combine_arguments.check_merge(call)
+    result: tuple[Tensor, Tensor] = _load_fa3_kernels(out_a.device)["merge_state"](**call)
+    return result
+
+
+operators.implement(
+    {
+        function.__name__: function
+        for function in (
+            flash_attn_varlen_func,
+            flash_attn_with_kvcache,
+            flash_attn_func,
+            get_scheduler_metadata,
+            flash_attn_combine,
+            merge_state,
+        )
+    }
+)
