@@ -19,7 +19,7 @@ VARLEN, KVCACHE, DENSE = "flash_attn_varlen_func", "flash_attn_with_kvcache", "f
 FEATURES = frozenset(
     {"ragged", "paged", "append", "new_ragged", "rotary", "batch_idx", "leftpad", "qv", "only_qv", "causal", "window"}
     | {"chunk", "softcap", "sinks", "scale", "splits", "seqused_q", "seqused_k", "out", "strides", "groups", "empty"}
-    | {"hot", "lse", "descale_expanded", "odd_head_size", "large"}
+    | {"hot", "lse", "descale_expanded", "odd_head_size", "large", "tail"}
 )
 
 
@@ -64,6 +64,7 @@ class Plan:
     page_size: int = 0
     seqused_q: bool = False
     used_k: str = ""  # how seqused_k or cache_seqlens is given: "" | tensor | int
+    tail: int = 0  # rows behind the last sequence of ragged tensors
     cache_rows: int = 0  # rows of the cache when cache_batch_idx picks from them
     max_seqlen: str = "exact"  # exact | loose | none
     causal: bool = False
@@ -110,6 +111,7 @@ class Plan:
             "scale": self.softmax_scale is not None,
             "splits": self.num_splits not in (None, 1),
             "seqused_q": self.seqused_q,
+            "tail": self.tail > 0,
             "seqused_k": bool(self.used_k),
             "out": bool(self.out),
             "strides": self.strides or self.out == "strided",
@@ -155,6 +157,8 @@ def draw(seed: int, space: Space) -> Plan:
     layout = {VARLEN: _varlen, KVCACHE: _kvcache, DENSE: _dense}[function](dice, heads, dtype)
     if layout["q_layout"] == "ragged" or layout.get("seqused_q"):
         layout["max_seqlen"] = dice.pick("exact", "loose", "none")
+    if dice.has("tail", 0.15) and "ragged" in layout.values():
+        layout["tail"] = dice.random.randint(1, 9)
     settings = _settings(dice, dtype, function, max((1, *layout["lengths_k"])))
     if dice.has("scale", 0.25):
         settings["softmax_scale"] = dice.pick(0.5, 1.5, 3.0) * heads["d"] ** -0.5
@@ -170,7 +174,7 @@ def _heads(dice: _Dice, dtype: torch.dtype) -> dict:
     group = min(group, space.max_heads)
     made: dict = {"hk": hk, "hq": hk * group}
     only_qv, with_qv = dice.has("only_qv", 0.03), dice.has("qv", 0.05)
-    if (only_qv or with_qv) and dtype != FP8 and space.qv_head_dims:
+    if (only_qv or with_qv) and space.qv_head_dims:
         made["d"], made["dv"] = dice.pick(*space.qv_head_dims)
         return made | {"qv": True, "only_qv": only_qv}
     made["d"], made["dv"] = dice.pick(*space.head_dims)
@@ -240,13 +244,13 @@ def _kvcache(dice: _Dice, heads: dict, dtype: torch.dtype) -> dict:
     made["lengths_k"] = dice.lengths(batch, longest, uniform=given != "tensor")
     if dice.has("batch_idx", 0.25):
         made["cache_rows"] = batch + dice.random.randint(0, 3)
-    if given and dice.has("leftpad", 0.25):
+    if dice.has("leftpad", 0.25):
         made["leftpad"] = tuple(dice.random.randint(0, n) for n in made["lengths_k"])
     if given and dice.has("append", 0.5):
         made["new_layout"] = "ragged" if dice.has("new_ragged", 0.4) else "dense"
         made["lengths_new"] = dice.lengths(batch, dice.pick(1, 5, longest), uniform=made["new_layout"] == "dense",
                                            least=0 if made["new_layout"] == "ragged" else 1)  # fmt: skip
-        if dice.has("rotary", 0.5) and heads["d"] >= 16 and dtype != FP8 and not heads.get("only_qv"):
+        if dice.has("rotary", 0.5) and heads["d"] >= 16:
             made["rotary_dim"] = 16 * dice.random.randint(1, heads["d"] // 16)
             made["rotary_interleaved"] = dice.pick(True, False)
             made["rotary_seqlens"] = dice.pick(True, False)
@@ -265,7 +269,7 @@ def _settings(dice: _Dice, dtype: torch.dtype, function: str, longest_k: int) ->
     if dice.has("softcap", 0.2):
         made["softcap"] = dice.pick(1.0, 8.0, 15.0, 50.0)
     if dice.has("sinks", 0.25):
-        made["sinks"] = "float32" if dtype == FP8 else dice.pick("float32", "inputs")
+        made["sinks"] = dice.pick("float32", "inputs")
     if dtype == FP8:
         made["descales"] = dice.pick("", "qkv", "qkv", "k", "kv", "qv")
         made["descale_expanded"] = bool(made["descales"]) and dice.has("descale_expanded", 0.3)
