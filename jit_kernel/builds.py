@@ -65,6 +65,9 @@ class Event:
     peak_bytes: int = 0
 
 
+# With less than this free after a failed compilation, the disk is what failed.
+_FULL_BYTES = 256 << 10
+
 recorded: list[Event] = []
 _said: set[str] = set()
 
@@ -273,7 +276,8 @@ def _explained(
     store: Store,
     name: str | None,
 ) -> Exception:
-    if "No space left on device" in error.log:
+    # A linker on a full disk may say so, or die of a signal without a word.
+    if "No space left on device" in error.log or shutil.disk_usage(private).free < _FULL_BYTES:
         return _disk_full(spec, private.parent)
     where = "its folder could not be kept"
     with contextlib.suppress(OSError):

@@ -102,7 +102,7 @@ def test_killed_at_every_moment_of_a_cold_call(tmp_path):
     cold = cold_call(tmp_path)
     rebuilt = 0
     for index in range(MOMENTS):
-        rebuilt += killed_at(cold * 1.1 * index / (MOMENTS - 1), tmp_path / str(index), loader_work.small_call)
+        rebuilt += killed_at(cold * 1.3 * index / (MOMENTS - 1), tmp_path / str(index), loader_work.small_call)
     print(f"killed at {MOMENTS} moments of {cold:.2f} s: {rebuilt} compiled again, the others had been published")
     assert rebuilt > 0
 
