@@ -11,15 +11,11 @@ from typing import Any
 
 from jit_kernel import builds, config, jit
 from jit_kernel.device import cpu_target
+from jit_kernel.fa3 import cpu
 from jit_kernel.jit import KernelSpec
 
 # The combine library: a real kernel that compiles in a few seconds.
-SMALL = KernelSpec(
-    "flash_attention_v3/cpu",
-    '#include "flash_attention_v3/cpu/combine.h"\nJIT_KERNEL_EXPORT_COMBINE()\n',
-    "host",
-    (("library", "combine"),),
-)
+SMALL = cpu.combine_spec()
 
 
 def small_call() -> dict[str, Any]:

@@ -1,0 +1,68 @@
+"""Draw docs/img/*.png from the last recorded run of each benchmark."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import record
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+IMAGES = record.RESULTS.parent.parent / "docs" / "img"
+OURS, PEER = "#2a6f97", "#b0b0b0"
+
+
+def loader(lines: list[dict[str, Any]]) -> None:
+    """Seconds of a first call, cold and from the store, on a logarithmic axis."""
+    calls = [line for line in lines if line["case"] in ("cold", "loaded")]
+    labels = [f"{line['dtype']}\n{line['case']}" for line in calls]
+    figure, axes = plt.subplots(figsize=(7, 3.5))
+    values = [line["first_call_s"] for line in calls]
+    bars = axes.bar(labels, values, color=[OURS if line["case"] == "loaded" else PEER for line in calls])
+    axes.bar_label(bars, [f"{value * 1e3:.1f} ms" if value < 1 else f"{value:.1f} s" for value in values])
+    axes.set_yscale("log")
+    axes.set_ylabel("seconds")
+    axes.set_title("First call on a CPU: compiled, and loaded by the next process")
+    _save(figure, "loader")
+
+
+def ratios(name: str, title: str) -> None:
+    """How many times faster than the peer each case of a benchmark is."""
+    lines = [line for line in record.latest(name) if line.get("ratio")]
+    if not lines:
+        return
+    figure, axes = plt.subplots(figsize=(8, 0.35 * len(lines) + 1.2))
+    labels = [str(line["case"]) for line in lines]
+    bars = axes.barh(labels, [line["ratio"] for line in lines], color=OURS)
+    axes.bar_label(bars, [f"{line['ratio']:.2f}" for line in lines], padding=3)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.invert_yaxis()
+    axes.set_xlabel("times the peer's speed")
+    axes.set_title(title)
+    _save(figure, name)
+
+
+def _save(figure: Any, name: str) -> None:
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    path: Path = IMAGES / f"{name}.png"
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    print(f"drew {path.relative_to(IMAGES.parent.parent)}")
+
+
+def main() -> None:
+    """Draw what there are results for."""
+    lines = record.latest("loader")
+    if lines:
+        loader(lines)
+    ratios("cpu_attention", "Attention on a CPU against torch SDPA, same run, equal threads")
+    ratios("hopper_prefill", "Prefill on an H200 against cuDNN, same run")
+    ratios("portable", "Portable kernels on an H200 against the peer of each case, same run")
+
+
+if __name__ == "__main__":
+    main()
