@@ -20,7 +20,6 @@ from torch import Tensor
 
 from jit_kernel import config, operators
 from jit_kernel.device import detect_device, device_target
-from jit_kernel.fa3 import arguments, combine_arguments, scheduler_header
 
 Kernels = Mapping[str, Callable[..., Any]]
 Device = torch.device | str | None
@@ -91,6 +90,18 @@ def _load_fa3_kernels(device: Device = None) -> Kernels:
     return known[1]
 
 
+def _first_check(function: str, call: dict[str, Any]) -> None:
+    """Import the checks at the first call and from then on call them straight: importing them takes 12 ms."""
+    global _check_attention
+    from jit_kernel.fa3.arguments import check_attention
+
+    _check_attention = check_attention
+    check_attention(function, call)
+
+
+_check_attention: Callable[[str, dict[str, Any]], None] = _first_check
+
+
 def flash_attn_varlen_func(
     q: Tensor,
     k: Tensor,
@@ -144,7 +155,7 @@ def flash_attn_varlen_func(
     call = locals()
     if torch.compiler.is_compiling():
         return operators.varlen(call)
-    arguments.check_attention("flash_attn_varlen_func", call)
+    _check_attention("flash_attn_varlen_func", call)
     result: Tensor | tuple[Tensor, Tensor] = _load_fa3_kernels(q.device)["flash_attn_varlen_func"](**call)
     return result
 
@@ -203,7 +214,7 @@ def flash_attn_with_kvcache(
     call = locals()
     if torch.compiler.is_compiling():
         return operators.kvcache(call)
-    arguments.check_attention("flash_attn_with_kvcache", call)
+    _check_attention("flash_attn_with_kvcache", call)
     result: Tensor | tuple[Tensor, Tensor] = _load_fa3_kernels(q.device)["flash_attn_with_kvcache"](**call)
     return result
 
@@ -237,7 +248,7 @@ def flash_attn_func(
     call = locals()
     if torch.compiler.is_compiling():
         return operators.dense(call)
-    arguments.check_attention("flash_attn_func", call)
+    _check_attention("flash_attn_func", call)
     result: Tensor | tuple[Tensor, Tensor] = _load_fa3_kernels(q.device)["flash_attn_func"](**call)
     return result
 
@@ -277,6 +288,8 @@ def get_scheduler_metadata(
     call = locals()
     if torch.compiler.is_compiling():
         return operators.metadata(call)
+    from jit_kernel.fa3 import scheduler_header
+
     scheduler_header.check_parameters(call)
     made: Tensor = _load_fa3_kernels(cache_seqlens.device)["get_scheduler_metadata"](**call)
     return made
@@ -297,6 +310,8 @@ def flash_attn_combine(
     call = locals()
     if torch.compiler.is_compiling():
         return operators.combine(call)
+    from jit_kernel.fa3 import combine_arguments
+
     combine_arguments.check_combine(call)
     result: tuple[Tensor, Tensor] = _load_fa3_kernels(out_partial.device)["flash_attn_combine"](**call)
     return result
@@ -314,6 +329,8 @@ def merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> t
     call = locals()
     if torch.compiler.is_compiling():
         return operators.merge(call)
+    from jit_kernel.fa3 import combine_arguments
+
     combine_arguments.check_merge(call)
     result: tuple[Tensor, Tensor] = _load_fa3_kernels(out_a.device)["merge_state"](**call)
     return result

@@ -21,7 +21,9 @@ from jit_kernel.fa3.scheduler_header import checked_window
 
 _MOST_REMEMBERED = 8192  # a ragged server makes new shapes for ever; the memory of them must not grow so
 
-_passed: dict[tuple[object, ...], Facts] = {}
+# By the types of all arguments (which tell the function too: each has a number of arguments of its own): the names
+# of the tensors among them, and what passed before, by all of these tensors but their numbers.
+_passed: dict[tuple[type, ...], tuple[tuple[str, ...], dict[tuple[object, ...], Facts]]] = {}
 
 
 def check_attention(function: str, call: dict[str, Any]) -> None:
@@ -31,20 +33,14 @@ def check_attention(function: str, call: dict[str, Any]) -> None:
     int cache_seqlens are replaced by what they stand for. Raises TypeError and ValueError for bad arguments,
     NotImplementedError for inputs that require grad while grad mode is on.
     """
-    grad = torch.is_grad_enabled()
-    try:
-        key = (function, grad, *[_seen(value) for value in call.values()])
-    except RuntimeError:  # a sparse tensor has no strides; the checks say so
-        key = None
-    facts = None if key is None else _passed.get(key)
+    types = (*map(type, call.values()),)
+    known = _passed.get(types)
+    facts = None if known is None else known[1].get(_key(call, known[0]))
     if facts is None:
         facts = attention_shapes.check(function, call)
-        if grad:
+        if torch.is_grad_enabled():
             refuse_gradients(call)
-        if key is not None and _only_plain_tensors(call):
-            if len(_passed) >= _MOST_REMEMBERED:
-                _passed.clear()
-            _passed[key] = facts
+        _remember(call, types, facts)
     _check_numbers(call)
     scale: float | None = facts.scale
     if call.get("only_qv"):
@@ -58,16 +54,28 @@ def check_attention(function: str, call: dict[str, Any]) -> None:
         _check_lengths(call, facts)
 
 
-def _seen(value: Any) -> object:
-    """All that the checks of shapes look at: a value's type, and of a tensor all but its numbers."""
-    kind = value.__class__
-    if kind is Tensor or kind is Parameter:
-        return value.shape, value.stride(), value.dtype, value.device, value.requires_grad
-    return kind
+def _key(call: dict[str, Any], tensors: tuple[str, ...]) -> tuple[object, ...] | None:
+    """All that the checks of shapes look at in these tensors, and the grad mode."""
+    seen: list[object] = [torch.is_grad_enabled()]
+    try:
+        for name in tensors:
+            tensor = call[name]
+            seen += (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad)
+    except RuntimeError:  # a sparse tensor has no strides: never remembered, and the checks refuse it
+        return None
+    return tuple(seen)
 
 
-def _only_plain_tensors(call: dict[str, Any]) -> bool:
-    return all(type(value) in (Tensor, Parameter) for value in call.values() if isinstance(value, Tensor))
+def _remember(call: dict[str, Any], types: tuple[type, ...], facts: Facts) -> None:
+    if not all(kind in (Tensor, Parameter) for kind in types if issubclass(kind, Tensor)):
+        return  # another subclass may say of itself what it likes
+    tensors = tuple(name for name, value in call.items() if isinstance(value, Tensor))
+    passed = _passed.setdefault(types, (tensors, {}))[1]
+    if len(passed) >= _MOST_REMEMBERED:
+        passed.clear()
+    key = _key(call, tensors)
+    if key is not None:
+        passed[key] = facts
 
 
 def refuse_gradients(call: dict[str, Any]) -> None:
