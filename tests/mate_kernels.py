@@ -8,9 +8,8 @@ cu_seqlens for a single sequence and stop after k.numel() elements of a strided 
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -38,19 +37,10 @@ class Kernels:
 
     def __init__(self, functions: Mapping[str, Callable[..., Any]], *, strict: bool = True, version: str = "0.2.2"):
         self.functions, self.strict, self.version = functions, strict, version
+        self.launched_on = 0  # the device of the call that runs
         self.issued: list[dict[str, Any]] = []
         self.workspaces: dict[int, dict[str, Any]] = {}
-        self.current_device = 0
         self.reused = 0  # how often metadata served a call: a test that never reuses proves nothing
-
-    @contextlib.contextmanager
-    def device(self, index: int) -> Iterator[None]:
-        """torch.musa.device of the double."""
-        before, self.current_device = self.current_device, index
-        try:
-            yield
-        finally:
-            self.current_device = before
 
     def metadata(self, a: dict[str, Any]) -> Tensor:
         b, window = a["batch_size"], tuple(a["window_size"])
@@ -60,7 +50,7 @@ class Kernels:
         made_for["window_size"] = window
         made_for |= {name: None if a[name] is None else a[name].clone() for name in _TENSORS}
         made_for |= {"new": a["cu_seqlens_k_new"], "max_seqlen_k_new": a["max_seqlen_k_new"]}
-        made_for["device"] = self.current_device
+        made_for["device"] = self.launched_on
         self.issued.append(made_for)
         lengths = a["cache_seqlens"] if a["cache_seqlens"] is not None else torch.full((b,), a["max_seqlen_k"])
         order = torch.argsort(lengths.cpu(), descending=True, stable=True)
@@ -179,8 +169,8 @@ class Kernels:
             raise ForeignMetadataError("cu_seqlens_k_new without new keys is added to the lengths")
         if new is not None and made_for["max_seqlen_k_new"] != new:
             raise ForeignMetadataError(f"max_seqlen_k_new was {made_for['max_seqlen_k_new']}, now {new}")
-        if made_for["device"] != (q.device.index or 0):
-            raise ForeignMetadataError(f"made on device {made_for['device']}, used on {q.device}")
+        if made_for["device"] != self.launched_on:
+            raise ForeignMetadataError(f"made on device {made_for['device']}, used on {self.launched_on}")
 
     def _mla(self, a: dict[str, Any], out: Tensor, lse: Tensor) -> None:
         workspace, q, v = a.get("workspace"), a["q"], a["v_cache"]

@@ -6,6 +6,7 @@ Every argument goes by keyword to the installed version of MATE. What MATE does 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -147,10 +148,20 @@ def flash_attn_varlen_func(
         arguments["page_table"] = page_table
     if _takes_prebuilt(call):
         arguments |= _for_prebuilt(q, k, cu_seqlens_k)
-    if out is not None and out.is_contiguous() and seqused_q is None and mate.version >= (0, 2):
-        arguments["out"] = out  # the prebuilt path neither checks it nor takes strides
+    if mate.version >= (0, 2):
+        arguments["out"] = _destination(call)
     made, lse_or_none = musa_results.unpacked(musa_mate.call(mate, mate.flash_attn_varlen_func, q.device, arguments))
     return _finished(made, lse_or_none, call)
+
+
+def _destination(call: dict[str, Any]) -> Tensor | None:
+    """The buffer for a varlen call: the caller's where MATE can write it, zeros where it leaves rows as they were."""
+    q, out = call["q"], call["out"]
+    if out is not None:  # the prebuilt path neither checks it nor takes strides
+        return out if out.is_contiguous() else None
+    if call["cu_seqlens_q"] is None and call["seqused_q"] is None:
+        return None
+    return q.new_zeros((*q.shape[:-1], call["v"].shape[-1]))
 
 
 def _for_prebuilt(q: Tensor, k: Tensor, cu_seqlens_k: Tensor | None) -> dict[str, Any]:
@@ -209,7 +220,6 @@ def flash_attn_with_kvcache(
     mate = musa_mate.load()
     _refuse_unserved(mate, "flash_attn_with_kvcache", call)
     ragged_q, batch = cu_seqlens_q is not None, _batch(q, cu_seqlens_q)
-    _refuse_rotary(k_cache, page_table, rotary_cos)
     if k is not None and cu_seqlens_k_new is not None and musa_mate.is_capturing(q.device):
         raise NotImplementedError(
             "flash_attn_with_kvcache on musa: cu_seqlens_k_new is read by the host inside MATE, which cannot be "
@@ -226,8 +236,9 @@ def flash_attn_with_kvcache(
     ours = ("only_qv", "out", "sinks", "q_descale", "k_descale", "v_descale")
     arguments = {
         **{name: value for name, value in call.items() if name not in ours},
-        # Without new keys MATE would still add it to the lengths in the metadata.
-        "cu_seqlens_k_new": cu_seqlens_k_new if k is not None else None,
+        **_new_keys(k, v, cu_seqlens_k_new),
+        "rotary_cos": _as_long_as_pages(rotary_cos, k_cache, page_table),
+        "rotary_sin": _as_long_as_pages(rotary_sin, k_cache, page_table),
         **musa_metadata.mask(causal, window_size),
         "scheduler_metadata": musa_metadata.for_call(call, batch),
         "return_softmax_lse": return_softmax_lse or sinks is not None,
@@ -238,19 +249,26 @@ def flash_attn_with_kvcache(
     return _finished(made, lse_or_none, call)
 
 
+def _new_keys(k: Tensor | None, v: Tensor | None, cu_seqlens_k_new: Tensor | None) -> dict[str, Any]:
+    """New keys for MATE, which asserts that packed ones end where cu_seqlens_k_new ends, and reads that itself."""
+    if k is None or v is None:
+        return {"cu_seqlens_k_new": None}  # without new keys its metadata would still add it to the lengths
+    if cu_seqlens_k_new is None:
+        return {}
+    total = int(cu_seqlens_k_new[-1])
+    return {"k": k[:total], "v": v[:total]}
+
+
 def _batch(q: Tensor, cu_seqlens_q: Tensor | None) -> int:
     return int(q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1)
 
 
-def _refuse_rotary(k_cache: Tensor, page_table: Tensor | None, rotary_cos: Tensor | None) -> None:
-    if rotary_cos is None or page_table is None:
-        return
-    held = page_table.shape[1] * k_cache.shape[1]
-    if rotary_cos.shape[0] < held:
-        raise ValueError(
-            f"rotary_cos has {rotary_cos.shape[0]} positions; on musa it must have at least the {held} that "
-            "page_table can hold, which MATE requires"
-        )
+def _as_long_as_pages(table: Tensor | None, k_cache: Tensor, page_table: Tensor | None) -> Tensor | None:
+    """A rotary table with a row for every key that page_table can hold, which MATE asserts; the added ones go unread."""
+    if table is None or page_table is None:
+        return table
+    lacking = page_table.shape[1] * k_cache.shape[1] - table.shape[0]
+    return torch.nn.functional.pad(table, (0, 0, 0, lacking)) if lacking > 0 else table
 
 
 def flash_attn_func(
@@ -287,9 +305,11 @@ def _finished(made: Tensor, lse: Tensor | None, call: dict[str, Any]) -> Result:
     if sinks is not None and lse is not None:
         made, lse = musa_results.with_sinks(made, lse, sinks, ragged_q=ragged_q)
     counts = None
-    if seqused_q is not None:
+    if seqused_q is not None or (call["out"] is not None and ragged_q):
         rows = made.shape[0] if ragged_q else made.shape[1]
         counts = musa_results.rows_that_count(seqused_q, call["cu_seqlens_q"], rows)
+        if lse is not None:
+            lse = lse.masked_fill(~(counts if ragged_q else counts[:, None]), -math.inf)
     result = musa_results.delivered(made, call["out"], counts)
     if not call["return_softmax_lse"]:
         return result

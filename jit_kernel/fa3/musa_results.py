@@ -30,25 +30,28 @@ def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor, *, ragged_q: bool) -> tu
     return (out.to(torch.float32) * share).to(out.dtype), torch.logaddexp(lse, sink)
 
 
-def rows_that_count(seqused_q: Tensor, cu_seqlens_q: Tensor | None, rows: int) -> Tensor:
-    """Boolean: the rows of q below seqused_q, (total_q,) or (b, sq); without a synchronisation."""
-    row = torch.arange(rows, device=seqused_q.device)
+def rows_that_count(seqused_q: Tensor | None, cu_seqlens_q: Tensor | None, rows: int) -> Tensor:
+    """Boolean: the rows of q below seqused_q and cu_seqlens_q's end, (total_q,) or (b, sq); no synchronisation."""
+    given = seqused_q if cu_seqlens_q is None else cu_seqlens_q
+    assert given is not None
+    row = torch.arange(rows, device=given.device)
     if cu_seqlens_q is None:
-        return row < seqused_q[:, None]
+        return row < given[:, None]
+    if seqused_q is None:
+        return row < cu_seqlens_q[-1]
     sequence = torch.bucketize(row, cu_seqlens_q[1:], right=True).clamp(max=seqused_q.shape[0] - 1)
     return row - cu_seqlens_q[:-1][sequence] < seqused_q[sequence]
 
 
 def delivered(out: Tensor, given: Tensor | None, counts: Tensor | None) -> Tensor:
     """The result in the caller's `given`, if there is one; rows that do not count stay as they were, or are zero."""
+    if given is not None and given.data_ptr() == out.data_ptr():
+        return given
     if counts is not None:
-        keep = counts[..., None, None]
         # MATE leaves these rows of a buffer that it allocates as it found them.
         rest = given if given is not None else torch.zeros((), dtype=out.dtype, device=out.device)
-        out = torch.where(keep, out, rest)
-    if given is None or given.data_ptr() == out.data_ptr():
-        return out
-    return given.copy_(out)
+        out = torch.where(counts[..., None, None], out, rest)
+    return out if given is None else given.copy_(out)
 
 
 def without_keys(q: Tensor, head_dim_v: int, *, ragged_q: bool) -> tuple[Tensor, Tensor]:
