@@ -161,7 +161,13 @@ def attend(
     MASKED: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Online softmax over the key tiles tile_begin <= tile < tile_end; maxima in log2 units."""
+    """Online softmax over the key tiles tile_begin <= tile < tile_end; maxima in log2 units.
+
+    The maximum is taken before scaling, one multiplication less per score: the scale is positive.
+    """
+    if SOFTCAP:
+        # A finite factor: 0 times infinity would be NaN.
+        to_exponent = tl.minimum(2.0 * LOG2_E * softmax_scale / softcap, 1e30)
     for tile in range(tile_begin, tile_end):
         first = tile * BLOCK_N
         k_tile = load_keys(
@@ -173,7 +179,7 @@ def attend(
         scores = tl.dot(q_tile, tl.trans(k_tile))
         if SOFTCAP:
             # tanh(x) = 1 - 2 / (exp(2x) + 1): exact to 1e-7 at both ends, unlike tanh.approx.
-            exponent = tl.exp2(scores * (2.0 * LOG2_E * softmax_scale / softcap))
+            exponent = tl.exp2(scores * to_exponent)
             scores = softcap * (1.0 - 2.0 / (exponent + 1.0))
             scale = LOG2_E
         else:
@@ -261,7 +267,6 @@ def forward(
     PAGED: tl.constexpr,
     LOCAL: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    NEGATIVE_SCALE: tl.constexpr,
     STRIDE_UNIT: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
@@ -347,13 +352,6 @@ def forward(
     q_pointers = q + batch * (q_stride_batch * STRIDE_UNIT) + q_rows[:, None] + columns[None, :]
     q_mask = row_valid[:, None] & (columns < HEAD_DIM)[None, :]
     q_tile = tl.load(q_pointers, mask=q_mask, other=0.0)
-    scale = softmax_scale
-    if NEGATIVE_SCALE:
-        # The maximum is taken before scaling, which wants a positive scale: the sign moves into q.
-        # A variant of its own: any arithmetic here makes the compiler keep q in registers.
-        q_tile = -q_tile
-        scale = -softmax_scale
-    scale = tl.maximum(scale, 1e-30)  # a scale of 0 times -inf would be NaN
     if INTERPRETED:
         q_tile = q_tile.to(tl.float32)
 
@@ -365,7 +363,7 @@ def forward(
             acc, row_sum, row_max, q_tile, k_tile_base, v_tile_base, table_row,
             tile_begin, full_begin, first_key, end_key, sk, leftpad, page_size,
             k_stride_batch * STRIDE_UNIT, k_stride_token * STRIDE_UNIT,
-            v_stride_batch * STRIDE_UNIT, v_stride_token * STRIDE_UNIT, scale, softcap,
+            v_stride_batch * STRIDE_UNIT, v_stride_token * STRIDE_UNIT, softmax_scale, softcap,
             HEAD_DIM, HEAD_DIM_V, HEAD_DIM_PADDED, HEAD_DIM_V_PADDED, BLOCK_N,
             PAGED, SOFTCAP, STRIDE_UNIT > 1, True, INTERPRETED,
         )  # fmt: skip
@@ -373,7 +371,7 @@ def forward(
         acc, row_sum, row_max, q_tile, k_tile_base, v_tile_base, table_row,
         full_begin, full_end, first_key, end_key, sk, leftpad, page_size,
         k_stride_batch * STRIDE_UNIT, k_stride_token * STRIDE_UNIT,
-        v_stride_batch * STRIDE_UNIT, v_stride_token * STRIDE_UNIT, scale, softcap,
+        v_stride_batch * STRIDE_UNIT, v_stride_token * STRIDE_UNIT, softmax_scale, softcap,
         HEAD_DIM, HEAD_DIM_V, HEAD_DIM_PADDED, HEAD_DIM_V_PADDED, BLOCK_N,
         PAGED, SOFTCAP, STRIDE_UNIT > 1, False, INTERPRETED,
     )  # fmt: skip
@@ -381,7 +379,7 @@ def forward(
         acc, row_sum, row_max, q_tile, k_tile_base, v_tile_base, table_row,
         full_end, tile_end, first_key, end_key, sk, leftpad, page_size,
         k_stride_batch * STRIDE_UNIT, k_stride_token * STRIDE_UNIT,
-        v_stride_batch * STRIDE_UNIT, v_stride_token * STRIDE_UNIT, scale, softcap,
+        v_stride_batch * STRIDE_UNIT, v_stride_token * STRIDE_UNIT, softmax_scale, softcap,
         HEAD_DIM, HEAD_DIM_V, HEAD_DIM_PADDED, HEAD_DIM_V_PADDED, BLOCK_N,
         PAGED, SOFTCAP, STRIDE_UNIT > 1, True, INTERPRETED,
     )  # fmt: skip

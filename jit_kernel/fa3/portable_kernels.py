@@ -1,0 +1,169 @@
+"""The portable kernels as things to compile, to load and to launch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from jit_kernel import device, jit
+from jit_kernel.device import Target
+from jit_kernel.fa3 import portable_tiles
+from jit_kernel.fa3.portable_tiles import padded
+from jit_kernel.jit import KernelSpec
+
+FOLDER = "flash_attention_v3/portable"
+LAUNCHER = KernelSpec(FOLDER, '#include "flash_attention_v3/portable/launcher.cpp"\n', "host")
+DTYPES = ("bf16", "fp16")
+# What warm-up compiles; any other pair up to 256 compiles at its first call.
+WARM_HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
+
+APPEND_ROWS = 16
+COMBINE_SPLITS = 8  # partials in flight at once: a row's loads then wait for memory once, not eight times
+
+
+def combine_rows(head_dim_v: int) -> int:
+    """Rows of a combine tile: 8 splits of them fill the registers of 128 threads half."""
+    return max(1, 512 // padded(head_dim_v))
+
+
+def forward_spec(
+    architecture: str,
+    dtype: str,
+    head_dim: int,
+    head_dim_v: int,
+    kind: str,
+    paged: bool,
+    local: bool,
+    softcap: bool,
+    aligned: bool,
+) -> KernelSpec:
+    """The attention kernel of one variant; `kind` names its tile."""
+    tile = portable_tiles.tile(architecture, head_dim, head_dim_v, kind)
+    constants = {
+        "HEAD_DIM": head_dim,
+        "HEAD_DIM_V": head_dim_v,
+        "HEAD_DIM_PADDED": padded(head_dim),
+        "HEAD_DIM_V_PADDED": padded(head_dim_v),
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "PAGED": paged,
+        "LOCAL": local,
+        "SOFTCAP": softcap,
+        "STRIDE_UNIT": 8 if aligned else 1,
+        "INTERPRETED": False,
+    }
+    variant = {
+        "function": "forward",
+        "dtype": dtype,
+        "head_dim": head_dim,
+        "head_dim_v": head_dim_v,
+        "tile": kind,
+        "paged": paged,
+        "local": local,
+        "softcap": softcap,
+        "aligned": aligned,
+    }
+    # The lookup of a page is one more stage of the pipeline: as many key tiles in flight need one more.
+    stages = tile.num_stages + paged
+    return _spec("forward", variant, {"element": dtype}, constants, tile.num_warps, stages)
+
+
+def combine_spec(partial: str, dtype: str, head_dim_v: int, aligned: bool) -> KernelSpec:
+    """The kernel that joins partial results of dtype `partial` into rows of `dtype`."""
+    constants = {
+        "HEAD_DIM_V": head_dim_v,
+        "HEAD_DIM_V_PADDED": padded(head_dim_v),
+        "BLOCK_M": combine_rows(head_dim_v),
+        "BLOCK_SPLITS": COMBINE_SPLITS,
+        "STRIDE_UNIT": 8 if aligned else 1,
+    }
+    variant = {
+        "function": "combine",
+        "partial": partial,
+        "dtype": dtype,
+        "head_dim_v": head_dim_v,
+        "aligned": aligned,
+    }
+    return _spec("combine", variant, {"element": dtype, "partial": partial}, constants, 4, 1)
+
+
+def append_spec(dtype: str, head_dim: int, head_dim_v: int, aligned: bool) -> KernelSpec:
+    """The kernel that puts new keys and values into the cache and rotates queries."""
+    constants = {
+        "HEAD_DIM": head_dim,
+        "HEAD_DIM_V": head_dim_v,
+        "HEAD_DIM_PADDED": padded(head_dim),
+        "HEAD_DIM_V_PADDED": padded(head_dim_v),
+        "BLOCK_M": APPEND_ROWS,
+        "STRIDE_UNIT": 8 if aligned else 1,
+    }
+    variant = {
+        "function": "append",
+        "dtype": dtype,
+        "head_dim": head_dim,
+        "head_dim_v": head_dim_v,
+        "aligned": aligned,
+    }
+    return _spec("append", variant, {"element": dtype}, constants, 4, 1)
+
+
+_MAKERS = {"forward": forward_spec, "combine": combine_spec, "append": append_spec}
+
+
+def _spec(
+    function: str,
+    variant: dict[str, str | int | bool],
+    types: dict[str, str],
+    constants: dict[str, int],
+    num_warps: int,
+    num_stages: int,
+) -> KernelSpec:
+    unit = {
+        "module": function,
+        "function": function,
+        "types": types,
+        "constants": constants,
+        "aligned": constants["STRIDE_UNIT"] > 1,
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+    }
+    return KernelSpec(FOLDER, json.dumps(unit, indent=1), "triton", tuple(variant.items()))
+
+
+def all_specs(target: Target) -> Iterator[KernelSpec]:
+    """What warm-up compiles: the launcher is `LAUNCHER`, for the host that will run it."""
+    for dtype in DTYPES:
+        for head_dim, head_dim_v in WARM_HEAD_DIMS:
+            for kind in ("prefill", *portable_tiles.ROWS):
+                for bits in range(8):
+                    flags = (bool(bits & 1), bool(bits & 2), bool(bits & 4))
+                    yield forward_spec(target.architecture, dtype, head_dim, head_dim_v, kind, *flags, True)
+            yield append_spec(dtype, head_dim, head_dim_v, True)
+        for head_dim_v in sorted({pair[1] for pair in WARM_HEAD_DIMS}):
+            yield combine_spec("fp32", dtype, head_dim_v, True)
+
+
+class DeviceKernels:
+    """The kernels of one GPU: compiled or loaded at first use, then a handle of the launcher's."""
+
+    def __init__(self, index: int, target: Target) -> None:
+        self.target = target
+        launcher = jit.load(LAUNCHER, device.cpu_target())
+        self.launch = launcher["launch"]
+        self._load_kernel = launcher["load_kernel"]
+        self.multiprocessors = int(launcher["multiprocessors"](index))
+        self._handles: dict[tuple[Any, ...], int] = {}
+
+    def handle(self, key: tuple[Any, ...]) -> int:
+        """The handle of a variant; `key` is the function's name and its spec's arguments."""
+        handle = self._handles.get(key)
+        if handle is None:
+            spec = _MAKERS[key[0]](*((self.target.architecture,) if key[0] == "forward" else ()), *key[1:])
+            cubin = jit.load_cubin(spec, self.target)
+            launch = cubin.metadata
+            handle = self._load_kernel(
+                cubin.image, launch["name"], launch["types"], launch["threads"], launch["shared"]
+            )
+            self._handles[key] = handle
+        return handle

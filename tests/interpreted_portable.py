@@ -1,0 +1,117 @@
+"""The portable kernels under Triton's interpreter, on the CPU: run as a program with seeds, print one line a case.
+
+`InterpretedKernels` stands in for a GPU that this machine has not, as a double named so: everything else, from the
+public signature down to the argument list of each kernel, is the implementation's own.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "kernel_sources"), str(ROOT), str(ROOT / "tests")]
+
+import case_run  # noqa: E402
+import cases  # noqa: E402
+import torch  # noqa: E402
+from flash_attention_v3.portable.append import append  # noqa: E402
+from flash_attention_v3.portable.combine import combine  # noqa: E402
+from flash_attention_v3.portable.forward import forward  # noqa: E402
+from triton.runtime import interpreter  # noqa: E402
+
+from jit_kernel import flash_attention_v3  # noqa: E402
+from jit_kernel.device import Target  # noqa: E402
+from jit_kernel.fa3 import portable, portable_forward, portable_tiles  # noqa: E402
+from jit_kernel.fa3.portable_tiles import Tile, padded  # noqa: E402
+
+FEATURES = cases.FEATURES - {"qv", "only_qv", "descale_expanded"}
+SPACE = cases.Space(
+    "portable-interpreted",
+    dtypes=(torch.bfloat16, torch.float16),
+    any_head_dim=256,
+    features=FEATURES,
+    head_dims=((64, 64), (32, 32), (96, 96), (40, 24), (192, 128)),
+    lengths=(24, 50, 90),
+    max_heads=6,
+    max_batch=3,
+)
+# Small, so that a small case has full, masked and partly empty tiles on both sides.
+TILES = {"prefill": Tile(32, 16, 1, 1), "short": Tile(64, 32, 1, 1), "decode": Tile(16, 16, 1, 1)}
+FUNCTIONS = {"forward": forward, "combine": combine, "append": append}
+
+
+class InterpretedKernels:
+    """Double of DeviceKernels: a handle is a function and its constants, a launch interprets the grid."""
+
+    target = Target("cuda", "sm_80")
+    multiprocessors = 4
+
+    def __init__(self) -> None:
+        self.launched: list[str] = []
+
+    def handle(self, key: tuple[Any, ...]) -> tuple[str, dict[str, Any]]:
+        name, *fields = key
+        if name == "forward":
+            _, d, dv, kind, paged, local, softcap, aligned = fields
+            tile = TILES[kind]
+            constants = _sizes(d, dv) | {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "PAGED": paged}
+            constants |= {"LOCAL": local, "SOFTCAP": softcap, "INTERPRETED": True}
+        elif name == "append":
+            _, d, dv, aligned = fields
+            constants = _sizes(d, dv) | {"BLOCK_M": portable_forward.APPEND_ROWS}
+        else:
+            _, _, dv, aligned = fields
+            constants = {"HEAD_DIM_V": dv, "HEAD_DIM_V_PADDED": padded(dv)}
+            constants |= {"BLOCK_M": portable_forward.combine_rows(dv), "BLOCK_SPLITS": 4}
+        return name, constants | {"STRIDE_UNIT": 8 if aligned else 1}
+
+    def launch(self, handle: tuple[str, dict[str, Any]], grid: int, *arguments: Any) -> None:
+        name, constants = handle
+        self.launched.append(name)
+        # The interpreter has no null pointer; a flag keeps an absent tensor from being read.
+        given = [torch.zeros(1, dtype=torch.int32) if value is None else value for value in arguments]
+        FUNCTIONS[name][(grid,)](*given, **constants)
+
+
+def _sizes(d: int, dv: int) -> dict[str, int]:
+    return {"HEAD_DIM": d, "HEAD_DIM_V": dv, "HEAD_DIM_PADDED": padded(d), "HEAD_DIM_V_PADDED": padded(dv)}
+
+
+def _scalars_index_ranges() -> None:
+    """NumPy 2.4 makes no int of an array of one element, which is what the interpreter's scalars are."""
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
+
+
+def install() -> InterpretedKernels:
+    """Let the public functions, which check their arguments, reach the interpreted kernels."""
+    _scalars_index_ranges()
+    kernels = InterpretedKernels()
+    portable_forward.kernels_of = lambda device: kernels  # type: ignore[assignment, return-value]
+    portable_tiles.tile = lambda architecture, d, dv, kind: TILES[kind]
+    flash_attention_v3._load_fa3_kernels = lambda device=None: portable.KERNELS
+    return kernels
+
+
+def main(first: int, count: int) -> None:
+    kernels = install()
+    functions = {name: getattr(flash_attention_v3, name) for name in SPACE.functions}
+    torch.set_num_threads(1)
+    for seed in range(first, first + count):
+        shares = case_run.judge(cases.draw(seed, SPACE), functions)
+        print(f"case {seed} {shares.row:.4f} {shares.largest:.4f} {shares.lse:.4f}", flush=True)
+    for name in sorted(set(kernels.launched)):
+        print(f"launched {name} {kernels.launched.count(name)}")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))
