@@ -211,9 +211,13 @@ def _triton(
 ) -> tuple[bytes, str, str]:
     from jit_kernel import triton_compiler
 
-    image, metadata, log = triton_compiler.compile_unit(source, kernel_folder, target, extra)
+    command = f"triton.compile for {target}"
+    try:
+        image, metadata, log = triton_compiler.compile_unit(source, kernel_folder, target, extra)
+    except triton_compiler.TritonError as error:
+        raise CompileError(str(error), log=error.log, command=command) from error
     (folder / LAUNCH_METADATA).write_text(json.dumps(metadata, indent=1), encoding="utf-8")
-    return image, log, f"triton.compile for {target}"
+    return image, log, command
 
 
 def _kernel_includes() -> list[Path]:

@@ -57,7 +57,7 @@ def prepare(device: str) -> None:
 
 
 def all_variants(target: Target) -> list[KernelSpec]:
-    """What warm-up compiles for a target; the launcher is the host's (`host_variants`)."""
+    """What warm-up compiles for a target."""
     if not isinstance(supports(target), Accepted):
         return []
     return list(portable_kernels.all_specs(target))

@@ -123,9 +123,7 @@ def attend(
     kind = "prefill" if num_splits == 1 or rows > 64 else "decode" if rows <= 16 else "short"
     local = left >= 0 or attention_chunk > 0
     tile = portable_tiles.tile(kernels.target.architecture, head_dim, head_dim_v, kind)
-    handle = kernels.handle(
-        ("forward", dtype, head_dim, head_dim_v, kind, paged, local, softcap > 0, unit == 8)
-    )
+    handle = kernels.handle(("forward", dtype, head_dim, head_dim_v, kind, paged, local, softcap > 0, unit == 8))
     packed = group if _packs(pack_gqa, max_seqlen_q, group, tile.block_m, kind) else 1
     row_tiles = -(-max_seqlen_q * packed // tile.block_m)
     programs = row_tiles * (heads // packed) * batch
@@ -245,9 +243,7 @@ def _launch_combine(
     if aligned:
         partial_strides = (partial_strides[0] >> 3, *_eighths(partial_strides[1:]))
         out_strides = _eighths(out_strides)
-    handle = kernels.handle(
-        ("combine", DTYPE_NAMES[out_partial.dtype], DTYPE_NAMES[out.dtype], head_dim_v, aligned)
-    )
+    handle = kernels.handle(("combine", DTYPE_NAMES[out_partial.dtype], DTYPE_NAMES[out.dtype], head_dim_v, aligned))
     item_tiles = -(-max_seqlen_q * heads // combine_rows(head_dim_v))
     kernels.launch(
         handle, item_tiles * batch,

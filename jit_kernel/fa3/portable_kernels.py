@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from jit_kernel import device, jit
+from jit_kernel import jit
 from jit_kernel.device import Target
 from jit_kernel.fa3 import portable_tiles
 from jit_kernel.fa3.portable_tiles import padded
 from jit_kernel.jit import KernelSpec
 
+Scalar = str | int | bool
+
 FOLDER = "flash_attention_v3/portable"
-LAUNCHER = KernelSpec(FOLDER, '#include "flash_attention_v3/portable/launcher.cpp"\n', "host")
+# Host code, kept with the GPU target whose warm-up builds it.
+LAUNCHER = KernelSpec(
+    FOLDER, '#include "flash_attention_v3/portable/launcher.cpp"\n', "host", (("function", "launcher"),)
+)
 DTYPES = ("bf16", "fp16")
 # What warm-up compiles; any other pair up to 256 compiles at its first call.
 WARM_HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
@@ -53,7 +58,7 @@ def forward_spec(
         "STRIDE_UNIT": 8 if aligned else 1,
         "INTERPRETED": False,
     }
-    variant = {
+    variant: dict[str, Scalar] = {
         "function": "forward",
         "dtype": dtype,
         "head_dim": head_dim,
@@ -78,7 +83,7 @@ def combine_spec(partial: str, dtype: str, head_dim_v: int, aligned: bool) -> Ke
         "BLOCK_SPLITS": COMBINE_SPLITS,
         "STRIDE_UNIT": 8 if aligned else 1,
     }
-    variant = {
+    variant: dict[str, Scalar] = {
         "function": "combine",
         "partial": partial,
         "dtype": dtype,
@@ -98,7 +103,7 @@ def append_spec(dtype: str, head_dim: int, head_dim_v: int, aligned: bool) -> Ke
         "BLOCK_M": APPEND_ROWS,
         "STRIDE_UNIT": 8 if aligned else 1,
     }
-    variant = {
+    variant: dict[str, Scalar] = {
         "function": "append",
         "dtype": dtype,
         "head_dim": head_dim,
@@ -108,12 +113,16 @@ def append_spec(dtype: str, head_dim: int, head_dim_v: int, aligned: bool) -> Ke
     return _spec("append", variant, {"element": dtype}, constants, 4, 1)
 
 
-_MAKERS = {"forward": forward_spec, "combine": combine_spec, "append": append_spec}
+_MAKERS: dict[str, Callable[..., KernelSpec]] = {
+    "forward": forward_spec,
+    "combine": combine_spec,
+    "append": append_spec,
+}
 
 
 def _spec(
     function: str,
-    variant: dict[str, str | int | bool],
+    variant: dict[str, Scalar],
     types: dict[str, str],
     constants: dict[str, int],
     num_warps: int,
@@ -132,7 +141,8 @@ def _spec(
 
 
 def all_specs(target: Target) -> Iterator[KernelSpec]:
-    """What warm-up compiles: the launcher is `LAUNCHER`, for the host that will run it."""
+    """What warm-up compiles for a GPU: the launcher, and each kernel of the usual head sizes on aligned rows."""
+    yield LAUNCHER
     for dtype in DTYPES:
         for head_dim, head_dim_v in WARM_HEAD_DIMS:
             for kind in ("prefill", *portable_tiles.ROWS):
@@ -149,7 +159,7 @@ class DeviceKernels:
 
     def __init__(self, index: int, target: Target) -> None:
         self.target = target
-        launcher = jit.load(LAUNCHER, device.cpu_target())
+        launcher = jit.load(LAUNCHER, target)
         self.launch = launcher["launch"]
         self._load_kernel = launcher["load_kernel"]
         self.multiprocessors = int(launcher["multiprocessors"](index))
