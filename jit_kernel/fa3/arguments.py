@@ -23,7 +23,7 @@ _MOST_REMEMBERED = 8192  # a ragged server makes new shapes for ever; the memory
 
 # By the types of all arguments (which tell the function too: each has a number of arguments of its own): the names
 # of the tensors among them, and what passed before, by all of these tensors but their numbers.
-_passed: dict[tuple[type, ...], tuple[tuple[str, ...], dict[tuple[object, ...], Facts]]] = {}
+_passed: dict[tuple[type, ...], tuple[tuple[str, ...], dict[tuple[object, ...] | None, Facts]]] = {}
 
 
 def check_attention(function: str, call: dict[str, Any]) -> None:
@@ -41,7 +41,7 @@ def check_attention(function: str, call: dict[str, Any]) -> None:
         if torch.is_grad_enabled():
             refuse_gradients(call)
         _remember(call, types, facts)
-    _check_numbers(call)
+    check_numbers(call)
     scale: float | None = facts.scale
     if call.get("only_qv"):
         scale = facts.scale_of_qv
@@ -88,7 +88,7 @@ def refuse_gradients(call: dict[str, Any]) -> None:
             )
 
 
-def _check_numbers(call: dict[str, Any]) -> None:
+def check_numbers(call: dict[str, Any]) -> None:
     """The numbers that shapes say nothing about; their types were checked with the shapes."""
     scale = call["softmax_scale"]
     if scale is not None and not FLOAT32_MIN <= scale <= FLOAT32_MAX:

@@ -74,6 +74,11 @@ def all_variants(target: Target) -> list[jit.KernelSpec]:
     return [*(forward_spec(dtype) for dtype in _ELEMENTS), combine_spec()]
 
 
+def variant(target: Target, features: Features) -> jit.KernelSpec:
+    """The library that serves a call."""
+    return forward_spec(features.dtype)
+
+
 def canonical(field: str, value: str) -> str:
     """The value of a variant's field that serves a user's value: one library serves every head size."""
     if field == "head_dim" and value.isdigit() and 1 <= int(value) <= MAX_HEAD_DIM:
