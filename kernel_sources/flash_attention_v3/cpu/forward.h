@@ -1,0 +1,195 @@
+// The entry of a forward library: arguments to parameters, then append, attend and combine.
+#pragma once
+
+#include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/function.h>
+#include <tvm/ffi/optional.h>
+
+#include <atomic>
+
+#include "flash_attention_v3/cpu/mainloop_decode.h"
+#include "flash_attention_v3/cpu/mainloop_prefill.h"
+
+namespace jit_kernel {
+
+using tvm::ffi::Optional;
+using tvm::ffi::TensorView;
+
+template <class Element>
+inline Element* data_of(const TensorView& t) {
+  return reinterpret_cast<Element*>(static_cast<char*>(t.data_ptr()) + t.byte_offset());
+}
+
+template <class Element>
+inline const Element* data_or_null(const Optional<TensorView>& t) {
+  return t.has_value() ? data_of<const Element>(*t) : nullptr;
+}
+
+// (batch, rows, heads, n), or ragged (rows, heads, n).
+template <class Element>
+inline Rows<Element> rows_of(const TensorView& t) {
+  int32_t n = t.ndim();
+  return {data_of<Element>(t), n == 4 ? t.stride(0) : 0, t.stride(n - 3), t.stride(n - 2)};
+}
+
+template <class Element>
+inline Rows<const Element> rows_or_null(const Optional<TensorView>& t) {
+  return t.has_value() ? rows_of<const Element>(*t) : Rows<const Element>();
+}
+
+inline Descale descale_of(const Optional<TensorView>& t) {
+  if (!t.has_value()) return {};
+  return {data_of<const float>(*t), (*t).stride(0), (*t).stride(1)};
+}
+
+// Sinks come as float32 or in the inputs' dtype.
+template <class Element>
+inline const float* sinks_as_float(const Optional<TensorView>& sinks, std::vector<float>& storage) {
+  if (!sinks.has_value()) return nullptr;
+  int64_t heads = (*sinks).size(0), stride = (*sinks).stride(0);
+  bool is_float = (*sinks).dtype().bits == 32;
+  for (int64_t h = 0; h < heads; ++h) {
+    storage.push_back(is_float ? data_of<const float>(*sinks)[h * stride]
+                               : to_float(data_of<const Element>(*sinks)[h * stride]));
+  }
+  return storage.data();
+}
+
+// Work on one thread that pays for waking another: about 20 us.
+constexpr double kCostOfThread = 1e6;
+
+template <class Element>
+struct Forward {
+  using Output = typename OutputOf<Element>::type;
+  using Params = ForwardParams<Element, Output>;
+
+  static Scratch& scratch() {
+    static thread_local Scratch own;
+    return own;
+  }
+
+  // Calls f(i) for every i below count, on as many threads as the work pays for.
+  template <class F>
+  static void parallel(const Params& p, int64_t count, double cost, F&& f) {
+    int64_t threads = std::min(p.num_threads, count);
+    threads = std::min(threads, static_cast<int64_t>(cost / kCostOfThread) + 1);
+    std::atomic<int64_t> next{0};
+    auto work = [&] {
+      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(i);
+    };
+    if (threads <= 1) return work();
+    ThreadPool::instance().run(threads, work);
+  }
+
+  static void append(const Params& p, const Plan& plan) {
+    double cost = 0.0;
+    for (const Sequence& s : plan.sequences) {
+      cost += static_cast<double>(s.new_tokens * p.heads_k * (p.d + p.dv));
+    }
+    parallel(p, p.batch * p.heads_k, cost, [&](int64_t i) {
+      scratch().reserve(Scratch::size<float>(p.d));
+      append_tokens(p, plan.sequences[i / p.heads_k], i % p.heads_k, scratch().take<float>(p.d));
+    });
+  }
+
+  static void combine(const Params& p, const Plan& plan, const Partials& parts, int64_t dv) {
+    for (const Combination& c : plan.combinations) {
+      double cost = static_cast<double>(c.rows * c.count * dv);
+      ScoreScale scale = score_scale_of(p, c.batch, c.head_k);
+      parallel(p, c.rows, cost, [&](int64_t r) {
+        scratch().reserve(Scratch::size<float>(dv));
+        float* sum = scratch().take<float>(dv);
+        RowState state =
+            combine_parts(parts, c.first + r, c.stride, c.count, dv, scale.to_log2(), sum);
+        write_row(p, plan.sequences[c.batch], c.batch, c.head_k, r, scale, sum, state);
+      });
+    }
+  }
+
+  static void attend(const Params& p) {
+    using Math = MathOf<Element>;
+    static thread_local Plan plan_memory;
+    static thread_local Scratch part_memory;
+    Plan& plan = plan_memory;
+    HeadSizes sizes = head_sizes<Math>(p);
+    make_plan(p, prefill_tiles<Math>(sizes).rows, plan);
+    Partials parts;
+    if (plan.part_rows) {
+      part_memory.reserve(Scratch::size<float>(plan.part_rows * sizes.dv) +
+                          Scratch::size<RowState>(plan.part_rows));
+      parts.sums = part_memory.take<float>(plan.part_rows * sizes.dv);
+      parts.states = part_memory.take<RowState>(plan.part_rows);
+    }
+    if (p.k_new) append(p, plan);
+    parallel(p, static_cast<int64_t>(plan.items.size()), plan.cost, [&](int64_t i) {
+      const Item& item = plan.items[i];
+      const Sequence& s = plan.sequences[item.batch];
+      if (is_decode(s.sq * p.group)) {
+        Decode<Element>(p, scratch()).run(p, s, item, parts);
+      } else {
+        Prefill<Element>(p, item.row_end - item.row_begin, scratch()).run(p, s, item, parts);
+      }
+    });
+    combine(p, plan, parts, sizes.dv);
+  }
+
+  static void call(TensorView q, TensorView k, TensorView v, TensorView out,
+                   Optional<TensorView> lse, Optional<TensorView> qv, Optional<TensorView> k_new,
+                   Optional<TensorView> v_new, Optional<TensorView> page_table,
+                   Optional<TensorView> cu_seqlens_q, Optional<TensorView> cu_seqlens_k,
+                   Optional<TensorView> cu_seqlens_k_new, Optional<TensorView> seqused_q,
+                   Optional<TensorView> seqused_k, Optional<TensorView> cache_batch_idx,
+                   Optional<TensorView> cache_leftpad, Optional<TensorView> rotary_cos,
+                   Optional<TensorView> rotary_sin, Optional<TensorView> rotary_seqlens,
+                   Optional<TensorView> q_descale, Optional<TensorView> k_descale,
+                   Optional<TensorView> v_descale, Optional<TensorView> sinks, double softmax_scale,
+                   bool causal, int64_t window_left, int64_t window_right, int64_t attention_chunk,
+                   double softcap, bool rotary_interleaved, bool only_qv, int64_t num_splits,
+                   int64_t num_threads) {
+    Params p;
+    p.q = rows_of<const Element>(q), p.k = rows_of<Element>(k), p.v = rows_of<Element>(v);
+    p.out = rows_of<Output>(out), p.qv = rows_or_null<Element>(qv);
+    p.k_new = rows_or_null<Element>(k_new), p.v_new = rows_or_null<Element>(v_new);
+    if (rotary_cos.has_value()) {
+      p.rotary_cos.data = data_of<const Element>(*rotary_cos),
+      p.rotary_cos.row = (*rotary_cos).stride(0);
+      p.rotary_sin.data = data_of<const Element>(*rotary_sin),
+      p.rotary_sin.row = (*rotary_sin).stride(0);
+      p.rotary_dim = 2 * (*rotary_cos).size(1);
+    }
+    if (lse.has_value()) {  // (heads, rows) or (batch, heads, rows)
+      int32_t n = (*lse).ndim();
+      p.lse = {data_of<float>(*lse), n == 3 ? (*lse).stride(0) : 0, (*lse).stride(n - 1),
+               (*lse).stride(n - 2)};
+    }
+    p.cu_seqlens_q = data_or_null<int32_t>(cu_seqlens_q),
+    p.cu_seqlens_k = data_or_null<int32_t>(cu_seqlens_k);
+    p.cu_seqlens_k_new = data_or_null<int32_t>(cu_seqlens_k_new);
+    p.seqused_q = data_or_null<int32_t>(seqused_q), p.seqused_k = data_or_null<int32_t>(seqused_k);
+    p.cache_batch_idx = data_or_null<int32_t>(cache_batch_idx);
+    p.cache_leftpad = data_or_null<int32_t>(cache_leftpad);
+    p.rotary_seqlens = data_or_null<int32_t>(rotary_seqlens);
+    p.page_table = data_or_null<int32_t>(page_table);
+    p.page_size = page_table.has_value() ? k.size(1) : 0;
+    p.table_width = page_table.has_value() ? (*page_table).size(1) : 0;
+    p.batch = cu_seqlens_q.has_value() ? (*cu_seqlens_q).size(0) - 1 : q.size(0);
+    p.heads = q.size(q.ndim() - 2), p.heads_k = k.size(k.ndim() - 2), p.group = p.heads / p.heads_k;
+    p.d = q.size(q.ndim() - 1), p.dv = v.size(v.ndim() - 1);
+    p.rows_q = q.size(q.ndim() - 3), p.rows_k = k.size(k.ndim() - 3);
+    p.rows_new = k_new.has_value() ? (*k_new).size((*k_new).ndim() - 3) : 0;
+    p.q_descale = descale_of(q_descale), p.k_descale = descale_of(k_descale);
+    p.v_descale = descale_of(v_descale);
+    std::vector<float> sink_memory;
+    p.sinks = sinks_as_float<Element>(sinks, sink_memory);
+    p.softmax_scale = static_cast<float>(softmax_scale), p.softcap = static_cast<float>(softcap);
+    p.window_left = window_left, p.window_right = causal ? 0 : window_right;
+    p.attention_chunk = attention_chunk, p.rotary_interleaved = rotary_interleaved;
+    p.only_qv = only_qv, p.num_splits = num_splits, p.num_threads = num_threads;
+    attend(p);
+  }
+};
+
+}  // namespace jit_kernel
+
+#define JIT_KERNEL_EXPORT_FORWARD(element, ...) \
+  TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward, ::jit_kernel::Forward<::jit_kernel::element>::call)

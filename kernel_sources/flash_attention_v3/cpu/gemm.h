@@ -1,0 +1,91 @@
+// C (rows, columns) += A (rows, depth) B (depth, columns) in registers, from packed panels.
+//
+// A is row-major. B is in panels of kLanes columns: for each step of the depth (one float, or a
+// pair of bf16) the panel's columns lie side by side. C is row-major floats. Every sum runs over
+// the depth in order, whatever the tile, so that a row's result does not depend on its neighbours.
+#pragma once
+
+#include "flash_attention_v3/cpu/tile_size.h"
+
+namespace jit_kernel {
+
+template <class Math>
+struct Dot;
+
+template <>
+struct Dot<float> {
+  using Operand = simd::Vec;
+  static Operand broadcast(const float* a) { return simd::set1(*a); }
+  static Operand load(const float* b) { return simd::load(b); }
+  static simd::Vec add(simd::Vec sum, Operand a, Operand b) { return simd::fma(a, b, sum); }
+};
+
+#ifdef JIT_KERNEL_BF16_DOT
+template <>
+struct Dot<bf16> {
+  using Operand = __m512bh;
+  static Operand broadcast(const bf16* a) { return simd::set1_pair(a); }
+  static Operand load(const bf16* b) { return simd::load_pairs(b); }
+  static simd::Vec add(simd::Vec sum, Operand a, Operand b) { return simd::dot_pairs(sum, a, b); }
+};
+#endif
+
+template <class Math>
+struct GemmArgs {
+  const Math* a;
+  int64_t lda;
+  const Math* b;
+  int64_t panel;  // elements from one panel of B to the next
+  float* c;
+  int64_t ldc;
+  int64_t depth;
+  bool accumulate;  // add to C, else overwrite it
+};
+
+template <class Math, int kRows, int kPanels>
+inline void gemm_tile(const GemmArgs<Math>& g, int64_t row, int64_t first_panel) {
+  using simd::kLanes;
+  simd::Vec sum[kRows][kPanels];
+  float* c = g.c + row * g.ldc + first_panel * kLanes;
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < kPanels; ++j) {
+      sum[i][j] = g.accumulate ? simd::load(c + i * g.ldc + j * kLanes) : simd::zero();
+    }
+  }
+  const Math* a = g.a + row * g.lda;
+  const Math* b = g.b + first_panel * g.panel;
+  for (int64_t k = 0; k < g.depth; k += kStep<Math>, b += kLanes * kStep<Math>) {
+    typename Dot<Math>::Operand columns[kPanels];
+#pragma GCC unroll 4
+    for (int j = 0; j < kPanels; ++j) columns[j] = Dot<Math>::load(b + j * g.panel);
+#pragma GCC unroll 6
+    for (int i = 0; i < kRows; ++i) {
+      auto one = Dot<Math>::broadcast(a + i * g.lda + k);
+#pragma GCC unroll 4
+      for (int j = 0; j < kPanels; ++j) sum[i][j] = Dot<Math>::add(sum[i][j], one, columns[j]);
+    }
+  }
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < kPanels; ++j) simd::store(c + i * g.ldc + j * kLanes, sum[i][j]);
+  }
+}
+
+template <class Math, int kPanels>
+inline void gemm_rows(const GemmArgs<Math>& g, int64_t rows, int64_t first_panel) {
+  int64_t i = 0;
+  for (; i + 6 <= rows; i += 6) gemm_tile<Math, 6, kPanels>(g, i, first_panel);
+  for (; i + 2 <= rows; i += 2) gemm_tile<Math, 2, kPanels>(g, i, first_panel);
+  if (i < rows) gemm_tile<Math, 1, kPanels>(g, i, first_panel);
+}
+
+// A tile of 6 rows and 4 panels fills 32 registers, with 2 panels 16. Panels are outermost: they
+// stay in L1 while all rows pass.
+template <class Math>
+inline void gemm(const GemmArgs<Math>& g, int64_t rows, int64_t panels) {
+  constexpr int kPanels = simd::kRegisters == 32 ? 4 : 2;
+  int64_t j = 0;
+  for (; j + kPanels <= panels; j += kPanels) gemm_rows<Math, kPanels>(g, rows, j);
+  for (; j < panels; ++j) gemm_rows<Math, 1>(g, rows, j);
+}
+
+}  // namespace jit_kernel

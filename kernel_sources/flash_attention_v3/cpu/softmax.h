@@ -1,0 +1,115 @@
+// The online softmax of one row: scores to probabilities, with the maximum and the sum so far.
+//
+// Raw scores s are products q·k, or capped scores: p = 2^((s - maximum) * to_log2).
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "flash_attention_v3/cpu/tile_size.h"
+
+namespace jit_kernel {
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+struct ScoreScale {
+  float softcap;   // 0: none
+  float inner;     // what scores are multiplied by before the cap
+  float natural;   // raw scores times this are in units of e; positive
+  bool transform;  // whether scores need a pass of their own before the maximum is taken
+
+  float to_log2() const { return natural * kLog2e; }
+};
+
+// The cap, or a scale that would turn the order round, is applied before the mask.
+inline ScoreScale score_scale(float scale, float softcap) {
+  if (softcap > 0.0f) return {softcap, scale / softcap, 1.0f, true};
+  if (scale <= 0.0f) return {0.0f, scale, 1.0f, true};
+  return {0.0f, 1.0f, scale, false};
+}
+
+inline void transform_scores(const ScoreScale& scale, float* s, int64_t n) {
+  for (int64_t i = 0; i < n; i += simd::kLanes) {
+    simd::Vec x = simd::load(s + i) * simd::set1(scale.inner);
+    if (scale.softcap > 0.0f) x = simd::tanh(x) * simd::set1(scale.softcap);
+    simd::store(s + i, x);
+  }
+}
+
+inline void mask_scores(float* s, int64_t begin, int64_t end, int64_t n) {
+  for (int64_t i = 0; i < begin; ++i) s[i] = -kInfinity;
+  for (int64_t i = end; i < n; ++i) s[i] = -kInfinity;
+}
+
+inline void store_probabilities(float* p, simd::Vec a, simd::Vec b) {
+  simd::store(p, a);
+  simd::store(p + simd::kLanes, b);
+}
+#ifdef JIT_KERNEL_BF16_DOT
+inline void store_probabilities(bf16* p, simd::Vec a, simd::Vec b) {
+  _mm512_storeu_si512(p, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a)));
+}
+#endif
+
+// The maximum so far of a row's raw scores, and the sum of its probabilities.
+struct RowState {
+  float maximum = -kInfinity, sum = 0.0f;
+};
+
+// (x - maximum) * to_log2. For floats the difference comes first: a product with a large maximum
+// would lose its last bits. Beside P in bf16 the shorter product and sum are exact.
+inline simd::Vec exponent(float, simd::Vec x, simd::Vec maximum, simd::Vec to_log2) {
+  return (x - maximum) * to_log2;
+}
+inline simd::Vec exponent(bf16, simd::Vec x, simd::Vec maximum, simd::Vec to_log2) {
+  return simd::fma(x, to_log2, simd::zero() - maximum * to_log2);
+}
+
+// n scores (a multiple of kDepth; masked ones are -inf) to probabilities p, which may be s itself.
+// Returns the factor for what was summed before.
+template <int kDegree, class Math>
+inline float softmax_row(const float* s, Math* p, int64_t n, float to_log2, RowState& state) {
+  using simd::Vec;
+  constexpr int64_t kPair = 2 * simd::kLanes;
+  Vec m0 = simd::load(s), m1 = simd::load(s + simd::kLanes);
+  for (int64_t i = kPair; i < n; i += kPair) {
+    m0 = simd::max(m0, simd::load(s + i));
+    m1 = simd::max(m1, simd::load(s + i + simd::kLanes));
+  }
+  float maximum = std::max(state.maximum, simd::reduce_max(simd::max(m0, m1)));
+  // Nothing visible yet: any finite number keeps -inf - maximum from being NaN.
+  float shift = maximum == -kInfinity ? 0.0f : maximum;
+  Vec scale = simd::set1(to_log2), top = simd::set1(shift), sum0 = simd::zero(),
+      sum1 = simd::zero();
+  for (int64_t i = 0; i < n; i += kPair) {
+    Vec a = simd::exp2<kDegree>(exponent(Math(), simd::load(s + i), top, scale));
+    Vec b = simd::exp2<kDegree>(exponent(Math(), simd::load(s + i + simd::kLanes), top, scale));
+    sum0 = sum0 + a;
+    sum1 = sum1 + b;
+    store_probabilities(p + i, a, b);
+  }
+  float factor = maximum == state.maximum ? 1.0f : std::exp2((state.maximum - shift) * to_log2);
+  state.sum = state.sum * factor + simd::reduce_add(sum0 + sum1);
+  state.maximum = maximum;
+  return factor;
+}
+
+// What a row's sum becomes when it is finished: out = acc * factor, and lse in natural units.
+struct RowEnd {
+  float factor, lse;
+};
+
+// sink: one more logit (natural units) without a value; -inf where there is none.
+inline RowEnd finish_row(const RowState& state, const ScoreScale& scale, float sink) {
+  bool seen = state.maximum != -kInfinity;
+  if (!seen && sink == -kInfinity) return {0.0f, -kInfinity};
+  // In double: a float's last bit of a large logit is more than the result may be off.
+  double logit = seen ? static_cast<double>(state.maximum) * scale.natural : -kInfinity;
+  double maximum = std::max(logit, static_cast<double>(sink));
+  double kept = std::exp(logit - maximum);
+  double sum = state.sum * kept + std::exp(sink - maximum);
+  return {static_cast<float>(kept / sum), static_cast<float>(maximum + std::log(sum))};
+}
+
+}  // namespace jit_kernel

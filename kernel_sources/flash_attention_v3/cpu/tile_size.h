@@ -1,0 +1,87 @@
+// Types and sizes of the tiles. They depend on element type, head sizes and instruction set only:
+// never on the batch, so that a sequence's result is bitwise the same in any batch.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "jit_kernel/cpu/simd.h"
+
+namespace jit_kernel {
+
+// What products are made of: pairs of bf16 where there is an instruction for them, else float.
+#ifdef JIT_KERNEL_BF16_DOT
+template <class Element>
+using MathOf =
+    std::conditional_t<std::is_same<Element, bf16>::value || std::is_same<Element, e4m3>::value,
+                       bf16, float>;
+#else
+template <class Element>
+using MathOf = float;
+#endif
+
+inline int64_t round_up(int64_t x, int64_t multiple) {
+  return (x + multiple - 1) / multiple * multiple;
+}
+
+// Elements of a dot product that one step of one lane takes.
+template <class Math>
+constexpr int kStep = std::is_same<Math, bf16>::value ? 2 : 1;
+
+// Keys are taken in multiples of this: an AMX tile's depth, and pairs of vectors everywhere.
+constexpr int64_t kDepth = 32;
+
+// The depth of q·k is padded with zeros to this: an AMX tile's depth, or a vector.
+template <class Math>
+inline int64_t padded_depth(int64_t d) {
+  return round_up(d, std::is_same<Math, bf16>::value ? kDepth : simd::kLanes);
+}
+
+// What one dot product of a query and a key spans: q·k, then qv·v. Elements, padded.
+struct HeadSizes {
+  int64_t qk;     // padded d, or 0 when only qv counts
+  int64_t qv;     // padded dv, or 0 without qv
+  int64_t depth;  // their sum
+  int64_t dv;     // columns of out, padded to vectors
+};
+
+template <class Math, class Params>
+inline HeadSizes head_sizes(const Params& p) {
+  HeadSizes h;
+  h.qk = p.only_qv ? 0 : padded_depth<Math>(p.d);
+  h.qv = p.qv ? padded_depth<Math>(p.dv) : 0;
+  h.depth = h.qk + h.qv;
+  h.dv = round_up(p.dv, simd::kLanes);
+  return h;
+}
+
+// Up to this many rows (queries times heads of a group) of a sequence go through the decode kernel,
+// which reads keys in place instead of packing them.
+constexpr int64_t kDecodeRows = 16;
+constexpr int64_t kDecodeBlock = 64;  // keys whose scores are held at once
+
+// Keys per item of a decode: long sequences are spread over threads in pieces of this size,
+// combined in order. Always, so that it changes nothing bitwise how many threads there are.
+constexpr int64_t kDecodeChunk = 1024;
+
+constexpr int64_t kTileRows = 48;  // rows of scores held at once: 8 times the 6 of a register tile
+
+struct PrefillTiles {
+  int64_t block;  // keys packed at once
+  int64_t rows;   // rows that share a packed block, at most
+};
+
+template <class Math>
+inline PrefillTiles prefill_tiles(const HeadSizes& h) {
+  PrefillTiles t;
+  int64_t key_bytes = (h.depth + h.dv) * int64_t{sizeof(Math)};
+  t.block = key_bytes <= 1024 ? 256 : key_bytes <= 2048 ? 128 : 64;  // 256 KiB packed
+  // rows of q and out: 512 KiB, the other half of a small L2
+  int64_t row_bytes = h.depth * int64_t{sizeof(Math)} + h.dv * int64_t{sizeof(float)};
+  t.rows = std::min<int64_t>(512, (512 << 10) / row_bytes);
+  t.rows = std::max(kTileRows, t.rows / kTileRows * kTileRows);
+  return t;
+}
+
+}  // namespace jit_kernel

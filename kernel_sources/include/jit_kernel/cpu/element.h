@@ -1,0 +1,100 @@
+// Element types of tensors, by their C++ names, and their scalar conversions.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace jit_kernel {
+
+using f32 = float;
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+struct e4m3 {  // float8_e4m3fn: no infinity, 0x7f and 0xff are NaN
+  uint8_t bits;
+};
+
+template <class To, class From>
+inline To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+inline float to_float(f32 x) { return x; }
+
+inline float to_float(bf16 x) { return bit_cast<float>(uint32_t{x.bits} << 16); }
+
+inline float to_float(fp16 x) {
+  uint32_t sign = uint32_t{x.bits & 0x8000u} << 16, magnitude = x.bits & 0x7fffu;
+  if (magnitude >= 0x7c00u) return bit_cast<float>(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+  if (magnitude >= 0x400u) return bit_cast<float>(sign | ((magnitude << 13) + 0x38000000u));
+  float subnormal = static_cast<float>(magnitude) * 0x1p-24f;
+  return sign ? -subnormal : subnormal;
+}
+
+inline float to_float(e4m3 x) {
+  uint32_t sign = uint32_t{x.bits & 0x80u} << 24, magnitude = x.bits & 0x7fu;
+  if (magnitude == 0x7fu) return bit_cast<float>(sign | 0x7fc00000u);
+  if (magnitude >= 8u) return bit_cast<float>(sign | ((magnitude << 20) + 0x3c000000u));
+  float subnormal = static_cast<float>(magnitude) * 0x1p-9f;
+  return sign ? -subnormal : subnormal;
+}
+
+template <class Element>
+Element from_float(float x);
+
+template <>
+inline f32 from_float<f32>(float x) {
+  return x;
+}
+
+template <>
+inline bf16 from_float<bf16>(float x) {  // round to nearest, ties to even
+  uint32_t bits = bit_cast<uint32_t>(x);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return bf16{static_cast<uint16_t>(bits >> 16 | 0x40u)};
+  return bf16{static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+}
+
+template <>
+inline fp16 from_float<fp16>(float x) {  // round to nearest, ties to even
+  uint32_t bits = bit_cast<uint32_t>(x), sign = bits >> 16 & 0x8000u,
+           magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return fp16{static_cast<uint16_t>(sign | 0x7e00u)};
+  if (magnitude >= 0x477ff000u) return fp16{static_cast<uint16_t>(sign | 0x7c00u)};
+  if (magnitude < 0x38800000u) {  // subnormal: the sum's last bit is worth 2^-24
+    float shifted = bit_cast<float>(magnitude) + 0.5f;
+    return fp16{static_cast<uint16_t>(sign | (bit_cast<uint32_t>(shifted) - 0x3f000000u))};
+  }
+  uint32_t rounded = magnitude + 0xfffu + (magnitude >> 13 & 1u) - 0x38000000u;
+  return fp16{static_cast<uint16_t>(sign | rounded >> 13)};
+}
+
+template <>
+inline e4m3 from_float<e4m3>(float x) {  // saturates; round to nearest, ties to even
+  uint32_t bits = bit_cast<uint32_t>(x), sign = bits >> 24 & 0x80u, magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return e4m3{static_cast<uint8_t>(sign | 0x7fu)};
+  if (magnitude >= 0x43e80000u) return e4m3{static_cast<uint8_t>(sign | 0x7eu)};
+  if (magnitude < 0x3c800000u) {  // subnormal: the sum's last bit is worth 2^-9
+    float shifted = bit_cast<float>(magnitude) + 16384.0f;
+    return e4m3{static_cast<uint8_t>(sign | (bit_cast<uint32_t>(shifted) - 0x46800000u))};
+  }
+  uint32_t rounded = magnitude + 0x7ffffu + (magnitude >> 20 & 1u) - 0x3c000000u;
+  return e4m3{static_cast<uint8_t>(sign | rounded >> 20)};
+}
+
+// What attention of these inputs gives: the inputs' dtype, and bf16 for e4m3.
+template <class Element>
+struct OutputOf {
+  using type = Element;
+};
+template <>
+struct OutputOf<e4m3> {
+  using type = bf16;
+};
+
+}  // namespace jit_kernel

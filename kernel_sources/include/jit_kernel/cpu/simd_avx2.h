@@ -1,0 +1,100 @@
+// Vectors of 8 floats: AVX2, FMA and F16C. The interface is that of simd.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include "jit_kernel/cpu/element.h"
+
+namespace jit_kernel {
+namespace simd {
+
+using Vec = __m256;
+constexpr int kLanes = 8;
+constexpr int kRegisters = 16;
+
+inline Vec zero() { return _mm256_setzero_ps(); }
+inline Vec set1(float x) { return _mm256_set1_ps(x); }
+inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
+inline void store(float* p, Vec x) { _mm256_storeu_ps(p, x); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+inline Vec abs(Vec a) { return _mm256_andnot_ps(set1(-0.0f), a); }
+
+inline float reduce_add(Vec a) {
+  __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+}
+inline float reduce_max(Vec a) {
+  __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+}
+
+// The elements of `yes` where a < b, else those of `no`.
+inline Vec where_less(Vec a, Vec b, Vec yes, Vec no) {
+  return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
+}
+
+inline Vec copy_sign(Vec magnitude, Vec sign) {
+  return _mm256_or_ps(magnitude, _mm256_and_ps(sign, set1(-0.0f)));
+}
+
+// 2^x for x below 128; below -126 it is 0. Relative error: 7.5e-8.
+template <int kDegree>
+inline Vec exp2(Vec x) {
+  Vec bounded = max(x, set1(-126.0f));
+  Vec n = _mm256_round_ps(bounded, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  Vec f = _mm256_sub_ps(bounded, n);
+  Vec y = fma(set1(0.00132764668f), f, set1(0.00967554129f));
+  y = fma(y, f, set1(0.0555071329f));
+  y = fma(y, f, set1(0.240221197f));
+  y = fma(y, f, set1(0.693146967f));
+  y = fma(y, f, set1(1.0f));
+  __m256i power = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
+  y = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(y), power));
+  return _mm256_andnot_ps(_mm256_cmp_ps(x, set1(-126.0f), _CMP_LT_OQ), y);
+}
+
+inline Vec load_as_float(const f32* p) { return load(p); }
+inline Vec load_as_float(const bf16* p) {
+  __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+inline Vec load_as_float(const fp16* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Vec load_as_float(const e4m3* p) {
+  __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  __m256i magnitude = _mm256_and_si256(x, _mm256_set1_epi32(0x7f));
+  __m256i sign = _mm256_slli_epi32(_mm256_sub_epi32(x, magnitude), 24);
+  __m256i normal =
+      _mm256_add_epi32(_mm256_slli_epi32(magnitude, 20), _mm256_set1_epi32(0x3c000000));
+  Vec subnormal = _mm256_mul_ps(_mm256_cvtepi32_ps(magnitude), set1(0x1p-9f));
+  __m256i small = _mm256_cmpgt_epi32(_mm256_set1_epi32(8), magnitude);
+  __m256i nan = _mm256_cmpeq_epi32(magnitude, _mm256_set1_epi32(0x7f));
+  __m256i y = _mm256_blendv_epi8(normal, _mm256_castps_si256(subnormal), small);
+  y = _mm256_blendv_epi8(y, _mm256_set1_epi32(0x7fc00000), nan);
+  return _mm256_castsi256_ps(_mm256_or_si256(y, sign));
+}
+
+inline void store_as(f32* p, Vec x) { store(p, x); }
+inline void store_as(fp16* p, Vec x) {
+  __m128i bits = _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bits);
+}
+inline void store_as(bf16* p, Vec x) {
+  alignas(32) float lanes[8];
+  _mm256_store_ps(lanes, x);
+  for (int i = 0; i < 8; ++i) p[i] = from_float<bf16>(lanes[i]);
+}
+
+// y[i] = the sum of x[i]'s lanes.
+inline Vec reduce_each(const Vec (&x)[8]) {
+  Vec a = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
+  Vec b = _mm256_hadd_ps(_mm256_hadd_ps(x[4], x[5]), _mm256_hadd_ps(x[6], x[7]));
+  return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+}
+
+}  // namespace simd
+}  // namespace jit_kernel

@@ -1,0 +1,131 @@
+// Vectors of 16 floats: AVX-512 F, BW, DQ and VL. The interface is that of simd.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include "jit_kernel/cpu/element.h"
+
+namespace jit_kernel {
+namespace simd {
+
+using Vec = __m512;
+constexpr int kLanes = 16;
+constexpr int kRegisters = 32;
+
+inline Vec zero() { return _mm512_setzero_ps(); }
+inline Vec set1(float x) { return _mm512_set1_ps(x); }
+inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, Vec x) { _mm512_storeu_ps(p, x); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+inline Vec abs(Vec a) { return _mm512_abs_ps(a); }
+inline float reduce_add(Vec a) { return _mm512_reduce_add_ps(a); }
+inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a); }
+
+// The elements of `yes` where a < b, else those of `no`.
+inline Vec where_less(Vec a, Vec b, Vec yes, Vec no) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
+}
+
+inline Vec copy_sign(Vec magnitude, Vec sign) {
+  __m512i top = _mm512_and_si512(_mm512_castps_si512(sign), _mm512_set1_epi32(INT32_MIN));
+  return _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(magnitude), top));
+}
+
+// 2^x; -inf gives 0. One reduction (x - floor(x)) and one scaling, so one degree more than a
+// reduction to [-1/2, 1/2] would want. Relative error: degree 4: 2.6e-6, degree 6: 2e-9.
+template <int kDegree>
+inline Vec exp2(Vec x) {
+  static_assert(kDegree == 3 || kDegree == 4 || kDegree == 6, "degrees with coefficients");
+  constexpr float kThird[] = {0.99992522f, 0.695833509f, 0.226067247f, 0.0780244585f};
+  constexpr float kFourth[] = {1.00000259f, 0.693003836f, 0.241442748f, 0.0520114749f,
+                               0.0135341605f};
+  constexpr float kSixth[] = {1.0f,           0.693146984f,   0.240229836f,   0.0554833421f,
+                              0.00967884079f, 0.00124396897f, 0.000217022491f};
+  const float* c = kDegree == 3 ? kThird : kDegree == 4 ? kFourth : kSixth;
+  Vec f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  Vec y = set1(c[kDegree]);
+#pragma GCC unroll 8
+  for (int i = kDegree - 1; i >= 0; --i) y = fma(y, f, set1(c[i]));
+  return _mm512_scalef_ps(y, x);
+}
+
+inline Vec load_as_float(const f32* p) { return load(p); }
+inline Vec load_as_float(const bf16* p) {
+  __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+inline Vec load_as_float(const fp16* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline Vec load_as_float(const e4m3* p) {
+  __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  __m512i magnitude = _mm512_and_si512(x, _mm512_set1_epi32(0x7f));
+  __m512i sign = _mm512_slli_epi32(_mm512_sub_epi32(x, magnitude), 24);
+  __m512i normal =
+      _mm512_add_epi32(_mm512_slli_epi32(magnitude, 20), _mm512_set1_epi32(0x3c000000));
+  Vec subnormal = _mm512_mul_ps(_mm512_cvtepi32_ps(magnitude), set1(0x1p-9f));
+  __mmask16 small = _mm512_cmplt_epi32_mask(magnitude, _mm512_set1_epi32(8));
+  __mmask16 nan = _mm512_cmpeq_epi32_mask(magnitude, _mm512_set1_epi32(0x7f));
+  __m512i y = _mm512_mask_mov_epi32(normal, small, _mm512_castps_si512(subnormal));
+  y = _mm512_mask_mov_epi32(y, nan, _mm512_set1_epi32(0x7fc00000));
+  return _mm512_castsi512_ps(_mm512_or_si512(y, sign));
+}
+
+inline void store_as(f32* p, Vec x) { store(p, x); }
+inline void store_as(fp16* p, Vec x) {
+  __m256i bits = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits);
+}
+inline void store_as(bf16* p, Vec x) {
+#ifdef __AVX512BF16__
+  __m256i rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x));
+#else
+  __m512i bits = _mm512_castps_si512(x);
+  __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
+  __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  up = _mm512_mask_or_epi32(up, nan, bits, _mm512_set1_epi32(0x400000));
+  __m256i rounded = _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16));
+#endif
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded);
+}
+
+#ifdef __AVX512BF16__
+inline __m512bh load_pairs(const bf16* p) {
+  return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p));
+}
+inline __m512bh set1_pair(const bf16* p) {
+  return reinterpret_cast<__m512bh>(_mm512_set1_epi32(
+      bit_cast<int32_t>(*reinterpret_cast<const uint32_t __attribute__((may_alias))*>(p))));
+}
+inline Vec dot_pairs(Vec sum, __m512bh a, __m512bh b) { return _mm512_dpbf16_ps(sum, a, b); }
+#endif
+
+// y[i] = the sum of x[i]'s lanes. Four rounds halve the number of vectors, 2 shuffles an addition.
+inline Vec reduce_each(const Vec (&x)[16]) {
+  Vec a[8], b[4], c[2];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {  // lanes of 32 bits: pairs (2i, 2i + 1)
+    a[i] = _mm512_add_ps(_mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]),
+                         _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {  // after it each quarter holds four vectors' sums, in order
+    Vec low = _mm512_shuffle_ps(a[2 * i], a[2 * i + 1], _MM_SHUFFLE(1, 0, 1, 0));
+    Vec high = _mm512_shuffle_ps(a[2 * i], a[2 * i + 1], _MM_SHUFFLE(3, 2, 3, 2));
+    b[i] = _mm512_add_ps(low, high);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    Vec low = _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], _MM_SHUFFLE(2, 0, 2, 0));
+    Vec high = _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], _MM_SHUFFLE(3, 1, 3, 1));
+    c[i] = _mm512_add_ps(low, high);
+  }
+  Vec low = _mm512_shuffle_f32x4(c[0], c[1], _MM_SHUFFLE(2, 0, 2, 0));
+  Vec high = _mm512_shuffle_f32x4(c[0], c[1], _MM_SHUFFLE(3, 1, 3, 1));
+  return _mm512_add_ps(low, high);
+}
+
+}  // namespace simd
+}  // namespace jit_kernel
