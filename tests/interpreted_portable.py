@@ -17,6 +17,7 @@ sys.path[:0] = [str(ROOT / "kernel_sources"), str(ROOT), str(ROOT / "tests")]
 
 import case_run  # noqa: E402
 import cases  # noqa: E402
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from flash_attention_v3.portable.append import append  # noqa: E402
 from flash_attention_v3.portable.combine import combine  # noqa: E402
@@ -81,20 +82,27 @@ def _sizes(d: int, dv: int) -> dict[str, int]:
     return {"HEAD_DIM": d, "HEAD_DIM_V": dv, "HEAD_DIM_PADDED": padded(d), "HEAD_DIM_V_PADDED": padded(dv)}
 
 
-def _scalars_index_ranges() -> None:
-    """NumPy 2.4 makes no int of an array of one element, which is what the interpreter's scalars are."""
-    patch = interpreter._patch_lang_tensor
+def _mend_interpreter() -> None:
+    """Two faults of Triton 3.6's interpreter: it truncates float32 to bf16, where every GPU rounds to nearest, and it
+    makes an int of an array of one element, which NumPy 2.4 refuses."""
+    convert, patch = interpreter._convert_float, interpreter._patch_lang_tensor
+
+    def rounded(data: Any, source: Any, target: Any, mode: Any) -> Any:
+        if str(source) == "fp32" and str(target) == "bf16":
+            values = torch.from_numpy(np.ascontiguousarray(data))
+            return values.bfloat16().view(torch.int16).numpy().view(np.uint16)
+        return convert(data, source, target, mode)
 
     def patched(tensor: Any, scope: Any) -> None:
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
-    interpreter._patch_lang_tensor = patched
+    interpreter._convert_float, interpreter._patch_lang_tensor = rounded, patched
 
 
 def install() -> InterpretedKernels:
     """Let the public functions, which check their arguments, reach the interpreted kernels."""
-    _scalars_index_ranges()
+    _mend_interpreter()
     kernels = InterpretedKernels()
     portable_forward.kernels_of = lambda device: kernels  # type: ignore[assignment, return-value]
     portable_tiles.tile = lambda architecture, d, dv, kind: TILES[kind]

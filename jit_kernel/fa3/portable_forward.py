@@ -18,6 +18,7 @@ CU_SEQLENS_Q, CU_SEQLENS_K, CU_SEQLENS_K_NEW = 1, 2, 4
 SEQUSED_Q, SEQUSED_K, CACHE_BATCH_IDX, CACHE_LEFTPAD = 8, 16, 32, 64
 LSE, SINKS, SINKS_ARE_FLOAT32, PAGE_TABLE = 128, 256, 512, 1024
 ROTARY, ROTARY_INTERLEAVED, ROTARY_SEQLENS, ROTATE_QUERY_BY_TOKEN = 2048, 4096, 8192, 16384
+ZERO_REST = 32768
 
 # A wider token stride would overflow the 32-bit offsets inside a tile of at most 128 keys.
 _NARROW = 2**31 // 256
@@ -72,10 +73,9 @@ def attend(
     batch = q_shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     if max_seqlen_q is None:
         max_seqlen_q = q_shape[0] if ragged else q_shape[1]
+    owned = out is None
     if out is None:
-        # Rows past seqused_q are never written.
-        make = torch.empty if seqused_q is None else torch.zeros
-        out = make((*q_shape[:-1], head_dim_v), dtype=q.dtype, device=q.device)
+        out = torch.empty((*q_shape[:-1], head_dim_v), dtype=q.dtype, device=q.device)
     total_rows = q_shape[0] if ragged else batch * q_shape[1]
     lse = None
     if return_softmax_lse:
@@ -83,6 +83,10 @@ def attend(
         lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
     result = out if lse is None else (out, lse)
     if total_rows == 0 or batch == 0 or max_seqlen_q == 0:
+        if owned:
+            out.zero_()
+        if lse is not None:
+            lse.fill_(-math.inf)
         return result
 
     paged = page_table is not None
@@ -104,6 +108,7 @@ def attend(
         | (CACHE_BATCH_IDX if cache_batch_idx is not None else 0)
         | (CACHE_LEFTPAD if cache_leftpad is not None else 0)
         | (LSE if lse is not None else 0)
+        | (ZERO_REST if owned else 0)
     )
     if sinks is not None:
         flags |= SINKS | (SINKS_ARE_FLOAT32 if sinks.dtype == torch.float32 else 0)

@@ -20,6 +20,7 @@ from flash_attention_v3.portable.sequence import (
     HAS_SEQUSED_Q,
     HAS_SINKS,
     SINKS_ARE_FLOAT32,
+    ZERO_REST,
     end_visible_key,
     first_visible_key,
     load_index,
@@ -287,6 +288,31 @@ def forward(
     q_start, sq = token_range(
         batch, cu_seqlens_q, HAS_CU_SEQLENS_Q, seqused_q, HAS_SEQUSED_Q, flags, seqlen_q
     )
+    out_base = out + batch * (out_stride_batch * STRIDE_UNIT)
+    lse_base = lse + batch * lse_stride_batch
+    if (flags & (ZERO_REST | HAS_LSE)) != 0 and split == 0:
+        # What lies behind the last sequence of a ragged tensor belongs to that one's programs.
+        last = batch == tl.num_programs(0) // (row_tiles * head_tiles * num_splits) - 1
+        owned = load_index(cu_seqlens_q, batch + 1, flags, HAS_CU_SEQLENS_Q, seqlen_q)
+        owned = tl.where(last, seqlen_q, owned) - q_start - sq
+        for begin in range(row_tile * BLOCK_M, owned * heads_per_tile, row_tiles * BLOCK_M):
+            rest = begin + tl.arange(0, BLOCK_M)
+            rest_tokens = q_start.to(tl.int64) + sq + rest // heads_per_tile
+            rest_heads = head_tile * heads_per_tile + rest % heads_per_tile
+            is_rest = rest < owned * heads_per_tile
+            lse_pointers = lse_base + rest_heads * lse_stride_head + rest_tokens
+            nothing = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+            tl.store(lse_pointers, nothing, mask=is_rest & ((flags & HAS_LSE) != 0))
+            columns = tl.arange(0, HEAD_DIM_V_PADDED)
+            pointers = out_base + (
+                rest_tokens * (out_stride_token * STRIDE_UNIT)
+                + rest_heads * (out_stride_head * STRIDE_UNIT)
+            )[:, None]
+            zero_mask = (is_rest & ((flags & ZERO_REST) != 0))[:, None]
+            zeros = tl.zeros((BLOCK_M, HEAD_DIM_V_PADDED), out.dtype.element_ty)
+            tl.store(
+                pointers + columns[None, :], zeros, mask=zero_mask & (columns < HEAD_DIM_V)[None, :]
+            )
     if row_tile * BLOCK_M >= sq * heads_per_tile:
         return
     cache_row = load_index(cache_batch_idx, batch, flags, HAS_CACHE_BATCH_IDX, batch)
@@ -412,11 +438,10 @@ def forward(
             (q_start.to(tl.int64) + tokens) * (out_stride_token * STRIDE_UNIT)
             + heads * (out_stride_head * STRIDE_UNIT)
         )  # fmt: skip
-        out_base = out + batch * (out_stride_batch * STRIDE_UNIT)
         out_tile = acc.to(out.dtype.element_ty)
         tl.store(out_base + out_rows[:, None] + columns[None, :], out_tile, mask=out_mask)
-        lse_rows = batch * lse_stride_batch + heads * lse_stride_head + q_start + tokens
-        tl.store(lse + lse_rows, row_lse, mask=row_valid & ((flags & HAS_LSE) != 0))
+        lse_rows = heads * lse_stride_head + q_start + tokens
+        tl.store(lse_base + lse_rows, row_lse, mask=row_valid & ((flags & HAS_LSE) != 0))
 
 
 @triton.jit

@@ -21,6 +21,7 @@ HAS_ROTARY = tl.constexpr(2048)
 ROTARY_INTERLEAVED = tl.constexpr(4096)
 HAS_ROTARY_SEQLENS = tl.constexpr(8192)
 ROTATE_QUERY_BY_TOKEN = tl.constexpr(16384)
+ZERO_REST = tl.constexpr(32768)
 
 
 @triton.jit
