@@ -264,7 +264,7 @@ def _batch(q: Tensor, cu_seqlens_q: Tensor | None) -> int:
 
 
 def _as_long_as_pages(table: Tensor | None, k_cache: Tensor, page_table: Tensor | None) -> Tensor | None:
-    """A rotary table with a row for every key that page_table can hold, which MATE asserts; the added ones go unread."""
+    """A rotary table with a row for every key that page_table can hold, which MATE asserts; what is added goes unread."""
     if table is None or page_table is None:
         return table
     lacking = page_table.shape[1] * k_cache.shape[1] - table.shape[0]
