@@ -75,13 +75,12 @@ class Mask:
         everything = torch.ones(self.real.shape[0], self.queries, dtype=torch.bool, device=self.real.device)
         return (*_laid_end_to_end(everything), keys, cu_seqlens_k)
 
-    @property
-    def ndim(self) -> int:
-        """What transformers asks a mask that was made before the forward pass."""
-        raise NotImplementedError(
-            f"{NAME} makes its mask inside the model's forward pass; generate() makes one before it for a static "
-            "(compileable) cache: use a dynamic cache"
-        )
+    # generate() makes the mask of a static cache before the forward pass, as if it were a tensor of four dimensions.
+    ndim = 4
+
+    def contiguous(self) -> Mask:
+        """This mask; make_mask() gets it back and hands it on."""
+        return self
 
 
 def _laid_end_to_end(real: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,13 +95,15 @@ def make_mask(
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | Mask | None = None,
     **_: Any,
 ) -> Mask:
     """The mask of one forward pass: the mask function recognised, and attention_mask (b, tokens) as padding.
 
     Raises NotImplementedError for a mask function that is none of FlashAttention's.
     """
+    if isinstance(attention_mask, Mask):
+        return attention_mask
     causal, window_size, chunk = _recognise(mask_function)
     mask = Mask(q_length, kv_length, causal, window_size, chunk, None)
     keys = int(q_offset) + q_length - kv_offset if mask.aligned else kv_length
