@@ -26,7 +26,7 @@ from triton.runtime import interpreter  # noqa: E402
 
 from jit_kernel import flash_attention_v3  # noqa: E402
 from jit_kernel.device import Target  # noqa: E402
-from jit_kernel.fa3 import portable, portable_forward, portable_tiles  # noqa: E402
+from jit_kernel.fa3 import portable, portable_forward, portable_kernels, portable_tiles  # noqa: E402
 from jit_kernel.fa3.portable_tiles import Tile, padded  # noqa: E402
 
 FEATURES = cases.FEATURES - {"qv", "only_qv", "descale_expanded"}
@@ -52,6 +52,7 @@ class InterpretedKernels:
     multiprocessors = 4
 
     def __init__(self) -> None:
+        self.plans: dict[object, Any] = {}
         self.launched: list[str] = []
 
     def handle(self, key: tuple[Any, ...]) -> tuple[str, dict[str, Any]]:
@@ -63,11 +64,11 @@ class InterpretedKernels:
             constants |= {"LOCAL": local, "SOFTCAP": softcap, "INTERPRETED": True}
         elif name == "append":
             _, d, dv, aligned = fields
-            constants = _sizes(d, dv) | {"BLOCK_M": portable_forward.APPEND_ROWS}
+            constants = _sizes(d, dv) | {"BLOCK_M": portable_kernels.APPEND_ROWS}
         else:
             _, _, dv, aligned = fields
             constants = {"HEAD_DIM_V": dv, "HEAD_DIM_V_PADDED": padded(dv)}
-            constants |= {"BLOCK_M": portable_forward.combine_rows(dv), "BLOCK_SPLITS": 4}
+            constants |= {"BLOCK_M": portable_kernels.combine_rows(dv), "BLOCK_SPLITS": 4}
         return name, constants | {"STRIDE_UNIT": 8 if aligned else 1}
 
     def launch(self, handle: tuple[str, dict[str, Any]], grid: int, *arguments: Any) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from jit_kernel import triton_compiler
 from jit_kernel.device import Target
-from jit_kernel.fa3 import portable_forward, portable_kernels, scheduler_header
+from jit_kernel.fa3 import portable_append, portable_forward, portable_kernels, scheduler_header
 from jit_kernel.fa3.attention_shapes import default_scale
 from jit_kernel.fa3.combine_arguments import lse_shape
 from jit_kernel.fa3.variants import Accepted, Decision, Features, Rejected
@@ -162,7 +162,7 @@ def flash_attn_with_kvcache(
     """See `jit_kernel.flash_attention_v3.flash_attn_with_kvcache`."""
     seqlen_k_new = 0
     if k is not None:
-        q = portable_forward.append(locals())
+        q = portable_append.append(locals())
         seqlen_k_new = k.shape[1] if cu_seqlens_k_new is None else 0
     return portable_forward.attend(
         q,

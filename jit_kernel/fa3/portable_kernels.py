@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -159,11 +162,30 @@ class DeviceKernels:
 
     def __init__(self, index: int, target: Target) -> None:
         self.target = target
-        launcher = jit.load(LAUNCHER, target)
-        self.launch = launcher["launch"]
-        self._load_kernel = launcher["load_kernel"]
-        self.multiprocessors = int(launcher["multiprocessors"](index))
+        self.plans: dict[object, Any] = {}
+        self._index = index
         self._handles: dict[tuple[Any, ...], int] = {}
+        if not jit.is_stored(LAUNCHER, target):
+            # 2 s of g++, beside the first kernel's compilation: who needs the launcher waits for it.
+            threading.Thread(target=self._build_launcher, name="jit_kernel-launcher", daemon=True).start()
+
+    def _build_launcher(self) -> None:
+        with contextlib.suppress(Exception):  # whoever needs the launcher asks again and gets the error
+            jit.load(LAUNCHER, self.target)
+
+    def _launcher(self) -> Any:
+        return jit.load(LAUNCHER, self.target)
+
+    @functools.cached_property
+    def launch(self) -> Callable[..., None]:
+        """launch(handle, grid, tensors and scalars...) on the tensors' current stream."""
+        function: Callable[..., None] = self._launcher()["launch"]
+        return function
+
+    @functools.cached_property
+    def multiprocessors(self) -> int:
+        """How many multiprocessors the device has."""
+        return int(self._launcher()["multiprocessors"](self._index))
 
     def handle(self, key: tuple[Any, ...]) -> int:
         """The handle of a variant; `key` is the function's name and its spec's arguments."""
@@ -172,8 +194,7 @@ class DeviceKernels:
             spec = _MAKERS[key[0]](*((self.target.architecture,) if key[0] == "forward" else ()), *key[1:])
             cubin = jit.load_cubin(spec, self.target)
             launch = cubin.metadata
-            handle = self._load_kernel(
-                cubin.image, launch["name"], launch["types"], launch["threads"], launch["shared"]
-            )
+            load_kernel = self._launcher()["load_kernel"]
+            handle = int(load_kernel(cubin.image, launch["name"], launch["types"], launch["threads"], launch["shared"]))
             self._handles[key] = handle
         return handle

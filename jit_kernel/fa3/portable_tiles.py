@@ -13,12 +13,16 @@ from jit_kernel import triton_compiler
 
 @dataclass(frozen=True)
 class Tile:
-    """block_m (token, head) rows against block_n keys at a time; num_stages key tiles are in flight."""
+    """block_m (token, head) rows against block_n keys at a time; num_stages key tiles are in flight.
+
+    residents: blocks that a multiprocessor holds at once, by registers and shared memory; the choice of splits asks.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    residents: int = 1
 
 
 # Rows of a tile by kind. "decode" is the least that the matrix unit takes, for one token of a packed group of up to
