@@ -87,13 +87,7 @@ def explain(function: str, *args: Any, device: torch.device | str | Target | Non
     about one that need not be present) or None: q's device, for meta tensors the detected one. Raises what the call
     itself would raise for its shapes, and ValueError for an unknown function or device.
     """
-    if function not in _FUNCTIONS:
-        raise ValueError(f"function is {function!r}; it must be one of {', '.join(_FUNCTIONS)}")
-    bound = inspect.signature(_FUNCTIONS[function]).bind(*args, **kwargs)
-    bound.apply_defaults()
-    call = dict(bound.arguments)
-    attention_shapes.check(function, call)
-    arguments.check_numbers(call)
+    call = _call_of(function, *args, **kwargs)
     if device is None:
         device = detect_device() if call["q"].device.type == "meta" else call["q"].device
     target = _target(device)
@@ -104,6 +98,18 @@ def explain(function: str, *args: Any, device: torch.device | str | Target | Non
         find = getattr(dispatch.implementation(choice.name), "variant", None)
         kernel = None if find is None else str(find(target, features))
     return Explanation(function, target, features, choice.name, kernel, choice.decisions)
+
+
+def _call_of(function: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Every argument by name, defaults too, checked but for the numbers in tensors."""
+    if function not in _FUNCTIONS:
+        raise ValueError(f"function is {function!r}; it must be one of {', '.join(_FUNCTIONS)}")
+    bound = inspect.signature(_FUNCTIONS[function]).bind(*args, **kwargs)
+    bound.apply_defaults()
+    call = dict(bound.arguments)
+    attention_shapes.check(function, call)
+    arguments.check_numbers(call)
+    return call
 
 
 def _target(device: torch.device | str | Target) -> Target:
