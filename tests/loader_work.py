@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import os
 import threading
 import time
@@ -12,7 +13,6 @@ from typing import Any
 from jit_kernel import builds, config, jit
 from jit_kernel.device import cpu_target
 from jit_kernel.fa3 import cpu
-from jit_kernel.jit import KernelSpec
 
 # The combine library: a real kernel that compiles in a few seconds.
 SMALL = cpu.combine_spec()
@@ -108,7 +108,7 @@ def with_sources(folder: str, work: Any) -> Any:
 def is_stored(folder: str, flags: tuple[str, ...] = ()) -> bool:
     """Whether the small kernel of a copy of the sources is stored, with these flags."""
     config.kernel_sources_dir = lambda: Path(folder)
-    spec = KernelSpec(SMALL.kernel, SMALL.unit, SMALL.route, SMALL.variant, flags)
+    spec = dataclasses.replace(SMALL, flags=(*SMALL.flags, *flags))
     return jit.is_stored(spec, cpu_target())
 
 

@@ -83,7 +83,7 @@ def test_only_the_named_files_start_processes_or_write_the_store():
     for path in modules():
         text = path.read_text(encoding="utf-8")
         if "import subprocess" in text or "os.system(" in text:
-            assert path.stem in {"compiler", "musa"}, f"{path.name} starts processes"
+            assert path.stem in {"compiler", "triton_compiler", "musa"}, f"{path.name} starts processes"
 
 
 FRESH = """

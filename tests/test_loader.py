@@ -331,3 +331,28 @@ def test_a_bad_setting_names_itself(monkeypatch, key, value):
         config.settings()
     monkeypatch.undo()
     config.reload()
+
+
+def test_what_the_attention_kernel_costs(tmp_path, store):
+    """Cold at most 12 s and 1.5 GB; in a second process the loader takes 10 ms and starts no compiler."""
+    compiler, starts = counting_compiler(tmp_path / "bin")
+    environment: dict[str, str | None] = {"JIT_KERNEL_CACHE_DIR": str(store), "CXX": compiler}
+    cold = children.run(loader_work.attention_call, environment=environment, scratch=tmp_path)
+    assert cold.error == "" and cold.result["right"], cold
+    starts.write_text("")
+    loads = []
+    for _ in range(3):
+        loaded = children.run(loader_work.attention_call, environment=environment, scratch=tmp_path)
+        assert loaded.result["right"] and loaded.result["compiled"] == []
+        loads.append(loaded.result["loader_seconds"])
+    print(
+        f"cold first call {cold.result['seconds']:.1f} s, compiler {cold.result['peak_bytes'] / 1e9:.2f} GB; "
+        f"loader in a second process {min(loads) * 1e3:.1f} ms, {len(starts.read_text().splitlines())} compiler starts"
+    )
+    assert cold.result["seconds"] <= 12
+    assert cold.result["peak_bytes"] <= 1.5e9
+    assert min(loads) <= 0.010
+    assert starts.read_text() == ""
+    environment.update(PATH="", CXX=None)
+    bare = children.run(loader_work.attention_call, environment=environment, scratch=tmp_path)
+    assert bare.error == "" and bare.result["right"] and bare.result["compiled"] == []
