@@ -156,16 +156,20 @@ RUNTIME = Runtime()
 class Machine:
     """What is installed: `mate` with its `kernels`, and the folder that holds the packages."""
 
-    def __init__(self, folder: Path, version: str, functions: Mapping[str, Callable[..., Any]], asserts: bool):
+    def __init__(self, folder: Path, version: str, functions: Mapping[str, Callable[..., Any]] | None, asserts: bool):
         self.folder, self.version = folder, version
-        self.kernels = Kernels(functions, version=version)
-        self.mate = Mate(version, self.kernels, asserts=asserts)
+        self.kernels = Kernels(functions or {}, version=version)
+        self.mate = Mate(version, None if functions is None else self.kernels, asserts=asserts)
+        self.grad_enabled: list[bool] = []  # at each call of MATE's
+        self.given: list[tuple[str, dict[str, Any]]] = []  # function and keywords of each call
 
     def function(self, name: str) -> Callable[..., Any]:
         """One of MATE's functions for tensors on musa; metadata is made on the current device."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             given = _tensors((args, kwargs))
+            self.grad_enabled.append(torch.is_grad_enabled())
+            self.given.append((name, kwargs))
             for tensor in given:
                 if not isinstance(tensor, MusaTensor):
                     raise AssertionError("inputs must be on MUSA device")
@@ -255,15 +259,27 @@ def name_the_backend() -> None:
 
 @contextlib.contextmanager
 def machine(
-    folder: Path, functions: Mapping[str, Callable[..., Any]], version: str = "0.2.2", *, asserts: bool = True
+    folder: Path, functions: Mapping[str, Callable[..., Any]] | None, version: str = "0.2.2", *, asserts: bool = True
 ) -> Iterator[Machine]:
-    """A machine with two S5000s and every package; `functions` compute, with the public keyword signatures."""
+    """A machine with two S5000s and every package; `functions` compute, with the public keyword signatures, None not."""
     global _machine
     write_stack(folder, version)
     RUNTIME.__init__()  # type: ignore[misc]
     _machine = Machine(folder, version, functions, asserts)
+    before = torch._C._only_lift_cpu_tensors()
+    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="musa") then comes through _Factories
     try:
         with on_path(folder), _Factories():
             yield _machine
     finally:
+        torch._C._set_only_lift_cpu_tensors(before)
         _machine = None
+
+
+def on_musa(name: str) -> Callable[..., Any]:
+    """A public function, called with CPU tensors as if they lay on musa:0, and its result as CPU tensors."""
+
+    def call(**arguments: Any) -> Any:
+        return to_cpu(getattr(flash_attention_v3, name)(**to_musa(arguments)))
+
+    return call

@@ -9,6 +9,8 @@ python -O removes asserts.
 from __future__ import annotations
 
 import importlib
+import logging
+import os
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -18,6 +20,8 @@ from typing import Any
 import torch
 
 from jit_kernel import musa
+
+log = logging.getLogger("jit_kernel")
 
 MAX_SPLITS = 128  # MATE's combine has no kernel for more
 
@@ -60,6 +64,9 @@ def _import() -> Mate:
         raise NotImplementedError(f"attention on musa needs MATE, and this is missing:\n  {lines}")
     version = report.mate.version or ""
     module = musa.wrapper_module(version)
+    level = os.environ.get("MATE_LOGLEVEL", "0")
+    if level.isdigit() and int(level) >= 3:
+        log.warning("MATE_LOGLEVEL is %s: MATE reads every tensor of every call; from 10 on it writes them to disk", level)
     try:
         wrapper = importlib.import_module(module)
     except Exception as error:
