@@ -9,9 +9,8 @@ namespace jit_kernel::hopper {
 
 constexpr int kRowsPerWarpgroup = 64;
 constexpr int kMaxSorted = 1024;  // longest batch whose sequences are put in order of length
-constexpr int kTileSlots = 4;
 
-// What the producer tells the consumers about a tile.
+// What the scheduler tells the producer and the consumers about a tile; batch -1 ends them.
 struct TileInfo {
   int batch, head, row;  // row: first query of the tile, within its sequence
   int len_q, len_k, offset_q;
@@ -31,12 +30,12 @@ struct Config {
   static constexpr int kThreads = (kWarpgroups + 1) * 128;
   static constexpr int kStagesQ = Tile::kStagesQ;
   static constexpr int kStages = Tile::kStages;
+  static constexpr bool kOverlap = Tile::kOverlap;
   static constexpr bool kPingPong = Tile::kPingPong;
   static constexpr int kPolynomialEighths = Tile::kPolynomialEighths;
   // Registers a thread: 64 K are shared by the producer's and the consumers' warpgroups.
-  // The producer's scheduler spills with 40 of them.
-  static constexpr int kProducerRegisters = 56;
-  static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 224 : 152;
+  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 24 : 32;
+  static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 240 : 160;
 
   // A tile lies in panels of one swizzle width of columns each.
   static constexpr int kPanel = kHeadDim % 64 == 0 ? 64 : 32;
@@ -47,9 +46,9 @@ struct Config {
   static constexpr int kOffsetK = kStagesQ * kWarpgroups * kBytesQ;
   static constexpr int kOffsetV = kOffsetK + kStages * kBytesK;
   static constexpr int kOffsetOrder = kOffsetV + kStages * kBytesV;
-  static constexpr int kOffsetTiles = kOffsetOrder + kMaxSorted * 2;
-  static constexpr int kOffsetBarriers = kOffsetTiles + kTileSlots * int(sizeof(TileInfo));
-  static constexpr int kBarriers = 2 * kStagesQ * kWarpgroups + 4 * kStages;
+  static constexpr int kOffsetTile = kOffsetOrder + kMaxSorted * 2;
+  static constexpr int kOffsetBarriers = kOffsetTile + int(sizeof(TileInfo));
+  static constexpr int kBarriers = 2 * kStagesQ * kWarpgroups + 4 * kStages + 2;
   static constexpr int kSharedBytes = kOffsetBarriers + kBarriers * 8;
 
   static_assert(kWarpgroups == 2 || kWarpgroups == 3, "two or three consumer warpgroups");
@@ -57,6 +56,10 @@ struct Config {
   static_assert(kHeadDim % 32 == 0 && kHeadDimV % 32 == 0, "head sizes are padded to a panel");
   static_assert(kSharedBytes <= 227 * 1024, "a block of sm_90 has 227 KiB of shared memory");
 };
+
+// The same value in all lanes, and known to be so: where a branch beside a wgmma in flight depends on a
+// value that may differ between lanes, ptxas serialises every wgmma.
+__device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 
 // Addresses in shared memory, as the 32-bit ones that PTX takes.
 template <class C>
@@ -72,9 +75,7 @@ struct Shared {
   __device__ unsigned short* order() const {
     return reinterpret_cast<unsigned short*>(base + C::kOffsetOrder);
   }
-  __device__ TileInfo* tile(int count) const {
-    return reinterpret_cast<TileInfo*>(base + C::kOffsetTiles) + count % kTileSlots;
-  }
+  __device__ TileInfo* tile() const { return reinterpret_cast<TileInfo*>(base + C::kOffsetTile); }
   __device__ u32 barrier(int index) const { return address(C::kOffsetBarriers + 8 * index); }
   __device__ u32 q_full(int stage, int warpgroup) const {
     return barrier(stage * C::kWarpgroups + warpgroup);
@@ -89,7 +90,21 @@ struct Shared {
   __device__ u32 k_empty(int stage) const { return ring(1, stage); }
   __device__ u32 v_full(int stage) const { return ring(2, stage); }
   __device__ u32 v_empty(int stage) const { return ring(3, stage); }
+  __device__ u32 tile_full() const { return ring(4, 0); }
+  __device__ u32 tile_empty() const { return ring(4, 1); }
 };
+
+// Waits for the scheduler's next tile and makes room for the one after it.
+template <class C>
+__device__ __forceinline__ TileInfo read_tile(const Shared<C>& shared, u32 parity) {
+  mbarrier_wait(shared.tile_full(), parity);
+  TileInfo tile = *shared.tile();
+  int* const fields = &tile.batch;
+#pragma unroll
+  for (int i = 0; i < int(sizeof(TileInfo) / sizeof(int)); ++i) fields[i] = uniform(fields[i]);
+  mbarrier_arrive_if(shared.tile_empty(), threadIdx.x % 32 == 0);
+  return tile;
+}
 
 // A position in a ring of stages, with the parity of the phase that fills it.
 template <int kStages>

@@ -1,8 +1,9 @@
 // A consumer warpgroup: 64 queries of each tile, scores and output in registers.
 //
-// One step of the main loop issues the product of queries and the next block of keys, then that of the
-// last block's probabilities and values, and works on the next scores while the second one runs. At a
-// tile's end the next tile's first scores are issued before the output is stored.
+// With overlap, a step issues the scores of the next block of keys and then the output of this one, and
+// works on the scores while the second product runs. Without, a block's two products follow each other and
+// the other warpgroups keep the tensor cores busy; that takes fewer registers. At a tile's end the next
+// tile's first scores are issued before the output is stored.
 #pragma once
 
 #include "flash_attention_v3/hopper/epilogue.cuh"
@@ -23,8 +24,9 @@ struct Consumer {
   RingPosition<C::kStagesQ> q_at;
   RingPosition<C::kStages> k_at, v_at;
   Softmax softmax;
-  KeyInterval rows[2];  // of this thread
-  int unmasked_low, unmasked_high;  // keys that every row of the warpgroup sees
+  KeyInterval rows[2];                   // of this thread
+  int every_low, every_high;             // keys that every row of the warpgroup sees
+  int block_begin, block_end;            // blocks that some row of the warpgroup sees
   float scores[C::kKeys / 2];
   float output[C::kHeadDimV / 2];
   u32 probabilities[C::kKeys / 4];
@@ -33,9 +35,8 @@ struct Consumer {
     mbarrier_arrive_if(barrier, threadIdx.x % 32 == 0);
   }
 
-  __device__ __forceinline__ void issue_scores(bool keys_come = true) {
+  __device__ __forceinline__ void issue_scores() {
     constexpr int kSteps = C::kPanel / 16;  // of k in a panel
-    if (keys_come) mbarrier_wait(shared.k_full(k_at.stage), k_at.parity);
     const u64 q = wgmma_descriptor<C::kPanel * 2>(shared.q(q_at.stage, warpgroup), 16,
                                                   8 * C::kPanel * 2);
     const u64 k = wgmma_descriptor<C::kPanel * 2>(shared.k(k_at.stage), 16, 8 * C::kPanel * 2);
@@ -67,25 +68,33 @@ struct Consumer {
 
   __device__ __forceinline__ void set_rows(const TileInfo& tile) {
     const int first = tile.row + warpgroup * kRowsPerWarpgroup;
+    const int last = max(tile.row, min(first + kRowsPerWarpgroup, tile.len_q) - 1);
     const int row = first + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
     rows[0] = visible_keys<C::kMasked>(params, row, tile.len_q, tile.len_k);
     rows[1] = visible_keys<C::kMasked>(params, row + 8, tile.len_q, tile.len_k);
-    unmasked_high = visible_keys<C::kMasked>(params, first, tile.len_q, tile.len_k).high;
-    unmasked_low = visible_keys<C::kMasked>(params, first + kRowsPerWarpgroup - 1, tile.len_q,
-                                            tile.len_k).low;
+    const KeyInterval of_first = visible_keys<C::kMasked>(params, first, tile.len_q, tile.len_k);
+    const KeyInterval of_last = visible_keys<C::kMasked>(params, last, tile.len_q, tile.len_k);
+    every_low = of_last.low;
+    every_high = of_first.high;
+    block_begin = tile.block_begin;
+    block_end = tile.block_end;
+    if constexpr (C::kMasked && !C::kPingPong) {
+      // Rows of other warpgroups may see more blocks; taking turns needs equal numbers of steps.
+      block_end = min(block_end, max(block_begin + 1, (of_last.high + C::kKeys - 1) / C::kKeys));
+      block_begin = min(max(block_begin, of_first.low / C::kKeys), block_end - 1);
+    }
   }
 
-  template <bool kFirst>
   __device__ __forceinline__ void work_on_scores(int block) {
     if constexpr (C::kSoftcap) {
 #pragma unroll
       for (float& score : scores) score = tanh_fast(score * params.softcap_scale);
     }
     const int column = block * C::kKeys;
-    if (column + C::kKeys > unmasked_high || (C::kMasked && column < unmasked_low)) {
+    if (column + C::kKeys > every_high || (C::kMasked && column < every_low)) {
       mask_scores(scores, rows, column + threadIdx.x % 4 * 2);
     }
-    softmax_step<kFirst, C::kPolynomialEighths>(scores, softmax, params.scale_log2);
+    softmax_step<C::kPolynomialEighths>(scores, softmax, params.scale_log2);
   }
 
   // After the scores of a block have arrived; with those of the last block the queries are done with.
@@ -105,63 +114,112 @@ struct Consumer {
     v_at.advance();
   }
 
-  // Blocks after the first: scores of `block` beside the output of the one before it in the walk.
-  __device__ __forceinline__ void step(int block, bool last, int accumulate) {
-    if constexpr (C::kPingPong) named_barrier_sync(kPingPongBarrier + warpgroup, 256);
-    issue_scores();
-    issue_output(accumulate);
-    if constexpr (C::kPingPong) {
-      named_barrier_arrive(kPingPongBarrier + (warpgroup + 1) % C::kWarpgroups, 256);
-    }
-    wgmma_wait<1>();
-    release_scores(last);
-    work_on_scores<false>(block);
-    wgmma_wait<0>();
-    release_output();
-    rescale_output(output, softmax);
-    pack_probabilities<Element>(scores, probabilities);
+  __device__ __forceinline__ void wait_keys() {
+    mbarrier_wait(shared.k_full(k_at.stage), k_at.parity);
   }
 
-  // The same in all lanes, and known to be so: a loop bound that may differ between lanes would make
-  // ptxas serialise every wgmma.
-  __device__ __forceinline__ TileInfo read_tile(int count) {
-    mbarrier_wait(shared.q_full(q_at.stage, warpgroup), q_at.parity);
-    TileInfo tile = *shared.tile(count);
-    int* const fields = &tile.batch;
-#pragma unroll
-    for (int i = 0; i < int(sizeof(TileInfo) / sizeof(int)); ++i) {
-      fields[i] = __shfl_sync(0xffffffffu, fields[i], 0);
+  // Blocks that no row of this warpgroup sees.
+  __device__ __forceinline__ void skip_keys(int blocks) {
+    for (int i = 0; i < blocks; ++i) {
+      wait_keys();
+      release(shared.k_empty(k_at.stage));
+      k_at.advance();
     }
-    return tile;
+  }
+
+  __device__ __forceinline__ void skip_values(int blocks) {
+    for (int i = 0; i < blocks; ++i) {
+      mbarrier_wait(shared.v_full(v_at.stage), v_at.parity);
+      release(shared.v_empty(v_at.stage));
+      v_at.advance();
+    }
+  }
+
+  // All blocks but the output of the last one; the first one's scores have arrived. Returns whether there
+  // is an output to add to.
+  __device__ __forceinline__ bool run_overlapped() {
+    int block = block_end - 1;
+    release_scores(block == block_begin);
+    work_on_scores(block);
+    bool pending = false;
+    while (true) {
+      // The loop's edge keeps this wait below the exponentials: within one basic block ptxas moves it
+      // above them, and they no longer overlap the product (12 % of all stalls were here).
+      wgmma_wait<0>();
+      if (pending) {
+        release_output();
+        rescale_output(output, softmax);
+      }
+      pack_probabilities<Element>(scores, probabilities);
+      if (--block < block_begin) return pending;
+      if constexpr (C::kPingPong) named_barrier_sync(kPingPongBarrier + warpgroup, 256);
+      wait_keys();
+      issue_scores();
+      issue_output(pending);
+      if constexpr (C::kPingPong) {
+        named_barrier_arrive(kPingPongBarrier + (warpgroup + 1) % C::kWarpgroups, 256);
+      }
+      pending = true;
+      wgmma_wait<1>();
+      release_scores(block == block_begin);
+      work_on_scores(block);
+    }
+  }
+
+  __device__ __forceinline__ bool run_in_turn() {
+    int block = block_end - 1;
+    bool pending = false;
+    while (true) {
+      release_scores(block == block_begin);
+      work_on_scores(block);
+      if (pending) rescale_output(output, softmax);
+      pack_probabilities<Element>(scores, probabilities);
+      if (--block < block_begin) return pending;
+      issue_output(pending);
+      pending = true;
+      wgmma_wait<0>();
+      release_output();
+      wait_keys();
+      issue_scores();
+      wgmma_wait<0>();
+    }
   }
 
   __device__ __forceinline__ void run() {
     if (C::kPingPong && warpgroup == C::kWarpgroups - 1) named_barrier_arrive(kPingPongBarrier, 256);
-    int count = 0;
-    TileInfo tile = read_tile(count);
+    u32 parity = 0;
+    TileInfo tile = read_tile(shared, parity);
     if (tile.batch < 0) return;
+    set_rows(tile);
+    mbarrier_wait(shared.q_full(q_at.stage, warpgroup), q_at.parity);
+    skip_keys(tile.block_end - block_end);
+    wait_keys();
     issue_scores();
     wgmma_wait<0>();
     while (true) {
-      set_rows(tile);
-      int block = tile.block_end - 1;
-      release_scores(block == tile.block_begin);
-      work_on_scores<true>(block);
-      pack_probabilities<Element>(scores, probabilities);
-      int accumulate = 0;
-      while (--block >= tile.block_begin) {
-        step(block, block == tile.block_begin, accumulate);
-        accumulate = 1;
+      start_row(softmax);
+      skip_values(tile.block_end - block_end);
+      const bool pending = C::kOverlap ? run_overlapped() : run_in_turn();
+      const int skipped = block_begin - tile.block_begin;
+      issue_output(pending);
+      if constexpr (!C::kOverlap) wgmma_wait<0>();
+      parity ^= 1;
+      const TileInfo next = read_tile(shared, parity);
+      skip_keys(skipped);
+      if (next.batch >= 0) {
+        set_rows(next);
+        mbarrier_wait(shared.q_full(q_at.stage, warpgroup), q_at.parity);
+        skip_keys(next.block_end - block_end);
+        wait_keys();
       }
-      issue_output(accumulate);
       // After the last tile this multiplies what lies in shared memory, and nobody looks at the result:
       // a branch between the two products would make ptxas serialise them.
-      const TileInfo next = read_tile(++count);
-      issue_scores(next.batch >= 0);
+      issue_scores();
       wgmma_wait<1>();
       release_output();
       store_tile<C>(params, tile, output, softmax, params.scale_log2, warpgroup);
       wgmma_wait<0>();
+      skip_values(skipped);
       if (next.batch < 0) return;
       tile = next;
     }

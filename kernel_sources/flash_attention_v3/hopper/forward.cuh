@@ -1,8 +1,10 @@
-// Forward attention for sm_90a: one producer warp, two or three consumer warpgroups, persistent blocks.
+// Forward attention for sm_90a: a producer and a scheduler warp, two or three consumer
+// warpgroups, persistent blocks.
 #pragma once
 
 #include "flash_attention_v3/hopper/consumer.cuh"
 #include "flash_attention_v3/hopper/producer.cuh"
+#include "flash_attention_v3/hopper/tile_scheduler.cuh"
 
 namespace jit_kernel::hopper {
 
@@ -20,6 +22,8 @@ __device__ __forceinline__ void initialise_barriers(const Shared<C>& shared) {
     mbarrier_init(shared.v_full(stage), 1);
     mbarrier_init(shared.v_empty(stage), 4 * C::kWarpgroups);
   }
+  mbarrier_init(shared.tile_full(), 1);
+  mbarrier_init(shared.tile_empty(), 1 + 4 * C::kWarpgroups);
   mbarrier_init_fence();
 }
 
@@ -40,10 +44,14 @@ __device__ __forceinline__ void forward(const ForwardParams& params, char* base)
   __syncthreads();
   if (threadIdx.x < 128) {
     lower_registers<C::kProducerRegisters>();
-    if (threadIdx.x < 32) produce<C>(params, shared);
+    if (threadIdx.x < 32) {
+      produce<C>(params, shared);
+    } else if (threadIdx.x < 64) {
+      schedule<C>(params, shared);
+    }
   } else {
     raise_registers<C::kConsumerRegisters>();
-    Consumer<C> consumer{params, shared, static_cast<int>(threadIdx.x / 128 - 1)};
+    Consumer<C> consumer{params, shared, uniform(threadIdx.x / 128 - 1)};
     consumer.run();
   }
 }

@@ -42,6 +42,14 @@ struct Softmax {
   bool must_rescale;   // some row of this warp has a factor other than 1
 };
 
+__device__ __forceinline__ void start_row(Softmax& state) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    state.reference[r] = __int_as_float(0xff800000);
+    state.sum[r] = 0.f;
+  }
+}
+
 template <int kCount>
 __device__ __forceinline__ void row_maxima(const float (&scores)[kCount], float (&maxima)[2]) {
 #pragma unroll
@@ -61,42 +69,40 @@ __device__ __forceinline__ void row_maxima(const float (&scores)[kCount], float 
 
 // Turns scores into probabilities relative to the reference, and updates reference and sum.
 // kPolynomialEighths of every eight elements take the polynomial.
-template <bool kFirst, int kPolynomialEighths, int kCount>
+template <int kPolynomialEighths, int kCount>
 __device__ __forceinline__ void softmax_step(float (&scores)[kCount], Softmax& state, float scale) {
   static_assert(kCount % 8 == 0, "a block has a multiple of 16 keys");
-  float maxima[2];
+  const float kMinusInfinity = __int_as_float(0xff800000);
+  float maxima[2], offset[2];
   row_maxima(scores, maxima);
   bool any = false;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    if constexpr (kFirst) {
-      state.reference[r] = maxima[r];
-    } else {
-      // From -inf the difference is inf and the factor 0; between two -inf it is NaN, and not greater.
-      const float growth = (maxima[r] - state.reference[r]) * scale;
-      const bool grown = growth > kRescaleThreshold;
-      state.rescale[r] = grown ? exp2_fast(-growth) : 1.f;
-      state.reference[r] = grown ? maxima[r] : state.reference[r];
-      any |= grown;
-    }
-    const float reference = state.reference[r];
-    const float offset = reference == __int_as_float(0xff800000) ? 0.f : -reference * scale;
-    float sum_a = 0.f, sum_b = 0.f;
+    // From -inf the difference is inf and the factor 0; between two -inf it is NaN, and not greater.
+    const float growth = (maxima[r] - state.reference[r]) * scale;
+    const bool grown = growth > kRescaleThreshold;
+    state.rescale[r] = grown ? exp2_fast(-growth) : 1.f;
+    state.reference[r] = grown ? maxima[r] : state.reference[r];
+    any |= grown;
+    offset[r] = state.reference[r] == kMinusInfinity ? 0.f : -state.reference[r] * scale;
+  }
+  state.must_rescale = __any_sync(0xffffffffu, any);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float sums[2] = {};
 #pragma unroll
     for (int i = 0; i < kCount / 4; ++i) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         float& score = scores[4 * i + 2 * r + c];
-        const float x = fmaf(score, scale, offset);
+        const float x = fmaf(score, scale, offset[r]);
         const bool polynomial = ((2 * i + c) * kPolynomialEighths) % 8 < kPolynomialEighths;
         score = polynomial ? exp2_polynomial(x) : exp2_fast(x);
-        (c == 0 ? sum_a : sum_b) += score;
+        sums[c] += score;
       }
     }
-    const float sum = sum_a + sum_b;
-    state.sum[r] = kFirst ? sum : fmaf(state.sum[r], state.rescale[r], sum);
+    state.sum[r] = fmaf(state.sum[r], state.rescale[r], sums[0] + sums[1]);
   }
-  if constexpr (!kFirst) state.must_rescale = __any_sync(0xffffffffu, any);
 }
 
 template <class Element, int kCount>

@@ -1,10 +1,9 @@
 // Order of the tiles: which block of queries of which sequence and head is the n-th.
 //
-// Sequences, longest first, are taken in windows whose keys and values fit the L2 cache together; within a
-// window tiles go from the last block of queries to the first, over all its sequences and heads, so that with
-// a causal mask the long tiles come first and the short ones fill the end. A sequence too large for
-// the cache is a window of its own, cut into sections of heads. Blocks take tiles in this order from
-// one counter.
+// Sequences, longest first, are taken in windows whose keys and values fit the L2 cache together; a
+// sequence too large for it is a window of its own, cut into sections of heads. With a mask, tiles of a window
+// go from the last block of queries to the first, over all its sequences and heads, so that long tiles
+// come first and short ones fill the end. Blocks take tiles in this order from one counter.
 #pragma once
 
 #include "flash_attention_v3/hopper/config.cuh"
@@ -55,93 +54,132 @@ class TileScheduler {
 
   // Finds the tile of a linear index that is not below that of the call before. False past the end.
   __device__ bool seek(int index, TileInfo& info) {
-    while (index - base_ >= alive_ * heads_) {
-      base_ += alive_ * heads_;
+    while (index - base_ >= tiles_ * heads_) {
+      base_ += tiles_ * heads_;
       if (!advance()) return false;
     }
-    const int offset = index - base_;
-    const int rank = offset / heads_;
-    const bool mine = block_ < blocks_;
-    const u32 alive = __ballot_sync(0xffffffffu, mine);
-    const bool chosen = mine && __popc(alive & ((1u << lane_) - 1)) == rank;
-    const int source = __ffs(__ballot_sync(0xffffffffu, chosen)) - 1;
+    int source, head, block;
+    locate(index - base_, source, head, block);
     info.batch = __shfl_sync(0xffffffffu, batch_, source);
     info.len_q = __shfl_sync(0xffffffffu, len_q_, source);
     info.len_k = __shfl_sync(0xffffffffu, len_k_, source);
-    info.head = first_head_ + offset - rank * heads_;
-    info.row = block_ * C::kRows;
+    info.head = first_head_ + head;
+    info.row = block * C::kRows;
     info.offset_q = params_.cu_seqlens_q != nullptr ? params_.cu_seqlens_q[info.batch] : 0;
     set_blocks(info);
     return true;
   }
 
  private:
+  // The place of a tile in its section: the lane of its sequence, head of the section, block of queries.
+  __device__ void locate(int offset, int& source, int& head, int& block) const {
+    if (width_ == 1) {
+      source = 0;
+      head = C::kMasked ? offset % heads_ : offset / tiles_;
+      block = tiles_ - 1 - (C::kMasked ? offset / heads_ : offset % tiles_);
+      return;
+    }
+    block = most_;
+    u32 alive = 0;
+    do {  // sequences of the window differ in length, so this is a walk
+      offset -= __popc(alive) * heads_;
+      alive = __ballot_sync(0xffffffffu, --block < blocks_);
+    } while (offset >= __popc(alive) * heads_);
+    const int rank = offset / heads_;
+    head = offset % heads_;
+    const bool chosen = block < blocks_ && __popc(alive & ((1u << lane_) - 1)) == rank;
+    source = __ffs(__ballot_sync(0xffffffffu, chosen)) - 1;
+  }
+
   // Blocks of keys that some query of the tile sees; at least one, which may be masked as a whole.
   __device__ void set_blocks(TileInfo& info) const {
     const int last_row = min(info.row + C::kRows, info.len_q) - 1;
-    const int high =
-        visible_keys<C::kMasked>(params_, last_row, info.len_q, info.len_k).high;
+    const int high = visible_keys<C::kMasked>(params_, last_row, info.len_q, info.len_k).high;
     const int low = visible_keys<C::kMasked>(params_, info.row, info.len_q, info.len_k).low;
     info.block_end = max(1, (max(0, high) + C::kKeys - 1) / C::kKeys);
     info.block_begin = min(max(0, low) / C::kKeys, info.block_end - 1);
   }
 
-  __device__ bool open_window(int first) {
+  __device__ void open_window(int first) {
     first_ = first;
     const int place = first + lane_;
     const bool exists = place < params_.batch;
-    batch_ = exists ? (order_ != nullptr ? order_[place] : place) : 0;
-    len_q_ = exists ? sequence_length(batch_, params_.seqlen_q, params_.cu_seqlens_q, params_.seqused_q) : 0;
-    len_k_ = exists ? sequence_length(batch_, params_.seqlen_k, params_.cu_seqlens_k, params_.seqused_k) : 0;
+    batch_ = !exists ? 0 : order_ != nullptr ? order_[place] : place;
+    len_q_ = exists ? sequence_length(batch_, params_.seqlen_q, params_.cu_seqlens_q, params_.seqused_q)
+                    : 0;
+    len_k_ = exists ? sequence_length(batch_, params_.seqlen_k, params_.cu_seqlens_k, params_.seqused_k)
+                    : 0;
     const int heads_k = params_.heads_q / params_.group;
-    int tokens = min(len_k_, 1 << 24);
+    const int kMany = 1 << 24;  // sums below cannot overflow
+    int tokens = min(len_k_, kMany);
     for (int step = 1; step < 32; step *= 2) {
       const int below = __shfl_up_sync(0xffffffffu, tokens, step);
-      if (lane_ >= step) tokens = min(tokens + below, 1 << 24);
+      if (lane_ >= step) tokens = min(tokens + below, kMany);
     }
-    const int budget = params_.l2_tokens / heads_k;
-    const u32 fits = __ballot_sync(0xffffffffu, exists && tokens <= budget);
+    const u32 fits = __ballot_sync(0xffffffffu, exists && tokens <= params_.l2_tokens / heads_k);
     width_ = max(1, __popc(fits));
-    const int first_len = __shfl_sync(0xffffffffu, max(1, len_k_), 0);
-    section_ = __popc(fits) > 0 ? params_.heads_q
-                                : max(1, params_.l2_tokens / first_len) * params_.group;
+    section_ = params_.heads_q;
+    if (fits == 0) {
+      const int first_len = __shfl_sync(0xffffffffu, max(1, len_k_), 0);
+      section_ = max(1, params_.l2_tokens / first_len) * params_.group;
+    }
     blocks_ = lane_ < width_ ? (len_q_ + C::kRows - 1) / C::kRows : 0;
     most_ = __reduce_max_sync(0xffffffffu, blocks_);
-    return open_section(0);
+    tiles_ = __reduce_add_sync(0xffffffffu, blocks_);
+    open_section(0);
   }
 
-  __device__ bool open_section(int head) {
+  __device__ void open_section(int head) {
     first_head_ = head;
     heads_ = min(section_, params_.heads_q - head);
-    block_ = most_;
-    return step_block();
-  }
-
-  __device__ bool step_block() {
-    --block_;
-    alive_ = block_ >= 0 ? __popc(__ballot_sync(0xffffffffu, block_ < blocks_)) : 0;
-    return block_ >= 0;
   }
 
   __device__ bool advance() {
-    if (block_ > 0) return step_block();
-    if (block_ == 0 && first_head_ + heads_ < params_.heads_q) {
-      return open_section(first_head_ + heads_);
+    if (first_head_ + heads_ < params_.heads_q) {
+      open_section(first_head_ + heads_);
+      return true;
     }
-    while (first_ + width_ < params_.batch) {
-      if (open_window(first_ + width_)) return true;
-    }
-    return false;
+    if (first_ + width_ >= params_.batch) return false;
+    open_window(first_ + width_);
+    return true;
   }
 
   const ForwardParams& params_;
   const unsigned short* order_;
   int lane_;
-  int base_ = 0;                       // linear index of the first tile of this block and section
-  int first_, width_;                  // the window's sequences
-  int batch_, len_q_, len_k_, blocks_; // this lane's sequence
-  int first_head_, heads_, section_;   // this section's query heads
-  int block_, most_, alive_;           // block of queries, and how many sequences have it
+  int base_ = 0;                        // linear index of the section's first tile
+  int first_, width_;                   // the window's sequences
+  int batch_, len_q_, len_k_, blocks_;  // this lane's sequence, blocks of queries
+  int most_, tiles_;                    // the window's largest and total number of blocks
+  int first_head_, heads_, section_;    // the section's query heads
 };
+
+// The scheduler warp: one tile ahead of the producer and the consumers, so that finding a tile is never
+// waited for.
+template <class C>
+__device__ __forceinline__ void schedule(const ForwardParams& params, const Shared<C>& shared) {
+  const bool leader = threadIdx.x % 32 == 0;
+  TileScheduler<C> scheduler(params, shared.order());
+  int index = blockIdx.x;
+  u32 parity = 1;
+  TileInfo tile;
+  bool found;
+  do {
+    found = scheduler.seek(index, tile);
+    if (!found) tile.batch = -1;
+    mbarrier_wait(shared.tile_empty(), parity);
+    parity ^= 1;
+    if (leader) {
+      *shared.tile() = tile;
+      mbarrier_arrive(shared.tile_full());
+      if (found) index = atomicAdd(params.progress, 1) + gridDim.x;
+    }
+    index = uniform(index);
+  } while (found);
+  if (leader && atomicAdd(params.progress + 1, 1) == gridDim.x - 1) {
+    params.progress[0] = 0;
+    params.progress[1] = 0;
+  }
+}
 
 }  // namespace jit_kernel::hopper

@@ -3,13 +3,14 @@
 
 namespace jit_kernel::hopper {
 
-template <int kKeys_, int kWarpgroups_, int kStagesQ_, int kStages_, bool kPingPong_,
+template <int kKeys_, int kWarpgroups_, int kStagesQ_, int kStages_, bool kOverlap_, bool kPingPong_,
           int kPolynomialEighths_>
 struct Tile {
   static constexpr int kKeys = kKeys_;
   static constexpr int kWarpgroups = kWarpgroups_;
   static constexpr int kStagesQ = kStagesQ_;
   static constexpr int kStages = kStages_;  // of keys, and of values
+  static constexpr bool kOverlap = kOverlap_;
   static constexpr bool kPingPong = kPingPong_;
   static constexpr int kPolynomialEighths = kPolynomialEighths_;  // of exp2, on the FMA pipe
 };
@@ -18,18 +19,18 @@ template <int kHeadDim, int kHeadDimV, bool kMasked>
 struct TileFor;
 
 template <bool kMasked>
-struct TileFor<64, 64, kMasked> : Tile<128, 3, 2, 2, true, 0> {};
+struct TileFor<64, 64, kMasked> : Tile<128, 3, 2, 2, true, true, 0> {};
 template <bool kMasked>
-struct TileFor<96, 96, kMasked> : Tile<128, 2, 2, 2, true, 0> {};
+struct TileFor<96, 96, kMasked> : Tile<128, 2, 2, 2, true, true, 0> {};
 template <>
-struct TileFor<128, 128, false> : Tile<160, 2, 2, 2, true, 0> {};
+struct TileFor<128, 128, false> : Tile<160, 2, 2, 2, true, true, 0> {};
 template <>
-struct TileFor<128, 128, true> : Tile<128, 2, 2, 2, true, 0> {};
+struct TileFor<128, 128, true> : Tile<128, 2, 2, 2, true, true, 0> {};
 template <bool kMasked>
-struct TileFor<192, 128, kMasked> : Tile<112, 2, 1, 2, true, 0> {};
+struct TileFor<192, 128, kMasked> : Tile<112, 2, 1, 2, true, true, 0> {};
 template <bool kMasked>
-struct TileFor<192, 192, kMasked> : Tile<96, 2, 1, 2, false, 0> {};
+struct TileFor<192, 192, kMasked> : Tile<96, 2, 1, 2, true, false, 0> {};
 template <bool kMasked>
-struct TileFor<256, 256, kMasked> : Tile<80, 2, 1, 2, false, 0> {};
+struct TileFor<256, 256, kMasked> : Tile<80, 2, 1, 2, true, false, 0> {};
 
 }  // namespace jit_kernel::hopper
