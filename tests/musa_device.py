@@ -261,7 +261,7 @@ def name_the_backend() -> None:
 def machine(
     folder: Path, functions: Mapping[str, Callable[..., Any]] | None, version: str = "0.2.2", *, asserts: bool = True
 ) -> Iterator[Machine]:
-    """A machine with two S5000s and every package; `functions` compute, with the public keyword signatures, None not."""
+    """A machine with two S5000s and every package; `functions`, by their public names, compute; None computes nothing."""
     global _machine
     write_stack(folder, version)
     RUNTIME.__init__()  # type: ignore[misc]

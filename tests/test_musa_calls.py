@@ -216,7 +216,7 @@ def test_decide_agrees_with_the_call(newest: Machine) -> None:
     for seed in range(150):
         plan = cases.draw(seed, dataclasses.replace(cases.CPU, lengths=(8, 12, 16)))
         case = case_tensors.build(plan)
-        call = {name: None for name in ("qv", "out", "sinks", "q_descale", "k_descale", "v_descale", "k", "v")}
+        call = dict.fromkeys(("qv", "out", "sinks", "q_descale", "k_descale", "v_descale", "k", "v"))
         call |= {"window_size": (-1, -1), "causal": False, "softcap": 0.0, "num_splits": 1} | case.arguments
         call["attention_chunk"] = call.get("attention_chunk") or 0
         call["cu_seqlens_k_new"] = call.get("cu_seqlens_k_new")
