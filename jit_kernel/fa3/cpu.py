@@ -28,6 +28,9 @@ _ELEMENTS = {"fp32": "f32", "bf16": "bf16", "fp16": "fp16", "e4m3": "e4m3"}
 # Scores that are masked are -inf, so never -ffast-math. The library's threads outlive a dropped module: nodelete.
 _FLAGS = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-pthread", "-Wl,-z,nodelete")
 
+# k_new to rotary_seqlens, in a call without any of them.
+_NO_INDICES = (None,) * 13
+
 Result = Tensor | tuple[Tensor, Tensor]
 
 _forwards: dict[tuple[torch.dtype, int, int], Callable[..., None]] = {}
@@ -291,26 +294,31 @@ def flash_attn_func(
     out: Tensor | None = None,
 ) -> Result:
     """See `jit_kernel.flash_attention_v3.flash_attn_func`."""
-    return flash_attn_varlen_func(
-        q=q,
-        k=k,
-        v=v,
-        cu_seqlens_q=None,
-        cu_seqlens_k=None,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        qv=qv,
-        q_descale=q_descale,
-        k_descale=k_descale,
-        v_descale=v_descale,
-        window_size=window_size,
-        attention_chunk=attention_chunk,
-        softcap=softcap,
-        num_splits=num_splits,
-        return_softmax_lse=return_softmax_lse,
-        sinks=sinks,
-        out=out,
+    forward = _forward(q, v)
+    out, lse = _results(q, v, out, return_softmax_lse, None, None)
+    forward(
+        q,
+        k,
+        v,
+        out,
+        lse,
+        qv,
+        *_NO_INDICES,
+        q_descale,
+        k_descale,
+        v_descale,
+        sinks,
+        default_scale(q, qv, only_qv=False) if softmax_scale is None else softmax_scale,
+        causal,
+        *window_size,
+        attention_chunk,
+        softcap,
+        False,  # rotary_interleaved
+        False,  # only_qv
+        num_splits,
+        torch.get_num_threads(),
     )
+    return out if lse is None else (out, lse)
 
 
 def get_scheduler_metadata(

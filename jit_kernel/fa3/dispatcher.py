@@ -1,6 +1,6 @@
 """The functions of a device that several implementations serve: each call goes to the one chosen for it.
 
-What was chosen is remembered by the plain tuple of what the call asks for. The signatures are the ones
+What was chosen is remembered by a plain tuple of what the call asks for. The signatures are the ones
 that stand behind every mapping of `_load_fa3_kernels`; the arguments arrive checked.
 """
 
@@ -26,9 +26,7 @@ class Dispatcher:
     def __init__(self, target: Target, modules: Sequence[ModuleType]) -> None:
         self._target = target
         self._modules = tuple(modules)
-        self._varlen: dict[tuple[object, ...], Callable[..., Any]] = {}
-        self._kvcache: dict[tuple[object, ...], Callable[..., Any]] = {}
-        self._dense: dict[tuple[object, ...], Callable[..., Any]] = {}
+        self._chosen: dict[tuple[str, tuple[object, ...]], Callable[..., Any]] = {}
 
     def kernels(self) -> Mapping[str, Callable[..., Any]]:
         """The mapping that `_load_fa3_kernels` hands out for the device."""
@@ -44,7 +42,8 @@ class Dispatcher:
         )
 
     def _resolve(self, function: str, plain: tuple[Any, ...]) -> Callable[..., Any]:
-        return dispatch.resolve(self._target, Features(*plain), function)
+        chosen = self._chosen[function, plain] = dispatch.resolve(self._target, Features(*plain), function)
+        return chosen
 
     def _first_with(self, function: str) -> Callable[..., Any]:
         for module in self._modules:
@@ -87,10 +86,7 @@ class Dispatcher:
         """See `jit_kernel.flash_attention_v3.flash_attn_varlen_func`."""
         call = locals()
         del call["self"]
-        plain = plain_features(call)
-        chosen = self._varlen.get(plain)
-        if chosen is None:
-            chosen = self._varlen[plain] = self._resolve("flash_attn_varlen_func", plain)
+        chosen = self._chosen.get(key := ("flash_attn_varlen_func", plain_features(call))) or self._resolve(*key)
         result: Result = chosen(**call)
         return result
 
@@ -134,10 +130,7 @@ class Dispatcher:
         """See `jit_kernel.flash_attention_v3.flash_attn_with_kvcache`."""
         call = locals()
         del call["self"]
-        plain = plain_features(call)
-        chosen = self._kvcache.get(plain)
-        if chosen is None:
-            chosen = self._kvcache[plain] = self._resolve("flash_attn_with_kvcache", plain)
+        chosen = self._chosen.get(key := ("flash_attn_with_kvcache", plain_features(call))) or self._resolve(*key)
         result: Result = chosen(**call)
         return result
 
@@ -167,10 +160,7 @@ class Dispatcher:
         """See `jit_kernel.flash_attention_v3.flash_attn_func`."""
         call = locals()
         del call["self"]
-        plain = plain_features(call)
-        chosen = self._dense.get(plain)
-        if chosen is None:
-            chosen = self._dense[plain] = self._resolve("flash_attn_func", plain)
+        chosen = self._chosen.get(key := ("flash_attn_func", plain_features(call))) or self._resolve(*key)
         result: Result = chosen(**call)
         return result
 
