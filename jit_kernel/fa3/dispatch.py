@@ -34,6 +34,9 @@ log = logging.getLogger("jit_kernel")
 # By vendor, best first.
 CANDIDATES = {"cpu": ("cpu",), "cuda": ("hopper", "portable"), "musa": ("musa",)}
 
+# These raise for a call that they do not serve, so alone on a device they need no dispatcher: 5 us a call.
+REFUSE_THEMSELVES = ("cpu", "portable", "musa")
+
 _said: set[tuple[str, str]] = set()
 _said_guard = threading.Lock()
 
@@ -146,7 +149,7 @@ def kernels(device: str, target: Target) -> Mapping[str, Callable[..., object]]:
     modules = [importlib.import_module(f"jit_kernel.fa3.{name}") for name in names]
     for module in modules:
         module.prepare(device)
-    if len(CANDIDATES[target.vendor]) == 1:
+    if len(modules) == 1 and modules[0].NAME in REFUSE_THEMSELVES:
         only: Mapping[str, Callable[..., object]] = modules[0].KERNELS
         return only
     from jit_kernel.fa3.dispatcher import Dispatcher

@@ -13,17 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jit_kernel import triton_compiler
+from jit_kernel import config, triton_compiler
 from jit_kernel.device import Target
 from jit_kernel.fa3 import portable_append, portable_forward, portable_kernels, scheduler_header
 from jit_kernel.fa3.attention_shapes import default_scale
 from jit_kernel.fa3.combine_arguments import lse_shape
-from jit_kernel.fa3.variants import Accepted, Decision, Features, Rejected
+from jit_kernel.fa3.variants import Accepted, Decision, Features, Rejected, refusal
 from jit_kernel.jit import KernelSpec
 
 NAME = "portable"
-MAX_HEAD_DIM = 256
 LEAST_CAPABILITY = 80
+
+_NO_QV = "qv: it has no second product for scores"
+_NO_FP8 = "q_descale, k_descale and v_descale: it has no fp8"
 
 Result = Tensor | tuple[Tensor, Tensor]
 
@@ -39,16 +41,19 @@ def supports(target: Target) -> Decision:
 
 def decide(target: Target, features: Features) -> Decision:
     """bf16 and fp16 with head sizes up to 256, without qv and descales."""
-    if features.dtype not in portable_kernels.DTYPES:
-        return Rejected(f"dtype {features.dtype}: it computes in bf16 and fp16", claimed=False)
+    reason = portable_kernels.unserved(features.dtype, features.head_dim, features.head_dim_v)
     if features.qv:
-        return Rejected("qv: it has no second product for scores", claimed=False)
+        reason = _NO_QV
     if features.descale:
-        return Rejected("q_descale, k_descale and v_descale: it has no fp8", claimed=False)
-    if max(features.head_dim, features.head_dim_v) > MAX_HEAD_DIM:
-        sizes = f"{features.head_dim}/{features.head_dim_v}"
-        return Rejected(f"head sizes {sizes}: it serves head sizes up to {MAX_HEAD_DIM}", claimed=False)
-    return Accepted()
+        reason = _NO_FP8
+    return Accepted() if reason is None else Rejected(reason, claimed=False)
+
+
+def _refuse(qv: Tensor | None, *descales: Tensor | None) -> None:
+    """Arguments that these kernels have no place for are an error also where no dispatcher stands in between."""
+    given = _NO_QV if qv is not None else _NO_FP8 if any(scale is not None for scale in descales) else None
+    if given is not None:
+        raise refusal("this call", [(NAME, Rejected(given, claimed=False))])
 
 
 def prepare(device: str) -> None:
@@ -98,6 +103,8 @@ def flash_attn_varlen_func(
     out: Tensor | None = None,
 ) -> Result:
     """See `jit_kernel.flash_attention_v3.flash_attn_varlen_func`."""
+    if qv is not None or q_descale is not None or k_descale is not None or v_descale is not None:
+        _refuse(qv, q_descale, k_descale, v_descale)
     return portable_forward.attend(
         q,
         k,
@@ -160,6 +167,10 @@ def flash_attn_with_kvcache(
     out: Tensor | None = None,
 ) -> Result:
     """See `jit_kernel.flash_attention_v3.flash_attn_with_kvcache`."""
+    if qv is not None or q_descale is not None or k_descale is not None or v_descale is not None:
+        _refuse(qv, q_descale, k_descale, v_descale)
+    if scheduler_metadata is not None and config.check_indices():
+        scheduler_header.verify(NAME, locals())
     seqlen_k_new = 0
     if k is not None:
         q = portable_append.append(locals())
@@ -213,6 +224,8 @@ def flash_attn_func(
     out: Tensor | None = None,
 ) -> Result:
     """See `jit_kernel.flash_attention_v3.flash_attn_func`. Every call is deterministic."""
+    if qv is not None or q_descale is not None or k_descale is not None or v_descale is not None:
+        _refuse(qv, q_descale, k_descale, v_descale)
     return portable_forward.attend(
         q,
         k,

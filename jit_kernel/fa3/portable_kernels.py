@@ -13,6 +13,7 @@ from jit_kernel import jit
 from jit_kernel.device import Target
 from jit_kernel.fa3 import portable_tiles
 from jit_kernel.fa3.portable_tiles import padded
+from jit_kernel.fa3.variants import Rejected, refusal
 from jit_kernel.jit import KernelSpec
 
 Scalar = str | int | bool
@@ -26,8 +27,19 @@ DTYPES = ("bf16", "fp16")
 # What warm-up compiles; any other pair up to 256 compiles at its first call.
 WARM_HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
 
+MAX_HEAD_DIM = 256
+
 APPEND_ROWS = 16
 COMBINE_SPLITS = 8  # partials in flight at once: a row's loads then wait for memory once, not eight times
+
+
+def unserved(dtype: str, head_dim: int, head_dim_v: int) -> str | None:
+    """Why no kernel here serves a dtype and head sizes; None when one does."""
+    if dtype not in DTYPES:
+        return f"dtype {dtype}: it computes in bf16 and fp16"
+    if max(head_dim, head_dim_v) > MAX_HEAD_DIM:
+        return f"head sizes {head_dim}/{head_dim_v}: it serves head sizes up to {MAX_HEAD_DIM}"
+    return None
 
 
 def combine_rows(head_dim_v: int) -> int:
@@ -72,9 +84,7 @@ def forward_spec(
         "softcap": softcap,
         "aligned": aligned,
     }
-    # The lookup of a page is one more stage of the pipeline: as many key tiles in flight need one more.
-    stages = tile.num_stages + paged
-    return _spec("forward", variant, {"element": dtype}, constants, tile.num_warps, stages)
+    return _spec("forward", variant, {"element": dtype}, constants, tile.num_warps, tile.num_stages)
 
 
 def combine_spec(partial: str, dtype: str, head_dim_v: int, aligned: bool) -> KernelSpec:
@@ -191,6 +201,9 @@ class DeviceKernels:
         """The handle of a variant; `key` is the function's name and its spec's arguments."""
         handle = self._handles.get(key)
         if handle is None:
+            reason = None if key[0] == "combine" else unserved(*key[1:4])
+            if reason is not None:
+                raise refusal(f"this call on {self.target}", [("portable", Rejected(reason, claimed=False))])
             spec = _MAKERS[key[0]](*((self.target.architecture,) if key[0] == "forward" else ()), *key[1:])
             cubin = jit.load_cubin(spec, self.target)
             launch = cubin.metadata

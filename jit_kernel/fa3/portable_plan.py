@@ -20,7 +20,8 @@ ZERO_REST = 32768
 
 # A wider token stride would overflow the 32-bit offsets inside a tile of at most 128 keys.
 _NARROW = 2**31 // 256
-_LEAST_TILES_PER_SPLIT = 4
+# Less work than this in a block is less than joining it costs: 1 x 8k in 16 to 32 parts 1200 GB/s, in 64 800.
+_LEAST_KEYS_PER_SPLIT = 256
 
 Strides = tuple[int, ...]
 
@@ -102,7 +103,7 @@ def make(kernels: DeviceKernels, q: Layout, k: Layout, v: Layout, out: Layout, c
     num_splits = call.num_splits
     if num_splits == 0:
         slots = max(1, kernels.multiprocessors - call.sm_margin) * tile.residents
-        num_splits = best_splits(programs, slots, _longest(call, capacity) // tile.block_n)
+        num_splits = best_splits(programs, slots, _longest(call, capacity))
     lse_strides = (0, total_rows) if ragged else (heads * seqlen_q, seqlen_q)
     scalars = (
         *strides, *lse_strides, call.table_width, total_rows, seqlen_q, capacity, call.seqlen_k_new, page_size,
@@ -148,12 +149,12 @@ def _longest(call: Settings, capacity: int) -> int:
     return longest if left < 0 else min(longest, left + max(right, 0) + call.max_seqlen_q)
 
 
-def best_splits(programs: int, slots: int, key_tiles: int) -> int:
+def best_splits(programs: int, slots: int, keys: int) -> int:
     """Into how many parts the keys are cut: the least that fills its last wave within 15 % of the best.
 
     `slots` blocks run at once. The rule and its 85 % are FlashAttention's (hopper/heuristics.h).
     """
-    most = min(128, key_tiles // _LEAST_TILES_PER_SPLIT)
+    most = min(128, keys // _LEAST_KEYS_PER_SPLIT)
     if most <= 1 or programs >= 0.8 * slots:
         return 1
     fill = []

@@ -100,18 +100,22 @@ def load_keys(
     PAGED: tl.constexpr,
     NARROW: tl.constexpr,
     MASKED: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     """(BLOCK_N, SIZE_PADDED) keys or values from key `first` on; zero past the sequence and SIZE."""
     offsets = tl.arange(0, BLOCK_N)
     columns = tl.arange(0, SIZE_PADDED)
     if PAGED:
-        positions = leftpad + first + offsets
-        if MASKED:
-            # Table entries past a sequence's length are never read, nor the pages they would name.
-            in_sequence = first + offsets < seqlen_k
-            pages = tl.load(table_row + positions // page_size, mask=in_sequence, other=0)
+        # Table entries past a sequence's length are never read: those lanes take the last key's.
+        positions = leftpad + tl.maximum(tl.minimum(first + offsets, seqlen_k - 1), 0)
+        entries = table_row + positions // page_size
+        if INTERPRETED:
+            pages = tl.load(entries)
         else:
-            pages = tl.load(table_row + positions // page_size)
+            # Not tl.load: the software pipeline would spend its stages on the table, not on the keys.
+            pages = tl.inline_asm_elementwise(
+                "ld.global.nc.b32 $0, [$1];", "=r,l", [entries.to(tl.int64)], tl.int32, True, 1
+            )
         rows = pages.to(tl.int64) * stride_batch + (positions % page_size) * stride_token
         pointers = base + rows[:, None] + columns[None, :]
     else:
@@ -173,7 +177,7 @@ def attend(
         first = tile * BLOCK_N
         k_tile = load_keys(
             k, table_row, first, seqlen_k, leftpad, page_size, k_stride_batch, k_stride_token,
-            HEAD_DIM, HEAD_DIM_PADDED, BLOCK_N, PAGED, NARROW, MASKED,
+            HEAD_DIM, HEAD_DIM_PADDED, BLOCK_N, PAGED, NARROW, MASKED, INTERPRETED,
         )  # fmt: skip
         if INTERPRETED:
             k_tile = k_tile.to(tl.float32)
@@ -199,7 +203,7 @@ def attend(
         acc = acc * rescale[:, None]
         v_tile = load_keys(
             v, table_row, first, seqlen_k, leftpad, page_size, v_stride_batch, v_stride_token,
-            HEAD_DIM_V, HEAD_DIM_V_PADDED, BLOCK_N, PAGED, NARROW, MASKED,
+            HEAD_DIM_V, HEAD_DIM_V_PADDED, BLOCK_N, PAGED, NARROW, MASKED, INTERPRETED,
         )  # fmt: skip
         weights = weights.to(v_tile.dtype)
         if INTERPRETED:
