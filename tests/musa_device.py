@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from case_run import one_thread
 from mate_double import Mate
 from mate_kernels import Kernels
 from torch import Tensor
@@ -261,7 +262,7 @@ def name_the_backend() -> None:
 def machine(
     folder: Path, functions: Mapping[str, Callable[..., Any]] | None, version: str = "0.2.2", *, asserts: bool = True
 ) -> Iterator[Machine]:
-    """A machine with two S5000s and every package; `functions`, by their public names, compute; None computes nothing."""
+    """A machine with two S5000s and every package; `functions`, by public name, compute; None computes nothing."""
     global _machine
     write_stack(folder, version)
     RUNTIME.__init__()  # type: ignore[misc]
@@ -269,7 +270,7 @@ def machine(
     before = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="musa") then comes through _Factories
     try:
-        with on_path(folder), _Factories():
+        with on_path(folder), _Factories(), one_thread():
             yield _machine
     finally:
         torch._C._set_only_lift_cpu_tensors(before)
