@@ -6,6 +6,8 @@ are int32, contiguous and on q's device.
 
 Bad shapes, dtypes, devices, strides and values raise ValueError or TypeError that name the argument, before anything
 is launched or written. What a device cannot do raises NotImplementedError with every implementation's reason.
+
+Each call is passed on as a dict that names every argument: torch 2.10 and 2.11 cannot compile `locals()`.
 """
 
 from __future__ import annotations
@@ -152,7 +154,34 @@ def flash_attn_varlen_func(
     query; with return_softmax_lse also lse, float32, natural logarithm, (hq, total_q) or (b, hq, sq). Formulas:
     FlashAttention-3 (Shah et al., 2024), sinks as in gpt-oss.
     """
-    call = locals()
+    call = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "max_seqlen_q": max_seqlen_q,
+        "max_seqlen_k": max_seqlen_k,
+        "seqused_q": seqused_q,
+        "seqused_k": seqused_k,
+        "page_table": page_table,
+        "softmax_scale": softmax_scale,
+        "causal": causal,
+        "qv": qv,
+        "q_descale": q_descale,
+        "k_descale": k_descale,
+        "v_descale": v_descale,
+        "window_size": window_size,
+        "attention_chunk": attention_chunk,
+        "softcap": softcap,
+        "num_splits": num_splits,
+        "pack_gqa": pack_gqa,
+        "only_qv": only_qv,
+        "sm_margin": sm_margin,
+        "return_softmax_lse": return_softmax_lse,
+        "sinks": sinks,
+        "out": out,
+    }
     if torch.compiler.is_compiling():
         return operators.varlen(call)
     _check_attention("flash_attn_varlen_func", call)
@@ -211,7 +240,41 @@ def flash_attn_with_kvcache(
 
     The other arguments, the result and its formulas are those of `flash_attn_varlen_func`.
     """
-    call = locals()
+    call = {
+        "q": q,
+        "k_cache": k_cache,
+        "v_cache": v_cache,
+        "k": k,
+        "v": v,
+        "qv": qv,
+        "rotary_cos": rotary_cos,
+        "rotary_sin": rotary_sin,
+        "cache_seqlens": cache_seqlens,
+        "cache_batch_idx": cache_batch_idx,
+        "cache_leftpad": cache_leftpad,
+        "page_table": page_table,
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k_new": cu_seqlens_k_new,
+        "max_seqlen_q": max_seqlen_q,
+        "rotary_seqlens": rotary_seqlens,
+        "q_descale": q_descale,
+        "k_descale": k_descale,
+        "v_descale": v_descale,
+        "softmax_scale": softmax_scale,
+        "causal": causal,
+        "window_size": window_size,
+        "attention_chunk": attention_chunk,
+        "softcap": softcap,
+        "rotary_interleaved": rotary_interleaved,
+        "scheduler_metadata": scheduler_metadata,
+        "num_splits": num_splits,
+        "pack_gqa": pack_gqa,
+        "only_qv": only_qv,
+        "sm_margin": sm_margin,
+        "return_softmax_lse": return_softmax_lse,
+        "sinks": sinks,
+        "out": out,
+    }
     if torch.compiler.is_compiling():
         return operators.kvcache(call)
     _check_attention("flash_attn_with_kvcache", call)
@@ -245,7 +308,27 @@ def flash_attn_func(
     deterministic: accepted for FA3's sake; the forward pass always is.
     The other arguments, the result and its formulas are those of `flash_attn_varlen_func`.
     """
-    call = locals()
+    call = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "softmax_scale": softmax_scale,
+        "causal": causal,
+        "qv": qv,
+        "q_descale": q_descale,
+        "k_descale": k_descale,
+        "v_descale": v_descale,
+        "window_size": window_size,
+        "attention_chunk": attention_chunk,
+        "softcap": softcap,
+        "num_splits": num_splits,
+        "pack_gqa": pack_gqa,
+        "deterministic": deterministic,
+        "sm_margin": sm_margin,
+        "return_softmax_lse": return_softmax_lse,
+        "sinks": sinks,
+        "out": out,
+    }
     if torch.compiler.is_compiling():
         return operators.dense(call)
     _check_attention("flash_attn_func", call)
@@ -285,7 +368,29 @@ def get_scheduler_metadata(
     into a static buffer for graph replay. It serves the implementation that made it and opens with the parameters,
     which the call verifies: on the CPU always, elsewhere under JIT_KERNEL_CHECK_INDICES=1.
     """
-    call = locals()
+    call = {
+        "batch_size": batch_size,
+        "max_seqlen_q": max_seqlen_q,
+        "max_seqlen_k": max_seqlen_k,
+        "num_heads_q": num_heads_q,
+        "num_heads_kv": num_heads_kv,
+        "headdim": headdim,
+        "cache_seqlens": cache_seqlens,
+        "qkv_dtype": qkv_dtype,
+        "headdim_v": headdim_v,
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k_new": cu_seqlens_k_new,
+        "cache_leftpad": cache_leftpad,
+        "page_size": page_size,
+        "max_seqlen_k_new": max_seqlen_k_new,
+        "causal": causal,
+        "window_size": window_size,
+        "attention_chunk": attention_chunk,
+        "has_softcap": has_softcap,
+        "num_splits": num_splits,
+        "pack_gqa": pack_gqa,
+        "sm_margin": sm_margin,
+    }
     if torch.compiler.is_compiling():
         return operators.metadata(call)
     from jit_kernel.fa3 import scheduler_header
@@ -307,7 +412,12 @@ def flash_attn_combine(
     Returns (out, lse): lse = log(sum over parts of exp(lse_partial)), out = sum of exp(lse_partial - lse) *
     out_partial; 0 and -inf where every part is -inf. lse has out's shape without dv.
     """
-    call = locals()
+    call = {
+        "out_partial": out_partial,
+        "lse_partial": lse_partial,
+        "out": out,
+        "out_dtype": out_dtype,
+    }
     if torch.compiler.is_compiling():
         return operators.combine(call)
     from jit_kernel.fa3 import combine_arguments
@@ -326,7 +436,12 @@ def merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> t
     Returns (out, lse) of the same shapes, out in out_a's dtype; 0 and -inf where both are -inf. A sink must be in one
     of the two alone.
     """
-    call = locals()
+    call = {
+        "out_a": out_a,
+        "lse_a": lse_a,
+        "out_b": out_b,
+        "lse_b": lse_b,
+    }
     if torch.compiler.is_compiling():
         return operators.merge(call)
     from jit_kernel.fa3 import combine_arguments
