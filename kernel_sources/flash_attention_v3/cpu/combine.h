@@ -5,17 +5,13 @@
 // last dimension, float32.
 #pragma once
 
-#include <tvm/ffi/container/tensor.h>
-#include <tvm/ffi/function.h>
-
 #include <cmath>
 #include <vector>
 
 #include "jit_kernel/cpu/element.h"
+#include "jit_kernel/cpu/ffi_arguments.h"
 
 namespace jit_kernel {
-
-using tvm::ffi::TensorView;
 
 inline float load_any(const char* p, int64_t i, DLDataType dtype) {
   if (dtype.bits == 32) return reinterpret_cast<const float*>(p)[i];
@@ -77,8 +73,8 @@ inline void combine_row(Part* parts, int64_t count, char* out, DLDataType dtype,
 }
 
 // out_partial (splits, ..., dv), lse_partial (splits, ...), out (..., dv), lse (...).
-inline void combine(TensorView out_partial, TensorView lse_partial, TensorView out,
-                    TensorView lse) {
+inline void combine(FfiArguments& a) {
+  TensorView out_partial = a.tensor(), lse_partial = a.tensor(), out = a.tensor(), lse = a.tensor();
   int64_t dv = out.size(out.ndim() - 1), splits = out_partial.size(0), rows = lse.numel();
   RowWalk values{out_partial, 1, 1}, weights{lse_partial, 1, 0}, to{out, 0, 1}, to_lse{lse, 0, 0};
   std::vector<Part> parts(static_cast<size_t>(splits));
@@ -93,8 +89,9 @@ inline void combine(TensorView out_partial, TensorView lse_partial, TensorView o
 }
 
 // Two parts in tensors of their own; each out (..., dv) and lse (...).
-inline void merge_state(TensorView out_a, TensorView lse_a, TensorView out_b, TensorView lse_b,
-                        TensorView out, TensorView lse) {
+inline void merge_state(FfiArguments& arguments) {
+  TensorView out_a = arguments.tensor(), lse_a = arguments.tensor(), out_b = arguments.tensor();
+  TensorView lse_b = arguments.tensor(), out = arguments.tensor(), lse = arguments.tensor();
   int64_t dv = out.size(out.ndim() - 1), rows = lse.numel();
   RowWalk a{out_a, 0, 1}, b{out_b, 0, 1}, weight_a{lse_a, 0, 0}, weight_b{lse_b, 0, 0};
   RowWalk to{out, 0, 1}, to_lse{lse, 0, 0};
@@ -108,6 +105,6 @@ inline void merge_state(TensorView out_a, TensorView lse_a, TensorView out_b, Te
 
 }  // namespace jit_kernel
 
-#define JIT_KERNEL_EXPORT_COMBINE()                              \
-  TVM_FFI_DLL_EXPORT_TYPED_FUNC(combine, ::jit_kernel::combine); \
-  TVM_FFI_DLL_EXPORT_TYPED_FUNC(merge_state, ::jit_kernel::merge_state)
+#define JIT_KERNEL_EXPORT_COMBINE()                    \
+  JIT_KERNEL_EXPORT(combine, 4, ::jit_kernel::combine) \
+  JIT_KERNEL_EXPORT(merge_state, 6, ::jit_kernel::merge_state)

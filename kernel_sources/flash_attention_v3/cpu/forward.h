@@ -1,19 +1,15 @@
 // The entry of a forward library: arguments to parameters, then append, attend and combine.
 #pragma once
 
-#include <tvm/ffi/container/tensor.h>
-#include <tvm/ffi/function.h>
-#include <tvm/ffi/optional.h>
-
 #include <atomic>
 
 #include "flash_attention_v3/cpu/mainloop_decode.h"
 #include "flash_attention_v3/cpu/mainloop_prefill.h"
+#include "jit_kernel/cpu/ffi_arguments.h"
 
 namespace jit_kernel {
 
-using tvm::ffi::Optional;
-using tvm::ffi::TensorView;
+using MaybeTensor = std::optional<TensorView>;
 
 template <class Element>
 inline Element* data_of(const TensorView& t) {
@@ -21,7 +17,7 @@ inline Element* data_of(const TensorView& t) {
 }
 
 template <class Element>
-inline const Element* data_or_null(const Optional<TensorView>& t) {
+inline const Element* data_or_null(const MaybeTensor& t) {
   return t.has_value() ? data_of<const Element>(*t) : nullptr;
 }
 
@@ -33,21 +29,21 @@ inline Rows<Element> rows_of(const TensorView& t) {
 }
 
 template <class Element>
-inline Rows<const Element> rows_or_null(const Optional<TensorView>& t) {
+inline Rows<const Element> rows_or_null(const MaybeTensor& t) {
   return t.has_value() ? rows_of<const Element>(*t) : Rows<const Element>();
 }
 
-inline Descale descale_of(const Optional<TensorView>& t) {
+inline Descale descale_of(const MaybeTensor& t) {
   if (!t.has_value()) return {};
-  return {data_of<const float>(*t), (*t).stride(0), (*t).stride(1)};
+  return {data_of<const float>(*t), t->stride(0), t->stride(1)};
 }
 
 // Sinks come as float32 or in the inputs' dtype.
 template <class Element>
-inline const float* sinks_as_float(const Optional<TensorView>& sinks, std::vector<float>& storage) {
+inline const float* sinks_as_float(const MaybeTensor& sinks, std::vector<float>& storage) {
   if (!sinks.has_value()) return nullptr;
-  int64_t heads = (*sinks).size(0), stride = (*sinks).stride(0);
-  bool is_float = (*sinks).dtype().bits == 32;
+  int64_t heads = sinks->size(0), stride = sinks->stride(0);
+  bool is_float = sinks->dtype().bits == 32;
   for (int64_t h = 0; h < heads; ++h) {
     storage.push_back(is_float ? data_of<const float>(*sinks)[h * stride]
                                : to_float(data_of<const Element>(*sinks)[h * stride]));
@@ -125,7 +121,7 @@ struct Forward {
       const Item& item = plan.items[i];
       const Sequence& s = plan.sequences[item.batch];
       if (is_decode(s.sq * p.group)) {
-        Decode<Element>(p, scratch()).run(p, s, item, parts);
+        Decode<Element>(p, item, scratch()).run(p, s, item, parts);
       } else {
         Prefill<Element>(p, item.row_end - item.row_begin, scratch()).run(p, s, item, parts);
       }
@@ -133,63 +129,69 @@ struct Forward {
     combine(p, plan, parts, sizes.dv);
   }
 
-  static void call(TensorView q, TensorView k, TensorView v, TensorView out,
-                   Optional<TensorView> lse, Optional<TensorView> qv, Optional<TensorView> k_new,
-                   Optional<TensorView> v_new, Optional<TensorView> page_table,
-                   Optional<TensorView> cu_seqlens_q, Optional<TensorView> cu_seqlens_k,
-                   Optional<TensorView> cu_seqlens_k_new, Optional<TensorView> seqused_q,
-                   Optional<TensorView> seqused_k, Optional<TensorView> cache_batch_idx,
-                   Optional<TensorView> cache_leftpad, Optional<TensorView> rotary_cos,
-                   Optional<TensorView> rotary_sin, Optional<TensorView> rotary_seqlens,
-                   Optional<TensorView> q_descale, Optional<TensorView> k_descale,
-                   Optional<TensorView> v_descale, Optional<TensorView> sinks, double softmax_scale,
-                   bool causal, int64_t window_left, int64_t window_right, int64_t attention_chunk,
-                   double softcap, bool rotary_interleaved, bool only_qv, int64_t num_splits,
-                   int64_t num_threads) {
-    Params p;
-    p.q = rows_of<const Element>(q), p.k = rows_of<Element>(k), p.v = rows_of<Element>(v);
-    p.out = rows_of<Output>(out), p.qv = rows_or_null<Element>(qv);
-    p.k_new = rows_or_null<Element>(k_new), p.v_new = rows_or_null<Element>(v_new);
-    if (rotary_cos.has_value()) {
-      p.rotary_cos.data = data_of<const Element>(*rotary_cos),
-      p.rotary_cos.row = (*rotary_cos).stride(0);
-      p.rotary_sin.data = data_of<const Element>(*rotary_sin),
-      p.rotary_sin.row = (*rotary_sin).stride(0);
-      p.rotary_dim = 2 * (*rotary_cos).size(1);
-    }
-    if (lse.has_value()) {  // (heads, rows) or (batch, heads, rows)
-      int32_t n = (*lse).ndim();
-      p.lse = {data_of<float>(*lse), n == 3 ? (*lse).stride(0) : 0, (*lse).stride(n - 1),
-               (*lse).stride(n - 2)};
-    }
-    p.cu_seqlens_q = data_or_null<int32_t>(cu_seqlens_q),
-    p.cu_seqlens_k = data_or_null<int32_t>(cu_seqlens_k);
-    p.cu_seqlens_k_new = data_or_null<int32_t>(cu_seqlens_k_new);
-    p.seqused_q = data_or_null<int32_t>(seqused_q), p.seqused_k = data_or_null<int32_t>(seqused_k);
-    p.cache_batch_idx = data_or_null<int32_t>(cache_batch_idx);
-    p.cache_leftpad = data_or_null<int32_t>(cache_leftpad);
-    p.rotary_seqlens = data_or_null<int32_t>(rotary_seqlens);
+  // From k_new to v_descale, in the order of the call.
+  static void read_optional(FfiArguments& a, const TensorView& k, Params& p) {
+    MaybeTensor k_new = a.maybe_tensor();
+    p.k_new = rows_or_null<Element>(k_new), p.v_new = rows_or_null<Element>(a.maybe_tensor());
+    p.rows_new = k_new.has_value() ? k_new->size(k_new->ndim() - 3) : 0;
+    MaybeTensor page_table = a.maybe_tensor(), cu_seqlens_q = a.maybe_tensor();
     p.page_table = data_or_null<int32_t>(page_table);
     p.page_size = page_table.has_value() ? k.size(1) : 0;
-    p.table_width = page_table.has_value() ? (*page_table).size(1) : 0;
-    p.batch = cu_seqlens_q.has_value() ? (*cu_seqlens_q).size(0) - 1 : q.size(0);
-    p.heads = q.size(q.ndim() - 2), p.heads_k = k.size(k.ndim() - 2), p.group = p.heads / p.heads_k;
-    p.d = q.size(q.ndim() - 1), p.dv = v.size(v.ndim() - 1);
+    p.table_width = page_table.has_value() ? page_table->size(1) : 0;
+    p.cu_seqlens_q = data_or_null<int32_t>(cu_seqlens_q);
+    if (cu_seqlens_q.has_value()) p.batch = cu_seqlens_q->size(0) - 1;
+    p.cu_seqlens_k = data_or_null<int32_t>(a.maybe_tensor());
+    p.cu_seqlens_k_new = data_or_null<int32_t>(a.maybe_tensor());
+    p.seqused_q = data_or_null<int32_t>(a.maybe_tensor());
+    p.seqused_k = data_or_null<int32_t>(a.maybe_tensor());
+    p.cache_batch_idx = data_or_null<int32_t>(a.maybe_tensor());
+    p.cache_leftpad = data_or_null<int32_t>(a.maybe_tensor());
+    MaybeTensor rotary_cos = a.maybe_tensor(), rotary_sin = a.maybe_tensor();
+    if (rotary_cos.has_value()) {
+      p.rotary_cos.data = data_of<const Element>(*rotary_cos);
+      p.rotary_cos.row = rotary_cos->stride(0);
+      p.rotary_sin.data = data_of<const Element>(*rotary_sin);
+      p.rotary_sin.row = rotary_sin->stride(0);
+      p.rotary_dim = 2 * rotary_cos->size(1);
+    }
+    p.rotary_seqlens = data_or_null<int32_t>(a.maybe_tensor());
+    p.q_descale = descale_of(a.maybe_tensor()), p.k_descale = descale_of(a.maybe_tensor());
+    p.v_descale = descale_of(a.maybe_tensor());
+  }
+
+  static constexpr int32_t kArguments = 33;
+
+  static void call(FfiArguments& a) {
+    TensorView q = a.tensor(), k = a.tensor(), v = a.tensor(), out = a.tensor();
+    MaybeTensor lse = a.maybe_tensor();
+    Params p;
+    p.q = rows_of<const Element>(q), p.k = rows_of<Element>(k), p.v = rows_of<Element>(v);
+    p.out = rows_of<Output>(out), p.qv = rows_or_null<Element>(a.maybe_tensor());
+    if (lse.has_value()) {  // (heads, rows) or (batch, heads, rows)
+      int32_t n = lse->ndim();
+      p.lse = {data_of<float>(*lse), n == 3 ? lse->stride(0) : 0, lse->stride(n - 1),
+               lse->stride(n - 2)};
+    }
+    p.batch = q.size(0), p.heads = q.size(q.ndim() - 2), p.d = q.size(q.ndim() - 1);
+    p.heads_k = k.size(k.ndim() - 2), p.dv = v.size(v.ndim() - 1), p.group = p.heads / p.heads_k;
     p.rows_q = q.size(q.ndim() - 3), p.rows_k = k.size(k.ndim() - 3);
-    p.rows_new = k_new.has_value() ? (*k_new).size((*k_new).ndim() - 3) : 0;
-    p.q_descale = descale_of(q_descale), p.k_descale = descale_of(k_descale);
-    p.v_descale = descale_of(v_descale);
+    read_optional(a, k, p);
     std::vector<float> sink_memory;
-    p.sinks = sinks_as_float<Element>(sinks, sink_memory);
-    p.softmax_scale = static_cast<float>(softmax_scale), p.softcap = static_cast<float>(softcap);
-    p.window_left = window_left, p.window_right = causal ? 0 : window_right;
-    p.attention_chunk = attention_chunk, p.rotary_interleaved = rotary_interleaved;
-    p.only_qv = only_qv, p.num_splits = num_splits, p.num_threads = num_threads;
+    p.sinks = sinks_as_float<Element>(a.maybe_tensor(), sink_memory);
+    p.softmax_scale = static_cast<float>(a.number());
+    bool causal = a.boolean();
+    p.window_left = a.integer(), p.window_right = a.integer();
+    if (causal) p.window_right = 0;
+    p.attention_chunk = a.integer(), p.softcap = static_cast<float>(a.number());
+    p.rotary_interleaved = a.boolean(), p.only_qv = a.boolean();
+    p.num_splits = a.integer(), p.num_threads = a.integer();
     attend(p);
   }
 };
 
 }  // namespace jit_kernel
 
-#define JIT_KERNEL_EXPORT_FORWARD(element, ...) \
-  TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward, ::jit_kernel::Forward<::jit_kernel::element>::call)
+// The element type by its name in jit_kernel: f32, bf16, fp16 or e4m3.
+#define JIT_KERNEL_EXPORT_FORWARD(element, ...)                                        \
+  JIT_KERNEL_EXPORT(forward, ::jit_kernel::Forward<::jit_kernel::element>::kArguments, \
+                    ::jit_kernel::Forward<::jit_kernel::element>::call)

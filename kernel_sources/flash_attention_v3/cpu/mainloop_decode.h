@@ -10,42 +10,84 @@
 
 namespace jit_kernel {
 
-// The sums of products of one query row and kLanes keys of n elements (n a multiple of kDepth for
-// bf16 pairs, of kLanes for floats).
-template <class Key>
-inline simd::Vec dot_keys(const Key* const* keys, const float* q, int64_t n) {
+// Asks for what is read next, a few lines at a time between computations: a core has too few
+// requests for memory to ask for a block at once, and its own prefetcher does not follow rows
+// across pages. Lines are asked for in the order of memory, into L2: L1 holds what is being read.
+class Prefetch {
+ public:
+  Prefetch() = default;
+  // `bytes` of each row, from `offset` on.
+  Prefetch(const void* const* rows, int64_t count, int64_t offset, int64_t bytes)
+      : rows_(rows), end_(rows + count), offset_(offset), bytes_(bytes) {}
+
+  void lines(int64_t n) {
+    for (; n > 0 && rows_ != end_; --n) {
+      __builtin_prefetch(static_cast<const char*>(*rows_) + offset_ + at_, 0, 2);
+      at_ += 64;
+      if (at_ >= bytes_) at_ = 0, ++rows_;
+    }
+  }
+
+ private:
+  const void* const* rows_ = nullptr;
+  const void* const* end_ = nullptr;
+  int64_t offset_ = 0, bytes_ = 0, at_ = 0;
+};
+
+// One step of a dot product that runs along the head, a vector at a time: what a query row and a
+// key are loaded as. bf16 pairs go 32 deep, floats kLanes; other keys become floats as they are
+// loaded.
+template <class Math, class Key>
+struct RowDot {
+  static constexpr int64_t kDepthStep = simd::kLanes;
+  static simd::Vec query(const float* q) { return simd::load(q); }
+  static simd::Vec key(const Key* k) { return simd::load_as_float(k); }
+  static simd::Vec add(simd::Vec sum, simd::Vec a, simd::Vec b) { return simd::fma(a, b, sum); }
+};
+#ifdef JIT_KERNEL_BF16_DOT
+template <>
+struct RowDot<bf16, bf16> {
+  static constexpr int64_t kDepthStep = 2 * simd::kLanes;
+  static __m512bh query(const bf16* q) { return simd::load_pairs(q); }
+  static __m512bh key(const bf16* k) { return simd::load_pairs(k); }
+  static simd::Vec add(simd::Vec sum, __m512bh a, __m512bh b) { return simd::dot_pairs(sum, a, b); }
+};
+#endif
+
+// Products of kRows query rows (`stride` apart) and kLanes / kRows keys of n elements, summed; lane
+// i * kKeys + j is row i and key j. A key begins `offset` elements after its pointer: its head's
+// place.
+template <int kRows, class Key, class Math>
+inline simd::Vec dot_keys(const Key* const* keys, int64_t offset, const Math* q, int64_t stride,
+                          int64_t n) {
+  using Dot = RowDot<Math, Key>;
+  constexpr int kKeys = simd::kLanes / kRows;
   simd::Vec sum[simd::kLanes];
+  const Key* k[kKeys];
 #pragma GCC unroll 16
   for (int j = 0; j < simd::kLanes; ++j) sum[j] = simd::zero();
-  for (int64_t k = 0; k < n; k += simd::kLanes) {
-    simd::Vec one = simd::load(q + k);
 #pragma GCC unroll 16
-    for (int j = 0; j < simd::kLanes; ++j) {
-      sum[j] = simd::fma(one, simd::load_as_float(keys[j] + k), sum[j]);
+  for (int j = 0; j < kKeys; ++j) k[j] = keys[j] + offset;
+  for (int64_t at = 0; at < n; at += Dot::kDepthStep) {
+    decltype(Dot::query(q)) rows[kRows];
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) rows[i] = Dot::query(q + i * stride + at);
+#pragma GCC unroll 16
+    for (int j = 0; j < kKeys; ++j) {
+      auto key = Dot::key(k[j] + at);
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows; ++i)
+        sum[i * kKeys + j] = Dot::add(sum[i * kKeys + j], rows[i], key);
     }
   }
   return simd::reduce_each(sum);
 }
-#ifdef JIT_KERNEL_BF16_DOT
-inline simd::Vec dot_keys(const bf16* const* keys, const bf16* q, int64_t n) {
-  simd::Vec sum[16];
-#pragma GCC unroll 16
-  for (int j = 0; j < 16; ++j) sum[j] = simd::zero();
-  for (int64_t k = 0; k < n; k += 32) {
-    __m512bh one = simd::load_pairs(q + k);
-#pragma GCC unroll 16
-    for (int j = 0; j < 16; ++j) {
-      sum[j] = simd::dot_pairs(sum[j], one, simd::load_pairs(keys[j] + k));
-    }
-  }
-  return simd::reduce_each(sum);
-}
-#endif
 
 // sums (kRows rows, kVecs vectors of columns) += P (rows, keys) · values, keys in order.
 template <int kRows, int kVecs, class Value>
-inline void add_values(const Value* const* values, int64_t count, int64_t column, const float* p,
-                       int64_t p_stride, float* sums, int64_t sum_stride) {
+inline void add_values(const Value* const* values, int64_t offset, int64_t count, int64_t column,
+                       const float* p, int64_t p_stride, float* sums, int64_t sum_stride,
+                       Prefetch& prefetch) {
   simd::Vec sum[kRows][kVecs];
   for (int i = 0; i < kRows; ++i) {
     for (int c = 0; c < kVecs; ++c) {
@@ -53,10 +95,11 @@ inline void add_values(const Value* const* values, int64_t count, int64_t column
     }
   }
   for (int64_t j = 0; j < count; ++j) {
+    prefetch.lines(1 + kVecs / 2);
     simd::Vec v[kVecs];
 #pragma GCC unroll 4
     for (int c = 0; c < kVecs; ++c) {
-      v[c] = simd::load_as_float(values[j] + column + c * simd::kLanes);
+      v[c] = simd::load_as_float(values[j] + offset + column + c * simd::kLanes);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < kRows; ++i) {
@@ -76,172 +119,265 @@ template <class Element>
 struct Decode {
   using Math = MathOf<Element>;
   static constexpr int kVecs = simd::kRegisters == 32 ? 4 : 2;
-
-  HeadSizes sizes;
-  Math *q, *keys, *values;  // keys and values only when they cannot be used where they are
-  float *scores, *sums, *spare_row;
-  Element* turned;
-  const Element **key_rows_, **value_rows;
-  const Math **math_keys, **math_values;
-  RowState* states;
-  Interval seen[kDecodeRows];
-  float mix;  // what q·k is multiplied by before qv·v is added
-
-  template <class F>
-  void each_array(bool in_place, F&& f) {
-    f(q, kDecodeRows * sizes.depth), f(sums, kDecodeRows * sizes.dv), f(states, kDecodeRows);
-    f(scores, kDecodeRows * kDecodeBlock), f(spare_row, sizes.depth), f(turned, sizes.depth);
-    f(key_rows_, kDecodeBlock), f(value_rows, kDecodeBlock);
-    f(math_keys, kDecodeBlock), f(math_values, kDecodeBlock);
-    f(keys, in_place ? 0 : kDecodeBlock * sizes.qk);
-    f(values, in_place ? 0 : kDecodeBlock * std::max(sizes.dv, sizes.qv));
-  }
-
   // e4m3 has no loads that are cheap enough to repeat for every row.
   static constexpr bool kHasLoads = !std::is_same<Element, e4m3>::value;
 
-  // Whether whole vectors of keys and values can be read where they are.
-  template <class Params>
-  bool in_place(const Params& params) const {
-    bool exact = (params.only_qv || params.d == sizes.qk) && params.dv == sizes.dv;
-    return kHasLoads && exact && (!params.qv || params.dv == sizes.qv);
+  // The row pointers of a block of keys: those of head 0, which the offsets of other heads are
+  // added to.
+  struct Block {
+    const Element *k[kDecodeBlock], *v[kDecodeBlock];
+    int64_t first;     // the key of row 0
+    int64_t from, to;  // rows that are keys to be seen; the others only fill up a vector
+    int64_t columns;
+  };
+  struct Head {
+    ScoreScale scale;
+    float mix;  // what q·k is multiplied by before qv·v is added
+  };
+
+  HeadSizes sizes;
+  int64_t rows, heads;
+  bool in_place;            // whether whole vectors of keys and values can be read where they are
+  Math *q, *keys, *values;  // q: head after head; keys and values: a converted block
+  float *scores, *sums, *spare_row;
+  Element* turned;
+  const Math **math_keys, **math_values;
+  RowState* states;
+  Head* head_settings;
+  Block* blocks;  // this one and the next
+  Prefetch next_keys, next_values;
+  Interval seen[kDecodeRows];
+
+  template <class F>
+  void each_array(F&& f) {
+    int64_t all = heads * rows;
+    f(q, all * sizes.depth), f(sums, all * sizes.dv), f(states, all), f(head_settings, heads);
+    f(scores, kDecodeRows * kDecodeBlock), f(spare_row, sizes.depth), f(turned, sizes.depth);
+    f(math_keys, kDecodeBlock), f(math_values, kDecodeBlock), f(blocks, 2);
+    f(keys, in_place ? 0 : kDecodeBlock * sizes.qk);
+    f(values, in_place ? 0 : kDecodeBlock * value_stride());
   }
 
+  int64_t value_stride() const { return std::max(sizes.dv, sizes.qv); }
+
   template <class Params>
-  Decode(const Params& params, Scratch& scratch) : sizes(head_sizes<Math>(params)) {
+  Decode(const Params& params, const Item& item, Scratch& scratch)
+      : sizes(head_sizes<Math>(params)),
+        rows(item.row_end - item.row_begin),
+        heads(item.head_end - item.head_begin) {
+    bool exact = (params.only_qv || params.d == sizes.qk) && params.dv == sizes.dv;
+    in_place = kHasLoads && exact && (!params.qv || params.dv == sizes.qv);
     size_t bytes = 0;
-    each_array(in_place(params), [&](auto*& a, int64_t n) {
+    each_array([&](auto*& a, int64_t n) {
       bytes += Scratch::size<std::remove_reference_t<decltype(*a)>>(n);
     });
     scratch.reserve(bytes);
-    each_array(in_place(params), [&](auto*& a, int64_t n) {
-      a = scratch.take<std::remove_reference_t<decltype(*a)>>(n);
-    });
+    each_array(
+        [&](auto*& a, int64_t n) { a = scratch.take<std::remove_reference_t<decltype(*a)>>(n); });
   }
 
-  // Scores of all rows and the keys of a block, whose row pointers are a multiple of kLanes.
-  template <class Key>
-  void score_block(const Key* const* k, const Key* const* v, int64_t rows, int64_t count) {
-    for (int64_t j = 0; j < count; j += simd::kLanes) {
-      for (int64_t i = 0; i < rows; ++i) {
-        const Math* row = q + i * sizes.depth;
-        simd::Vec s = simd::zero();
-        if (sizes.qk) s = dot_keys(k + j, row, sizes.qk) * simd::set1(mix);
-        if (sizes.qv) s = s + dot_keys(v + j, row + sizes.qk, sizes.qv);
-        simd::store(scores + i * kDecodeBlock + j, s);
+  // Scores of kRows rows from `row` on of a head, and all keys of a block.
+  template <int kRows, class Key>
+  void score_rows(const Key* const* k, int64_t k_offset, const Key* const* v, int64_t v_offset,
+                  int64_t head, int64_t row, int64_t columns) {
+    constexpr int kKeys = simd::kLanes / kRows;
+    simd::Vec mix = simd::set1(head_settings[head].mix);
+    const Math* query = q + (head * rows + row) * sizes.depth;
+    float* to = scores + row * kDecodeBlock;
+    for (int64_t j = 0; j < columns; j += kKeys) {
+      next_keys.lines(4 * kKeys);
+      simd::Vec s = simd::zero();
+      if (sizes.qk) s = dot_keys<kRows>(k + j, k_offset, query, sizes.depth, sizes.qk) * mix;
+      if (sizes.qv) {
+        s = s + dot_keys<kRows>(v + j, v_offset, query + sizes.qk, sizes.depth, sizes.qv);
+      }
+      if constexpr (kRows == 1) {
+        simd::store(to + j, s);
+      } else {
+        float lanes[simd::kLanes];
+        simd::store(lanes, s);
+        for (int i = 0; i < kRows; ++i) {
+          std::memcpy(to + i * kDecodeBlock + j, lanes + i * kKeys, kKeys * sizeof(float));
+        }
       }
     }
   }
 
+  template <class Key>
+  void score_block(const Key* const* k, int64_t k_offset, const Key* const* v, int64_t v_offset,
+                   int64_t head, int64_t columns) {
+    int64_t i = 0;
+    for (; i + 4 <= rows; i += 4) score_rows<4>(k, k_offset, v, v_offset, head, i, columns);
+    for (; i < rows; ++i) score_rows<1>(k, k_offset, v, v_offset, head, i, columns);
+  }
+
   template <int kRows, class Value>
-  void add_rows(const Value* const* v, int64_t first, int64_t count, int64_t row) {
+  void add_rows(const Value* const* v, int64_t offset, const Block& block, int64_t row,
+                float* sum) {
     constexpr int64_t kLanes = simd::kLanes;
-    const float* p = scores + row * kDecodeBlock + first;
-    float* sum = sums + row * sizes.dv;
-    int64_t c = 0;
+    const float* p = scores + row * kDecodeBlock + block.from;
+    int64_t c = 0, count = block.to - block.from;
+    v += block.from, sum += row * sizes.dv;
     for (; c + kVecs * kLanes <= sizes.dv; c += kVecs * kLanes) {
-      add_values<kRows, kVecs>(v + first, count, c, p, kDecodeBlock, sum, sizes.dv);
+      add_values<kRows, kVecs>(v, offset, count, c, p, kDecodeBlock, sum, sizes.dv, next_values);
     }
     for (; c < sizes.dv; c += kLanes) {
-      add_values<kRows, 1>(v + first, count, c, p, kDecodeBlock, sum, sizes.dv);
+      add_values<kRows, 1>(v, offset, count, c, p, kDecodeBlock, sum, sizes.dv, next_values);
     }
   }
 
   template <class Value>
-  void add_block(const Value* const* v, int64_t rows, int64_t first, int64_t count) {
+  void add_block(const Value* const* v, int64_t offset, const Block& block, float* sum) {
     int64_t i = 0;
-    for (; i + 4 <= rows; i += 4) add_rows<4>(v, first, count, i);
-    for (; i < rows; ++i) add_rows<1>(v, first, count, i);
+    for (; i + 4 <= rows; i += 4) add_rows<4>(v, offset, block, i, sum);
+    for (; i < rows; ++i) add_rows<1>(v, offset, block, i, sum);
   }
 
-  // Scores to probabilities; block key 0 is key `first`.
-  void soften_block(const ScoreScale& scale, int64_t rows, int64_t first, int64_t columns) {
+  // Scores to probabilities; the head's sums are scaled to its new maximum.
+  void soften_block(const Block& block, const ScoreScale& scale, float* sum, RowState* state) {
     for (int64_t i = 0; i < rows; ++i) {
       float* s = scores + i * kDecodeBlock;
-      if (scale.transform) transform_scores(scale, s, columns);
-      int64_t begin = std::min(columns, std::max<int64_t>(0, seen[i].begin - first));
-      int64_t end = std::max(begin, std::min(columns, seen[i].end - first));
-      mask_scores(s, begin, end, columns);
-      float factor = softmax_row<6>(s, s, columns, scale.to_log2(), states[i]);
+      if (scale.transform) transform_scores(scale, s, block.columns);
+      int64_t begin = std::max<int64_t>(block.from, seen[i].begin - block.first);
+      int64_t end = std::min(block.to, seen[i].end - block.first);
+      begin = std::min(begin, block.columns);
+      mask_scores(s, begin, std::max(begin, end), block.columns);
+      float factor = softmax_row<6>(s, s, block.columns, scale.to_log2(), state[i]);
       if (factor == 1.0f) continue;
-      for (int64_t j = 0; j < sizes.dv; ++j) sums[i * sizes.dv + j] *= factor;
+      for (int64_t j = 0; j < sizes.dv; ++j) sum[i * sizes.dv + j] *= factor;
     }
   }
 
-  // Converts a block's keys and values, for types or sizes that have no loads of their own.
+  // Converts a head's keys and values, for types or sizes that have no loads of their own.
   template <class Params>
-  void convert_block(const Params& params, int64_t from, int64_t to, int64_t columns) {
-    int64_t stride = std::max(sizes.dv, sizes.qv);
-    for (int64_t j = 0; j < columns; ++j) {
-      math_keys[j] = keys + j * sizes.qk;
-      math_values[j] = values + j * stride;
-      if (j < from || j >= to) continue;  // fills up a vector: its scores are masked
-      if (!params.only_qv) convert_row<Math>(key_rows_[j], keys + j * sizes.qk, params.d, sizes.qk);
-      convert_row<Math>(value_rows[j], values + j * stride, params.dv, stride);
+  void convert_block(const Params& params, const Block& block, int64_t k_offset, int64_t v_offset) {
+    for (int64_t j = 0; j < block.columns; ++j) {
+      Math *k = keys + j * sizes.qk, *v = values + j * value_stride();
+      math_keys[j] = k, math_values[j] = v;
+      if (j < block.from || j >= block.to) continue;  // its scores are masked
+      if (!params.only_qv) convert_row<Math>(block.k[j] + k_offset, k, params.d, sizes.qk);
+      convert_row<Math>(block.v[j] + v_offset, v, params.dv, value_stride());
     }
   }
 
-  // Keys first + from .. first + to - 1 of the block that begins at key `first`.
   template <class Params>
-  void block(const Params& params, const Sequence& s, const Item& item, const ScoreScale& scale,
-             int64_t first, int64_t from, int64_t to) {
-    int64_t rows = item.row_end - item.row_begin;
-    int64_t begin = from / kDepth * kDepth, columns = round_up(to, kDepth) - begin;
-    first += begin, from -= begin, to -= begin;
-    if (!params.only_qv)
-      key_rows(params, params.k, s, first + from, to - from, item.head_k, key_rows_ + from);
-    key_rows(params, params.v, s, first + from, to - from, item.head_k, value_rows + from);
-    for (int64_t j = 0; j < columns; ++j) {  // masked keys point at one that may be read
-      if (j >= from && j < to) continue;
-      key_rows_[j] = key_rows_[from];
-      value_rows[j] = value_rows[from];
-    }
+  void attend(const Params& params, const Item& item, const Block& block, int64_t head) {
+    int64_t k_offset = (item.head_begin + head) * params.k.head;
+    int64_t v_offset = (item.head_begin + head) * params.v.head;
+    const ScoreScale& scale = head_settings[head].scale;
+    float* sum = sums + head * rows * sizes.dv;
     if constexpr (kHasLoads) {
-      if (in_place(params)) {
-        return attend(key_rows_, value_rows, scale, rows, first, from, to, columns);
+      if (in_place) {
+        score_block(block.k, k_offset, block.v, v_offset, head, block.columns);
+        soften_block(block, scale, sum, states + head * rows);
+        return add_block(block.v, v_offset, block, sum);
       }
     }
-    convert_block(params, from, to, columns);
-    attend(math_keys, math_values, scale, rows, first, from, to, columns);
+    convert_block(params, block, k_offset, v_offset);
+    score_block(math_keys, 0, math_values, 0, head, block.columns);
+    soften_block(block, scale, sum, states + head * rows);
+    add_block(math_values, 0, block, sum);
   }
 
-  template <class Key>
-  void attend(const Key* const* k, const Key* const* v, const ScoreScale& scale, int64_t rows,
-              int64_t first, int64_t from, int64_t to, int64_t columns) {
-    score_block(k, v, rows, columns);
-    soften_block(scale, rows, first, columns);
-    add_block(v, rows, from, to - from);
+  // Row pointers of keys first + from .. first + to - 1.
+  template <class Params>
+  void locate(const Params& params, const Sequence& s, int64_t first, int64_t from, int64_t to,
+              Block& block) {
+    int64_t skipped = from / kDepth * kDepth;
+    block.first = first + skipped, block.from = from - skipped, block.to = to - skipped;
+    block.columns = round_up(block.to, kDepth);
+    int64_t key = first + from, count = to - from;
+    key_rows(params, params.v, s, key, count, 0, block.v + block.from);
+    if (!params.only_qv) key_rows(params, params.k, s, key, count, 0, block.k + block.from);
+    for (int64_t j = 0; j < block.columns; ++j) {  // masked keys point at one that may be read
+      if (j >= block.from && j < block.to) continue;
+      block.k[j] = block.k[block.from];
+      block.v[j] = block.v[block.from];
+    }
   }
 
+  // What to ask for while a head is worked on. Where a token's heads lie side by side: the share of
+  // the next block's tokens that makes it complete after the last head; else the same tokens' next
+  // head.
+  Prefetch prefetch(const Rows<Element>& rows_of, const Element* const* now, int64_t now_count,
+                    const Element* const* next, int64_t next_count, const Item& item, int64_t head,
+                    int64_t n) {
+    constexpr int64_t kSize = sizeof(Element);
+    auto at = [](const Element* const* rows) { return reinterpret_cast<const void* const*>(rows); };
+    if (rows_of.head == n) {
+      int64_t begin = next_count * head / heads, end = next_count * (head + 1) / heads;
+      return Prefetch(at(next + begin), end - begin, item.head_begin * n * kSize,
+                      heads * n * kSize);
+    }
+    bool same = head + 1 < heads;
+    int64_t offset = (same ? item.head_begin + head + 1 : item.head_begin) * rows_of.head;
+    return Prefetch(at(same ? now : next), same ? now_count : next_count, offset * kSize,
+                    n * kSize);
+  }
+
+  // The item's query rows and settings; returns the keys that any of them sees.
+  template <class Params>
+  Interval load(const Params& params, const Sequence& s, const Item& item) {
+    Interval all{item.key_end, item.key_begin};
+    std::memset(sums, 0, static_cast<size_t>(heads * rows * sizes.dv) * sizeof(float));
+    for (int64_t i = 0; i < rows; ++i) {
+      seen[i] = visible_keys(params, (item.row_begin + i) / params.group, s.sq, s.sk);
+      all.begin = std::min(all.begin, std::max(seen[i].begin, item.key_begin));
+      all.end = std::max(all.end, std::min(seen[i].end, item.key_end));
+    }
+    for (int64_t h = 0; h < heads; ++h) {
+      int64_t head_k = item.head_begin + h;
+      head_settings[h] = {score_scale_of(params, item.batch, head_k),
+                          qk_factor(params, item.batch, head_k)};
+      for (int64_t i = 0; i < rows; ++i) {
+        Math* to = q + (h * rows + i) * sizes.depth;
+        load_query(params, s, sizes, head_k, item.row_begin + i, to, spare_row, turned);
+        states[h * rows + i] = RowState();
+      }
+    }
+    return all;
+  }
+
+  // A block of keys passes all heads before the next: a token's heads lie side by side in memory,
+  // so that pages (4 KiB) are opened once.
   template <class Params>
   void run(const Params& params, const Sequence& s, const Item& item, const Partials& parts) {
-    int64_t rows = item.row_end - item.row_begin, begin = item.key_end, end = item.key_begin;
-    std::memset(sums, 0, static_cast<size_t>(rows * sizes.dv) * sizeof(float));
-    for (int64_t i = 0; i < rows; ++i) {
-      int64_t r = item.row_begin + i;
-      load_query(params, s, sizes, item.head_k, r, q + i * sizes.depth, spare_row, turned);
-      seen[i] = visible_keys(params, r / params.group, s.sq, s.sk);
-      begin = std::min(begin, std::max(seen[i].begin, item.key_begin));
-      end = std::max(end, std::min(seen[i].end, item.key_end));
-      states[i] = RowState();
-    }
-    ScoreScale scale = score_scale_of(params, item.batch, item.head_k);
-    mix = qk_factor(params, item.batch, item.head_k);
-    int64_t first = item.key_begin + (begin - item.key_begin) / kDecodeBlock * kDecodeBlock;
-    for (; first < end; first += kDecodeBlock) {
-      int64_t from = std::max<int64_t>(0, begin - first);
-      block(params, s, item, scale, first, from, std::min(kDecodeBlock, end - first));
-    }
-    for (int64_t i = 0; i < rows; ++i) {
-      const float* sum = sums + i * sizes.dv;
-      if (item.part < 0) {
-        write_row(params, s, item.batch, item.head_k, item.row_begin + i, scale, sum, states[i]);
-      } else {
-        std::memcpy(parts.sums + (item.part + i) * sizes.dv, sum,
-                    static_cast<size_t>(sizes.dv) * sizeof(float));
-        parts.states[item.part + i] = states[i];
+    Interval all = load(params, s, item);
+    int64_t first = item.key_begin + (all.begin - item.key_begin) / kDecodeBlock * kDecodeBlock;
+    auto locate_at = [&](int64_t at, Block& block) {
+      locate(params, s, at, std::max<int64_t>(0, all.begin - at),
+             std::min(kDecodeBlock, all.end - at), block);
+    };
+    Block *now = blocks, *next = blocks + 1;
+    if (first < all.end) locate_at(first, *now);
+    for (; first < all.end; first += kDecodeBlock, std::swap(now, next)) {
+      next->columns = 0;
+      if (first + kDecodeBlock < all.end) locate_at(first + kDecodeBlock, *next);
+      for (int64_t h = 0; h < heads; ++h) {
+        if (!params.only_qv) {
+          next_keys =
+              prefetch(params.k, now->k, now->columns, next->k, next->columns, item, h, params.d);
+        }
+        next_values =
+            prefetch(params.v, now->v, now->columns, next->v, next->columns, item, h, params.dv);
+        attend(params, item, *now, h);
       }
     }
+    for (int64_t i = 0; i < heads * rows; ++i) write(params, s, item, parts, i);
+  }
+
+  template <class Params>
+  void write(const Params& params, const Sequence& s, const Item& item, const Partials& parts,
+             int64_t i) {
+    const float* sum = sums + i * sizes.dv;
+    int64_t h = i / rows;
+    if (item.part < 0) {
+      return write_row(params, s, item.batch, item.head_begin + h, item.row_begin + i % rows,
+                       head_settings[h].scale, sum, states[i]);
+    }
+    std::memcpy(parts.sums + (item.part + i) * sizes.dv, sum,
+                static_cast<size_t>(sizes.dv) * sizeof(float));
+    parts.states[item.part + i] = states[i];
   }
 };
 

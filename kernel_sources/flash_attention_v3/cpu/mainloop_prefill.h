@@ -3,7 +3,7 @@
 #pragma once
 
 #include "flash_attention_v3/cpu/epilogue.h"
-#include "flash_attention_v3/cpu/gemm.h"
+#include "flash_attention_v3/cpu/gemm_amx.h"
 #include "flash_attention_v3/cpu/mask.h"
 #include "flash_attention_v3/cpu/pack.h"
 #include "flash_attention_v3/cpu/query.h"
@@ -28,7 +28,10 @@ struct Prefill {
   const Element **key_rows_, **value_rows;
   RowState* states;
   int64_t *begins, *ends;  // each row's visible keys
-  float mix = 1.0f;        // what q·k is multiplied by before qv·v is added
+#ifdef JIT_KERNEL_AMX
+  AmxTiles amx;
+#endif
+  float mix = 1.0f;  // what q·k is multiplied by before qv·v is added
 
   int64_t score_stride() const { return tiles.block + simd::kLanes; }  // off the powers of two
 
@@ -63,7 +66,7 @@ struct Prefill {
     int64_t rows = item.row_end - item.row_begin, padded = round_up(rows, kDepth);
     for (int64_t i = 0; i < rows; ++i) {
       int64_t r = item.row_begin + i;
-      load_query(params, s, sizes, item.head_k, r, q + i * sizes.depth, spare_row, turned);
+      load_query(params, s, sizes, item.head_begin, r, q + i * sizes.depth, spare_row, turned);
       Interval seen = visible_keys(params, r / params.group, s.sq, s.sk);
       begins[i] = std::min(std::max(seen.begin, item.key_begin), item.key_end);
       ends[i] = std::max(begins[i], std::min(seen.end, item.key_end));
@@ -128,7 +131,16 @@ struct Prefill {
                       sizes.dv,
                       columns,
                       true};
-    gemm(pv, rows, sizes.dv / kLanes);
+    multiply(pv, rows, sizes.dv / kLanes);
+  }
+
+  void multiply(const GemmArgs<Math>& g, int64_t rows, int64_t panels) {
+#ifdef JIT_KERNEL_AMX
+    if constexpr (std::is_same<Math, bf16>::value) {
+      if (amx.active()) return gemm_amx(g, rows, panels);
+    }
+#endif
+    gemm(g, rows, panels);
   }
 
   // Scores of rows and the packed keys from .. from + columns - 1.
@@ -137,12 +149,12 @@ struct Prefill {
     GemmArgs<Math> g{q + row * sizes.depth, sizes.depth, keys + from * sizes.depth,
                      kLanes * sizes.depth,  scores,      score_stride(),
                      sizes.depth,           false};
-    if (mix == 1.0f) return gemm(g, rows, columns / kLanes);
+    if (mix == 1.0f) return multiply(g, rows, columns / kLanes);
     g.depth = sizes.qk;
-    gemm(g, rows, columns / kLanes);
+    multiply(g, rows, columns / kLanes);
     for (int64_t i = 0; i < rows; ++i) scale_row(scores + i * score_stride(), columns, mix);
     g.a += sizes.qk, g.b += kLanes * sizes.qk, g.depth = sizes.qv, g.accumulate = true;
-    gemm(g, rows, columns / kLanes);
+    multiply(g, rows, columns / kLanes);
   }
 
   // Floats are replaced in place.
@@ -163,14 +175,14 @@ struct Prefill {
   void run(const Params& params, const Sequence& s, const Item& item, const Partials& parts) {
     int64_t rows = item.row_end - item.row_begin;
     load_rows(params, s, item);
-    ScoreScale scale = score_scale_of(params, item.batch, item.head_k);
-    mix = qk_factor(params, item.batch, item.head_k);
+    ScoreScale scale = score_scale_of(params, item.batch, item.head_begin);
+    mix = qk_factor(params, item.batch, item.head_begin);
     int64_t begin = begins[0], end = ends[rows - 1];
     // Blocks are counted from the item's first key, never from what a row sees first.
     int64_t first = item.key_begin + (begin - item.key_begin) / tiles.block * tiles.block;
     for (; first < end; first += tiles.block) {
       int64_t count = std::min(tiles.block, end - first);
-      pack_block(params, s, item.head_k, first, count);
+      pack_block(params, s, item.head_begin, first, count);
       for (int64_t i = 0; i < rows; i += kTileRows) {
         tile(scale, i, std::min(kTileRows, rows - i), first, count);
       }
@@ -178,7 +190,8 @@ struct Prefill {
     for (int64_t i = 0; i < rows; ++i) {
       const float* sum = sums + i * sizes.dv;
       if (item.part < 0) {
-        write_row(params, s, item.batch, item.head_k, item.row_begin + i, scale, sum, states[i]);
+        write_row(params, s, item.batch, item.head_begin, item.row_begin + i, scale, sum,
+                  states[i]);
       } else {
         std::memcpy(parts.sums + (item.part + i) * sizes.dv, sum,
                     static_cast<size_t>(sizes.dv) * sizeof(float));

@@ -1,4 +1,4 @@
-// The items that threads take: rows of one sequence and key/value head, against a range of keys.
+// The items that threads take: rows of one sequence against a range of its keys.
 #pragma once
 
 #include <algorithm>
@@ -11,8 +11,9 @@
 namespace jit_kernel {
 
 struct Item {
-  int64_t batch, head_k;
-  int64_t row_begin, row_end;  // rows as query.h counts them
+  int64_t batch;
+  int64_t head_begin, head_end;  // key/value heads; one for a prefill
+  int64_t row_begin, row_end;    // rows as query.h counts them
   int64_t key_begin, key_end;
   int64_t part;  // its first row among the partials, or -1 when it sees all keys
   double cost;   // multiplications
@@ -62,50 +63,65 @@ inline double visible_count(const Params& p, const Sequence& s, const Item& item
   return sum / 2;
 }
 
+// How items are cut; none of it changes a result.
+struct Cut {
+  int64_t rows;   // of a prefill's item, at most
+  int64_t heads;  // of a decode's item
+};
+
 template <class Params>
-inline void plan_sequence(const Params& p, int64_t batch, int64_t row_block, Plan& plan) {
+inline void plan_sequence(const Params& p, int64_t batch, const Cut& cut, Plan& plan) {
   const Sequence& s = plan.sequences[batch];
   int64_t rows = s.sq * p.group;
   if (rows == 0) return;
   int64_t first = visible_keys(p, 0, s.sq, s.sk).begin;
   int64_t last = visible_keys(p, s.sq - 1, s.sq, s.sk).end;
-  int64_t keys = std::max<int64_t>(1, keys_per_part(p, rows, s.sk));
-  int64_t first_part = first / keys,
-          parts = std::max<int64_t>(1, (last + keys - 1) / keys - first_part);
-  int64_t block = is_decode(rows) ? rows : row_block;
-  for (int64_t h = 0; h < p.heads_k; ++h) {
-    if (parts > 1) plan.combinations.push_back({batch, h, rows, plan.part_rows, rows, parts});
-    for (int64_t part = 0; part < parts; ++part) {
-      for (int64_t r = 0; r < rows; r += block) {
-        Item item{batch, h, r, std::min(rows, r + block), 0, 0, -1, 0.0};
+  int64_t keys = std::max<int64_t>(1, keys_per_part(p, rows, s.sk)), first_part = first / keys;
+  int64_t parts = std::max<int64_t>(1, (last + keys - 1) / keys - first_part);
+  int64_t row_step = is_decode(rows) ? rows : cut.rows, head_step = is_decode(rows) ? cut.heads : 1;
+  for (int64_t part = 0; part < parts; ++part) {
+    for (int64_t h = 0; h < p.heads_k; h += head_step) {
+      for (int64_t r = 0; r < rows; r += row_step) {
+        Item item{
+            batch, h,  std::min(p.heads_k, h + head_step), r, std::min(rows, r + row_step), 0, 0,
+            -1,    0.0};
         item.key_begin = std::min((first_part + part) * keys, s.sk);
         item.key_end = std::min(item.key_begin + keys, s.sk);
-        if (parts > 1) item.part = plan.part_rows + part * rows + r;
-        double worth = static_cast<double>(std::max<int64_t>(item.row_end - r, 8) * (p.d + p.dv));
-        item.cost = visible_count(p, s, item) * worth;
+        if (parts > 1) item.part = plan.part_rows + (part * p.heads_k + h) * rows + r;
+        int64_t products = std::max<int64_t>(item.row_end - r, 8) * (item.head_end - h);
+        item.cost = visible_count(p, s, item) * static_cast<double>(products * (p.d + p.dv));
         plan.cost += item.cost;
         plan.items.push_back(item);
       }
     }
-    if (parts > 1) plan.part_rows += parts * rows;
   }
+  if (parts == 1) return;
+  for (int64_t h = 0; h < p.heads_k; ++h) {
+    plan.combinations.push_back(
+        {batch, h, rows, plan.part_rows + h * rows, p.heads_k * rows, parts});
+  }
+  plan.part_rows += parts * p.heads_k * rows;
 }
 
 // Fills the plan: the longest items first, so that threads end together. `most_rows` bounds the
-// rows of an item; they are fewer when threads would have nothing to do.
+// rows of a prefill's item; they are fewer when threads would have nothing to do, and so are a
+// decode's heads.
 template <class Params>
 inline void make_plan(const Params& p, int64_t most_rows, Plan& plan) {
   plan.clear();
-  int64_t rows = 0;
+  int64_t rows = 0, pieces = 0, wanted = std::max<int64_t>(1, 4 * p.num_threads);
   for (int64_t b = 0; b < p.batch; ++b) {
     plan.sequences.push_back(sequence_of(p, b));
-    rows += plan.sequences.back().sq * p.group * p.heads_k;
+    const Sequence& s = plan.sequences.back();
+    rows += s.sq * p.heads;
+    if (is_decode(s.sq * p.group)) pieces += 1 + s.sk / kDecodeChunk;
   }
-  int64_t per_thread = rows / std::max<int64_t>(1, 4 * p.num_threads) / kTileRows * kTileRows;
-  int64_t row_block = std::min(most_rows, std::max(2 * kTileRows, per_thread));
-  for (int64_t b = 0; b < p.batch; ++b) plan_sequence(p, b, row_block, plan);
-  std::stable_sort(plan.items.begin(), plan.items.end(),
-                   [](const Item& a, const Item& b) { return a.cost > b.cost; });
+  Cut cut;
+  cut.rows = std::min(most_rows, std::max(2 * kTileRows, rows / wanted / kTileRows * kTileRows));
+  cut.heads = std::min(p.heads_k, std::max<int64_t>(1, p.heads_k * pieces / wanted));
+  for (int64_t b = 0; b < p.batch; ++b) plan_sequence(p, b, cut, plan);
+  auto longer = [](const Item& a, const Item& b) { return a.cost > b.cost; };
+  if (p.num_threads > 1) std::sort(plan.items.begin(), plan.items.end(), longer);
 }
 
 }  // namespace jit_kernel

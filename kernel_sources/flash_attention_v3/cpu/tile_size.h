@@ -59,13 +59,19 @@ inline HeadSizes head_sizes(const Params& p) {
 // Up to this many rows (queries times heads of a group) of a sequence go through the decode kernel,
 // which reads keys in place instead of packing them.
 constexpr int64_t kDecodeRows = 16;
-constexpr int64_t kDecodeBlock = 64;  // keys whose scores are held at once
+constexpr int64_t kDecodeBlock =
+    32;  // keys whose scores are held at once; 64 keeps memory less busy
 
 // Keys per item of a decode: long sequences are spread over threads in pieces of this size,
 // combined in order. Always, so that it changes nothing bitwise how many threads there are.
 constexpr int64_t kDecodeChunk = 1024;
 
-constexpr int64_t kTileRows = 48;  // rows of scores held at once: 8 times the 6 of a register tile
+// Rows of scores held at once: two AMX tiles, else 8 times the 6 rows of a register tile.
+#ifdef JIT_KERNEL_AMX
+constexpr int64_t kTileRows = 32;
+#else
+constexpr int64_t kTileRows = 48;
+#endif
 
 struct PrefillTiles {
   int64_t block;  // keys packed at once

@@ -1,0 +1,115 @@
+// The product of gemm.h in AMX tiles: 16 rows by 16 columns, 32 bf16 deep.
+#pragma once
+
+#include "flash_attention_v3/cpu/gemm.h"
+
+#ifdef JIT_KERNEL_AMX
+
+#include <sys/syscall.h>
+#include <unistd.h>
+
+namespace jit_kernel {
+
+// Whether this process may use tile registers. The system hands them out on request, once for all
+// threads; where it refuses (an old kernel, a sandbox) the AVX-512-BF16 product serves.
+inline bool amx_allowed() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
+  static const bool allowed = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return allowed;
+}
+
+// The thread's tiles while an item runs; released, as their 8 KiB would be saved at every switch.
+class AmxTiles {
+ public:
+  AmxTiles() : active_(amx_allowed()) {
+    if (!active_) return;
+    alignas(64) unsigned char config[64] = {1};  // palette 1
+    for (int i = 0; i < 8; ++i) {
+      config[16 + 2 * i] = 64;  // bytes a row
+      config[48 + i] = 16;      // rows
+    }
+    _tile_loadconfig(config);
+  }
+  ~AmxTiles() {
+    if (active_) _tile_release();
+  }
+  AmxTiles(const AmxTiles&) = delete;
+  AmxTiles& operator=(const AmxTiles&) = delete;
+
+  bool active() const { return active_; }
+
+ private:
+  bool active_;
+};
+
+constexpr int64_t kAmxRows = 16;
+constexpr int64_t kAmxTile = 512;  // elements of one tile of B
+
+// 32 rows by 2 panels: each tile that is loaded serves two products.
+inline void gemm_amx_2x2(const GemmArgs<bf16>& g, int64_t row, int64_t panel) {
+  const bf16 *a = g.a + row * g.lda, *b = g.b + panel * g.panel;
+  float* c = g.c + row * g.ldc + panel * simd::kLanes;
+  const int64_t lda = g.lda * 2, ldc = g.ldc * 4;
+  float* below = c + kAmxRows * g.ldc;
+  if (g.accumulate) {
+    _tile_loadd(0, c, ldc);
+    _tile_loadd(1, c + 16, ldc);
+    _tile_loadd(2, below, ldc);
+    _tile_loadd(3, below + 16, ldc);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t k = 0; k < g.depth; k += kDepth, b += kAmxTile) {
+    _tile_loadd(4, a + k, lda);
+    _tile_loadd(6, b, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, b + g.panel, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, a + kAmxRows * g.lda + k, lda);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, c, ldc);
+  _tile_stored(1, c + 16, ldc);
+  _tile_stored(2, below, ldc);
+  _tile_stored(3, below + 16, ldc);
+}
+
+// 16 rows by 1 panel, for what remains.
+inline void gemm_amx_1x1(const GemmArgs<bf16>& g, int64_t row, int64_t panel) {
+  const bf16 *a = g.a + row * g.lda, *b = g.b + panel * g.panel;
+  float* c = g.c + row * g.ldc + panel * simd::kLanes;
+  if (g.accumulate) {
+    _tile_loadd(0, c, g.ldc * 4);
+  } else {
+    _tile_zero(0);
+  }
+  for (int64_t k = 0; k < g.depth; k += kDepth, b += kAmxTile) {
+    _tile_loadd(4, a + k, g.lda * 2);
+    _tile_loadd(6, b, 64);
+    _tile_dpbf16ps(0, 4, 6);
+  }
+  _tile_stored(0, c, g.ldc * 4);
+}
+
+// Rows are rounded up to whole tiles: A and C must have room for them. depth is a multiple of
+// kDepth.
+inline void gemm_amx(const GemmArgs<bf16>& g, int64_t rows, int64_t panels) {
+  asm volatile("" ::: "memory");  // tile loads do not tell the compiler what they read
+  rows = round_up(rows, kAmxRows);
+  int64_t j = 0;
+  for (; j + 2 <= panels; j += 2) {
+    int64_t i = 0;
+    for (; i + 2 * kAmxRows <= rows; i += 2 * kAmxRows) gemm_amx_2x2(g, i, j);
+    if (i < rows) gemm_amx_1x1(g, i, j), gemm_amx_1x1(g, i, j + 1);
+  }
+  if (j == panels) return;
+  for (int64_t i = 0; i < rows; i += kAmxRows) gemm_amx_1x1(g, i, j);
+}
+
+}  // namespace jit_kernel
+
+#endif  // JIT_KERNEL_AMX

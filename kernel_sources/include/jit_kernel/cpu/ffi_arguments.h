@@ -1,0 +1,62 @@
+// The arguments of an exported function, read one after the other.
+//
+// tvm-ffi's typed export unpacks every argument with code of its own: for the 33 arguments of a
+// forward that is half of the library and of its compile time.
+#pragma once
+
+#include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/function.h>
+
+#include <optional>
+
+namespace jit_kernel {
+
+using tvm::ffi::TensorView;
+
+class FfiArguments {
+ public:
+  FfiArguments(const char* function, const TVMFFIAny* values, int32_t count, int32_t expected)
+      : function_(function), values_(reinterpret_cast<const tvm::ffi::AnyView*>(values)) {
+    if (count == expected) return;
+    TVM_FFI_THROW(TypeError) << function << " takes " << expected << " arguments, not " << count;
+  }
+
+  TensorView tensor() { return read<TensorView>("a tensor"); }
+  double number() { return read<double>("a number"); }
+  int64_t integer() { return read<int64_t>("an integer"); }
+  bool boolean() { return read<bool>("a bool"); }
+
+  // A tensor, or nothing for None.
+  std::optional<TensorView> maybe_tensor() {
+    if (values_[next_] != nullptr) return tensor();
+    ++next_;
+    return std::nullopt;
+  }
+
+ private:
+  template <class T>
+  __attribute__((noinline)) T read(const char* what) {
+    std::optional<T> value = values_[next_].try_cast<T>();
+    if (!value.has_value()) {
+      TVM_FFI_THROW(TypeError) << function_ << ": argument " << next_ << " is not " << what;
+    }
+    ++next_;
+    return *value;
+  }
+
+  const char* function_;
+  const tvm::ffi::AnyView* values_;
+  int32_t next_ = 0;
+};
+
+}  // namespace jit_kernel
+
+// Exports function(FfiArguments&) as `name`, which takes `count` arguments.
+#define JIT_KERNEL_EXPORT(name, count, function)                                                \
+  extern "C" TVM_FFI_DLL_EXPORT int __tvm_ffi_##name(void*, const TVMFFIAny* values, int32_t n, \
+                                                     TVMFFIAny*) {                              \
+    TVM_FFI_SAFE_CALL_BEGIN();                                                                  \
+    ::jit_kernel::FfiArguments arguments(#name, values, n, count);                              \
+    function(arguments);                                                                        \
+    TVM_FFI_SAFE_CALL_END();                                                                    \
+  }
