@@ -6,6 +6,7 @@ the error of a rank to its own.
 
 from __future__ import annotations
 
+import itertools
 import json
 import traceback
 from datetime import timedelta
@@ -20,12 +21,12 @@ from jit_kernel.attention import (
     AttentionLayer,
     all_gather_attention,
     backend_name,
+    communication,
     plan_ring,
     ring_attention,
     shard,
     unshard,
 )
-from jit_kernel.attention import communication as communication
 
 
 def case(seed: int) -> tuple[list[int], AttentionLayer, reference.Problem, tuple[torch.Tensor, ...]]:
@@ -48,7 +49,7 @@ def case(seed: int) -> tuple[list[int], AttentionLayer, reference.Problem, tuple
 
 def judged(out: torch.Tensor, lse: torch.Tensor, lengths: list[int], problem: reference.Problem) -> float:
     bounds = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
-    rows = [slice(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    rows = [slice(a, b) for a, b in itertools.pairwise(bounds)]
     shares = reference.check([out[r] for r in rows], [lse[:, r] for r in rows], problem)
     if not shares.worst <= 1.0:
         raise AssertionError(f"lengths {lengths}: {shares}")

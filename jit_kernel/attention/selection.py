@@ -94,18 +94,7 @@ def rejection(candidate: str, head_size: int, dtype: torch.dtype, device: torch.
 def _fa_rejection(head_size: int, dtype: torch.dtype, device: torch.device) -> str | None:
     if dtype not in DTYPE_NAMES or dtype == torch.float8_e4m3fn:
         return f"dtype {str(dtype)[6:]} is not served without descales"
-    plain: dict[str, Any] = dict.fromkeys(Features.__dataclass_fields__, False)
-    features = Features(
-        **{
-            **plain,
-            "dtype": DTYPE_NAMES[dtype],
-            "head_dim": head_size,
-            "head_dim_v": head_size,
-            "group": 1,
-            "aligned": head_size % 8 == 0,
-            "page_size": 0,
-        }
-    )
+    features = plain_features_of(head_size, dtype)
     try:
         choice = dispatch.choose(device_target(device), features, "flash_attn_func")
     except NotImplementedError as error:
@@ -113,3 +102,10 @@ def _fa_rejection(head_size: int, dtype: torch.dtype, device: torch.device) -> s
     if choice.name is not None:
         return None
     return "; ".join(f"{name}: {d.reason}" for name, d in choice.decisions if isinstance(d, Rejected))
+
+
+def plain_features_of(head_size: int, dtype: torch.dtype) -> Features:
+    """The features of a dense call that asks for nothing else."""
+    plain: dict[str, Any] = dict.fromkeys(Features.__dataclass_fields__, False)
+    plain |= {"dtype": DTYPE_NAMES[dtype], "head_dim": head_size, "head_dim_v": head_size, "group": 1}
+    return Features(**{**plain, "aligned": head_size % 8 == 0, "page_size": 0})
