@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -66,8 +67,6 @@ def choosy(tmp_path, monkeypatch):
     monkeypatch.setattr(config, "IMPLEMENTATIONS", (*config.IMPLEMENTATIONS, "choosy"))
     config.reload()
     yield dispatch.implementation("choosy")
-    import sys
-
     del sys.modules["jit_kernel.fa3.choosy"]
     monkeypatch.undo()
     config.reload()
@@ -125,6 +124,24 @@ def test_every_function_reaches_an_implementation(choosy):
     combined, _ = jit_kernel.flash_attn_combine(out[None], lse.T[None])
     torch.testing.assert_close(combined, out)
     assert {(f.ragged_q, f.metadata) for f in choosy.asked} == {(True, False), (False, True)}
+
+
+def test_a_tracer_changes_nothing(choosy):
+    """A debugger looks at the locals of every frame, which up to Python 3.12 writes them anew."""
+    q, k, v = tensors()
+    expected = jit_kernel.flash_attn_with_kvcache(q, k, v, cache_seqlens=3)
+
+    def trace(frame, event, argument):
+        assert frame.f_locals is not None
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        found = jit_kernel.flash_attn_with_kvcache(q, k, v, cache_seqlens=3, attention_chunk=None, window_size=[-1, -1])
+    finally:
+        sys.settrace(before)
+    assert torch.equal(found, expected)
 
 
 def test_a_claimed_feature_that_is_rejected_warns_once_per_reason(choosy, caplog):

@@ -105,7 +105,7 @@ def test_implementation_has_the_public_signatures(name):
     """Every function of every implementation, devices present or not."""
     module = dispatch.implementation(name)
     assert module is not None
-    assert module.NAME == name
+    assert name == module.NAME
     for function, found in signatures(module.KERNELS).items():
         assert found == parameters(getattr(jit_kernel, function)), f"{name}.{function}"
 

@@ -67,9 +67,10 @@ def _key(call: dict[str, Any], tensors: tuple[str, ...]) -> tuple[object, ...] |
 
 
 def _remember(call: dict[str, Any], types: tuple[type, ...], facts: Facts) -> None:
-    if not all(kind in (Tensor, Parameter) for kind in types if issubclass(kind, Tensor)):
+    kinds = set(types)
+    if any(issubclass(kind, Tensor) for kind in kinds - {Tensor, Parameter}):
         return  # another subclass may say of itself what it likes
-    tensors = tuple(name for name, value in call.items() if isinstance(value, Tensor))
+    tensors = tuple(name for name, kind in zip(call, types, strict=True) if kind is Tensor or kind is Parameter)
     passed = _passed.setdefault(types, (tensors, {}))[1]
     if len(passed) >= _MOST_REMEMBERED:
         passed.clear()
@@ -81,7 +82,7 @@ def _remember(call: dict[str, Any], types: tuple[type, ...], facts: Facts) -> No
 def refuse_gradients(call: dict[str, Any]) -> None:
     """There is no backward pass: an input that asks for one, in grad mode, is an error."""
     for name, value in call.items():
-        if isinstance(value, Tensor) and value.requires_grad:
+        if getattr(value, "requires_grad", False):
             raise NotImplementedError(
                 f"{name} requires grad; jit_kernel has the forward pass alone: "
                 "call it under torch.no_grad() or detach the tensor"

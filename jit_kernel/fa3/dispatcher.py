@@ -1,7 +1,8 @@
 """The functions of a device that several implementations serve: each call goes to the one chosen for it.
 
 What was chosen is remembered by a plain tuple of what the call asks for. The signatures are the ones
-that stand behind every mapping of `_load_fa3_kernels`; the arguments arrive checked.
+that stand behind every mapping of `_load_fa3_kernels`; the arguments arrive checked. They are passed on as a copy of
+the frame's locals: up to Python 3.12 a debugger that looks at the frame would put `self` back among them.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class Dispatcher:
         out: Tensor | None = None,
     ) -> Result:
         """See `jit_kernel.flash_attention_v3.flash_attn_varlen_func`."""
-        call = locals()
+        call = locals().copy()
         del call["self"]
         chosen = self._chosen.get(key := ("flash_attn_varlen_func", plain_features(call))) or self._resolve(*key)
         result: Result = chosen(**call)
@@ -128,7 +129,7 @@ class Dispatcher:
         out: Tensor | None = None,
     ) -> Result:
         """See `jit_kernel.flash_attention_v3.flash_attn_with_kvcache`."""
-        call = locals()
+        call = locals().copy()
         del call["self"]
         chosen = self._chosen.get(key := ("flash_attn_with_kvcache", plain_features(call))) or self._resolve(*key)
         result: Result = chosen(**call)
@@ -158,7 +159,7 @@ class Dispatcher:
         out: Tensor | None = None,
     ) -> Result:
         """See `jit_kernel.flash_attention_v3.flash_attn_func`."""
-        call = locals()
+        call = locals().copy()
         del call["self"]
         chosen = self._chosen.get(key := ("flash_attn_func", plain_features(call))) or self._resolve(*key)
         result: Result = chosen(**call)
@@ -190,7 +191,7 @@ class Dispatcher:
         sm_margin: int = 0,
     ) -> Tensor:
         """See `jit_kernel.flash_attention_v3.get_scheduler_metadata`."""
-        call = locals()
+        call = locals().copy()
         del call["self"]
         left, right = window_size
         features = Features(
