@@ -6,6 +6,8 @@ public signature down to the argument list of each kernel, is the implementation
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import sys
 from pathlib import Path
@@ -111,6 +113,63 @@ def install() -> InterpretedKernels:
     return kernels
 
 
+def check_joining(seed: int) -> None:
+    """flash_attn_combine and merge_state against the formula in float64; a part over no key may hold NaN."""
+    random = torch.Generator().manual_seed(seed)
+    for lead in ((5, 3), (2, 5, 3)):
+        for splits, dtype in ((2, torch.bfloat16), (11, torch.float32)):
+            outs = torch.randn(splits, *lead, 24, generator=random).to(dtype)
+            lses = torch.randn(splits, *lead, generator=random) * 9
+            empty = torch.rand(splits, *lead, generator=random) < 0.3
+            outs[empty], lses[empty] = math.nan, -math.inf
+            near(*flash_attention_v3.flash_attn_combine(outs, lses), outs, lses)
+            if splits == 2:
+                by_head = lses.transpose(-1, -2)
+                out, lse = flash_attention_v3.merge_state(outs[0], by_head[0], outs[1], by_head[1])
+                near(out, lse.transpose(-1, -2), outs, lses)
+
+
+def near(out: torch.Tensor, lse: torch.Tensor, outs: torch.Tensor, lses: torch.Tensor) -> None:
+    """Within one rounding of the joined value."""
+    ref_lse = torch.logsumexp(lses.double(), 0)
+    weights = torch.exp(lses.double() - ref_lse).nan_to_num(nan=0.0)
+    ref = (weights[..., None] * outs.double().nan_to_num()).sum(0)
+    slack = (2.0**-8 if out.dtype == torch.bfloat16 else 1e-6) * (ref.abs() + 1)
+    require(bool(((out.double() - ref).abs() <= slack).all()), "joined out")
+    empty = ref_lse == -math.inf
+    require(torch.equal(lse == -math.inf, empty), "joined lse of nothing")
+    require(bool(((lse.double() - ref_lse).abs() <= 1e-5)[~empty].all()), "joined lse")
+
+
+def check_batch_invariance(seed: int) -> None:
+    """With num_splits = 1 a sequence gives the same bits alone, in company, and whatever max_seqlen is said to be."""
+    random = torch.Generator().manual_seed(seed)
+    lengths = [(7, 61), (40, 40), (1, 33)]
+    q, k, v = ([torch.randn(n[i > 0], (4, 2)[i > 0], 32, generator=random).half() for n in lengths] for i in range(3))
+    for settings in ({"causal": True}, {"window_size": (20, 3)}, {"attention_chunk": 24, "softcap": 9.0}):
+        together = varlen(q, k, v, 64, settings)
+        for i, (sq, _) in enumerate(lengths):
+            alone = varlen(q[i : i + 1], k[i : i + 1], v[i : i + 1], sq, settings)
+            require(torch.equal(alone[0], together[i]), f"sequence {i} with {settings} depends on its neighbours")
+
+
+def varlen(q: list, k: list, v: list, max_seqlen_q: int, settings: dict[str, Any]) -> list[torch.Tensor]:
+    """Ragged attention over lists of sequences."""
+
+    def starts(tensors: list) -> torch.Tensor:
+        return torch.tensor([0, *itertools.accumulate(len(x) for x in tensors)], dtype=torch.int32)
+
+    out = flash_attention_v3.flash_attn_varlen_func(
+        torch.cat(q), torch.cat(k), torch.cat(v), starts(q), starts(k), max_seqlen_q, 64, num_splits=1, **settings
+    )
+    return list(out.split([len(x) for x in q]))
+
+
+def require(holds: bool, what: str) -> None:
+    if not holds:
+        raise AssertionError(what)
+
+
 def main(first: int, count: int) -> None:
     kernels = install()
     functions = {name: getattr(flash_attention_v3, name) for name in SPACE.functions}
@@ -118,6 +177,8 @@ def main(first: int, count: int) -> None:
     for seed in range(first, first + count):
         shares = case_run.judge(cases.draw(seed, SPACE), functions)
         print(f"case {seed} {shares.row:.4f} {shares.largest:.4f} {shares.lse:.4f}", flush=True)
+    check_joining(first)
+    check_batch_invariance(first)
     for name in sorted(set(kernels.launched)):
         print(f"launched {name} {kernels.launched.count(name)}")
 

@@ -2,7 +2,6 @@
 
 import triton
 import triton.language as tl
-
 from flash_attention_v3.portable.sequence import (
     HAS_CACHE_BATCH_IDX,
     HAS_CU_SEQLENS_K_NEW,
@@ -210,22 +209,23 @@ def append(
             )
             tl.store(rows[:, None] + columns[None, :], values, mask=mask)
         else:
-            columns = tl.arange(0, HEAD_DIM_V_PADDED)
-            sources = (
+            # Names of their own: Triton joins equal names of both branches, and their sizes differ.
+            columns_v = tl.arange(0, HEAD_DIM_V_PADDED)
+            sources_v = (
                 v_new
                 + batch * (v_new_stride_batch * STRIDE_UNIT)
                 + token_rows * (v_new_stride_token * STRIDE_UNIT)
                 + heads * (v_new_stride_head * STRIDE_UNIT)
             )
-            mask = valid[:, None] & (columns < HEAD_DIM_V)[None, :]
-            values = tl.load(sources[:, None] + columns[None, :], mask=mask, other=0.0)
-            rows = (
+            mask_v = valid[:, None] & (columns_v < HEAD_DIM_V)[None, :]
+            values_v = tl.load(sources_v[:, None] + columns_v[None, :], mask=mask_v, other=0.0)
+            rows_v = (
                 v_cache
                 + block * (v_stride_batch * STRIDE_UNIT)
                 + slot * (v_stride_token * STRIDE_UNIT)
                 + heads * (v_stride_head * STRIDE_UNIT)
             )
-            tl.store(rows[:, None] + columns[None, :], values, mask=mask)
+            tl.store(rows_v[:, None] + columns_v[None, :], values_v, mask=mask_v)
     else:
         q_start = load_index(cu_seqlens_q, batch, flags, HAS_CU_SEQLENS_Q, 0)
         q_end = load_index(cu_seqlens_q, batch + 1, flags, HAS_CU_SEQLENS_Q, seqlen_q)

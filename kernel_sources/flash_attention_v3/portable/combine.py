@@ -6,7 +6,6 @@ differently strided partials.
 
 import triton
 import triton.language as tl
-
 from flash_attention_v3.portable.forward import LN_2, LOG2_E, load_sink
 from flash_attention_v3.portable.sequence import (
     HAS_CU_SEQLENS_Q,
@@ -85,9 +84,7 @@ def combine(
     """Grid: tiles of BLOCK_M (token, head) items x batch; BLOCK_SPLITS partials are in flight at once."""
     program = tl.program_id(0)
     batch = program // item_tiles
-    start, length = token_range(
-        batch, cu_seqlens_q, HAS_CU_SEQLENS_Q, seqused_q, HAS_SEQUSED_Q, flags, seqlen_q
-    )
+    start, length = token_range(batch, cu_seqlens_q, HAS_CU_SEQLENS_Q, seqused_q, HAS_SEQUSED_Q, flags, seqlen_q)
     items = (program % item_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
     if (program % item_tiles) * BLOCK_M >= length * num_heads:
         return
@@ -102,11 +99,7 @@ def combine(
         + tokens * (partial_stride_token * STRIDE_UNIT)
         + heads * (partial_stride_head * STRIDE_UNIT)
     )
-    lse_rows = (
-        batch * lse_partial_stride_batch
-        + tokens * lse_partial_stride_token
-        + heads * lse_partial_stride_head
-    )
+    lse_rows = batch * lse_partial_stride_batch + tokens * lse_partial_stride_token + heads * lse_partial_stride_head
     total_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, HEAD_DIM_V_PADDED), tl.float32)
@@ -149,8 +142,6 @@ def combine(
     out_base = out + batch * (out_stride_batch * STRIDE_UNIT)
     rows = tokens * (out_stride_token * STRIDE_UNIT) + heads * (out_stride_head * STRIDE_UNIT)
     out_mask = valid[:, None] & in_row[None, :]
-    tl.store(
-        out_base + rows[:, None] + columns[None, :], acc.to(out.dtype.element_ty), mask=out_mask
-    )
+    tl.store(out_base + rows[:, None] + columns[None, :], acc.to(out.dtype.element_ty), mask=out_mask)
     lse_rows = batch * lse_stride_batch + tokens * lse_stride_token + heads * lse_stride_head
     tl.store(lse + lse_rows, row_lse, mask=valid & ((flags & HAS_LSE) != 0))

@@ -8,7 +8,6 @@ keys alone, whichever rows share its tile.
 
 import triton
 import triton.language as tl
-
 from flash_attention_v3.portable.sequence import (
     HAS_CACHE_BATCH_IDX,
     HAS_CACHE_LEFTPAD,
@@ -289,9 +288,7 @@ def forward(
     split = program % num_splits
     batch = program // num_splits
 
-    q_start, sq = token_range(
-        batch, cu_seqlens_q, HAS_CU_SEQLENS_Q, seqused_q, HAS_SEQUSED_Q, flags, seqlen_q
-    )
+    q_start, sq = token_range(batch, cu_seqlens_q, HAS_CU_SEQLENS_Q, seqused_q, HAS_SEQUSED_Q, flags, seqlen_q)
     out_base = out + batch * (out_stride_batch * STRIDE_UNIT)
     lse_base = lse + batch * lse_stride_batch
     if (flags & (ZERO_REST | HAS_LSE)) != 0 and split == 0:
@@ -308,15 +305,15 @@ def forward(
             nothing = tl.full((BLOCK_M,), float("-inf"), tl.float32)
             tl.store(lse_pointers, nothing, mask=is_rest & ((flags & HAS_LSE) != 0))
             columns = tl.arange(0, HEAD_DIM_V_PADDED)
-            pointers = out_base + (
-                rest_tokens * (out_stride_token * STRIDE_UNIT)
-                + rest_heads * (out_stride_head * STRIDE_UNIT)
-            )[:, None]
+            pointers = (
+                out_base
+                + (rest_tokens * (out_stride_token * STRIDE_UNIT) + rest_heads * (out_stride_head * STRIDE_UNIT))[
+                    :, None
+                ]
+            )
             zero_mask = (is_rest & ((flags & ZERO_REST) != 0))[:, None]
             zeros = tl.zeros((BLOCK_M, HEAD_DIM_V_PADDED), out.dtype.element_ty)
-            tl.store(
-                pointers + columns[None, :], zeros, mask=zero_mask & (columns < HEAD_DIM_V)[None, :]
-            )
+            tl.store(pointers + columns[None, :], zeros, mask=zero_mask & (columns < HEAD_DIM_V)[None, :])
     if row_tile * BLOCK_M >= sq * heads_per_tile:
         return
     cache_row = load_index(cache_batch_idx, batch, flags, HAS_CACHE_BATCH_IDX, batch)
@@ -434,9 +431,7 @@ def forward(
         row = tl.where(dense, batch.to(tl.int64) * seqlen_q, q_start) + tokens
         item = (split * total_rows + row) * num_heads + heads
         tl.store(lse_partial + item, row_lse, mask=row_valid)
-        tl.store(
-            out_partial + (item * HEAD_DIM_V)[:, None] + columns[None, :], acc, mask=out_mask
-        )
+        tl.store(out_partial + (item * HEAD_DIM_V)[:, None] + columns[None, :], acc, mask=out_mask)
     else:
         out_rows = (
             (q_start.to(tl.int64) + tokens) * (out_stride_token * STRIDE_UNIT)
