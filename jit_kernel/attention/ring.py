@@ -111,12 +111,13 @@ def ring_attention(
     out, lse = _attend(q, keys, plan.blocks[0], layer)
     if exchange is None:
         return (out, lse) if return_softmax_lse else out
-    out, layer = out.float(), replace(layer, sinks=None)
+    # One merge rounds once whatever its width; more of them do so in float32.
+    out, layer = (out if len(plan.blocks) == 2 else out.float()), replace(layer, sinks=None)
     for step, block in enumerate(plan.blocks[1:], start=1):
         keys = exchange.wait()
         if step < len(plan.coming):
             exchange = communication.Exchange(keys, plan.coming[step], group)
-        _merge_into(out, lse, *_attend(q, keys, block, layer), block.rows)
+        out, lse = _merged(out, lse, *_attend(q, keys, block, layer), block.rows)
     out = out.to(q.dtype)
     return (out, lse) if return_softmax_lse else out
 
@@ -141,8 +142,13 @@ def _attend(q: Tensor, keys: list[Tensor], block: Block, layer: AttentionLayer) 
     return out, lse
 
 
-def _merge_into(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, rows: slice | Tensor | None) -> None:
-    """Merge a block's result into the float32 accumulator, at the queries that it has."""
-    where = slice(None) if rows is None else rows
-    merged, merged_lse = flash_attention_v3.merge_state(out[where], lse[:, where].contiguous(), part.float(), part_lse)
-    out[where], lse[:, where] = merged, merged_lse
+def _merged(
+    out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, rows: slice | Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The accumulator with a block's result, which may have some of the queries alone."""
+    part = part.to(out.dtype)
+    if rows is None:
+        return flash_attention_v3.merge_state(out, lse, part, part_lse)
+    merged, merged_lse = flash_attention_v3.merge_state(out[rows], lse[:, rows].contiguous(), part, part_lse)
+    out[rows], lse[:, rows] = merged, merged_lse
+    return out, lse
