@@ -17,7 +17,7 @@ from torch import Tensor
 
 import jit_kernel.flash_attention_v3 as fa3
 from jit_kernel.fa3 import musa as ours
-from jit_kernel.fa3 import musa_mate, musa_metadata, musa_results
+from jit_kernel.fa3 import musa_mate, musa_metadata, musa_prebuilt, musa_results
 from jit_kernel.fa3.cpu import KERNELS as CPU
 
 KVCACHE, VARLEN, DENSE = "flash_attn_with_kvcache", "flash_attn_varlen_func", "flash_attn_func"
@@ -63,7 +63,7 @@ def test_a_strided_k_is_read_to_its_end(stack: Machine, monkeypatch: pytest.Monk
     expected = truth(VARLEN, call)
     assert same(on_musa(VARLEN)(**call), expected)
     assert stack.mate.calls[-1].path == "mubin"
-    monkeypatch.setattr(ours, "_for_prebuilt", lambda *_: {})
+    monkeypatch.setattr(musa_prebuilt, "kept_right", lambda *_: {})
     assert not same(on_musa(VARLEN)(**call), expected)
 
 
@@ -73,7 +73,7 @@ def test_a_single_sequence_keeps_its_length(stack: Machine, monkeypatch: pytest.
     call["k"], call["v"] = (torch.cat([x, torch.full_like(x, 7.0)]) for x in (call["k"], call["v"]))
     expected = truth(VARLEN, call)
     assert same(on_musa(VARLEN)(**call), expected)
-    monkeypatch.setattr(ours, "_for_prebuilt", lambda *_: {})
+    monkeypatch.setattr(musa_prebuilt, "kept_right", lambda *_: {})
     assert not same(on_musa(VARLEN)(**call), expected)
 
 
@@ -84,7 +84,7 @@ def test_out_with_strides_is_not_handed_to_mate(stack: Machine, monkeypatch: pyt
     assert same(wide[..., :64], truth(VARLEN, call))
     assert not wide[..., 64:].count_nonzero()
     assert out.data_ptr() == wide.data_ptr()
-    monkeypatch.setattr(ours, "_destination", lambda call: call["out"])
+    monkeypatch.setattr(musa_prebuilt, "destination", lambda call: call["out"])
     with pytest.raises(RuntimeError, match="out must be contiguous"):
         on_musa(VARLEN)(**call, out=wide[..., :64])
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from jit_kernel import musa
 from jit_kernel.device import Target
-from jit_kernel.fa3 import musa_mate, musa_metadata, musa_results, musa_rules
+from jit_kernel.fa3 import musa_mate, musa_metadata, musa_prebuilt, musa_results, musa_rules
 from jit_kernel.fa3.musa_merge import flash_attn_combine, merge_state
 from jit_kernel.fa3.musa_metadata import get_scheduler_metadata
 from jit_kernel.fa3.musa_prewarm import prewarm
@@ -28,7 +28,6 @@ __all__ = ["KERNELS", "NAME", "all_variants", "canonical", "decide", "prepare", 
 NAME = "musa"
 Result = Tensor | tuple[Tensor, Tensor]
 
-_INT32_ELEMENTS = 2**31 - 1  # the prebuilt kernels hold sizes and strides in int32
 _reasons: dict[tuple[object, ...], str | None] = {}
 
 
@@ -76,18 +75,14 @@ def _refuse_unserved(mate: musa_mate.Mate, function: str, call: dict[str, Any]) 
     musa_mate.need_splits(call["num_splits"])
 
 
-def _takes_prebuilt(call: dict[str, Any]) -> bool:
-    """Whether MATE would choose a prebuilt kernel for a checked varlen call that it serves."""
-    q, k, v, mask = call["q"], call["k"], call["v"], musa_metadata.mask(call["causal"], call["window_size"])
-    d, dv = q.shape[-1], v.shape[-1]
-    plain = all(call[name] is None for name in ("page_table", "seqused_q", "seqused_k"))
-    plain = plain and call["softcap"] == 0.0 and call["attention_chunk"] == 0
-    return (
-        plain
-        and q.dim() == k.dim()
-        and mask["window_size"] == (-1, -1)
-        and ((d == dv and d <= 128) or (d, dv) == (192, 128))
-    )
+def _refuse_unserved_varlen(mate: musa_mate.Mate, call: dict[str, Any]) -> None:
+    if call["qv"] is not None:
+        raise NotImplementedError("flash_attn_varlen_func on musa: qv is served by flash_attn_with_kvcache only")
+    if call["page_table"] is not None and mate.version < (0, 2):
+        raise NotImplementedError(
+            f"flash_attn_varlen_func on musa ({mate.name}): page_table is there since 0.2.0; "
+            "flash_attn_with_kvcache takes one in every version"
+        )
 
 
 def flash_attn_varlen_func(
@@ -123,13 +118,7 @@ def flash_attn_varlen_func(
     call = locals()
     mate = musa_mate.load()
     _refuse_unserved(mate, "flash_attn_varlen_func", call)
-    if qv is not None:
-        raise NotImplementedError("flash_attn_varlen_func on musa: qv is served by flash_attn_with_kvcache only")
-    if page_table is not None and mate.version < (0, 2):
-        raise NotImplementedError(
-            f"flash_attn_varlen_func on musa ({mate.name}): page_table is there since 0.2.0; "
-            "flash_attn_with_kvcache takes one in every version"
-        )
+    _refuse_unserved_varlen(mate, call)
     ragged_q = cu_seqlens_q is not None
     if q.numel() == 0 or (page_table is None and k.shape[-3] == 0):
         made, lse = musa_results.without_keys(q, v.shape[-1], ragged_q=ragged_q)
@@ -146,37 +135,12 @@ def flash_attn_varlen_func(
     }
     if page_table is not None:
         arguments["page_table"] = page_table
-    if _takes_prebuilt(call):
-        arguments |= _for_prebuilt(q, k, cu_seqlens_k)
+    if musa_prebuilt.takes_prebuilt(call):
+        arguments |= musa_prebuilt.kept_right(q, k, cu_seqlens_k)
     if mate.version >= (0, 2):
-        arguments["out"] = _destination(call)
+        arguments["out"] = musa_prebuilt.destination(call)
     made, lse_or_none = musa_results.unpacked(musa_mate.call(mate, mate.flash_attn_varlen_func, q.device, arguments))
     return _finished(made, lse_or_none, call)
-
-
-def _destination(call: dict[str, Any]) -> Tensor | None:
-    """The buffer for a varlen call: the caller's where MATE can write it, zeros where it leaves rows as they were."""
-    q, out = call["q"], call["out"]
-    if out is not None:  # the prebuilt path neither checks it nor takes strides
-        return out if out.is_contiguous() else None
-    if call["cu_seqlens_q"] is None and call["seqused_q"] is None:
-        return None
-    return q.new_zeros((*q.shape[:-1], call["v"].shape[-1]))
-
-
-def _for_prebuilt(q: Tensor, k: Tensor, cu_seqlens_k: Tensor | None) -> dict[str, Any]:
-    """What keeps a prebuilt kernel right, or the call away from it.
-
-    It bounds its reads of k by k.numel(), so that the end of a strided k reads as zero; it takes a single sequence as
-    dense, whatever cu_seqlens says; and its sizes are int32. Lengths of the keys lead MATE to a compiled kernel.
-    """
-    if cu_seqlens_k is not None and cu_seqlens_k.shape[0] == 2:
-        return {"seqused_k": cu_seqlens_k[1:]}  # it starts with 0, so the end is the length
-    if max(q.numel(), k.numel()) > _INT32_ELEMENTS:
-        if cu_seqlens_k is not None:
-            return {"seqused_k": cu_seqlens_k[1:] - cu_seqlens_k[:-1]}
-        return {"seqused_k": torch.full((k.shape[0],), k.shape[1], dtype=torch.int32, device=k.device)}
-    return {} if k.is_contiguous() else {"k": k.contiguous()}
 
 
 def flash_attn_with_kvcache(
@@ -219,34 +183,44 @@ def flash_attn_with_kvcache(
     call = locals()
     mate = musa_mate.load()
     _refuse_unserved(mate, "flash_attn_with_kvcache", call)
-    ragged_q, batch = cu_seqlens_q is not None, _batch(q, cu_seqlens_q)
-    if k is not None and cu_seqlens_k_new is not None and musa_mate.is_capturing(q.device):
-        raise NotImplementedError(
-            "flash_attn_with_kvcache on musa: cu_seqlens_k_new is read by the host inside MATE, which cannot be "
-            "captured into a graph; pass k and v as (b, s_new, hk, d)"
-        )
+    ragged_q = cu_seqlens_q is not None
     if q.numel() == 0 and k is None:
         made, lse = musa_results.without_keys(q, v_cache.shape[-1], ragged_q=ragged_q)
         return _finished(made, lse, call)
-    if max_seqlen_q is None:
-        call["max_seqlen_q"] = q.shape[0] if ragged_q else q.shape[1]
-    if isinstance(cache_seqlens, int):  # MATE would expand it to the number of pages
-        call["cache_seqlens"] = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
-    # MATE has neither only_qv nor out here, its sinks drop metadata and splits, and it ignores descales.
-    ours = ("only_qv", "out", "sinks", "q_descale", "k_descale", "v_descale")
-    arguments = {
-        **{name: value for name, value in call.items() if name not in ours},
-        **_new_keys(k, v, cu_seqlens_k_new),
-        "rotary_cos": _as_long_as_pages(rotary_cos, k_cache, page_table),
-        "rotary_sin": _as_long_as_pages(rotary_sin, k_cache, page_table),
-        **musa_metadata.mask(causal, window_size),
-        "scheduler_metadata": musa_metadata.for_call(call, batch),
-        "return_softmax_lse": return_softmax_lse or sinks is not None,
-    }
+    arguments = _kvcache_arguments(call)
     made, lse_or_none = musa_results.unpacked(musa_mate.call(mate, mate.flash_attn_with_kvcache, q.device, arguments))
     if qv is not None and not ragged_q and lse_or_none is not None:
         lse_or_none = lse_or_none.transpose(1, 2).contiguous()  # MLA decode gives (b, sq, hq)
     return _finished(made, lse_or_none, call)
+
+
+# MATE has neither only_qv nor out here, its sinks drop metadata and splits, and it ignores descales.
+_OURS = ("only_qv", "out", "sinks", "q_descale", "k_descale", "v_descale")
+
+
+def _kvcache_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    """What MATE's flash_attn_with_kvcache gets. Raises NotImplementedError for what a capture cannot hold."""
+    q, k_cache, page_table, cu_seqlens_q = (call[name] for name in ("q", "k_cache", "page_table", "cu_seqlens_q"))
+    ragged_q, new = cu_seqlens_q is not None, call["cu_seqlens_k_new"]
+    batch = int(cu_seqlens_q.shape[0] - 1 if ragged_q else q.shape[0])
+    if call["k"] is not None and new is not None and musa_mate.is_capturing(q.device):
+        raise NotImplementedError(
+            "flash_attn_with_kvcache on musa: cu_seqlens_k_new is read by the host inside MATE, which cannot be "
+            "captured into a graph; pass k and v as (b, s_new, hk, d)"
+        )
+    if call["max_seqlen_q"] is None:
+        call["max_seqlen_q"] = q.shape[0] if ragged_q else q.shape[1]
+    if isinstance(call["cache_seqlens"], int):  # MATE would expand it to the number of pages
+        call["cache_seqlens"] = torch.full((batch,), call["cache_seqlens"], dtype=torch.int32, device=q.device)
+    return {
+        **{name: value for name, value in call.items() if name not in _OURS},
+        **_new_keys(call["k"], call["v"], new),
+        "rotary_cos": _as_long_as_pages(call["rotary_cos"], k_cache, page_table),
+        "rotary_sin": _as_long_as_pages(call["rotary_sin"], k_cache, page_table),
+        **musa_metadata.mask(call["causal"], call["window_size"]),
+        "scheduler_metadata": musa_metadata.for_call(call, batch),
+        "return_softmax_lse": call["return_softmax_lse"] or call["sinks"] is not None,
+    }
 
 
 def _new_keys(k: Tensor | None, v: Tensor | None, cu_seqlens_k_new: Tensor | None) -> dict[str, Any]:
@@ -259,12 +233,8 @@ def _new_keys(k: Tensor | None, v: Tensor | None, cu_seqlens_k_new: Tensor | Non
     return {"k": k[:total], "v": v[:total]}
 
 
-def _batch(q: Tensor, cu_seqlens_q: Tensor | None) -> int:
-    return int(q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1)
-
-
 def _as_long_as_pages(table: Tensor | None, k_cache: Tensor, page_table: Tensor | None) -> Tensor | None:
-    """A rotary table with a row for every key that page_table can hold, which MATE asserts; what is added goes unread."""
+    """A rotary table with a row for every key that page_table can hold, which MATE asserts; the rest goes unread."""
     if table is None or page_table is None:
         return table
     lacking = page_table.shape[1] * k_cache.shape[1] - table.shape[0]

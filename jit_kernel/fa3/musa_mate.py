@@ -66,7 +66,9 @@ def _import() -> Mate:
     module = musa.wrapper_module(version)
     level = os.environ.get("MATE_LOGLEVEL", "0")
     if level.isdigit() and int(level) >= 3:
-        log.warning("MATE_LOGLEVEL is %s: MATE reads every tensor of every call; from 10 on it writes them to disk", level)
+        log.warning(
+            "MATE_LOGLEVEL is %s: MATE reads every tensor of every call; from 10 on it writes them to disk", level
+        )
     try:
         wrapper = importlib.import_module(module)
     except Exception as error:
