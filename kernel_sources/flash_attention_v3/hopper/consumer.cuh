@@ -1,9 +1,9 @@
 // A consumer warpgroup: 64 queries of each tile, scores and output in registers.
 //
-// With overlap, a step issues the scores of the next block of keys and then the output of this one, and
-// works on the scores while the second product runs. Without, a block's two products follow each other and
-// the other warpgroups keep the tensor cores busy; that takes fewer registers. At a tile's end the next
-// tile's first scores are issued before the output is stored.
+// With overlap, a step issues the scores of the next block of keys and then the output of this one,
+// and works on the scores while the second product runs. Without, a block's two products follow
+// each other and the other warpgroups keep the tensor cores busy; that takes fewer registers. At a
+// tile's end the next tile's first scores are issued before the output is stored.
 #pragma once
 
 #include "flash_attention_v3/hopper/epilogue.cuh"
@@ -23,10 +23,10 @@ struct Consumer {
   const int warpgroup;
   RingPosition<C::kStagesQ> q_at;
   RingPosition<C::kStages> k_at, v_at;
+  RingPosition<kTileSlots> tile_at;
   Softmax softmax;
-  KeyInterval rows[2];                   // of this thread
-  int every_low, every_high;             // keys that every row of the warpgroup sees
-  int block_begin, block_end;            // blocks that some row of the warpgroup sees
+  int every_low, every_high;   // keys that every row of the warpgroup sees
+  int block_begin, block_end;  // blocks that some row of the warpgroup sees
   float scores[C::kKeys / 2];
   float output[C::kHeadDimV / 2];
   u32 probabilities[C::kKeys / 4];
@@ -37,24 +37,25 @@ struct Consumer {
 
   __device__ __forceinline__ void issue_scores() {
     constexpr int kSteps = C::kPanel / 16;  // of k in a panel
-    const u64 q = wgmma_descriptor<C::kPanel * 2>(shared.q(q_at.stage, warpgroup), 16,
-                                                  8 * C::kPanel * 2);
-    const u64 k = wgmma_descriptor<C::kPanel * 2>(shared.k(k_at.stage), 16, 8 * C::kPanel * 2);
+    const u64 q =
+        wgmma_descriptor<C::kPanel * 2>(shared.q(q_at.stage(), warpgroup), 16, 8 * C::kPanel * 2);
+    const u64 k = wgmma_descriptor<C::kPanel * 2>(shared.k(k_at.stage()), 16, 8 * C::kPanel * 2);
     pin_registers(scores);
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < C::kHeadDim / 16; ++i) {
       const int inside = i % kSteps * 32;
-      wgmma_ss<Element>(scores, q + ((i / kSteps * kRowsPerWarpgroup * C::kPanel * 2 + inside) >> 4),
+      wgmma_ss<Element>(scores,
+                        q + ((i / kSteps * kRowsPerWarpgroup * C::kPanel * 2 + inside) >> 4),
                         k + ((i / kSteps * C::kKeys * C::kPanel * 2 + inside) >> 4), i != 0);
     }
     wgmma_commit();
   }
 
   __device__ __forceinline__ void issue_output(int accumulate) {
-    mbarrier_wait(shared.v_full(v_at.stage), v_at.parity);
-    const u64 v = wgmma_descriptor<C::kPanelV * 2>(
-        shared.v(v_at.stage), C::kKeys * C::kPanelV * 2, 8 * C::kPanelV * 2);
+    mbarrier_wait(shared.v_full(v_at.stage()), v_at.parity());
+    const u64 v = wgmma_descriptor<C::kPanelV * 2>(shared.v(v_at.stage()),
+                                                   C::kKeys * C::kPanelV * 2, 8 * C::kPanelV * 2);
     pin_registers(output);
     wgmma_fence();
 #pragma unroll
@@ -66,23 +67,48 @@ struct Consumer {
     wgmma_commit();
   }
 
-  __device__ __forceinline__ void set_rows(const TileInfo& tile) {
+  // Waits for the scheduler's tile. False: there are no more.
+  __device__ __forceinline__ bool open_tile() {
+    mbarrier_wait(shared.tile_full(tile_at.stage()), tile_at.parity());
+    const TileInfo& tile = *shared.tile(tile_at.stage());
     const int first = tile.row + warpgroup * kRowsPerWarpgroup;
     const int last = max(tile.row, min(first + kRowsPerWarpgroup, tile.len_q) - 1);
-    const int row = first + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
-    rows[0] = visible_keys<C::kMasked>(params, row, tile.len_q, tile.len_k);
-    rows[1] = visible_keys<C::kMasked>(params, row + 8, tile.len_q, tile.len_k);
     const KeyInterval of_first = visible_keys<C::kMasked>(params, first, tile.len_q, tile.len_k);
     const KeyInterval of_last = visible_keys<C::kMasked>(params, last, tile.len_q, tile.len_k);
-    every_low = of_last.low;
-    every_high = of_first.high;
-    block_begin = tile.block_begin;
-    block_end = tile.block_end;
+    every_low = uniform(of_last.low);
+    every_high = uniform(of_first.high);
+    block_begin = uniform(tile.block_begin);
+    block_end = uniform(tile.block_end);
     if constexpr (C::kMasked && !C::kPingPong) {
       // Rows of other warpgroups may see more blocks; taking turns needs equal numbers of steps.
-      block_end = min(block_end, max(block_begin + 1, (of_last.high + C::kKeys - 1) / C::kKeys));
-      block_begin = min(max(block_begin, of_first.low / C::kKeys), block_end - 1);
+      const int end = uniform((of_last.high + C::kKeys - 1) / C::kKeys);
+      const int begin = uniform(of_first.low / C::kKeys);
+      block_end = min(block_end, max(block_begin + 1, end));
+      block_begin = min(max(block_begin, begin), block_end - 1);
     }
+    return uniform(tile.batch) >= 0;
+  }
+
+  // Blocks of the tile before and behind those of this warpgroup.
+  __device__ __forceinline__ int skipped_first() {
+    if constexpr (!C::kMasked || C::kPingPong) return 0;
+    return uniform(shared.tile(tile_at.stage())->block_end) - block_end;
+  }
+  __device__ __forceinline__ int skipped_last() {
+    if constexpr (!C::kMasked || C::kPingPong) return 0;
+    return block_begin - uniform(shared.tile(tile_at.stage())->block_begin);
+  }
+
+  // Only blocks at the mask's edge come here, so the rows' intervals are not kept in registers.
+  __device__ __forceinline__ void mask_block(int column) {
+    const TileInfo& tile = *shared.tile(tile_at.stage());
+    const int row = tile.row + warpgroup * kRowsPerWarpgroup + threadIdx.x % 128 / 32 * 16 +
+                    threadIdx.x % 32 / 4;
+    const KeyInterval rows[2] = {
+        visible_keys<C::kMasked>(params, row, tile.len_q, tile.len_k),
+        visible_keys<C::kMasked>(params, row + 8, tile.len_q, tile.len_k),
+    };
+    mask_scores(scores, rows, column + threadIdx.x % 4 * 2);
   }
 
   __device__ __forceinline__ void work_on_scores(int block) {
@@ -91,60 +117,59 @@ struct Consumer {
       for (float& score : scores) score = tanh_fast(score * params.softcap_scale);
     }
     const int column = block * C::kKeys;
-    if (column + C::kKeys > every_high || (C::kMasked && column < every_low)) {
-      mask_scores(scores, rows, column + threadIdx.x % 4 * 2);
-    }
+    if (column + C::kKeys > every_high || (C::kMasked && column < every_low)) mask_block(column);
     softmax_step<C::kPolynomialEighths>(scores, softmax, params.scale_log2);
   }
 
-  // After the scores of a block have arrived; with those of the last block the queries are done with.
+  // After the scores of a block have arrived; with those of the last block the queries are done
+  // with.
   __device__ __forceinline__ void release_scores(bool last) {
     pin_registers(scores);
-    release(shared.k_empty(k_at.stage));
+    release(shared.k_empty(k_at.stage()));
     k_at.advance();
     if (last) {
-      release(shared.q_empty(q_at.stage, warpgroup));
+      release(shared.q_empty(q_at.stage(), warpgroup));
       q_at.advance();
     }
   }
 
   __device__ __forceinline__ void release_output() {
     pin_registers(output);
-    release(shared.v_empty(v_at.stage));
+    release(shared.v_empty(v_at.stage()));
     v_at.advance();
   }
 
   __device__ __forceinline__ void wait_keys() {
-    mbarrier_wait(shared.k_full(k_at.stage), k_at.parity);
+    mbarrier_wait(shared.k_full(k_at.stage()), k_at.parity());
   }
 
   // Blocks that no row of this warpgroup sees.
   __device__ __forceinline__ void skip_keys(int blocks) {
     for (int i = 0; i < blocks; ++i) {
       wait_keys();
-      release(shared.k_empty(k_at.stage));
+      release(shared.k_empty(k_at.stage()));
       k_at.advance();
     }
   }
 
   __device__ __forceinline__ void skip_values(int blocks) {
     for (int i = 0; i < blocks; ++i) {
-      mbarrier_wait(shared.v_full(v_at.stage), v_at.parity);
-      release(shared.v_empty(v_at.stage));
+      mbarrier_wait(shared.v_full(v_at.stage()), v_at.parity());
+      release(shared.v_empty(v_at.stage()));
       v_at.advance();
     }
   }
 
-  // All blocks but the output of the last one; the first one's scores have arrived. Returns whether there
-  // is an output to add to.
+  // All blocks but the output of the last one; the first one's scores have arrived. Returns whether
+  // there is an output to add to.
   __device__ __forceinline__ bool run_overlapped() {
     int block = block_end - 1;
     release_scores(block == block_begin);
     work_on_scores(block);
     bool pending = false;
     while (true) {
-      // The loop's edge keeps this wait below the exponentials: within one basic block ptxas moves it
-      // above them, and they no longer overlap the product (12 % of all stalls were here).
+      // The loop's edge keeps this wait below the exponentials: within one basic block ptxas moves
+      // it above them, and they no longer overlap the product (12 % of all stalls were here).
       wgmma_wait<0>();
       if (pending) {
         release_output();
@@ -186,43 +211,43 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void run() {
-    if (C::kPingPong && warpgroup == C::kWarpgroups - 1) named_barrier_arrive(kPingPongBarrier, 256);
-    u32 parity = 0;
-    TileInfo tile = read_tile(shared, parity);
-    if (tile.batch < 0) return;
-    set_rows(tile);
-    mbarrier_wait(shared.q_full(q_at.stage, warpgroup), q_at.parity);
-    skip_keys(tile.block_end - block_end);
-    wait_keys();
+    if (C::kPingPong && warpgroup == C::kWarpgroups - 1)
+      named_barrier_arrive(kPingPongBarrier, 256);
+    if (!open_tile()) return;
+    wait_queries();
     issue_scores();
     wgmma_wait<0>();
     while (true) {
       start_row(softmax);
-      skip_values(tile.block_end - block_end);
+      skip_values(skipped_first());
       const bool pending = C::kOverlap ? run_overlapped() : run_in_turn();
-      const int skipped = block_begin - tile.block_begin;
+      const int skipped = skipped_last();
       issue_output(pending);
       if constexpr (!C::kOverlap) wgmma_wait<0>();
-      parity ^= 1;
-      const TileInfo next = read_tile(shared, parity);
       skip_keys(skipped);
-      if (next.batch >= 0) {
-        set_rows(next);
-        mbarrier_wait(shared.q_full(q_at.stage, warpgroup), q_at.parity);
-        skip_keys(next.block_end - block_end);
-        wait_keys();
-      }
-      // After the last tile this multiplies what lies in shared memory, and nobody looks at the result:
-      // a branch between the two products would make ptxas serialise them.
+      const TileInfo& tile = *shared.tile(tile_at.stage());
+      RingPosition<kTileSlots> this_at = tile_at;
+      tile_at.advance();
+      const bool more = open_tile();
+      if (more) wait_queries();
+      // After the last tile this multiplies what lies in shared memory, and nobody looks at the
+      // result: a branch between the two products would make ptxas serialise them.
       issue_scores();
       wgmma_wait<1>();
       release_output();
       store_tile<C>(params, tile, output, softmax, params.scale_log2, warpgroup);
+      release(shared.tile_empty(this_at.stage()));
       wgmma_wait<0>();
       skip_values(skipped);
-      if (next.batch < 0) return;
-      tile = next;
+      if (!more) return;
     }
+  }
+
+  // The first product of an opened tile can be issued.
+  __device__ __forceinline__ void wait_queries() {
+    mbarrier_wait(shared.q_full(q_at.stage(), warpgroup), q_at.parity());
+    skip_keys(skipped_first());
+    wait_keys();
   }
 };
 

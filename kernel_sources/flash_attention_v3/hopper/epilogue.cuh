@@ -1,7 +1,7 @@
 // From accumulators to global memory: normalise, add the sink's term, store rows and lse.
 #pragma once
 
-#include "flash_attention_v3/hopper/config.cuh"
+#include "flash_attention_v3/hopper/shared_memory.cuh"
 #include "flash_attention_v3/hopper/softmax.cuh"
 
 namespace jit_kernel::hopper {
@@ -18,14 +18,14 @@ __device__ __forceinline__ float load_element(const void* pointer, int index) {
 template <class Element>
 __device__ __forceinline__ float sink_log2(const ForwardParams& params, int head) {
   if (params.sinks == nullptr) return __int_as_float(0xff800000);
-  const float sink = params.sinks_are_elements
-                         ? load_element<Element>(params.sinks, head)
-                         : static_cast<const float*>(params.sinks)[head];
+  const float sink = params.sinks_are_elements ? load_element<Element>(params.sinks, head)
+                                               : static_cast<const float*>(params.sinks)[head];
   return sink * 1.44269504089f;
 }
 
-// Transposes 4 x 4 words over the four threads of a row: thread t gets word t of each thread, in their order.
-// So each thread holds 8 neighbouring columns, 16 bytes, in place of 2 columns of four groups.
+// Transposes 4 x 4 words over the four threads of a row: thread t gets word t of each thread, in
+// their order. So each thread holds 8 neighbouring columns, 16 bytes, in place of 2 columns of four
+// groups.
 __device__ __forceinline__ void transpose_quad(u32 (&words)[4], int thread) {
   const bool odd = thread & 1;
   const bool high = thread & 2;
@@ -53,14 +53,15 @@ __device__ __forceinline__ void store_8(unsigned short* destination, const u32 (
   }
 }
 
-// Writes this warpgroup's 64 rows; rows past the sequence's end and columns past head_dim_v are left alone.
+// Writes this warpgroup's 64 rows; rows past the sequence's end and columns past head_dim_v are
+// left alone.
 template <class C>
 __device__ __forceinline__ void store_tile(const ForwardParams& params, const TileInfo& tile,
                                            float (&output)[C::kHeadDimV / 2], const Softmax& state,
                                            float scale, int warpgroup) {
   const int thread = threadIdx.x % 4;
-  const int first_row = tile.row + warpgroup * kRowsPerWarpgroup + threadIdx.x % 128 / 32 * 16 +
-                        threadIdx.x % 32 / 4;
+  const int first_row =
+      tile.row + warpgroup * kRowsPerWarpgroup + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
   const float sink = sink_log2<typename C::Element>(params, tile.head);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -69,7 +70,8 @@ __device__ __forceinline__ void store_tile(const ForwardParams& params, const Ti
     const RowResult result = finish_row(state.sum[r], state.reference[r], scale, sink);
     const long long place = static_cast<long long>(tile.offset_q) + row;
     if (params.lse != nullptr && inside && thread == 0) {
-      params.lse[tile.batch * params.lse_batch_stride + tile.head * params.lse_head_stride + place] =
+      params
+          .lse[tile.batch * params.lse_batch_stride + tile.head * params.lse_head_stride + place] =
           result.lse;
     }
     unsigned short* out = static_cast<unsigned short*>(params.out) +
@@ -81,14 +83,49 @@ __device__ __forceinline__ void store_tile(const ForwardParams& params, const Ti
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int at = 16 * i + 4 * j + 2 * r;
-        words[j] = pack<typename C::Element>(output[at] * result.factor,
-                                             output[at + 1] * result.factor);
+        words[j] =
+            pack<typename C::Element>(output[at] * result.factor, output[at + 1] * result.factor);
       }
       transpose_quad(words, thread);
       if (inside && 32 * i + 8 * thread < params.head_dim_v) {
         store_8(out + 32 * i, words, params.out_is_aligned);
       }
     }
+  }
+}
+
+// One warp of each block: rows of out that belong to no query.
+__device__ __forceinline__ void clear_rows(const ForwardParams& params, int batch, int begin,
+                                           int end) {
+  const int lane = threadIdx.x % 32;
+  const int rows = end - begin;
+  for (int i = 0; i < rows * params.heads_q; ++i) {
+    const int head = i / rows;
+    const long long place = begin + i % rows;
+    unsigned short* out = static_cast<unsigned short*>(params.out) +
+                          batch * params.out_batch_stride + place * params.out_row_stride +
+                          head * params.out_head_stride;
+    for (int column = lane; column < params.head_dim_v; column += 32) out[column] = 0;
+    if (params.lse != nullptr && lane == 0) {
+      params.lse[batch * params.lse_batch_stride + head * params.lse_head_stride + place] =
+          __int_as_float(0xff800000);
+    }
+  }
+}
+
+__device__ __forceinline__ void clear_rest(const ForwardParams& params) {
+  for (int batch = blockIdx.x; batch < params.batch; batch += gridDim.x) {
+    const int used = params.seqused_q != nullptr ? max(0, params.seqused_q[batch]) : 0;
+    if (params.cu_seqlens_q == nullptr) {
+      clear_rows(params, batch, params.seqused_q != nullptr ? used : params.seqlen_q,
+                 params.seqlen_q);
+      continue;
+    }
+    const int begin = params.cu_seqlens_q[batch];
+    const int end = params.cu_seqlens_q[batch + 1];
+    if (params.seqused_q != nullptr) clear_rows(params, batch, begin + used, end);
+    if (batch == 0) clear_rows(params, batch, 0, begin);
+    if (batch == params.batch - 1) clear_rows(params, batch, max(begin, end), params.seqlen_q);
   }
 }
 

@@ -22,8 +22,10 @@ __device__ __forceinline__ void initialise_barriers(const Shared<C>& shared) {
     mbarrier_init(shared.v_full(stage), 1);
     mbarrier_init(shared.v_empty(stage), 4 * C::kWarpgroups);
   }
-  mbarrier_init(shared.tile_full(), 1);
-  mbarrier_init(shared.tile_empty(), 1 + 4 * C::kWarpgroups);
+  for (int slot = 0; slot < kTileSlots; ++slot) {
+    mbarrier_init(shared.tile_full(slot), 1);
+    mbarrier_init(shared.tile_empty(slot), 1 + 4 * C::kWarpgroups);
+  }
   mbarrier_init_fence();
 }
 
@@ -44,10 +46,14 @@ __device__ __forceinline__ void forward(const ForwardParams& params, char* base)
   __syncthreads();
   if (threadIdx.x < 128) {
     lower_registers<C::kProducerRegisters>();
-    if (threadIdx.x < 32) {
+    if (threadIdx.x == 0) {
       produce<C>(params, shared);
+    } else if (threadIdx.x < 32) {
+      // The producer is one thread.
     } else if (threadIdx.x < 64) {
       schedule<C>(params, shared);
+    } else if (threadIdx.x < 96 && params.clear_rest) {
+      clear_rest(params);
     }
   } else {
     raise_registers<C::kConsumerRegisters>();
@@ -58,14 +64,15 @@ __device__ __forceinline__ void forward(const ForwardParams& params, char* base)
 
 }  // namespace jit_kernel::hopper
 
-// The kernel of a variant. `tile` is a jit_kernel::hopper::Tile; the second macro takes the tuned one.
-#define JIT_KERNEL_EXPORT_FORWARD_TILE(element, head_dim, head_dim_v, masked, softcap, ...)        \
-  using ForwardConfig = jit_kernel::hopper::Config<jit_kernel::element, head_dim, head_dim_v,      \
-                                                   masked, softcap, __VA_ARGS__>;                  \
-  extern "C" __global__ void __launch_bounds__(ForwardConfig::kThreads, 1)                         \
-      forward(const __grid_constant__ jit_kernel::hopper::ForwardParams params) {                  \
-    extern __shared__ __align__(1024) char shared_memory[];                                        \
-    jit_kernel::hopper::forward<ForwardConfig>(params, shared_memory);                             \
+// The kernel of a variant. `tile` is a jit_kernel::hopper::Tile; the second macro takes the tuned
+// one.
+#define JIT_KERNEL_EXPORT_FORWARD_TILE(element, head_dim, head_dim_v, masked, softcap, ...)   \
+  using ForwardConfig = jit_kernel::hopper::Config<jit_kernel::element, head_dim, head_dim_v, \
+                                                   masked, softcap, __VA_ARGS__>;             \
+  extern "C" __global__ void __launch_bounds__(ForwardConfig::kThreads, 1)                    \
+      forward(const __grid_constant__ jit_kernel::hopper::ForwardParams params) {             \
+    extern __shared__ __align__(1024) char shared_memory[];                                   \
+    jit_kernel::hopper::forward<ForwardConfig>(params, shared_memory);                        \
   }
 
 #define JIT_KERNEL_EXPORT_FORWARD(element, head_dim, head_dim_v, masked, softcap) \

@@ -10,6 +10,12 @@ struct KeyInterval {
   int low, high;
 };
 
+// floor(position / chunk) for 0 <= position < 2^31: a division takes registers that the widest
+// tiles lack.
+__device__ __forceinline__ int chunk_of(const ForwardParams& params, int position) {
+  return __umulhi(2u * position, params.chunk_multiplier) >> params.chunk_shift;
+}
+
 template <bool kMasked>
 __device__ __forceinline__ KeyInterval visible_keys(const ForwardParams& params, int row, int len_q,
                                                     int len_k) {
@@ -19,8 +25,8 @@ __device__ __forceinline__ KeyInterval visible_keys(const ForwardParams& params,
   int high = min(len_k, position + params.window_right + 1);
   if (params.chunk > 0) {
     // Rounds towards minus infinity: a query before the first key sees none.
-    const int begin = position >= 0 ? position / params.chunk * params.chunk
-                                    : -((-position - 1) / params.chunk + 1) * params.chunk;
+    const int sign = position >> 31;
+    const int begin = ((chunk_of(params, position ^ sign)) ^ sign) * params.chunk;
     low = max(low, begin);
     high = min(high, begin + params.chunk);
   }

@@ -1,4 +1,5 @@
-// What the launcher hands to the kernel. Included by both, so it knows only the language's own types.
+// What the launcher hands to the kernel. Included by both, so it knows only the language's own
+// types.
 #pragma once
 
 namespace jit_kernel::hopper {
@@ -8,12 +9,12 @@ struct alignas(64) TensorMap {
   unsigned long long opaque[16];
 };
 
-// How a tensor's tiles are reached by the copy engine. Map dimensions: (column, row, head, place, wrap).
-// Dense: place is the batch, the map's own row count bounds a sequence.
-// With lengths on the device (cu_seqlens, seqused) the map has `bound` = 2^30 rows, and a sequence of n
-// rows is addressed as the last n of them, so that the engine fills what lies past its end with 0;
-// `place` moves the base forward in steps of the strides' common divisor, and `wrap` takes 2^30 rows
-// back by 64-bit overflow of the address (the stride of `wrap` is 2^34 - the row's).
+// How a tensor's tiles are reached by the copy engine. Map dimensions: (column, row, head, place,
+// wrap). Dense: place is the batch, the map's own row count bounds a sequence. With lengths on the
+// device (cu_seqlens, seqused) the map has `bound` = 2^30 rows, and a sequence of n rows is
+// addressed as the last n of them, so that the engine fills what lies past its end with 0; `place`
+// moves the base forward in steps of the strides' common divisor, and `wrap` takes 2^30 rows back
+// by 64-bit overflow of the address (the stride of `wrap` is 2^34 - the row's).
 struct TensorRows {
   TensorMap map;
   int bound;
@@ -26,8 +27,8 @@ struct TensorRows {
 struct ForwardParams {
   TensorRows q, k, v;
   void* out;
-  float* lse;           // null when not wanted
-  const void* sinks;    // (heads_q,), null when there are none
+  float* lse;               // null when not wanted
+  const void* sinks;        // (heads_q,), null when there are none
   const int* cu_seqlens_q;  // each null for a dense tensor
   const int* cu_seqlens_k;
   const int* seqused_q;
@@ -36,14 +37,20 @@ struct ForwardParams {
   long long out_batch_stride, out_row_stride, out_head_stride;
   long long lse_batch_stride, lse_head_stride;
   int batch, heads_q, group;  // group: query heads for a key head
-  int seqlen_q, seqlen_k;     // of dense tensors
+  int seqlen_q, seqlen_k;     // of dense tensors; seqlen_q of a ragged one: all its rows
   int head_dim_v;
-  float scale_log2;  // scores to exponents of 2: softmax_scale * log2(e), with softcap: softcap * log2(e)
-  float softcap_scale;  // softmax_scale / softcap
-  int window_left, window_right, chunk;  // left and right: a large number when unbounded; chunk: 0
-  int l2_tokens;   // keys of one key head, with their values, that the L2 cache should hold at a time
+  float scale_log2;  // scores to exponents of 2: softmax_scale * log2(e), with softcap: softcap *
+                     // log2(e)
+  float softcap_scale;            // softmax_scale / softcap
+  int window_left, window_right;  // a large number when unbounded
+  int chunk;                      // 0 when there are none
+  unsigned chunk_multiplier,
+      chunk_shift;  // floor(p / chunk) = 2 p chunk_multiplier / 2^(32 + shift)
+  int l2_tokens;    // keys of one key head, with their values, that the L2 cache should hold at a
+                    // time
   bool sinks_are_elements;  // sinks in the inputs' dtype, else float32
   bool out_is_aligned;      // 16-byte stores are possible
+  bool clear_rest;          // rows that hold no query become 0, their lse -inf
 };
 
 }  // namespace jit_kernel::hopper

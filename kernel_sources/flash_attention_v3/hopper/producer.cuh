@@ -1,7 +1,7 @@
 // The producer warp: keeps the rings of queries, keys and values full, tile after tile.
 #pragma once
 
-#include "flash_attention_v3/hopper/config.cuh"
+#include "flash_attention_v3/hopper/shared_memory.cuh"
 #include "jit_kernel/tma.cuh"
 
 namespace jit_kernel::hopper {
@@ -11,8 +11,8 @@ struct MapPlace {
   int row, place, wrap;
 };
 
-__device__ __forceinline__ MapPlace map_place(const TensorRows& rows, const int* cu_seqlens, int batch,
-                                              int length) {
+__device__ __forceinline__ MapPlace map_place(const TensorRows& rows, const int* cu_seqlens,
+                                              int batch, int length) {
   const int offset = cu_seqlens != nullptr ? cu_seqlens[batch] : 0;
   return {rows.bound > 0 ? rows.bound - length : 0,
           (cu_seqlens != nullptr ? 0 : batch * rows.batch_step) + (offset + length) * rows.row_step,
@@ -38,29 +38,29 @@ struct Producer {
   RingPosition<C::kStages> k_at, v_at;
 
   __device__ __forceinline__ void load_q(const TileInfo& tile, const MapPlace& at, int warpgroup) {
-    mbarrier_wait(shared.q_empty(q_at.stage, warpgroup), q_at.parity ^ 1);
-    const u32 full = shared.q_full(q_at.stage, warpgroup);
+    mbarrier_wait(shared.q_empty(q_at.stage(), warpgroup), q_at.parity() ^ 1);
+    const u32 full = shared.q_full(q_at.stage(), warpgroup);
     mbarrier_arrive_expect(full, C::kBytesQ);
     load_rows<C::kHeadDim, C::kPanel, kRowsPerWarpgroup>(
-        shared.q(q_at.stage, warpgroup), params.q, full, kEvictFirst, at,
+        shared.q(q_at.stage(), warpgroup), params.q, full, kEvictFirst, at,
         tile.row + warpgroup * kRowsPerWarpgroup, tile.head);
   }
 
   __device__ __forceinline__ void load_k(const MapPlace& at, int block, int head) {
-    mbarrier_wait(shared.k_empty(k_at.stage), k_at.parity ^ 1);
-    const u32 full = shared.k_full(k_at.stage);
+    mbarrier_wait(shared.k_empty(k_at.stage()), k_at.parity() ^ 1);
+    const u32 full = shared.k_full(k_at.stage());
     mbarrier_arrive_expect(full, C::kBytesK);
-    load_rows<C::kHeadDim, C::kPanel, C::kKeys>(shared.k(k_at.stage), params.k, full, kEvictLast, at,
-                                                block * C::kKeys, head);
+    load_rows<C::kHeadDim, C::kPanel, C::kKeys>(shared.k(k_at.stage()), params.k, full, kEvictLast,
+                                                at, block * C::kKeys, head);
     k_at.advance();
   }
 
   __device__ __forceinline__ void load_v(const MapPlace& at, int block, int head) {
-    mbarrier_wait(shared.v_empty(v_at.stage), v_at.parity ^ 1);
-    const u32 full = shared.v_full(v_at.stage);
+    mbarrier_wait(shared.v_empty(v_at.stage()), v_at.parity() ^ 1);
+    const u32 full = shared.v_full(v_at.stage());
     mbarrier_arrive_expect(full, C::kBytesV);
-    load_rows<C::kHeadDimV, C::kPanelV, C::kKeys>(shared.v(v_at.stage), params.v, full, kEvictLast, at,
-                                                  block * C::kKeys, head);
+    load_rows<C::kHeadDimV, C::kPanelV, C::kKeys>(shared.v(v_at.stage()), params.v, full,
+                                                  kEvictLast, at, block * C::kKeys, head);
     v_at.advance();
   }
 
@@ -84,16 +84,18 @@ struct Producer {
   }
 };
 
+// One thread.
 template <class C>
 __device__ __forceinline__ void produce(const ForwardParams& params, const Shared<C>& shared) {
   Producer<C> producer{params, shared};
-  u32 parity = 0;
+  RingPosition<kTileSlots> at;
   while (true) {
-    const TileInfo tile = read_tile(shared, parity);
-    parity ^= 1;
+    mbarrier_wait(shared.tile_full(at.stage()), at.parity());
+    const TileInfo tile = *shared.tile(at.stage());
+    mbarrier_arrive(shared.tile_empty(at.stage()));
     if (tile.batch < 0) return;
-    if (threadIdx.x % 32 == 0) producer.load_tile(tile);
-    __syncwarp();
+    producer.load_tile(tile);
+    at.advance();
   }
 }
 

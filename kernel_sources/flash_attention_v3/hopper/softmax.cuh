@@ -31,8 +31,8 @@ __device__ __forceinline__ float tanh_fast(float x) {
   return y;
 }
 
-// How much the reference may lag behind the maximum before the output is rescaled, as exponent of 2.
-// Probabilities stay below 2^8, where bf16 and fp16 keep their relative precision.
+// How much the reference may lag behind the maximum before the output is rescaled, as exponent
+// of 2. Probabilities stay below 2^8, where bf16 and fp16 keep their relative precision.
 constexpr float kRescaleThreshold = 8.f;
 
 struct Softmax {
@@ -78,7 +78,8 @@ __device__ __forceinline__ void softmax_step(float (&scores)[kCount], Softmax& s
   bool any = false;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    // From -inf the difference is inf and the factor 0; between two -inf it is NaN, and not greater.
+    // From -inf the difference is inf and the factor 0; between two -inf it is NaN, and not
+    // greater.
     const float growth = (maxima[r] - state.reference[r]) * scale;
     const bool grown = growth > kRescaleThreshold;
     state.rescale[r] = grown ? exp2_fast(-growth) : 1.f;

@@ -1,13 +1,14 @@
 // Order of the tiles: which block of queries of which sequence and head is the n-th.
 //
 // Sequences, longest first, are taken in windows whose keys and values fit the L2 cache together; a
-// sequence too large for it is a window of its own, cut into sections of heads. With a mask, tiles of a window
-// go from the last block of queries to the first, over all its sequences and heads, so that long tiles
-// come first and short ones fill the end. Blocks take tiles in this order from one counter.
+// sequence too large for it is a window of its own, cut into sections of heads. With a mask, tiles
+// of a window go from the last block of queries to the first, over all its sequences and heads, so
+// that long tiles come first and short ones fill the end. Blocks take tiles in this order from one
+// counter.
 #pragma once
 
-#include "flash_attention_v3/hopper/config.cuh"
 #include "flash_attention_v3/hopper/mask.cuh"
+#include "flash_attention_v3/hopper/shared_memory.cuh"
 
 namespace jit_kernel::hopper {
 
@@ -26,7 +27,8 @@ __device__ __forceinline__ bool is_sorted(const ForwardParams& params) {
   return has_lengths(params) && params.batch > 1 && params.batch <= kMaxSorted;
 }
 
-// Ranks the sequences by number of keys, all threads of the block together. `scratch` holds batch ints.
+// Ranks the sequences by number of keys, all threads of the block together. `scratch` holds batch
+// ints.
 __device__ __forceinline__ void sort_sequences(const ForwardParams& params, int* scratch,
                                                unsigned short* order) {
   for (int i = threadIdx.x; i < params.batch; i += blockDim.x) {
@@ -71,7 +73,8 @@ class TileScheduler {
   }
 
  private:
-  // The place of a tile in its section: the lane of its sequence, head of the section, block of queries.
+  // The place of a tile in its section: the lane of its sequence, head of the section, block of
+  // queries.
   __device__ void locate(int offset, int& source, int& head, int& block) const {
     if (width_ == 1) {
       source = 0;
@@ -105,10 +108,12 @@ class TileScheduler {
     const int place = first + lane_;
     const bool exists = place < params_.batch;
     batch_ = !exists ? 0 : order_ != nullptr ? order_[place] : place;
-    len_q_ = exists ? sequence_length(batch_, params_.seqlen_q, params_.cu_seqlens_q, params_.seqused_q)
-                    : 0;
-    len_k_ = exists ? sequence_length(batch_, params_.seqlen_k, params_.cu_seqlens_k, params_.seqused_k)
-                    : 0;
+    len_q_ =
+        exists ? sequence_length(batch_, params_.seqlen_q, params_.cu_seqlens_q, params_.seqused_q)
+               : 0;
+    len_k_ =
+        exists ? sequence_length(batch_, params_.seqlen_k, params_.cu_seqlens_k, params_.seqused_k)
+               : 0;
     const int heads_k = params_.heads_q / params_.group;
     const int kMany = 1 << 24;  // sums below cannot overflow
     int tokens = min(len_k_, kMany);
@@ -154,26 +159,26 @@ class TileScheduler {
   int first_head_, heads_, section_;    // the section's query heads
 };
 
-// The scheduler warp: one tile ahead of the producer and the consumers, so that finding a tile is never
-// waited for.
+// The scheduler warp: one tile ahead of the producer and the consumers, so that finding a tile is
+// never waited for.
 template <class C>
 __device__ __forceinline__ void schedule(const ForwardParams& params, const Shared<C>& shared) {
   const bool leader = threadIdx.x % 32 == 0;
   TileScheduler<C> scheduler(params, shared.order());
+  RingPosition<kTileSlots> at;
   int index = blockIdx.x;
-  u32 parity = 1;
   TileInfo tile;
   bool found;
   do {
     found = scheduler.seek(index, tile);
     if (!found) tile.batch = -1;
-    mbarrier_wait(shared.tile_empty(), parity);
-    parity ^= 1;
+    mbarrier_wait(shared.tile_empty(at.stage()), at.parity() ^ 1);
     if (leader) {
-      *shared.tile() = tile;
-      mbarrier_arrive(shared.tile_full());
+      *shared.tile(at.stage()) = tile;
+      mbarrier_arrive(shared.tile_full(at.stage()));
       if (found) index = atomicAdd(params.progress, 1) + gridDim.x;
     }
+    at.advance();
     index = uniform(index);
   } while (found);
   if (leader && atomicAdd(params.progress + 1, 1) == gridDim.x - 1) {

@@ -3,8 +3,8 @@
 
 namespace jit_kernel::hopper {
 
-template <int kKeys_, int kWarpgroups_, int kStagesQ_, int kStages_, bool kOverlap_, bool kPingPong_,
-          int kPolynomialEighths_>
+template <int kKeys_, int kWarpgroups_, int kStagesQ_, int kStages_, bool kOverlap_,
+          bool kPingPong_, int kPolynomialEighths_>
 struct Tile {
   static constexpr int kKeys = kKeys_;
   static constexpr int kWarpgroups = kWarpgroups_;
@@ -18,16 +18,16 @@ struct Tile {
 template <int kHeadDim, int kHeadDimV, bool kMasked>
 struct TileFor;
 
-template <bool kMasked>
-struct TileFor<64, 64, kMasked> : Tile<128, 3, 2, 2, true, true, 0> {};
-template <bool kMasked>
-struct TileFor<96, 96, kMasked> : Tile<128, 2, 2, 2, true, true, 0> {};
 template <>
-struct TileFor<128, 128, false> : Tile<160, 2, 2, 2, true, true, 0> {};
+struct TileFor<64, 64, false> : Tile<112, 3, 2, 3, true, true, 0> {};
 template <>
-struct TileFor<128, 128, true> : Tile<128, 2, 2, 2, true, true, 0> {};
+struct TileFor<64, 64, true> : Tile<112, 3, 2, 3, true, false, 0> {};
 template <bool kMasked>
-struct TileFor<192, 128, kMasked> : Tile<112, 2, 1, 2, true, true, 0> {};
+struct TileFor<96, 96, kMasked> : Tile<128, 2, 2, 2, true, false, 0> {};
+template <bool kMasked>
+struct TileFor<128, 128, kMasked> : Tile<128, 2, 2, 2, true, false, 0> {};
+template <bool kMasked>
+struct TileFor<192, 128, kMasked> : Tile<112, 2, 1, 2, true, false, 0> {};
 template <bool kMasked>
 struct TileFor<192, 192, kMasked> : Tile<96, 2, 1, 2, true, false, 0> {};
 template <bool kMasked>

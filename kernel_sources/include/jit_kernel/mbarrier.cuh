@@ -26,8 +26,8 @@ __device__ __forceinline__ void mbarrier_arrive(u32 barrier) {
 // Predicated, not branched: a branch beside a wgmma in flight makes ptxas serialise it.
 __device__ __forceinline__ void mbarrier_arrive_if(u32 barrier, bool arrives) {
   asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.u32 p, %1, 0;\n@p mbarrier.arrive.shared::cta.b64 _, [%0];\n}" ::"r"(
-          barrier),
+      "{\n.reg .pred p;\nsetp.ne.u32 p, %1, 0;\n@p mbarrier.arrive.shared::cta.b64 _, [%0];\n}" ::
+          "r"(barrier),
       "r"(static_cast<u32>(arrives))
       : "memory");
 }

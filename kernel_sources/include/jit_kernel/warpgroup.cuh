@@ -3,7 +3,8 @@
 
 namespace jit_kernel {
 
-// Raises or lowers the registers a thread of this warpgroup may use; all four warps must execute it.
+// Raises or lowers the registers a thread of this warpgroup may use; all four warps must execute
+// it.
 template <int kRegisters>
 __device__ __forceinline__ void raise_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));

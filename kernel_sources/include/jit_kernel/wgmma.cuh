@@ -55,10 +55,11 @@ __device__ __forceinline__ u32 pack<fp16>(float low, float high) {
 }
 
 // Matrix descriptor of a swizzled tile in shared memory, 1024-byte aligned, rows of kSwizzleBytes.
-// stride_offset: bytes between groups of 8 rows. leading_offset: bytes between panels of one swizzle
-// width along N where N is the contiguous dimension, otherwise unused.
+// stride_offset: bytes between groups of 8 rows. leading_offset: bytes between panels of one
+// swizzle width along N where N is the contiguous dimension, otherwise unused.
 template <int kSwizzleBytes>
-__device__ __forceinline__ u64 wgmma_descriptor(u32 address, u32 leading_offset, u32 stride_offset) {
+__device__ __forceinline__ u64 wgmma_descriptor(u32 address, u32 leading_offset,
+                                                u32 stride_offset) {
   static_assert(kSwizzleBytes == 128 || kSwizzleBytes == 64, "tiles have rows of 64 or 128 bytes");
   constexpr u64 kMode = kSwizzleBytes == 128 ? 1 : 2;
   return static_cast<u64>((address & 0x3FFFF) >> 4) | static_cast<u64>(leading_offset >> 4) << 16 |
@@ -104,56 +105,62 @@ __device__ __forceinline__ u64 wgmma_descriptor(u32 address, u32 leading_offset,
 #define JIT_KERNEL_REGISTERS_120 JIT_KERNEL_REGISTERS_112 ", " JIT_KERNEL_R14
 #define JIT_KERNEL_REGISTERS_128 JIT_KERNEL_REGISTERS_120 ", " JIT_KERNEL_R15
 
-// d = a * b (+ d where accumulate): a is 64 x 16 and b is 16 x N, both in shared memory with k contiguous.
-#define JIT_KERNEL_WGMMA_SS(N, COUNT, A, B, P, ...)                                              \
-  template <class Element>                                                                       \
-  __device__ __forceinline__ void wgmma_ss(float (&d)[COUNT], u64 a, u64 b, int accumulate) {    \
-    if constexpr (kIsBf16<Element>) {                                                            \
-      JIT_KERNEL_WGMMA_SS_ASM(N, COUNT, A, B, P, "bf16", __VA_ARGS__);                           \
-    } else {                                                                                     \
-      JIT_KERNEL_WGMMA_SS_ASM(N, COUNT, A, B, P, "f16", __VA_ARGS__);                            \
-    }                                                                                            \
+// d = a * b (+ d where accumulate): a is 64 x 16 and b is 16 x N, both in shared memory with k
+// contiguous.
+#define JIT_KERNEL_WGMMA_SS(N, COUNT, A, B, P, ...)                                           \
+  template <class Element>                                                                    \
+  __device__ __forceinline__ void wgmma_ss(float (&d)[COUNT], u64 a, u64 b, int accumulate) { \
+    if constexpr (kIsBf16<Element>) {                                                         \
+      JIT_KERNEL_WGMMA_SS_ASM(N, COUNT, A, B, P, "bf16", __VA_ARGS__);                        \
+    } else {                                                                                  \
+      JIT_KERNEL_WGMMA_SS_ASM(N, COUNT, A, B, P, "f16", __VA_ARGS__);                         \
+    }                                                                                         \
   }
-#define JIT_KERNEL_WGMMA_SS_ASM(N, COUNT, A, B, P, TYPE, ...)                                    \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #P ", 0;\n"                                  \
-               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {"              \
-               JIT_KERNEL_REGISTERS_##COUNT "}, %" #A ", %" #B ", p, 1, 1, 0, 0;\n}"             \
-               : __VA_ARGS__                                                                     \
+#define JIT_KERNEL_WGMMA_SS_ASM(N, COUNT, A, B, P, TYPE, ...)                             \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #P                                    \
+               ", 0;\n"                                                                   \
+               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE            \
+               " {" JIT_KERNEL_REGISTERS_##COUNT "}, %" #A ", %" #B ", p, 1, 1, 0, 0;\n}" \
+               : __VA_ARGS__                                                              \
                : "l"(a), "l"(b), "r"(accumulate))
 
 // The same with a in registers, and b in shared memory with N contiguous.
-#define JIT_KERNEL_WGMMA_RS(N, COUNT, A0, A1, A2, A3, B, P, ...)                                 \
-  template <class Element>                                                                       \
-  __device__ __forceinline__ void wgmma_rs(float (&d)[COUNT], u32 a0, u32 a1, u32 a2, u32 a3,    \
-                                           u64 b, int accumulate) {                              \
-    if constexpr (kIsBf16<Element>) {                                                            \
-      JIT_KERNEL_WGMMA_RS_ASM(N, COUNT, A0, A1, A2, A3, B, P, "bf16", __VA_ARGS__);              \
-    } else {                                                                                     \
-      JIT_KERNEL_WGMMA_RS_ASM(N, COUNT, A0, A1, A2, A3, B, P, "f16", __VA_ARGS__);               \
-    }                                                                                            \
+#define JIT_KERNEL_WGMMA_RS(N, COUNT, A0, A1, A2, A3, B, P, ...)                              \
+  template <class Element>                                                                    \
+  __device__ __forceinline__ void wgmma_rs(float (&d)[COUNT], u32 a0, u32 a1, u32 a2, u32 a3, \
+                                           u64 b, int accumulate) {                           \
+    if constexpr (kIsBf16<Element>) {                                                         \
+      JIT_KERNEL_WGMMA_RS_ASM(N, COUNT, A0, A1, A2, A3, B, P, "bf16", __VA_ARGS__);           \
+    } else {                                                                                  \
+      JIT_KERNEL_WGMMA_RS_ASM(N, COUNT, A0, A1, A2, A3, B, P, "f16", __VA_ARGS__);            \
+    }                                                                                         \
   }
-#define JIT_KERNEL_WGMMA_RS_ASM(N, COUNT, A0, A1, A2, A3, B, P, TYPE, ...)                       \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #P ", 0;\n"                                  \
-               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {"              \
-               JIT_KERNEL_REGISTERS_##COUNT "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B   \
-               ", p, 1, 1, 1;\n}"                                                                \
-               : __VA_ARGS__                                                                     \
+#define JIT_KERNEL_WGMMA_RS_ASM(N, COUNT, A0, A1, A2, A3, B, P, TYPE, ...)                 \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #P                                     \
+               ", 0;\n"                                                                    \
+               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE             \
+               " {" JIT_KERNEL_REGISTERS_##COUNT "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 \
+                                                 "}, %" #B ", p, 1, 1, 1;\n}"              \
+               : __VA_ARGS__                                                               \
                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(accumulate))
 
 JIT_KERNEL_WGMMA_SS(64, 32, 32, 33, 34, JIT_KERNEL_F32(d, 0))
 JIT_KERNEL_WGMMA_SS(80, 40, 40, 41, 42, JIT_KERNEL_F32(d, 0), JIT_KERNEL_F8(d, 32))
 JIT_KERNEL_WGMMA_SS(96, 48, 48, 49, 50, JIT_KERNEL_F32(d, 0), JIT_KERNEL_F16(d, 32))
-JIT_KERNEL_WGMMA_SS(112, 56, 56, 57, 58, JIT_KERNEL_F32(d, 0), JIT_KERNEL_F16(d, 32), JIT_KERNEL_F8(d, 48))
+JIT_KERNEL_WGMMA_SS(112, 56, 56, 57, 58, JIT_KERNEL_F32(d, 0), JIT_KERNEL_F16(d, 32),
+                    JIT_KERNEL_F8(d, 48))
 JIT_KERNEL_WGMMA_SS(128, 64, 64, 65, 66, JIT_KERNEL_F64(d, 0))
 JIT_KERNEL_WGMMA_SS(144, 72, 72, 73, 74, JIT_KERNEL_F64(d, 0), JIT_KERNEL_F8(d, 64))
 JIT_KERNEL_WGMMA_SS(160, 80, 80, 81, 82, JIT_KERNEL_F64(d, 0), JIT_KERNEL_F16(d, 64))
-JIT_KERNEL_WGMMA_SS(176, 88, 88, 89, 90, JIT_KERNEL_F64(d, 0), JIT_KERNEL_F16(d, 64), JIT_KERNEL_F8(d, 80))
+JIT_KERNEL_WGMMA_SS(176, 88, 88, 89, 90, JIT_KERNEL_F64(d, 0), JIT_KERNEL_F16(d, 64),
+                    JIT_KERNEL_F8(d, 80))
 JIT_KERNEL_WGMMA_SS(192, 96, 96, 97, 98, JIT_KERNEL_F64(d, 0), JIT_KERNEL_F32(d, 64))
 
 JIT_KERNEL_WGMMA_RS(64, 32, 32, 33, 34, 35, 36, 37, JIT_KERNEL_F32(d, 0))
 JIT_KERNEL_WGMMA_RS(96, 48, 48, 49, 50, 51, 52, 53, JIT_KERNEL_F32(d, 0), JIT_KERNEL_F16(d, 32))
 JIT_KERNEL_WGMMA_RS(128, 64, 64, 65, 66, 67, 68, 69, JIT_KERNEL_F64(d, 0))
 JIT_KERNEL_WGMMA_RS(192, 96, 96, 97, 98, 99, 100, 101, JIT_KERNEL_F64(d, 0), JIT_KERNEL_F32(d, 64))
-JIT_KERNEL_WGMMA_RS(256, 128, 128, 129, 130, 131, 132, 133, JIT_KERNEL_F64(d, 0), JIT_KERNEL_F64(d, 64))
+JIT_KERNEL_WGMMA_RS(256, 128, 128, 129, 130, 131, 132, 133, JIT_KERNEL_F64(d, 0),
+                    JIT_KERNEL_F64(d, 64))
 
 }  // namespace jit_kernel
