@@ -138,6 +138,12 @@ class Runtime(types.ModuleType):
     def is_current_stream_capturing(self) -> bool:
         return self.capturing
 
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def manual_seed_all(self, seed: int) -> None:
+        """torch.manual_seed reaches every device type that is registered; nothing is random here."""
+
     def current_stream(self, device: object = None) -> Any:
         return types.SimpleNamespace(musa_stream=17 + self._current)
 
@@ -250,6 +256,7 @@ def on_path(folder: Path) -> Iterator[None]:
     finally:
         sys.path.remove(str(folder))
         forget()
+        RUNTIME.devices = 0  # the name stays with torch for the rest of the process, the machine does not
 
 
 def name_the_backend() -> None:
