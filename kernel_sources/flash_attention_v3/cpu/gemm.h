@@ -40,33 +40,39 @@ struct GemmArgs {
   int64_t ldc;
   int64_t depth;
   bool accumulate;  // add to C, else overwrite it
+  int64_t piece;    // sums are added to C when they are this deep
 };
 
 template <class Math, int kRows, int kPanels>
 inline void gemm_tile(const GemmArgs<Math>& g, int64_t row, int64_t first_panel) {
   using simd::kLanes;
-  simd::Vec sum[kRows][kPanels];
   float* c = g.c + row * g.ldc + first_panel * kLanes;
-  for (int i = 0; i < kRows; ++i) {
-    for (int j = 0; j < kPanels; ++j) {
-      sum[i][j] = g.accumulate ? simd::load(c + i * g.ldc + j * kLanes) : simd::zero();
-    }
-  }
   const Math* a = g.a + row * g.lda;
   const Math* b = g.b + first_panel * g.panel;
-  for (int64_t k = 0; k < g.depth; k += kStep<Math>, b += kLanes * kStep<Math>) {
-    typename Dot<Math>::Operand columns[kPanels];
-#pragma GCC unroll 4
-    for (int j = 0; j < kPanels; ++j) columns[j] = Dot<Math>::load(b + j * g.panel);
-#pragma GCC unroll 6
+  bool accumulate = g.accumulate;
+  for (int64_t k = 0; k < g.depth; accumulate = true) {
+    simd::Vec sum[kRows][kPanels];
     for (int i = 0; i < kRows; ++i) {
-      auto one = Dot<Math>::broadcast(a + i * g.lda + k);
-#pragma GCC unroll 4
-      for (int j = 0; j < kPanels; ++j) sum[i][j] = Dot<Math>::add(sum[i][j], one, columns[j]);
+      for (int j = 0; j < kPanels; ++j) sum[i][j] = simd::zero();
     }
-  }
-  for (int i = 0; i < kRows; ++i) {
-    for (int j = 0; j < kPanels; ++j) simd::store(c + i * g.ldc + j * kLanes, sum[i][j]);
+    int64_t end = std::min(g.depth, k + g.piece);
+    for (; k < end; k += kStep<Math>, b += kLanes * kStep<Math>) {
+      typename Dot<Math>::Operand columns[kPanels];
+#pragma GCC unroll 4
+      for (int j = 0; j < kPanels; ++j) columns[j] = Dot<Math>::load(b + j * g.panel);
+#pragma GCC unroll 6
+      for (int i = 0; i < kRows; ++i) {
+        auto one = Dot<Math>::broadcast(a + i * g.lda + k);
+#pragma GCC unroll 4
+        for (int j = 0; j < kPanels; ++j) sum[i][j] = Dot<Math>::add(sum[i][j], one, columns[j]);
+      }
+    }
+    for (int i = 0; i < kRows; ++i) {
+      for (int j = 0; j < kPanels; ++j) {
+        float* to = c + i * g.ldc + j * kLanes;
+        simd::store(to, accumulate ? simd::load(to) + sum[i][j] : sum[i][j]);
+      }
+    }
   }
 }
 

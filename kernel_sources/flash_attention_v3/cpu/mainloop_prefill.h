@@ -16,9 +16,15 @@ namespace jit_kernel {
 template <class Math>
 constexpr int kExpDegree = std::is_same<Math, bf16>::value ? 4 : 6;
 
+// The error of a sum of floats grows with the root of its length, and large float32 scores leave
+// none to spare: they are summed in pieces. Beside bf16's own rounding it does not show.
+template <class Math>
+constexpr int64_t kScorePieceOf = std::is_same<Math, float>::value ? 32 : 1 << 30;
+
 template <class Element>
 struct Prefill {
   using Math = MathOf<Element>;
+  static constexpr int64_t kScorePiece = kScorePieceOf<Math>;
 
   HeadSizes sizes;
   PrefillTiles tiles;
@@ -130,7 +136,8 @@ struct Prefill {
                       sums + row * sizes.dv,
                       sizes.dv,
                       columns,
-                      true};
+                      true,
+                      columns};
     multiply(pv, rows, sizes.dv / kLanes);
   }
 
@@ -148,7 +155,7 @@ struct Prefill {
     constexpr int64_t kLanes = simd::kLanes;
     GemmArgs<Math> g{q + row * sizes.depth, sizes.depth, keys + from * sizes.depth,
                      kLanes * sizes.depth,  scores,      score_stride(),
-                     sizes.depth,           false};
+                     sizes.depth,           false,       kScorePiece};
     if (mix == 1.0f) return multiply(g, rows, columns / kLanes);
     g.depth = sizes.qk;
     multiply(g, rows, columns / kLanes);
