@@ -21,24 +21,26 @@ import torch
 from torch import Tensor
 
 from jit_kernel import config, operators
-from jit_kernel.device import detect_device, device_target
+from jit_kernel.device import VENDORS, detect_device, device_target
 
 Kernels = Mapping[str, Callable[..., Any]]
 Device = torch.device | str | None
 
 # By device: the settings that it was loaded under, and its functions. config.reload() makes new settings.
-_loaded: dict[torch.device, tuple[config.Settings, Kernels]] = {}
-_supported: dict[torch.device, tuple[config.Settings, bool]] = {}
+_loaded: dict[torch.device | str, tuple[config.Settings, Kernels]] = {}
+_supported: dict[torch.device | str, tuple[config.Settings, bool]] = {}
 _loading = threading.Lock()
 
 
-def _device_of(device: Device) -> torch.device:
-    """`device`, or the detected one, with an index where its kind counts devices."""
+def _device_of(device: Device) -> torch.device | str:
+    """`device`, or the detected one; "cuda" with the index of the current one."""
     if device is None:
         device = detect_device()
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:
+        if isinstance(device, str) and device.partition(":")[0] in VENDORS:
+            return device  # torch knows "musa" only once its extension is imported
         raise ValueError(f"device is {device!r}; it must be a torch.device or its string") from error
     if found.type == "cuda" and found.index is None and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
@@ -59,7 +61,7 @@ def _is_fa3_supported(device: Device = None) -> bool:
     return known[1]
 
 
-def _ask_support(device: torch.device) -> bool:
+def _ask_support(device: torch.device | str) -> bool:
     from jit_kernel.fa3 import dispatch
 
     try:

@@ -247,12 +247,15 @@ def test_devices():
     assert jit_kernel._is_fa3_supported() or torch.cuda.is_available()
     assert not jit_kernel._is_fa3_supported("cuda:99")
     assert not jit_kernel._is_fa3_supported("meta")
+    assert not jit_kernel._is_fa3_supported("musa:99")
     with pytest.raises(ValueError, match="device is 'toaster'; it must be"):
         jit_kernel._is_fa3_supported("toaster")
     with pytest.raises(ValueError, match="device is"):
         jit_kernel._load_fa3_kernels(1.5)  # type: ignore[arg-type]
     with pytest.raises(NotImplementedError, match=r"cuda:99.*no such device is present"):
         jit_kernel._load_fa3_kernels("cuda:99")
+    with pytest.raises(NotImplementedError, match=r"musa:99.*no such device is present"):
+        jit_kernel._load_fa3_kernels("musa:99")
     q = torch.empty(1, 1, 1, 64, device="meta")
     with pytest.raises(NotImplementedError, match=r"meta.*serves cpu, cuda and musa"):
         jit_kernel.flash_attn_func(q, q, q)
