@@ -127,6 +127,21 @@ def test_a_call_in_which_no_row_sees_a_key(function: str, sinks: str, num_splits
         assert torch.allclose(lse, expected.expand_as(lse), atol=1e-6)
 
 
+def test_a_batch_of_no_sequences() -> None:
+    none, zero = torch.zeros(0, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    out, lse = fa3.flash_attn_func(
+        normal(0, 5, 4, 64), normal(0, 9, 2, 64), normal(0, 9, 2, 32), return_softmax_lse=True
+    )
+    assert (out.shape, lse.shape) == ((0, 5, 4, 32), (0, 4, 5))
+    q, k = normal(0, 4, 64), normal(0, 2, 64)
+    out, lse = fa3.flash_attn_varlen_func(q, k, k, zero, zero, return_softmax_lse=True)
+    assert (out.shape, lse.shape) == ((0, 4, 64), (4, 0))
+    pages = normal(3, 8, 2, 64)
+    table = torch.zeros(0, 2, dtype=torch.int32)
+    out = fa3.flash_attn_with_kvcache(normal(0, 1, 4, 64), pages, pages, cache_seqlens=none, page_table=table)
+    assert out.shape == (0, 1, 4, 64)
+
+
 # Offsets beyond 2^31 elements: memory that is never touched costs nothing but addresses.
 
 
