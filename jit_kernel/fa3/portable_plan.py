@@ -9,7 +9,8 @@ import math
 from dataclasses import dataclass
 
 from jit_kernel.fa3 import portable_tiles
-from jit_kernel.fa3.portable_kernels import DeviceKernels, combine_rows
+from jit_kernel.fa3.portable_kernels import DeviceKernels, combine_rows, unserved
+from jit_kernel.fa3.variants import Rejected, refusal
 
 # Bits of the kernels' `flags`, as in kernel_sources/flash_attention_v3/portable/sequence.py.
 CU_SEQLENS_Q, CU_SEQLENS_K, CU_SEQLENS_K_NEW = 1, 2, 4
@@ -78,7 +79,13 @@ class Plan:
 
 
 def make(kernels: DeviceKernels, q: Layout, k: Layout, v: Layout, out: Layout, call: Settings) -> Plan:
-    """The plan of a call with at least one query row; compiles or loads its kernels."""
+    """The plan of a call with at least one query row; compiles or loads its kernels.
+
+    Raises NotImplementedError for a dtype or head sizes that no kernel here serves.
+    """
+    reason = unserved(call.dtype, q.shape[-1], v.shape[-1])
+    if reason is not None:
+        raise refusal(f"this call on {kernels.target}", [("portable", Rejected(reason, claimed=False))])
     ragged = call.flags & CU_SEQLENS_Q != 0
     heads, head_dim, head_dim_v = q.shape[-2], q.shape[-1], v.shape[-1]
     group = heads // k.shape[-2]
