@@ -50,6 +50,9 @@ class MusaTensor(Tensor):
     def data_ptr(self) -> int:
         return self.inner.data_ptr()
 
+    def tolist(self) -> Any:
+        return self.inner.tolist()
+
     def untyped_storage(self) -> Any:
         return self.inner.untyped_storage()
 

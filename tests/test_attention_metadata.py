@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from mate_double import VERSIONS, wrapper_signatures
 from mate_kernels import ForeignMetadataError
 from musa_device import RUNTIME, Machine, machine, to_cpu, to_musa
 from torch import Tensor
@@ -32,13 +33,16 @@ def stack(tmp_path: Path) -> Iterator[Machine]:
 
 
 class Engine:
-    """A model's caches on one device, and metadata for random batches."""
+    """A model's caches on musa:index, or on the CPU for None, and metadata for random batches."""
 
-    def __init__(self, index: int, seed: int, heads: tuple[int, int]) -> None:
+    def __init__(self, index: int | None, seed: int, heads: tuple[int, int]) -> None:
         self.index, self.random = index, torch.Generator().manual_seed(seed)
         self.hq, self.hk = heads
         pages = torch.randn(2, 64, PAGE, self.hk, 64, generator=self.random).bfloat16()
-        self.k, self.v = to_musa(pages[0], index), to_musa(pages[1], index)
+        self.k, self.v = self.place((pages[0], pages[1]))
+
+    def place(self, tree: Any) -> Any:
+        return tree if self.index is None else to_musa(tree, self.index)
 
     def roll(self, low: int, high: int) -> int:
         return int(torch.randint(low, high, (), generator=self.random))
@@ -51,7 +55,7 @@ class Engine:
         q = torch.randn(shape, generator=self.random).bfloat16()
         cu = torch.arange(0, size * rows + 1, rows, dtype=torch.int32) if ragged else None
         metadata = ForwardMetadata(cu, rows, lengths, self.roll(6, 12) * PAGE, table, tag=tag)
-        return to_musa(q, self.index), on_device(metadata, self.index)
+        return self.place(q), ForwardMetadata(**self.place(vars(metadata)))
 
 
 def on_device(metadata: ForwardMetadata, index: int) -> ForwardMetadata:
@@ -91,9 +95,7 @@ def run_steps(stack: Machine, steps: int) -> None:
         for layer in (FULL, SWA, FULL, SWA):
             for q, metadata in batches:
                 out = backend.forward_decode(q, engine.k, engine.v, metadata, layer)
-                assert torch.allclose(
-                    to_cpu(out).float(), expected(q, engine, metadata, layer).float(), rtol=2e-2, atol=2e-2
-                )
+                close(out, expected(q, engine, metadata, layer))
 
     for _ in range(steps):
         index, name = pick([0, 1]), pick(["target", "target", "draft"])
@@ -305,7 +307,7 @@ def test_a_graph_reads_static_metadata_that_is_refreshed(stack: Machine) -> None
         graph.refresh({"base": metadata})
         out = captured(backend, engine, q, metadata, graph)  # refuses metadata that is not for these lengths
         assert stack.mate.calls[-1].arguments["scheduler_metadata"].data_ptr() == read
-        assert torch.allclose(to_cpu(out).float(), expected(q, engine, metadata, FULL).float(), rtol=2e-2, atol=2e-2)
+        close(out, expected(q, engine, metadata, FULL))
     metadata.cache_seqlens.add_(1)
     with pytest.raises(ForeignMetadataError):  # a replay without refresh
         captured(backend, engine, q, metadata, graph)
@@ -338,15 +340,58 @@ def test_two_graphs_do_not_share(stack: Machine) -> None:
     assert read[0] != read[1]
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_forward_binds_to_its_version(tmp_path: Path, version: str) -> None:
+    """Extend with and without a cache, decode, a window and a cascade; calls of the oldest version bind to all."""
+    with machine(tmp_path / "site", CPU, version) as stack:
+        engine, backend = Engine(0, 1, (4, 2)), FlashAttentionBackend(device="musa")
+        with backend.step():
+            for layer in (FULL, SWA):
+                for rows, ragged in ((1, False), (3, True)):
+                    q, metadata = engine.batch(3, "base", rows, ragged)
+                    out = backend.forward_decode(q, engine.k, engine.v, metadata, layer)
+                    close(out, expected(q, engine, metadata, layer))
+            caches = {"k_cache": engine.k, "v_cache": engine.v}
+            close(backend.forward_extend(q, None, None, metadata, **caches), expected(q, engine, metadata, FULL))
+            raw = to_musa(torch.randn(9, 2, 64).bfloat16())
+            backend.forward_extend(q, raw, raw, ForwardMetadata(metadata.cu_seqlens_q, 3))
+            group = on_device(ForwardMetadata(torch.tensor([0, 9], dtype=torch.int32), 9), 0)
+            none = to_musa(torch.zeros(1, dtype=torch.int32))
+            shared = dataclasses.replace(group, cache_seqlens=none, max_seqlen_k=1, page_table=metadata.page_table[:1])
+            out = backend.forward_cascade(q, engine.k, engine.v, shared, metadata)
+            close(out, expected(q, engine, metadata, FULL))
+        bind_to = VERSIONS if version == "0.1.3" else (version,)
+        for name, arguments in stack.given:
+            for other in bind_to:
+                wrapper_signatures(other)[name].bind(**arguments)
+        assert {name for name, _ in stack.given} >= {"flash_attn_with_kvcache", "flash_attn_varlen_func"}
+
+
+def close(found: Tensor, wanted: Tensor) -> None:
+    assert torch.allclose(to_cpu(found).float(), wanted.float(), rtol=2e-2, atol=2e-2)
+
+
+def test_inference_tensors_have_no_version() -> None:
+    engine = Engine(None, 1, (4, 2))
+    backend = FlashAttentionBackend(device="cpu", plan_ahead=True)
+    with torch.inference_mode():
+        q, metadata = engine.batch(3, "base")
+        assert metadata.cache_seqlens is not None
+        assert metadata.cache_seqlens.is_inference()
+        with backend.step() as step:
+            first, second = (backend.forward_decode(q, engine.k, engine.v, metadata) for _ in range(2))
+            assert len(step.made) == 1
+        assert torch.equal(first, second)
+
+
 def test_planning_works_on_the_cpu_too() -> None:
     """There the header is compared at every call."""
-    engine = Engine(0, 1, (4, 2))
-    k, v = to_cpu(engine.k), to_cpu(engine.v)
+    engine = Engine(None, 1, (4, 2))
+    k, v = engine.k, engine.v
     backend = FlashAttentionBackend(device="cpu", plan_ahead=True)
     plain = FlashAttentionBackend(device="cpu")
     for rows, ragged in ((1, False), (3, True)):
         q, metadata = engine.batch(3, "base", rows, ragged)
-        q, metadata = to_cpu(q), ForwardMetadata(**{name: to_cpu(x) for name, x in vars(metadata).items()})
         for layer in (FULL, SWA):
             with backend.step():
                 assert torch.equal(

@@ -383,7 +383,6 @@ def test_the_table_of_mates_versions_is_the_codes() -> None:
             {"cache_batch_idx": True},
             {"cache_leftpad": True},
         ],
-        "scheduler_metadata with a window": [{"metadata": True, "window": True}],
         "attention_chunk": [{"chunk": True}],
         "fp32, fp8, descales, only_qv": [{"dtype": "fp32"}, {"dtype": "e4m3"}, {"descale": True}, {"only_qv": True}],
         "qv: MLA decode, q of 64, values of 512, pages of 64 tokens": [mla],

@@ -17,6 +17,7 @@ from mate_double import VERSIONS, wrapper_signatures
 from musa_device import Machine, machine, on_musa, to_musa
 
 import jit_kernel.flash_attention_v3 as fa3
+from jit_kernel import config
 from jit_kernel.device import Target
 from jit_kernel.fa3 import musa
 from jit_kernel.fa3.cpu import KERNELS as CPU
@@ -260,16 +261,15 @@ def metadata_of(call: dict[str, object], **changes: object) -> torch.Tensor:
     return fa3.get_scheduler_metadata(**to_musa(arguments | changes))
 
 
-def test_windows_need_metadata_that_knows_of_them(stack: Machine) -> None:
+def test_windows_take_metadata_that_knows_of_them_or_none(stack: Machine) -> None:
+    """Before 0.2.1 MATE's metadata counted without windows: the double refuses it in a call with one."""
     call = decode_call(batch=2, sq=1, keys=40)
-    if stack.version < "0.2.1":
-        with pytest.raises(NotImplementedError, match=r"scheduler_metadata with a window: MATE has it since 0\.2\.1"):
-            metadata_of(call, causal=False, window_size=(8, 0))
-    else:
-        metadata = metadata_of(call, causal=False, window_size=(8, 0))
-        call |= {"causal": False, "window_size": (8, 0)}
-        out = getattr(fa3, cases.KVCACHE)(**to_musa(call), scheduler_metadata=metadata)
-        assert torch.equal(out.inner, CPU[cases.KVCACHE](**call, softmax_scale=1 / 8))
+    metadata = metadata_of(call, causal=False, window_size=(8, 0))
+    call |= {"causal": False, "window_size": (8, 0)}
+    out = getattr(fa3, cases.KVCACHE)(**to_musa(call), scheduler_metadata=metadata)
+    assert torch.equal(out.inner, CPU[cases.KVCACHE](**call, softmax_scale=1 / 8))
+    assert stack.mate.calls[-1].compiled_for["has_metadata"] == (stack.version >= "0.2.1")
+    assert len(stack.kernels.issued) == (stack.version >= "0.2.1")
 
 
 def test_empty_calls(newest: Machine) -> None:
@@ -301,3 +301,21 @@ def test_combining_agrees_with_the_cpu(newest: Machine, name: str) -> None:
     ours, cpu = on_musa(name)(**arguments), getattr(fa3, name)(**arguments)
     for mine, theirs in zip(ours, cpu, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_checked_metadata_names_the_parameter_that_differs(newest: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """JIT_KERNEL_CHECK_INDICES=1 compares the header, which costs a synchronisation."""
+    call = decode_call(batch=2, sq=1, keys=40)
+    monkeypatch.setenv("JIT_KERNEL_CHECK_INDICES", "1")
+    config.reload()
+    kvcache = getattr(fa3, cases.KVCACHE)
+    try:
+        kvcache(**to_musa(call), scheduler_metadata=metadata_of(call))
+        for change, told in (({"causal": False}, "causal = 0"), ({"num_heads_q": 8}, "num_heads_q = 8")):
+            with pytest.raises(ValueError, match=f"scheduler_metadata was made with {told}"):
+                kvcache(**to_musa(call), scheduler_metadata=metadata_of(call, **change))
+        with pytest.raises(ValueError, match="max_seqlen_k = 4096; it must be at most 47"):
+            kvcache(**to_musa(call), scheduler_metadata=metadata_of(call, max_seqlen_k=4096))
+    finally:
+        monkeypatch.undo()
+        config.reload()

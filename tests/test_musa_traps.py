@@ -221,6 +221,35 @@ def test_out_of_kvcache_is_written_though_mate_has_no_such_argument(stack: Machi
         stack.function(KVCACHE)(**to_musa(call), out=given)
 
 
+def test_an_out_that_is_not_written_is_copied(stack: Machine) -> None:
+    """A wrapper that drops `out`, as one between an engine and MATE did: the result is used, the buffer filled."""
+    whole = musa_mate.load()
+
+    def dropping(*, out: Tensor | None = None, **rest: Any) -> Any:
+        return whole.flash_attn_varlen_func(**rest)
+
+    musa_mate._mate = musa_mate.Mate(whole.version, dropping, dropping, dropping)
+    call = ragged([5, 6])
+    out = torch.full_like(call["q"], float("nan"))
+    on_musa(VARLEN)(**call, out=out)
+    assert same(out, truth(VARLEN, call))
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_sizes_beyond_int32_take_a_compiled_kernel(
+    stack: Machine, monkeypatch: pytest.MonkeyPatch, dense: bool
+) -> None:
+    call = ragged([16, 16])
+    if dense:
+        call = {name: call[name].unflatten(0, (2, 16)) for name in "qkv"} | {"causal": True}
+    name = DENSE if dense else VARLEN
+    on_musa(name)(**call)
+    assert stack.mate.calls[-1].path == "mubin"
+    monkeypatch.setattr(musa_prebuilt, "_INT32_ELEMENTS", 100)
+    assert same(on_musa(name)(**call), truth(name, call))
+    assert stack.mate.calls[-1].path == "jit"
+
+
 def test_four_results_become_two(stack: Machine) -> None:
     call = decode_call(batch=2, sq=1, keys=9) | {"return_softmax_lse": True}
     assert len(stack.function(KVCACHE)(**to_musa(call))) == 4

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jit_kernel import config
 from jit_kernel.fa3 import musa_mate, musa_rules, scheduler_header
 from jit_kernel.fa3.variants import DTYPE_NAMES, Features
 
@@ -52,7 +53,8 @@ def get_scheduler_metadata(
 ) -> Tensor:
     """See `jit_kernel.flash_attention_v3.get_scheduler_metadata`.
 
-    MLA decode (head sizes 64/512) keeps its schedule in a workspace of its own: here it gets the header alone.
+    MLA decode (head sizes 64/512) keeps its schedule in a workspace of its own: here it gets the header alone. So does
+    a window before MATE 0.2.1, whose metadata knows of none: such a call runs without splits.
     """
     call = locals()
     mate, head_dim_v = musa_mate.load(), headdim if headdim_v is None else headdim_v
@@ -61,7 +63,10 @@ def get_scheduler_metadata(
         raise NotImplementedError(f"get_scheduler_metadata on musa ({mate.name}): {reason}")
     musa_mate.need_splits(num_splits)
     metadata = scheduler_header.make("musa", call)
+    local = window_size[0] >= 0 or (window_size[1] > 0 and not causal)
     if batch_size == 0 or (headdim, head_dim_v) == musa_rules.MLA_PAIR:
+        return metadata
+    if local and not musa_rules.plans_windows(mate.version):
         return metadata
     replaced = ("causal", "window_size", "headdim_v", "cu_seqlens_k_new")
     arguments = {
@@ -93,10 +98,13 @@ def for_call(call: dict[str, Any], batch_size: int) -> Tensor | tuple[Tensor, bo
 
     Never a workspace that is said to be filled: that would be right for equal lengths, batch and heads alone.
     """
-    metadata = call["scheduler_metadata"]
+    metadata, (left, right) = call["scheduler_metadata"], call["window_size"]
     table = None if metadata is None else table_of(metadata, batch_size)
+    if metadata is not None and config.check_indices():
+        scheduler_header.verify("musa", call)
     if call["qv"] is None:
-        return table
+        local = left >= 0 or (right > 0 and not call["causal"])
+        return None if local and not musa_rules.plans_windows(musa_mate.version()) else table
     size = MLA_WORKSPACE + 4 * (batch_size + 1)
     return torch.empty(size, dtype=torch.uint8, device=call["q"].device), False
 

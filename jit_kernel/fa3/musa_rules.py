@@ -49,7 +49,6 @@ def _version_rejection(version: tuple[int, ...], call: Features) -> str | None:
             "rotary_cos": call.rotary,
             "cache_batch_idx": call.cache_batch_idx,
             "cache_leftpad": call.cache_leftpad,
-            "scheduler_metadata with a window": call.metadata and call.window,
         },
         (0, 2, 2): {"attention_chunk": call.chunk},
     }
@@ -62,6 +61,11 @@ def _version_rejection(version: tuple[int, ...], call: Features) -> str | None:
     if call.chunk and toolkit and toolkit < CHUNK_TOOLKIT:
         return f"attention_chunk: MATE needs the MUSA toolkit 5.1.0, this is {musa.probe().toolkit.version}"
     return None
+
+
+def plans_windows(version: tuple[int, ...]) -> bool:
+    """Whether this version's metadata knows of windows; before, it would count blocks that a window leaves out."""
+    return version >= (0, 2, 1)
 
 
 def _mla_rejection(call: Features) -> str | None:
