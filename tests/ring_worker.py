@@ -65,7 +65,7 @@ def run(rank: int, world_size: int, store: str, cases: int, folder: str) -> None
             init_method=f"file://{store}",
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(seconds=120),
+            timeout=timedelta(seconds=600),
         )
         worst = {"ring_attention": 0.0, "all_gather_attention": 0.0}
         for seed in range(cases):

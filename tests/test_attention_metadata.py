@@ -326,6 +326,23 @@ def test_a_graph_is_refreshed_with_what_it_was_captured_for(stack: Machine) -> N
         graph.refresh({"base": engine.batch(3, "base", rows=2)[1]})
 
 
+def test_two_batches_in_a_graph_need_two_tags(stack: Machine) -> None:
+    """Two ubatches of one size under one tag would read one of the two's metadata after a refresh."""
+    engine, backend, graph = Engine(0, 1, (4, 2)), FlashAttentionBackend(device="musa"), GraphMetadata("two ubatches")
+    (q, first), (_, second) = engine.batch(3, "base"), engine.batch(3, "base")
+    with backend.step(graph=graph):
+        backend.forward_decode(q, engine.k, engine.v, first)
+        with pytest.raises(ValueError, match="tag 'base' has two batches"):
+            backend.forward_decode(q, engine.k, engine.v, second)
+        second = dataclasses.replace(second, tag="ubatch1")
+        backend.forward_decode(q, engine.k, engine.v, second)
+    for metadata in (first, second):
+        metadata.cache_seqlens.sub_(1).clamp_(min=1)
+    graph.refresh({"base": first, "ubatch1": second})
+    for metadata in (first, second):
+        close(captured(backend, engine, q, metadata, graph), expected(q, engine, metadata, FULL))
+
+
 def test_two_graphs_do_not_share(stack: Machine) -> None:
     engine, backend = Engine(0, 1, (4, 2)), FlashAttentionBackend(device="musa")
     q, metadata = engine.batch(3, "base")

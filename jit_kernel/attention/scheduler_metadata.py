@@ -24,7 +24,7 @@ Maker = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class MetadataKey:
-    """Everything that scheduler metadata depends on; `lengths` names the tensors, None for a graph's static ones."""
+    """Everything that scheduler metadata depends on; `lengths` names the tensors, see `identity_of`."""
 
     device: str
     stream_or_graph: object
@@ -45,7 +45,7 @@ class MetadataKey:
     has_softcap: bool
     num_splits: int
     pack_gqa: bool | None
-    lengths: tuple[object, ...] | None
+    lengths: tuple[object, ...]
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,13 @@ class GraphMetadata:
         return None if plan is None else plan[0]
 
     def add(self, made: SchedulerMetadata, maker: Maker) -> None:
+        """Keep a plan. Raises ValueError for a second batch under one tag: refresh could not tell the two apart."""
+        for key in self._plans:
+            if key.tag == made.key.tag and key.lengths != made.key.lengths:
+                raise ValueError(
+                    f"graph {self.name!r}: tag {key.tag!r} has two batches, told by the memory of their lengths; each "
+                    "must have a tag of its own"
+                )
         self._plans[made.key] = (made, maker)
 
     def refresh(self, metadata: Mapping[str, ForwardMetadata]) -> None:
@@ -99,11 +106,12 @@ def batch_of(metadata: ForwardMetadata) -> int:
     return int(metadata.cache_seqlens.shape[0])
 
 
-def version_of(tensor: Tensor | None) -> tuple[object, ...] | None:
-    """Memory, shape and version of a tensor: different after a write in place. Inference tensors have no version."""
+def identity_of(tensor: Tensor | None, *, static: bool) -> tuple[object, ...] | None:
+    """Memory and shape of a tensor and, unless it is a graph's static memory, its version: another after a write in
+    place. Inference tensors have no version."""
     if tensor is None:
         return None
-    version = -1 if tensor.is_inference() else tensor._version
+    version = -1 if static or tensor.is_inference() else tensor._version
     return tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()), version
 
 
@@ -144,7 +152,7 @@ def key_for(
         has_softcap=layer.softcap > 0,
         num_splits=num_splits,
         pack_gqa=layer.pack_gqa,
-        lengths=None if graph is not None else tuple(version_of(tensor) for tensor in lengths),
+        lengths=tuple(identity_of(tensor, static=graph is not None) for tensor in lengths),
     )
 
 
