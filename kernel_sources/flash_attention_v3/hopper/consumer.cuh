@@ -52,8 +52,8 @@ struct Consumer {
     wgmma_commit();
   }
 
-  __device__ __forceinline__ void issue_output(int accumulate) {
-    mbarrier_wait(shared.v_full(v_at.stage()), v_at.parity());
+  __device__ __forceinline__ void issue_output(int accumulate, bool values_are_here = false) {
+    if (!values_are_here) mbarrier_wait(shared.v_full(v_at.stage()), v_at.parity());
     const u64 v = wgmma_descriptor<C::kPanelV * 2>(shared.v(v_at.stage()),
                                                    C::kKeys * C::kPanelV * 2, 8 * C::kPanelV * 2);
     pin_registers(output);
@@ -100,6 +100,7 @@ struct Consumer {
   }
 
   // Only blocks at the mask's edge come here, so the rows' intervals are not kept in registers.
+  template <bool kHigh>
   __device__ __forceinline__ void mask_block(int column) {
     const TileInfo& tile = *shared.tile(tile_at.stage());
     const int row = tile.row + warpgroup * kRowsPerWarpgroup + threadIdx.x % 128 / 32 * 16 +
@@ -108,7 +109,7 @@ struct Consumer {
         visible_keys<C::kMasked>(params, row, tile.len_q, tile.len_k),
         visible_keys<C::kMasked>(params, row + 8, tile.len_q, tile.len_k),
     };
-    mask_scores(scores, rows, column + threadIdx.x % 4 * 2);
+    mask_scores<kHigh>(scores, rows, column + threadIdx.x % 4 * 2);
   }
 
   __device__ __forceinline__ void work_on_scores(int block) {
@@ -117,7 +118,8 @@ struct Consumer {
       for (float& score : scores) score = tanh_fast(score * params.softcap_scale);
     }
     const int column = block * C::kKeys;
-    if (column + C::kKeys > every_high || (C::kMasked && column < every_low)) mask_block(column);
+    if (column + C::kKeys > every_high) mask_block<true>(column);
+    if (C::kMasked && column < every_low) mask_block<false>(column);
     softmax_step<C::kPolynomialEighths>(scores, softmax, params.scale_log2);
   }
 
@@ -175,12 +177,15 @@ struct Consumer {
         release_output();
         rescale_output(output, softmax);
       }
+      // Asked for early, the answers are back when they are needed.
+      const bool keys_are_here = mbarrier_test(shared.k_full(k_at.stage()), k_at.parity());
+      const bool values_are_here = mbarrier_test(shared.v_full(v_at.stage()), v_at.parity());
       pack_probabilities<Element>(scores, probabilities);
       if (--block < block_begin) return pending;
       if constexpr (C::kPingPong) named_barrier_sync(kPingPongBarrier + warpgroup, 256);
-      wait_keys();
+      if (!keys_are_here) wait_keys();
       issue_scores();
-      issue_output(pending);
+      issue_output(pending, values_are_here);
       if constexpr (C::kPingPong) {
         named_barrier_arrive(kPingPongBarrier + (warpgroup + 1) % C::kWarpgroups, 256);
       }

@@ -23,6 +23,15 @@ __device__ __forceinline__ float sink_log2(const ForwardParams& params, int head
   return sink * 1.44269504089f;
 }
 
+// 16 bytes, predicated: a branch would end the overlap of what comes before and after.
+__device__ __forceinline__ void store_16_if(void* destination, const u32 (&words)[4], bool stores) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n@p st.global.v4.b32 [%0], {%1, %2, %3, %4};\n}" ::
+          "l"(destination),
+      "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]), "r"(static_cast<u32>(stores))
+      : "memory");
+}
+
 // Transposes 4 x 4 words over the four threads of a row: thread t gets word t of each thread, in
 // their order. So each thread holds 8 neighbouring columns, 16 bytes, in place of 2 columns of four
 // groups.
@@ -41,55 +50,43 @@ __device__ __forceinline__ void transpose_quad(u32 (&words)[4], int thread) {
   words[3] = high ? b[1] : got_1;
 }
 
-__device__ __forceinline__ void store_8(unsigned short* destination, const u32 (&words)[4],
-                                        bool aligned) {
-  if (aligned) {
-    *reinterpret_cast<uint4*>(destination) = make_uint4(words[0], words[1], words[2], words[3]);
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    destination[i] = static_cast<unsigned short>(words[i / 2] >> (16 * (i % 2)));
-  }
-}
-
 // Writes this warpgroup's 64 rows; rows past the sequence's end and columns past head_dim_v are
-// left alone.
+// left alone. No branch stands between the rows' shuffles, so that they overlap.
 template <class C>
 __device__ __forceinline__ void store_tile(const ForwardParams& params, const TileInfo& tile,
                                            float (&output)[C::kHeadDimV / 2], const Softmax& state,
                                            float scale, int warpgroup) {
   const int thread = threadIdx.x % 4;
-  const int first_row =
+  const int row =
       tile.row + warpgroup * kRowsPerWarpgroup + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+  const bool inside[2] = {row < tile.len_q, row + 8 < tile.len_q};
   const float sink = sink_log2<typename C::Element>(params, tile.head);
+  const RowResult result[2] = {finish_row(state.sum[0], state.reference[0], scale, sink),
+                               finish_row(state.sum[1], state.reference[1], scale, sink)};
+  const long long place = static_cast<long long>(tile.offset_q) + row;
+  if (params.lse != nullptr && thread == 0) {
+    float* const lse = params.lse + tile.batch * params.lse_batch_stride +
+                       tile.head * params.lse_head_stride + place;
+    if (inside[0]) lse[0] = result[0].lse;
+    if (inside[1]) lse[8] = result[1].lse;
+  }
+  unsigned short* const out = static_cast<unsigned short*>(params.out) +
+                              tile.batch * params.out_batch_stride + place * params.out_row_stride +
+                              tile.head * params.out_head_stride + 8 * thread;
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int row = first_row + 8 * r;
-    const bool inside = row < tile.len_q;
-    const RowResult result = finish_row(state.sum[r], state.reference[r], scale, sink);
-    const long long place = static_cast<long long>(tile.offset_q) + row;
-    if (params.lse != nullptr && inside && thread == 0) {
-      params
-          .lse[tile.batch * params.lse_batch_stride + tile.head * params.lse_head_stride + place] =
-          result.lse;
-    }
-    unsigned short* out = static_cast<unsigned short*>(params.out) +
-                          tile.batch * params.out_batch_stride + place * params.out_row_stride +
-                          tile.head * params.out_head_stride + 8 * thread;
+  for (int i = 0; i < C::kHeadDimV / 32; ++i) {
 #pragma unroll
-    for (int i = 0; i < C::kHeadDimV / 32; ++i) {
+    for (int r = 0; r < 2; ++r) {
       u32 words[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int at = 16 * i + 4 * j + 2 * r;
-        words[j] =
-            pack<typename C::Element>(output[at] * result.factor, output[at + 1] * result.factor);
+        words[j] = pack<typename C::Element>(output[at] * result[r].factor,
+                                             output[at + 1] * result[r].factor);
       }
       transpose_quad(words, thread);
-      if (inside && 32 * i + 8 * thread < params.head_dim_v) {
-        store_8(out + 32 * i, words, params.out_is_aligned);
-      }
+      store_16_if(out + 8 * r * params.out_row_stride + 32 * i, words,
+                  inside[r] && 32 * i + 8 * thread < params.head_dim_v);
     }
   }
 }

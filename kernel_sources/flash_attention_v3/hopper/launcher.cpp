@@ -115,8 +115,6 @@ void set_tensors(ForwardParams& params, const Shape& shape, const TensorView& q,
   params.out_batch_stride = ragged_q ? 0 : out.stride(0);
   params.out_row_stride = out.stride(out.ndim() - 3);
   params.out_head_stride = out.stride(out.ndim() - 2);
-  const long long bits = params.out_batch_stride | params.out_row_stride | params.out_head_stride;
-  params.out_is_aligned = bits % 8 == 0 && reinterpret_cast<uintptr_t>(params.out) % 16 == 0;
   params.cu_seqlens_q = lengths.cu_seqlens_q;
   params.cu_seqlens_k = lengths.cu_seqlens_k;
   params.seqused_q = lengths.seqused_q;
@@ -158,7 +156,7 @@ unsigned grid_of(const ForwardParams& params, const Shape& shape, int device, in
   return static_cast<unsigned>(std::max<int64_t>(1, std::min(most, tiles * params.heads_q)));
 }
 
-// Shapes, dtypes and devices have been checked; every stride but out's is a multiple of 16 bytes.
+// Shapes, dtypes and devices have been checked; every address and stride is a multiple of 16 bytes.
 // left, right: -1 is unbounded. clear_rest: rows of out that hold no query become 0.
 void forward(int64_t handle, TensorView q, TensorView k, TensorView v, TensorView out,
              Optional<TensorView> lse, Optional<TensorView> cu_seqlens_q,

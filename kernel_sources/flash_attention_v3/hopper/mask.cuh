@@ -33,21 +33,20 @@ __device__ __forceinline__ KeyInterval visible_keys(const ForwardParams& params,
   return {low, high};
 }
 
-// Sets the scores of keys outside of the interval to -inf. `column` is the key of scores[0]; the
-// fragment holds columns 8 j + {0, 1} of the thread's two rows.
-template <int kCount>
+// Sets the scores of keys from `high` on, or of those before `low`, to -inf, row by row. `column`
+// is the key of scores[0]; the fragment holds columns 8 j + {0, 1} of the thread's two rows.
+template <bool kHigh, int kCount>
 __device__ __forceinline__ void mask_scores(float (&scores)[kCount], const KeyInterval (&rows)[2],
                                             int column) {
   const float kMinusInfinity = __int_as_float(0xff800000);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int low = rows[r].low - column;
-    const int high = rows[r].high - column;
+    const int edge = (kHigh ? rows[r].high : rows[r].low) - column;
 #pragma unroll
     for (int i = 0; i < kCount / 4; ++i) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        const bool visible = 8 * i + c >= low && 8 * i + c < high;
+        const bool visible = kHigh ? 8 * i + c < edge : 8 * i + c >= edge;
         float& score = scores[4 * i + 2 * r + c];
         score = visible ? score : kMinusInfinity;
       }

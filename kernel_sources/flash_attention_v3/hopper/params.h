@@ -49,7 +49,6 @@ struct ForwardParams {
   int l2_tokens;    // keys of one key head, with their values, that the L2 cache should hold at a
                     // time
   bool sinks_are_elements;  // sinks in the inputs' dtype, else float32
-  bool out_is_aligned;      // 16-byte stores are possible
   bool clear_rest;          // rows that hold no query become 0, their lse -inf
 };
 

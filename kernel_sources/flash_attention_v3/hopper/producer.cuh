@@ -36,6 +36,8 @@ struct Producer {
   Shared<C> shared;
   RingPosition<C::kStagesQ> q_at;
   RingPosition<C::kStages> k_at, v_at;
+  MapPlace v_place = {};  // of the tile whose last values are still to be loaded
+  int v_head = 0, v_block = -1;
 
   __device__ __forceinline__ void load_q(const TileInfo& tile, const MapPlace& at, int warpgroup) {
     mbarrier_wait(shared.q_empty(q_at.stage(), warpgroup), q_at.parity() ^ 1);
@@ -64,23 +66,34 @@ struct Producer {
     v_at.advance();
   }
 
-  // Loads in the order of use: the first keys between the warpgroups' queries, then each block's
-  // keys before the values of the block before it.
-  __device__ __forceinline__ void load_tile(const TileInfo& tile) {
-    const MapPlace q = map_place(params.q, params.cu_seqlens_q, tile.batch, tile.len_q);
-    const MapPlace k = map_place(params.k, params.cu_seqlens_k, tile.batch, tile.len_k);
-    const MapPlace v = map_place(params.v, params.cu_seqlens_k, tile.batch, tile.len_k);
-    const int head = tile.head / params.group;
-    load_q(tile, q, 0);
-    load_k(k, tile.block_end - 1, head);
+  __device__ __forceinline__ void load_queries(const TileInfo& tile) {
+    const MapPlace at = map_place(params.q, params.cu_seqlens_q, tile.batch, tile.len_q);
 #pragma unroll
-    for (int warpgroup = 1; warpgroup < C::kWarpgroups; ++warpgroup) load_q(tile, q, warpgroup);
+    for (int warpgroup = 0; warpgroup < C::kWarpgroups; ++warpgroup) load_q(tile, at, warpgroup);
     q_at.advance();
+  }
+
+  // Loads in the order of use: each block's keys before the values of the block before it, also
+  // from one tile to the next.
+  __device__ __forceinline__ void load_tile(const TileInfo& tile) {
+    const MapPlace k = map_place(params.k, params.cu_seqlens_k, tile.batch, tile.len_k);
+    const int head = tile.head / params.group;
+    load_k(k, tile.block_end - 1, head);
+    // With one stage the queries wait for the last product of the tile before, its values must not.
+    if constexpr (C::kStagesQ == 1) load_last_values();
+    load_queries(tile);
+    if constexpr (C::kStagesQ > 1) load_last_values();
+    v_place = map_place(params.v, params.cu_seqlens_k, tile.batch, tile.len_k);
+    v_head = head;
     for (int block = tile.block_end - 2; block >= tile.block_begin; --block) {
       load_k(k, block, head);
-      load_v(v, block + 1, head);
+      load_v(v_place, block + 1, head);
     }
-    load_v(v, tile.block_begin, head);
+    v_block = tile.block_begin;
+  }
+
+  __device__ __forceinline__ void load_last_values() {
+    if (v_block >= 0) load_v(v_place, v_block, v_head);
   }
 };
 
@@ -93,10 +106,11 @@ __device__ __forceinline__ void produce(const ForwardParams& params, const Share
     mbarrier_wait(shared.tile_full(at.stage()), at.parity());
     const TileInfo tile = *shared.tile(at.stage());
     mbarrier_arrive(shared.tile_empty(at.stage()));
-    if (tile.batch < 0) return;
+    if (tile.batch < 0) break;
     producer.load_tile(tile);
     at.advance();
   }
+  producer.load_last_values();
 }
 
 }  // namespace jit_kernel::hopper

@@ -135,10 +135,12 @@ __device__ __forceinline__ RowResult finish_row(float sum, float reference, floa
   sum += __shfl_xor_sync(0xffffffffu, sum, 2);
   const float exponent = reference == kMinusInfinity ? kMinusInfinity : reference * scale;
   const float top = fmaxf(exponent, sink_log2);
-  if (top == kMinusInfinity) return {0.f, kMinusInfinity};
-  const float shift = exp2_fast(exponent - top);
-  const float total = fmaf(sum, shift, exp2_fast(sink_log2 - top));
-  return {shift / total, (top + __log2f(total)) * kLn2};
+  const bool none = top == kMinusInfinity;
+  const float base = none ? 0.f : top;
+  const float shift = exp2_fast(exponent - base);
+  const float total = fmaf(sum, shift, exp2_fast(sink_log2 - base));
+  return {none ? 0.f : __fdividef(shift, total),
+          none ? kMinusInfinity : (base + __log2f(total)) * kLn2};
 }
 
 }  // namespace jit_kernel::hopper

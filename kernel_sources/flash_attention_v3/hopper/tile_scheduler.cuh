@@ -45,82 +45,93 @@ __device__ __forceinline__ void sort_sequences(const ForwardParams& params, int*
   }
 }
 
-// Walks the order forwards; all lanes of one warp together, one sequence of the window each.
+// Walks the order forwards; all lanes of one warp together, one sequence of the window each. What
+// can be computed again is not kept: this warp has few registers.
 template <class C>
 class TileScheduler {
  public:
   __device__ TileScheduler(const ForwardParams& params, const unsigned short* order)
-      : params_(params), order_(is_sorted(params) ? order : nullptr), lane_(threadIdx.x % 32) {
+      : params_(params), order_(order) {
     open_window(0);
   }
 
   // Finds the tile of a linear index that is not below that of the call before. False past the end.
   __device__ bool seek(int index, TileInfo& info) {
-    while (index - base_ >= tiles_ * heads_) {
-      base_ += tiles_ * heads_;
+    int tiles = __reduce_add_sync(0xffffffffu, blocks_);
+    while (index - base_ >= tiles * heads()) {
+      base_ += tiles * heads();
       if (!advance()) return false;
+      tiles = __reduce_add_sync(0xffffffffu, blocks_);
     }
     int source, head, block;
-    locate(index - base_, source, head, block);
-    info.batch = __shfl_sync(0xffffffffu, batch_, source);
-    info.len_q = __shfl_sync(0xffffffffu, len_q_, source);
-    info.len_k = __shfl_sync(0xffffffffu, len_k_, source);
-    info.head = first_head_ + head;
-    info.row = block * C::kRows;
-    info.offset_q = params_.cu_seqlens_q != nullptr ? params_.cu_seqlens_q[info.batch] : 0;
-    set_blocks(info);
+    locate(index - base_, tiles, source, head, block);
+    const int len_q = __shfl_sync(0xffffffffu, len_q_, source);
+    const int len_k = __shfl_sync(0xffffffffu, len_k_, source);
+    const int batch = __shfl_sync(0xffffffffu, batch_, source);
+    if (lane() == 0) write(info, batch, first_head_ + head, block * C::kRows, len_q, len_k);
     return true;
   }
 
  private:
+  __device__ static int lane() { return threadIdx.x % 32; }
+  __device__ int heads() const { return min(section_, params_.heads_q - first_head_); }
+
   // The place of a tile in its section: the lane of its sequence, head of the section, block of
   // queries.
-  __device__ void locate(int offset, int& source, int& head, int& block) const {
+  __device__ void locate(int offset, int tiles, int& source, int& head, int& block) const {
     if (width_ == 1) {
       source = 0;
-      head = C::kMasked ? offset % heads_ : offset / tiles_;
-      block = tiles_ - 1 - (C::kMasked ? offset / heads_ : offset % tiles_);
+      head = C::kMasked ? offset % heads() : offset / tiles;
+      block = tiles - 1 - (C::kMasked ? offset / heads() : offset % tiles);
       return;
     }
-    block = most_;
+    block = __reduce_max_sync(0xffffffffu, blocks_);
     u32 alive = 0;
     do {  // sequences of the window differ in length, so this is a walk
-      offset -= __popc(alive) * heads_;
+      offset -= __popc(alive) * heads();
       alive = __ballot_sync(0xffffffffu, --block < blocks_);
-    } while (offset >= __popc(alive) * heads_);
-    const int rank = offset / heads_;
-    head = offset % heads_;
-    const bool chosen = block < blocks_ && __popc(alive & ((1u << lane_) - 1)) == rank;
+    } while (offset >= __popc(alive) * heads());
+    const int rank = offset / heads();
+    head = offset % heads();
+    const bool chosen = block < blocks_ && __popc(alive & ((1u << lane()) - 1)) == rank;
     source = __ffs(__ballot_sync(0xffffffffu, chosen)) - 1;
   }
 
-  // Blocks of keys that some query of the tile sees; at least one, which may be masked as a whole.
-  __device__ void set_blocks(TileInfo& info) const {
-    const int last_row = min(info.row + C::kRows, info.len_q) - 1;
-    const int high = visible_keys<C::kMasked>(params_, last_row, info.len_q, info.len_k).high;
-    const int low = visible_keys<C::kMasked>(params_, info.row, info.len_q, info.len_k).low;
-    info.block_end = max(1, (max(0, high) + C::kKeys - 1) / C::kKeys);
-    info.block_begin = min(max(0, low) / C::kKeys, info.block_end - 1);
+  // One lane. At least one block of keys, which may be masked as a whole.
+  __device__ void write(TileInfo& info, int batch, int head, int row, int len_q, int len_k) const {
+    info.batch = batch;
+    info.head = head;
+    info.row = row;
+    info.len_q = len_q;
+    info.len_k = len_k;
+    info.offset_q = params_.cu_seqlens_q != nullptr ? params_.cu_seqlens_q[batch] : 0;
+    const int last_row = min(row + C::kRows, len_q) - 1;
+    const int high = visible_keys<C::kMasked>(params_, last_row, len_q, len_k).high;
+    const int low = visible_keys<C::kMasked>(params_, row, len_q, len_k).low;
+    const int block_end = max(1, (max(0, high) + C::kKeys - 1) / C::kKeys);
+    info.block_end = block_end;
+    info.block_begin = min(max(0, low) / C::kKeys, block_end - 1);
   }
 
   __device__ void open_window(int first) {
     first_ = first;
-    const int place = first + lane_;
+    first_head_ = 0;
+    const int place = first + lane();
     const bool exists = place < params_.batch;
-    batch_ = !exists ? 0 : order_ != nullptr ? order_[place] : place;
+    batch_ = !exists ? 0 : is_sorted(params_) ? order_[place] : place;
     len_q_ =
         exists ? sequence_length(batch_, params_.seqlen_q, params_.cu_seqlens_q, params_.seqused_q)
                : 0;
     len_k_ =
         exists ? sequence_length(batch_, params_.seqlen_k, params_.cu_seqlens_k, params_.seqused_k)
                : 0;
-    const int heads_k = params_.heads_q / params_.group;
     const int kMany = 1 << 24;  // sums below cannot overflow
     int tokens = min(len_k_, kMany);
     for (int step = 1; step < 32; step *= 2) {
       const int below = __shfl_up_sync(0xffffffffu, tokens, step);
-      if (lane_ >= step) tokens = min(tokens + below, kMany);
+      if (lane() >= step) tokens = min(tokens + below, kMany);
     }
+    const int heads_k = params_.heads_q / params_.group;
     const u32 fits = __ballot_sync(0xffffffffu, exists && tokens <= params_.l2_tokens / heads_k);
     width_ = max(1, __popc(fits));
     section_ = params_.heads_q;
@@ -128,20 +139,12 @@ class TileScheduler {
       const int first_len = __shfl_sync(0xffffffffu, max(1, len_k_), 0);
       section_ = max(1, params_.l2_tokens / first_len) * params_.group;
     }
-    blocks_ = lane_ < width_ ? (len_q_ + C::kRows - 1) / C::kRows : 0;
-    most_ = __reduce_max_sync(0xffffffffu, blocks_);
-    tiles_ = __reduce_add_sync(0xffffffffu, blocks_);
-    open_section(0);
-  }
-
-  __device__ void open_section(int head) {
-    first_head_ = head;
-    heads_ = min(section_, params_.heads_q - head);
+    blocks_ = lane() < width_ ? (len_q_ + C::kRows - 1) / C::kRows : 0;
   }
 
   __device__ bool advance() {
-    if (first_head_ + heads_ < params_.heads_q) {
-      open_section(first_head_ + heads_);
+    if (first_head_ + section_ < params_.heads_q) {
+      first_head_ += section_;
       return true;
     }
     if (first_ + width_ >= params_.batch) return false;
@@ -151,12 +154,10 @@ class TileScheduler {
 
   const ForwardParams& params_;
   const unsigned short* order_;
-  int lane_;
   int base_ = 0;                        // linear index of the section's first tile
   int first_, width_;                   // the window's sequences
   int batch_, len_q_, len_k_, blocks_;  // this lane's sequence, blocks of queries
-  int most_, tiles_;                    // the window's largest and total number of blocks
-  int first_head_, heads_, section_;    // the section's query heads
+  int first_head_, section_;            // first query head of the section, heads of a whole one
 };
 
 // The scheduler warp: one tile ahead of the producer and the consumers, so that finding a tile is
@@ -167,14 +168,13 @@ __device__ __forceinline__ void schedule(const ForwardParams& params, const Shar
   TileScheduler<C> scheduler(params, shared.order());
   RingPosition<kTileSlots> at;
   int index = blockIdx.x;
-  TileInfo tile;
   bool found;
   do {
-    found = scheduler.seek(index, tile);
-    if (!found) tile.batch = -1;
+    TileInfo& tile = *shared.tile(at.stage());
     mbarrier_wait(shared.tile_empty(at.stage()), at.parity() ^ 1);
+    found = scheduler.seek(index, tile);
     if (leader) {
-      *shared.tile(at.stage()) = tile;
+      if (!found) tile.batch = -1;
       mbarrier_arrive(shared.tile_full(at.stage()));
       if (found) index = atomicAdd(params.progress, 1) + gridDim.x;
     }

@@ -18,10 +18,8 @@ struct Tile {
 template <int kHeadDim, int kHeadDimV, bool kMasked>
 struct TileFor;
 
-template <>
-struct TileFor<64, 64, false> : Tile<112, 3, 2, 3, true, true, 0> {};
-template <>
-struct TileFor<64, 64, true> : Tile<112, 3, 2, 3, true, false, 0> {};
+template <bool kMasked>
+struct TileFor<64, 64, kMasked> : Tile<96, 4, 2, 3, false, false, 0> {};
 template <bool kMasked>
 struct TileFor<96, 96, kMasked> : Tile<128, 2, 2, 2, true, false, 0> {};
 template <bool kMasked>

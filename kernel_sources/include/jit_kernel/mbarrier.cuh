@@ -49,6 +49,19 @@ __device__ __forceinline__ bool mbarrier_try_wait(u32 barrier, u32 parity) {
   return done != 0;
 }
 
+// Whether the phase has completed, at once; try_wait may put the thread to sleep for a while.
+__device__ __forceinline__ bool mbarrier_test(u32 barrier, u32 parity) {
+  u32 done;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+
 // Waits until the phase of the given parity has completed. With JIT_KERNEL_TRAP_ON_HANG the wait is
 // bounded, so that a lost arrival ends the kernel with an error in place of a hang.
 __device__ __forceinline__ void mbarrier_wait(u32 barrier, u32 parity) {
