@@ -274,13 +274,14 @@ def _finished(made: Tensor, lse: Tensor | None, call: dict[str, Any]) -> Result:
     ragged_q, sinks, seqused_q = call["cu_seqlens_q"] is not None, call["sinks"], call.get("seqused_q")
     if sinks is not None and lse is not None:
         made, lse = musa_results.with_sinks(made, lse, sinks, ragged_q=ragged_q)
-    counts = None
-    if seqused_q is not None or (call["out"] is not None and ragged_q):
+    counts, out = None, call["out"]
+    copied = out is not None and made.data_ptr() != out.data_ptr()
+    if seqused_q is not None or (copied and ragged_q):
         rows = made.shape[0] if ragged_q else made.shape[1]
         counts = musa_results.rows_that_count(seqused_q, call["cu_seqlens_q"], rows)
         if lse is not None:
             lse = lse.masked_fill(~(counts if ragged_q else counts[:, None]), -math.inf)
-    result = musa_results.delivered(made, call["out"], counts)
+    result = musa_results.delivered(made, out, counts)
     if not call["return_softmax_lse"]:
         return result
     assert lse is not None  # it was asked for
