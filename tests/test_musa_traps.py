@@ -171,6 +171,8 @@ def test_cu_seqlens_k_new_without_keys_is_dropped(stack: Machine) -> None:
     assert not stack.mate.calls[-1].compiled_for["has_cu_seqlens_k_new"]
     assert same(out.inner, truth(KVCACHE, call))
     raw = {**to_musa(call), "cu_seqlens_k_new": to_musa(new)}
+    ours.flash_attn_with_kvcache(**raw)  # where no check of the public function's came before
+    assert not stack.mate.calls[-1].compiled_for["has_cu_seqlens_k_new"]
     stack.function(KVCACHE)(**raw)
     assert stack.mate.calls[-1].compiled_for["has_cu_seqlens_k_new"]
 
