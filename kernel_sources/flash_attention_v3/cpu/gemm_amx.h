@@ -95,19 +95,21 @@ inline void gemm_amx_1x1(const GemmArgs<bf16>& g, int64_t row, int64_t panel) {
   _tile_stored(0, c, g.ldc * 4);
 }
 
-// Rows are rounded up to whole tiles: A and C must have room for them. depth is a multiple of
-// kDepth.
-inline void gemm_amx(const GemmArgs<bf16>& g, int64_t rows, int64_t panels) {
+// Up to two panels from `panel` on. Rows are rounded up to whole tiles: A and C must have room for
+// them. The depth is a multiple of kDepth.
+inline void gemm_amx_panels(const GemmArgs<bf16>& g, int64_t rows, int64_t panels, int64_t panel) {
   asm volatile("" ::: "memory");  // tile loads do not tell the compiler what they read
-  rows = round_up(rows, kAmxRows);
-  int64_t j = 0;
-  for (; j + 2 <= panels; j += 2) {
-    int64_t i = 0;
-    for (; i + 2 * kAmxRows <= rows; i += 2 * kAmxRows) gemm_amx_2x2(g, i, j);
-    if (i < rows) gemm_amx_1x1(g, i, j), gemm_amx_1x1(g, i, j + 1);
+  int64_t i = 0;
+  if (panel + 2 <= panels) {
+    for (; i + kAmxRows < rows; i += 2 * kAmxRows) gemm_amx_2x2(g, i, panel);
+    if (i < rows) gemm_amx_1x1(g, i, panel), gemm_amx_1x1(g, i, panel + 1);
+  } else {
+    for (; i < rows; i += kAmxRows) gemm_amx_1x1(g, i, panel);
   }
-  if (j == panels) return;
-  for (int64_t i = 0; i < rows; i += kAmxRows) gemm_amx_1x1(g, i, j);
+}
+
+inline void gemm_amx(const GemmArgs<bf16>& g, int64_t rows, int64_t panels) {
+  for (int64_t j = 0; j < panels; j += 2) gemm_amx_panels(g, rows, panels, j);
 }
 
 }  // namespace jit_kernel

@@ -26,6 +26,12 @@ struct Prefill {
   using Math = MathOf<Element>;
   static constexpr int64_t kScorePiece = kScorePieceOf<Math>;
 
+#ifdef JIT_KERNEL_AMX
+  static constexpr int kBuffers = 3;  // tiles at once: see Pipeline
+#else
+  static constexpr int kBuffers = 1;
+#endif
+
   HeadSizes sizes;
   PrefillTiles tiles;
   Math *q, *keys, *values, *p, *spare;
@@ -48,7 +54,7 @@ struct Prefill {
     f(q, padded * sizes.depth), f(sums, padded * sizes.dv), f(states, padded);
     f(begins, padded), f(ends, padded);
     f(keys, block * sizes.depth), f(values, block * sizes.dv);
-    f(scores, kTileRows * score_stride()), f(p, kTileRows * block);
+    f(scores, kBuffers * kTileRows * score_stride()), f(p, kBuffers * kTileRows * block);
     f(spare, simd::kLanes * std::max(std::max(sizes.qk, sizes.qv), sizes.dv));
     f(spare_row, sizes.depth), f(turned, sizes.depth);
     f(key_rows_, block), f(value_rows, block);
@@ -111,34 +117,87 @@ struct Prefill {
     }
   }
 
-  // Rows row .. row + rows - 1 against the packed block of keys first .. first + count - 1.
-  void tile(const ScoreScale& scale, int64_t row, int64_t rows, int64_t first, int64_t count) {
-    int64_t from = std::max<int64_t>(0, begins[row] - first) / kDepth * kDepth;
+  // Rows row .. row + rows - 1 against keys from .. from + columns - 1 of a packed block.
+  struct Tile {
+    int64_t row, rows, first, from, columns;  // `first` is the block's first key
+    float* scores;
+    Math* p;
+    float factors[kTileRows];  // what the rows' sums are multiplied by before P·V is added
+  };
+
+  // The part of a block that the rows see, in whole steps; columns is 0 when they see none of it.
+  void set_tile(int64_t row, int64_t rows, int64_t first, int64_t count, int buffer, Tile& t) {
+    t.row = row, t.rows = rows, t.first = first;
+    t.from = std::max<int64_t>(0, begins[row] - first) / kDepth * kDepth;
     int64_t to = round_up(std::min(count, ends[row + rows - 1] - first), kDepth);
-    int64_t columns = to - from;
-    if (columns <= 0) return;
-    constexpr int64_t kLanes = simd::kLanes;
-    score(row, rows, from, columns);
-    for (int64_t i = 0; i < rows; ++i) {
-      float* s = scores + i * score_stride();
-      if (scale.transform) transform_scores(scale, s, columns);
-      int64_t begin = std::min(columns, std::max<int64_t>(0, begins[row + i] - first - from));
-      int64_t end = std::max(begin, std::min(columns, ends[row + i] - first - from));
-      mask_scores(s, begin, end, columns);
-      float factor = softmax_row<kExpDegree<Math>>(s, probabilities(i), columns, scale.to_log2(),
-                                                   states[row + i]);
-      if (factor != 1.0f) scale_row(sums + (row + i) * sizes.dv, sizes.dv, factor);
+    t.columns = std::max<int64_t>(0, to - t.from);
+    t.scores = scores + buffer * kTileRows * score_stride();
+    if constexpr (std::is_same<Math, float>::value) {
+      t.p = t.scores;  // replaced in place
+    } else {
+      t.p = p + buffer * kTileRows * tiles.block;
     }
-    GemmArgs<Math> pv{probabilities(0),
-                      probability_stride(),
-                      values + from * kLanes,
-                      kLanes * tiles.block,
-                      sums + row * sizes.dv,
-                      sizes.dv,
-                      columns,
-                      true,
-                      columns};
-    multiply(pv, rows, sizes.dv / kLanes);
+  }
+
+  GemmArgs<Math> score_args(const Tile& t) const {
+    constexpr int64_t kLanes = simd::kLanes;
+    return {q + t.row * sizes.depth,
+            sizes.depth,
+            keys + t.from * sizes.depth,
+            kLanes * sizes.depth,
+            t.scores,
+            score_stride(),
+            sizes.depth,
+            false,
+            kScorePiece};
+  }
+
+  GemmArgs<Math> value_args(const Tile& t) const {
+    constexpr int64_t kLanes = simd::kLanes;
+    int64_t stride = std::is_same<Math, float>::value ? score_stride() : tiles.block;
+    return {t.p,
+            stride,
+            values + t.from * kLanes,
+            kLanes * tiles.block,
+            sums + t.row * sizes.dv,
+            sizes.dv,
+            t.columns,
+            true,
+            t.columns};
+  }
+
+  // Scores to probabilities of row i of a tile; leaves the factor of what was summed before.
+  void soften_row(const ScoreScale& scale, Tile& t, int64_t i) {
+    float* s = t.scores + i * score_stride();
+    if (scale.transform) transform_scores(scale, s, t.columns);
+    int64_t start = t.first + t.from, row = t.row + i;
+    int64_t begin = std::min(t.columns, std::max<int64_t>(0, begins[row] - start));
+    int64_t end = std::max(begin, std::min(t.columns, ends[row] - start));
+    mask_scores(s, begin, end, t.columns);
+    Math* to = t.p + i * (std::is_same<Math, float>::value ? score_stride() : tiles.block);
+    t.factors[i] = softmax_row<kExpDegree<Math>>(s, to, t.columns, scale.to_log2(), states[row]);
+  }
+
+  void scale_sums(const Tile& t) {
+    for (int64_t i = 0; i < t.rows; ++i) {
+      if (t.factors[i] != 1.0f) scale_row(sums + (t.row + i) * sizes.dv, sizes.dv, t.factors[i]);
+    }
+  }
+
+  void score(const Tile& t) {
+    GemmArgs<Math> g = score_args(t);
+    int64_t panels = t.columns / simd::kLanes;
+    if (mix == 1.0f) return multiply(g, t.rows, panels);
+    g.depth = sizes.qk;
+    multiply(g, t.rows, panels);
+    for (int64_t i = 0; i < t.rows; ++i) scale_row(t.scores + i * score_stride(), t.columns, mix);
+    g.a += sizes.qk, g.b += simd::kLanes * sizes.qk, g.depth = sizes.qv, g.accumulate = true;
+    multiply(g, t.rows, panels);
+  }
+
+  void add_values(const Tile& t) {
+    scale_sums(t);
+    multiply(value_args(t), t.rows, sizes.dv / simd::kLanes);
   }
 
   void multiply(const GemmArgs<Math>& g, int64_t rows, int64_t panels) {
@@ -150,32 +209,92 @@ struct Prefill {
     gemm(g, rows, panels);
   }
 
-  // Scores of rows and the packed keys from .. from + columns - 1.
-  void score(int64_t row, int64_t rows, int64_t from, int64_t columns) {
-    constexpr int64_t kLanes = simd::kLanes;
-    GemmArgs<Math> g{q + row * sizes.depth, sizes.depth, keys + from * sizes.depth,
-                     kLanes * sizes.depth,  scores,      score_stride(),
-                     sizes.depth,           false,       kScorePiece};
-    if (mix == 1.0f) return multiply(g, rows, columns / kLanes);
-    g.depth = sizes.qk;
-    multiply(g, rows, columns / kLanes);
-    for (int64_t i = 0; i < rows; ++i) scale_row(scores + i * score_stride(), columns, mix);
-    g.a += sizes.qk, g.b += kLanes * sizes.qk, g.depth = sizes.qv, g.accumulate = true;
-    multiply(g, rows, columns / kLanes);
+  void whole_tile(const ScoreScale& scale, Tile& t) {
+    score(t);
+    for (int64_t i = 0; i < t.rows; ++i) soften_row(scale, t, i);
+    add_values(t);
   }
 
-  // Floats are replaced in place.
-  Math* probabilities(int64_t i) {
-    if constexpr (std::is_same<Math, float>::value) return scores + i * score_stride();
-    return p + i * tiles.block;
+#ifdef JIT_KERNEL_AMX
+  // The softmax of tile `now` runs in the vector units while the tile unit adds the values of the
+  // tile before it and makes the scores of the one after it: their steps are dealt out between its
+  // rows.
+  void overlapped_tile(const ScoreScale& scale, const Tile* before, Tile& now, const Tile* after) {
+    int64_t value_panels = before ? sizes.dv / simd::kLanes : 0;
+    int64_t score_panels = after ? after->columns / simd::kLanes : 0;
+    int64_t value_steps = (value_panels + 1) / 2, steps = value_steps + (score_panels + 1) / 2;
+    GemmArgs<bf16> pv{}, qk{};
+    if (before) scale_sums(*before), pv = value_args(*before);
+    if (after) qk = score_args(*after);
+    for (int64_t i = 0, done = 0; i < now.rows; ++i) {
+      for (int64_t due = steps * (i + 1) / now.rows; done < due; ++done) {
+        if (done < value_steps) {
+          gemm_amx_panels(pv, before->rows, value_panels, 2 * done);
+        } else {
+          gemm_amx_panels(qk, after->rows, score_panels, 2 * (done - value_steps));
+        }
+      }
+      soften_row(scale, now, i);
+    }
   }
-  int64_t probability_stride() const {
-    return std::is_same<Math, float>::value ? score_stride() : tiles.block;
-  }
+
+  // Tiles in a row, each overlapped with its neighbours.
+  class Pipeline {
+   public:
+    Pipeline(Prefill& prefill, const ScoreScale& scale) : prefill_(prefill), scale_(scale) {}
+    Tile& slot() { return tiles_[pushed_ % 3]; }
+    int buffer() const { return pushed_ % 3; }
+    void push() {
+      if (pushed_ == 0) prefill_.score(tiles_[0]);
+      if (++pushed_ >= 2) step(&tiles_[(pushed_ - 1) % 3]);
+    }
+    void finish() {
+      if (pushed_ == 0) return;
+      step(nullptr), ++pushed_;
+      prefill_.add_values(tiles_[(pushed_ - 2) % 3]);
+      pushed_ = 0;
+    }
+
+   private:
+    // Works on the last tile but one when `after` is the last, else on the last.
+    void step(const Tile* after) {
+      int now = after ? pushed_ - 2 : pushed_ - 1;
+      const Tile* before = now > 0 ? &tiles_[(now - 1) % 3] : nullptr;
+      prefill_.overlapped_tile(scale_, before, tiles_[now % 3], after);
+    }
+
+    Prefill& prefill_;
+    const ScoreScale& scale_;
+    Tile tiles_[3];
+    int pushed_ = 0;
+  };
+#endif
 
   void scale_row(float* row, int64_t n, float factor) {
     simd::Vec by = simd::set1(factor);
     for (int64_t j = 0; j < n; j += simd::kLanes) simd::store(row + j, simd::load(row + j) * by);
+  }
+
+  // All rows against the packed block of keys first .. first + count - 1, tile after tile.
+  void packed_tiles(const ScoreScale& scale, int64_t rows, int64_t first, int64_t count) {
+#ifdef JIT_KERNEL_AMX
+    if constexpr (std::is_same<Math, bf16>::value) {
+      if (amx.active() && mix == 1.0f) {
+        Pipeline pipeline(*this, scale);
+        for (int64_t i = 0; i < rows; i += kTileRows) {
+          int64_t tile_rows = std::min(kTileRows, rows - i);
+          set_tile(i, tile_rows, first, count, pipeline.buffer(), pipeline.slot());
+          if (pipeline.slot().columns > 0) pipeline.push();
+        }
+        return pipeline.finish();
+      }
+    }
+#endif
+    Tile t;
+    for (int64_t i = 0; i < rows; i += kTileRows) {
+      set_tile(i, std::min(kTileRows, rows - i), first, count, 0, t);
+      if (t.columns > 0) whole_tile(scale, t);
+    }
   }
 
   template <class Params>
@@ -190,9 +309,7 @@ struct Prefill {
     for (; first < end; first += tiles.block) {
       int64_t count = std::min(tiles.block, end - first);
       pack_block(params, s, item.head_begin, first, count);
-      for (int64_t i = 0; i < rows; i += kTileRows) {
-        tile(scale, i, std::min(kTileRows, rows - i), first, count);
-      }
+      packed_tiles(scale, rows, first, count);
     }
     for (int64_t i = 0; i < rows; ++i) {
       const float* sum = sums + i * sizes.dv;

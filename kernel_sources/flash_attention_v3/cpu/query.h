@@ -38,7 +38,7 @@ inline ScoreScale score_scale_of(const Params& p, int64_t batch, int64_t head_k)
 
 template <class Params>
 inline float qk_factor(const Params& p, int64_t batch, int64_t head_k) {
-  if (!p.qv || !(p.k_descale.data || p.v_descale.data)) return 1.0f;
+  if (!p.qv || p.only_qv || !(p.k_descale.data || p.v_descale.data)) return 1.0f;
   return p.k_descale.at(batch, head_k) / p.v_descale.at(batch, head_k);
 }
 
