@@ -21,6 +21,7 @@ struct Consumer {
   const ForwardParams& params;
   Shared<C> shared;
   const int warpgroup;
+  const u32 q_low, k_low, v_low;  // descriptors of stage 0
   RingPosition<C::kStagesQ> q_at;
   RingPosition<C::kStages> k_at, v_at;
   RingPosition<kTileSlots> tile_at;
@@ -31,38 +32,48 @@ struct Consumer {
   float output[C::kHeadDimV / 2];
   u32 probabilities[C::kKeys / 4];
 
+  __device__ __forceinline__ Consumer(const ForwardParams& params, const Shared<C>& shared,
+                                      int warpgroup)
+      : params(params),
+        shared(shared),
+        warpgroup(warpgroup),
+        q_low(wgmma_descriptor_low(shared.q(0, warpgroup), 16)),
+        k_low(wgmma_descriptor_low(shared.k(0), 16)),
+        v_low(wgmma_descriptor_low(shared.v(0), C::kKeys * C::kPanelV * 2)) {}
+
   __device__ __forceinline__ void release(u32 barrier) {
     mbarrier_arrive_if(barrier, threadIdx.x % 32 == 0);
   }
 
   __device__ __forceinline__ void issue_scores() {
     constexpr int kSteps = C::kPanel / 16;  // of k in a panel
-    const u64 q =
-        wgmma_descriptor<C::kPanel * 2>(shared.q(q_at.stage(), warpgroup), 16, 8 * C::kPanel * 2);
-    const u64 k = wgmma_descriptor<C::kPanel * 2>(shared.k(k_at.stage()), 16, 8 * C::kPanel * 2);
+    constexpr int kSwizzle = 2 * C::kPanel;
+    const u32 q = q_low + q_at.stage() * (C::kWarpgroups * C::kBytesQ >> 4);
+    const u32 k = k_low + k_at.stage() * (C::kBytesK >> 4);
     pin_registers(scores);
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < C::kHeadDim / 16; ++i) {
       const int inside = i % kSteps * 32;
-      wgmma_ss<Element>(scores,
-                        q + ((i / kSteps * kRowsPerWarpgroup * C::kPanel * 2 + inside) >> 4),
-                        k + ((i / kSteps * C::kKeys * C::kPanel * 2 + inside) >> 4), i != 0);
+      const int of_q = i / kSteps * kRowsPerWarpgroup * kSwizzle + inside;
+      const int of_k = i / kSteps * C::kKeys * kSwizzle + inside;
+      wgmma_ss<Element>(scores, wgmma_descriptor<kSwizzle>(q + (of_q >> 4)),
+                        wgmma_descriptor<kSwizzle>(k + (of_k >> 4)), i != 0);
     }
     wgmma_commit();
   }
 
   __device__ __forceinline__ void issue_output(int accumulate, bool values_are_here = false) {
     if (!values_are_here) mbarrier_wait(shared.v_full(v_at.stage()), v_at.parity());
-    const u64 v = wgmma_descriptor<C::kPanelV * 2>(shared.v(v_at.stage()),
-                                                   C::kKeys * C::kPanelV * 2, 8 * C::kPanelV * 2);
+    const u32 v = v_low + v_at.stage() * (C::kBytesV >> 4);
     pin_registers(output);
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < C::kKeys / 16; ++i) {
       wgmma_rs<Element>(output, probabilities[4 * i], probabilities[4 * i + 1],
                         probabilities[4 * i + 2], probabilities[4 * i + 3],
-                        v + (i * 16 * C::kPanelV * 2 >> 4), i == 0 ? accumulate : 1);
+                        wgmma_descriptor<2 * C::kPanelV>(v + (i * 16 * C::kPanelV * 2 >> 4)),
+                        i == 0 ? accumulate : 1);
     }
     wgmma_commit();
   }
@@ -202,14 +213,16 @@ struct Consumer {
     while (true) {
       release_scores(block == block_begin);
       work_on_scores(block);
+      const bool values_are_here = mbarrier_test(shared.v_full(v_at.stage()), v_at.parity());
+      const bool keys_are_here = mbarrier_test(shared.k_full(k_at.stage()), k_at.parity());
       if (pending) rescale_output(output, softmax);
       pack_probabilities<Element>(scores, probabilities);
       if (--block < block_begin) return pending;
-      issue_output(pending);
+      issue_output(pending, values_are_here);
       pending = true;
+      if (!keys_are_here) wait_keys();
       wgmma_wait<0>();
       release_output();
-      wait_keys();
       issue_scores();
       wgmma_wait<0>();
     }

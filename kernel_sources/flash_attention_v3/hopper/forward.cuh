@@ -57,7 +57,7 @@ __device__ __forceinline__ void forward(const ForwardParams& params, char* base)
     }
   } else {
     raise_registers<C::kConsumerRegisters>();
-    Consumer<C> consumer{params, shared, uniform(threadIdx.x / 128 - 1)};
+    Consumer<C> consumer(params, shared, uniform(threadIdx.x / 128 - 1));
     consumer.run();
   }
 }

@@ -8,15 +8,14 @@ namespace jit_kernel::hopper {
 
 // Coordinates of a sequence in a tensor's map; row is added to `row`.
 struct MapPlace {
-  int row, place, wrap;
+  int row, place;
 };
 
 __device__ __forceinline__ MapPlace map_place(const TensorRows& rows, const int* cu_seqlens,
                                               int batch, int length) {
   const int offset = cu_seqlens != nullptr ? cu_seqlens[batch] : 0;
   return {rows.bound > 0 ? rows.bound - length : 0,
-          (cu_seqlens != nullptr ? 0 : batch * rows.batch_step) + (offset + length) * rows.row_step,
-          rows.wrap};
+          (cu_seqlens != nullptr ? 0 : batch * rows.batch_step) + (offset + length) * rows.row_step};
 }
 
 // Copies `kRows` rows of all columns, panel by panel.
@@ -26,7 +25,7 @@ __device__ __forceinline__ void load_rows(u32 destination, const TensorRows& row
 #pragma unroll
   for (int panel = 0; panel < kColumns / kPanel; ++panel) {
     tma_load(destination + panel * kRows * kPanel * 2, &rows.map, barrier, policy, panel * kPanel,
-             at.row + row, head, at.place, at.wrap);
+             at.row + row, head, at.place, rows.wrap);
   }
 }
 
@@ -68,7 +67,7 @@ struct Producer {
 
   __device__ __forceinline__ void load_queries(const TileInfo& tile) {
     const MapPlace at = map_place(params.q, params.cu_seqlens_q, tile.batch, tile.len_q);
-#pragma unroll
+#pragma unroll 1
     for (int warpgroup = 0; warpgroup < C::kWarpgroups; ++warpgroup) load_q(tile, at, warpgroup);
     q_at.advance();
   }
@@ -104,10 +103,10 @@ __device__ __forceinline__ void produce(const ForwardParams& params, const Share
   RingPosition<kTileSlots> at;
   while (true) {
     mbarrier_wait(shared.tile_full(at.stage()), at.parity());
-    const TileInfo tile = *shared.tile(at.stage());
-    mbarrier_arrive(shared.tile_empty(at.stage()));
+    const TileInfo& tile = *shared.tile(at.stage());  // read as needed: registers are few
     if (tile.batch < 0) break;
     producer.load_tile(tile);
+    mbarrier_arrive(shared.tile_empty(at.stage()));
     at.advance();
   }
   producer.load_last_values();

@@ -23,12 +23,12 @@ struct TileFor<64, 64, kMasked> : Tile<96, 4, 2, 3, false, false, 0> {};
 template <bool kMasked>
 struct TileFor<96, 96, kMasked> : Tile<128, 2, 2, 2, true, false, 0> {};
 template <bool kMasked>
-struct TileFor<128, 128, kMasked> : Tile<128, 2, 2, 2, true, false, 0> {};
+struct TileFor<128, 128, kMasked> : Tile<128, 2, 2, 2, true, !kMasked, 0> {};
 template <bool kMasked>
 struct TileFor<192, 128, kMasked> : Tile<112, 2, 1, 2, true, false, 0> {};
 template <bool kMasked>
 struct TileFor<192, 192, kMasked> : Tile<96, 2, 1, 2, true, false, 0> {};
 template <bool kMasked>
-struct TileFor<256, 256, kMasked> : Tile<80, 2, 1, 2, true, false, 0> {};
+struct TileFor<256, 256, kMasked> : Tile<80, 2, 1, 2, true, !kMasked, 0> {};
 
 }  // namespace jit_kernel::hopper

@@ -54,16 +54,20 @@ __device__ __forceinline__ u32 pack<fp16>(float low, float high) {
   return packed;
 }
 
-// Matrix descriptor of a swizzled tile in shared memory, 1024-byte aligned, rows of kSwizzleBytes.
-// stride_offset: bytes between groups of 8 rows. leading_offset: bytes between panels of one
-// swizzle width along N where N is the contiguous dimension, otherwise unused.
+// Matrix descriptor of a swizzled tile in shared memory, 1024-byte aligned, rows of kSwizzleBytes,
+// in two halves: the low one counts 16 bytes, so that an offset is added to it. leading_offset:
+// bytes between panels of one swizzle width along N where N is the contiguous dimension, otherwise
+// unused.
+__device__ __forceinline__ u32 wgmma_descriptor_low(u32 address, u32 leading_offset) {
+  return address >> 4 | (leading_offset >> 4) << 16;
+}
+
 template <int kSwizzleBytes>
-__device__ __forceinline__ u64 wgmma_descriptor(u32 address, u32 leading_offset,
-                                                u32 stride_offset) {
+__device__ __forceinline__ u64 wgmma_descriptor(u32 low) {
   static_assert(kSwizzleBytes == 128 || kSwizzleBytes == 64, "tiles have rows of 64 or 128 bytes");
   constexpr u64 kMode = kSwizzleBytes == 128 ? 1 : 2;
-  return static_cast<u64>((address & 0x3FFFF) >> 4) | static_cast<u64>(leading_offset >> 4) << 16 |
-         static_cast<u64>(stride_offset >> 4) << 32 | kMode << 62;
+  constexpr u64 kStride = 8 * kSwizzleBytes >> 4;  // between groups of 8 rows
+  return kMode << 62 | kStride << 32 | low;
 }
 
 #define JIT_KERNEL_F4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
