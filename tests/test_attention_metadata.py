@@ -326,6 +326,31 @@ def test_a_graph_is_refreshed_with_what_it_was_captured_for(stack: Machine) -> N
         graph.refresh({"base": engine.batch(3, "base", rows=2)[1]})
 
 
+def test_running_a_graphs_step_again_fills_the_same_memory(stack: Machine) -> None:
+    engine, backend, graph = Engine(0, 1, (4, 2)), FlashAttentionBackend(device="musa"), GraphMetadata("decode, 3")
+    q, metadata = engine.batch(3, "base")
+    used = []
+    for _ in range(2):
+        with backend.step(graph=graph):
+            close(backend.forward_decode(q, engine.k, engine.v, metadata), expected(q, engine, metadata, FULL))
+        used.append(stack.mate.calls[-1].arguments["scheduler_metadata"].data_ptr())
+        metadata.cache_seqlens.sub_(1).clamp_(min=1)
+    metadata.cache_seqlens.add_(1)
+    graph.refresh({"base": metadata})
+    captured(backend, engine, q, metadata, graph)
+    assert {*used, stack.mate.calls[-1].arguments["scheduler_metadata"].data_ptr()} == {used[0]}
+
+
+def test_a_key_names_its_step_and_its_graph() -> None:
+    engine, backend = Engine(None, 1, (4, 2)), FlashAttentionBackend(device="cpu", plan_ahead=True)
+    q, metadata = engine.batch(3, "base")
+    keys = []
+    for graph in (None, None, GraphMetadata("a"), GraphMetadata("b")):
+        with backend.step(graph=graph) as step:
+            keys.append(scheduling.key_for(step, metadata, FULL, q, engine.k, engine.v, 0))
+    assert len(set(keys)) == 4
+
+
 def test_two_batches_in_a_graph_need_two_tags(stack: Machine) -> None:
     """Two ubatches of one size under one tag would read one of the two's metadata after a refresh."""
     engine, backend, graph = Engine(0, 1, (4, 2)), FlashAttentionBackend(device="musa"), GraphMetadata("two ubatches")
