@@ -1,0 +1,248 @@
+"""Attention on the CPU against torch SDPA's flash backend and against the machine's own peaks, in one run.
+
+usage: python benchmarks/cpu_attention.py [--threads 2] [--seconds 3] [--select decode ...] [--target cpu:...]
+
+Ours, torch and the peaks (cpu_peaks.cpp: products in registers, reading memory) take turns, round after round, so that
+what else the machine does falls on all of them; medians are compared. `--target` compiles for another target of this
+machine than its own, cpu:x86-64-v4+avx512bf16 on one with AMX for instance. Appends JSON lines to
+benchmarks/results/cpu_attention.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import math
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import record
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from jit_kernel import compiler, device, flash_attention_v3
+from jit_kernel.fa3 import cpu
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+PEAK_SECONDS = 0.02  # a peak's share of each round
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table. `at_least` is what the project asks of `ratio` (to torch) or of `share` (of the peak)."""
+
+    name: str
+    ours: Callable[[], Any]
+    peer: Callable[[], Any] | None
+    work: float  # GFLOP of a prefill, GB of keys and values of a decode
+    peak: str  # "products" or "memory"
+    dtype: torch.dtype = BF16
+    ratio_at_least: float | None = None
+    share_at_least: float | None = None
+
+
+class Peaks:
+    """cpu_peaks.cpp, compiled for the target that the kernels are compiled for."""
+
+    def __init__(self, target: device.Target, threads: int) -> None:
+        source = Path(__file__).with_name("cpu_peaks.cpp")
+        found = compiler.require("host")
+        with tempfile.TemporaryDirectory() as folder:
+            library = Path(folder) / "peaks.so"
+            flags = [*compiler.flags("host", target), "-pthread"]
+            subprocess.run([*found.command, *flags, str(source), "-o", str(library)], check=True)
+            self._library = ctypes.CDLL(str(library))
+        self._threads = threads
+        self._memory = torch.ones(1 << 29, dtype=torch.uint8)
+        for name in ("peak_fma", "peak_bf16_dot", "peak_amx", "read_bandwidth"):
+            getattr(self._library, name).restype = ctypes.c_double
+        self.products_of_bf16 = "peak_fma"
+        for name in ("peak_bf16_dot", "peak_amx"):
+            if self._rate(name) > 0:
+                self.products_of_bf16 = name
+
+    def _rate(self, name: str, *more: Any) -> float:
+        return float(getattr(self._library, name)(self._threads, ctypes.c_double(PEAK_SECONDS), *more))
+
+    def measure(self, case: Case) -> tuple[str, float]:
+        """The name and the rate of what bounds a case: GFLOP/s or GB/s."""
+        if case.peak == "memory":
+            size = ctypes.c_int64(self._memory.numel())
+            return "read", self._rate("read_bandwidth", ctypes.c_void_p(self._memory.data_ptr()), size)
+        name = self.products_of_bf16 if case.dtype == BF16 else "peak_fma"
+        return name.removeprefix("peak_"), self._rate(name)
+
+
+def prefill(dtype: torch.dtype, tokens: int, d: int, causal: bool, **asked: float) -> Case:
+    """8 heads of one sequence against itself."""
+    heads = 8
+    q, k, v = (torch.randn(1, tokens, heads, d).to(dtype) for _ in "qkv")
+    out = torch.empty_like(q)
+    q_peer, k_peer, v_peer = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    return Case(
+        f"{cpu.DTYPE_NAMES[dtype]} prefill {tokens} d{d}{' causal' if causal else ''}",
+        lambda: flash_attention_v3.flash_attn_func(q, k, v, causal=causal, out=out),
+        lambda: scaled_dot_product_attention(q_peer, k_peer, v_peer, is_causal=causal),
+        4 * heads * tokens * tokens * d * (0.5 if causal else 1) * 1e-9,
+        "products",
+        dtype,
+        **asked,
+    )
+
+
+def decode(dtype: torch.dtype, batch: int, heads: int, heads_k: int, page_size: int = 0, **asked: float) -> Case:
+    """One query a sequence against 4096 keys, in place or in pages of a shuffled cache."""
+    d, context = 128, 4096
+    q = torch.randn(batch, 1, heads, d).to(dtype)
+    rows = (batch * context // page_size, page_size) if page_size else (batch, context)
+    k, v = (torch.randn(*rows, heads_k, d).to(dtype) for _ in "kv")
+    lengths, out = torch.full((batch,), context, dtype=torch.int32), torch.empty_like(q)
+    table = torch.randperm(rows[0]).to(torch.int32).view(batch, -1) if page_size else None
+
+    def ours() -> None:
+        flash_attention_v3.flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, page_table=table, out=out)
+
+    def attend(keys: Tensor, values: Tensor) -> Tensor:
+        grouped = heads != heads_k
+        return scaled_dot_product_attention(q.transpose(1, 2), keys, values, enable_gqa=grouped)
+
+    def gathered() -> Tensor:
+        assert table is not None
+        pages = table.long()
+        return attend(*(x[pages].view(batch, context, heads_k, d).transpose(1, 2) for x in (k, v)))
+
+    contiguous = [x.transpose(1, 2).contiguous() for x in (k, v)] if table is None else []
+    layout = f" page {page_size}" if page_size else ""
+    return Case(
+        f"{cpu.DTYPE_NAMES[dtype]} decode batch {batch} {heads}/{heads_k}{layout}",
+        ours,
+        gathered if page_size else lambda: attend(*contiguous),
+        2 * k.numel() * k.element_size() * 1e-9,
+        "memory",
+        dtype,
+        **asked,
+    )
+
+
+def ragged(lengths: list[int], name: str) -> Case:
+    """Self attention of sequences of these lengths in one call, causal, 8 heads, d 128."""
+    heads, d = 8, 128
+    q, k, v = (torch.randn(sum(lengths), heads, d).to(BF16) for _ in "qkv")
+    cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    out = torch.empty_like(q)
+    work = sum(2 * heads * n * n * d for n in lengths) * 1e-9
+
+    def ours() -> None:
+        flash_attention_v3.flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, causal=True, out=out)
+
+    return Case(name, ours, None, work, "products")
+
+
+def lognormal_lengths() -> list[int]:
+    """64 lengths with a median of 256 and a long tail; always the same."""
+    drawn = torch.exp(torch.randn(64, generator=torch.Generator().manual_seed(0)) * 0.8 + math.log(256))
+    return [max(1, min(2048, int(n))) for n in drawn]
+
+
+def cases() -> list[Callable[[], Case]]:
+    """What is measured, each made when its turn comes: all of them at once would not fit in memory."""
+    lengths = lognormal_lengths()
+    weighed = round(sum(n * n for n in lengths) / sum(lengths))  # the dense length of the same work a token
+    return [
+        lambda: prefill(BF16, 2048, 128, False, ratio_at_least=2.0),
+        lambda: prefill(BF16, 2048, 128, True, ratio_at_least=2.6),
+        lambda: prefill(BF16, 2048, 64, True, ratio_at_least=2.0),
+        lambda: prefill(BF16, 512, 128, False, ratio_at_least=2.0),
+        lambda: prefill(FP32, 2048, 128, False, ratio_at_least=1.1),
+        lambda: prefill(FP32, 2048, 128, True, ratio_at_least=1.4),
+        lambda: prefill(FP16, 2048, 128, False),
+        lambda: decode(BF16, 1, 32, 32, ratio_at_least=6.0),
+        lambda: decode(BF16, 1, 32, 8, ratio_at_least=20.0),
+        lambda: decode(FP16, 1, 32, 8),
+        lambda: decode(BF16, 8, 32, 8, share_at_least=0.85),
+        lambda: decode(BF16, 8, 32, 8, page_size=16, ratio_at_least=50.0, share_at_least=0.85),
+        lambda: prefill(BF16, 4096, 128, False, share_at_least=0.75),
+        lambda: prefill(BF16, 4096, 128, True, share_at_least=0.65),
+        lambda: prefill(BF16, 4096, 64, True, share_at_least=0.65),
+        lambda: ragged([weighed] * (sum(lengths) // weighed), "bf16 dense as long as ragged"),
+        lambda: ragged(lengths, "bf16 ragged 64 lognormal"),
+    ]
+
+
+def measure(case: Case, peaks: Peaks, seconds: float) -> dict[str, Any]:
+    """Rounds of ours, torch and the peak until the time is up, at least 5."""
+    ours: list[float] = []
+    peer: list[float] = []
+    bounds: list[float] = []
+    began, bound = 0.0, ""
+    while len(ours) < 6 or time.perf_counter() - began < seconds:
+        for call, taken in ((case.ours, ours), (case.peer, peer)):
+            if call is not None:
+                start = time.perf_counter()
+                call()
+                taken.append(time.perf_counter() - start)
+        bound, rate = peaks.measure(case)
+        bounds.append(rate)
+        began = began or time.perf_counter()  # the first round warms up
+    ours_ms, bound_rate = statistics.median(ours[1:]) * 1e3, statistics.median(bounds[1:])
+    unit = "GB/s" if case.peak == "memory" else "GFLOP/s"
+    line: dict[str, Any] = {
+        "case": case.name, "ours_ms": ours_ms, "ours_min_ms": min(ours[1:]) * 1e3, "rounds": len(ours) - 1,
+        "rate": case.work / ours_ms * 1e3, "unit": unit, "peak": bound, "peak_rate": bound_rate,
+        "share": case.work / ours_ms * 1e3 / bound_rate,
+    }  # fmt: skip
+    if peer:
+        torch_ms = statistics.median(peer[1:]) * 1e3
+        line |= {"torch_ms": torch_ms, "torch_min_ms": min(peer[1:]) * 1e3, "ratio": torch_ms / ours_ms}
+    line |= {"ratio_at_least": case.ratio_at_least, "share_at_least": case.share_at_least}
+    return line
+
+
+def show(line: dict[str, Any]) -> None:
+    """One row of the table; a mark where less was reached than asked."""
+    text = f"{line['case']:34s} {line['ours_ms']:9.3f} ms {line['rate']:8.1f} {line['unit']:7s}"
+    text += f" {line['share']:5.0%} of {line['peak']} {line['peak_rate']:.0f}"
+    for key in ("ratio", "share"):
+        asked = line[f"{key}_at_least"]
+        if key == "ratio" and "ratio" in line:
+            text += f"; {line['ratio']:.2f} x torch's {line['torch_ms']:.3f} ms"
+        if asked is not None:
+            reached = "" if line[key] >= asked else ", not reached"
+            text += f" ({key} asked: {asked:g}{reached})"
+    print(text, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each case")
+    parser.add_argument("--select", nargs="*", default=[""], help="only cases whose name has one of these in it")
+    parser.add_argument("--target", type=device.Target.parse, default=device.cpu_target())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    cpu.cpu_target = lambda: options.target  # what the kernels of this process are compiled for
+    peaks = Peaks(options.target, options.threads)
+    print(f"{options.target}, {options.threads} threads", flush=True)
+    lines = []
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        for make in cases():
+            case = make()
+            if not any(part in case.name for part in options.select):
+                continue
+            line = measure(case, peaks, options.seconds)
+            show(line)
+            lines.append({"target": str(options.target), "threads": options.threads, **line})
+    print(f"wrote {record.write('cpu_attention', lines)}")
+
+
+if __name__ == "__main__":
+    main()
