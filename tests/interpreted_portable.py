@@ -44,6 +44,7 @@ SPACE = cases.Space(
 )
 # Small, so that a small case has full, masked and partly empty tiles on both sides.
 TILES = {"prefill": Tile(32, 16, 1, 1), "short": Tile(64, 32, 1, 1), "decode": Tile(16, 16, 1, 1)}
+TILES["unaligned"] = TILES["prefill"]
 FUNCTIONS = {"forward": forward, "combine": combine, "append": append}
 
 

@@ -115,8 +115,9 @@ def _resources(image: bytes, folder: Path) -> tuple[int, int]:
         portable_kernels.combine_spec("fp32", "fp16", 96, False),
         portable_kernels.append_spec("bf16", 40, 24, True),
         portable_kernels.forward_spec("sm_80", "fp16", 192, 128, "decode", False, True, False, False),
+        portable_kernels.forward_spec("sm_90a", "bf16", 40, 24, "unaligned", False, True, False, False),
     ],
-    ids=["combine", "append", "forward of two head sizes"],
+    ids=["combine", "append", "forward of two head sizes", "forward of unaligned rows"],
 )
 def test_kernels_of_odd_sizes_compile(spec: KernelSpec) -> None:
     image, metadata = _compile(spec, "sm_80")
@@ -154,7 +155,7 @@ def test_a_block_that_is_too_large_is_refused() -> None:
 def test_every_architecture_and_size_has_a_tile() -> None:
     for architecture in (*ARCHITECTURES, "sm_87", "sm_103", "sm_110", "sm_121", "sm_130"):
         for head_dim in (1, 16, 64, 65, 128, 129, 256):
-            for kind in ("prefill", *portable_tiles.ROWS):
+            for kind in ("prefill", "unaligned", *portable_tiles.ROWS):
                 tile = portable_tiles.tile(architecture, head_dim, 16, kind)
                 assert tile.block_m >= portable_tiles.ROWS.get(kind, 16)
                 # Rows of keys and values of the stages that are loading, at the least.
@@ -163,9 +164,17 @@ def test_every_architecture_and_size_has_a_tile() -> None:
 
 
 def test_without_splits_the_tile_knows_no_length() -> None:
-    assert {portable_plan.tile_kind(1, rows) for rows in (1, 16, 17, 64, 65, 10**6)} == {"prefill"}
-    kinds = [portable_plan.tile_kind(0, rows) for rows in (1, 16, 17, 64, 65)]
+    assert {portable_plan.tile_kind(1, rows, True) for rows in (1, 16, 17, 64, 65, 10**6)} == {"prefill"}
+    assert {portable_plan.tile_kind(1, rows, False) for rows in (1, 16, 17, 64, 65, 10**6)} == {"unaligned"}
+    kinds = [portable_plan.tile_kind(0, rows, True) for rows in (1, 16, 17, 64, 65)]
     assert kinds == ["decode", "decode", "short", "short", "prefill"]
+
+
+def test_no_matrix_descriptor_is_loop_invariant() -> None:
+    for architecture in ("sm_90a", "sm_100"):
+        for (kind, size), tile in portable_tiles.TILES[portable_tiles.family(architecture)].items():
+            takes_wgmma = tile.block_m >= 64 and tile.num_warps % 4 == 0
+            assert not takes_wgmma or tile.num_stages >= 3, (architecture, kind, size)
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ def make(kernels: DeviceKernels, q: Layout, k: Layout, v: Layout, out: Layout, c
     if aligned:
         strides = tuple(stride >> 3 for stride in strides)
 
-    kind = tile_kind(call.num_splits, call.max_seqlen_q * group)
+    kind = tile_kind(call.num_splits, call.max_seqlen_q * group, aligned)
     tile = portable_tiles.tile(kernels.target.architecture, head_dim, head_dim_v, kind)
     local = call.window[0] >= 0 or call.chunk > 0
     variant = (call.dtype, head_dim, head_dim_v, kind, call.table_width > 0, local, call.softcap, aligned)
@@ -130,18 +130,20 @@ def make(kernels: DeviceKernels, q: Layout, k: Layout, v: Layout, out: Layout, c
     return Plan(forward, combine, partial_shape)
 
 
-def tile_kind(num_splits: int, rows: int) -> str:
+def tile_kind(num_splits: int, rows: int, aligned: bool) -> str:
     """The kind of tile for `rows` packed rows of a sequence. Without splits it never depends on lengths."""
-    if num_splits == 1:
-        return "prefill"
-    return next((kind for kind, most in portable_tiles.ROWS.items() if rows <= most), "prefill")
+    if num_splits != 1 and rows <= portable_tiles.ROWS["decode"]:
+        return "decode"
+    if not aligned:
+        return "unaligned"
+    return "short" if num_splits != 1 and rows <= portable_tiles.ROWS["short"] else "prefill"
 
 
 def packs(pack_gqa: bool | None, max_seqlen_q: int, group: int, block_m: int, kind: str) -> bool:
     """Whether the query heads of a group share a tile: where they fill it better than tokens do."""
     if group == 1:
         return False
-    if kind != "prefill":
+    if kind in portable_tiles.ROWS:
         return True  # the tile was chosen for packed rows
     if pack_gqa is not None:
         return pack_gqa
