@@ -63,6 +63,7 @@ class DeviceKernels:
 
     def __init__(self, index: int, target: Target) -> None:
         self.handles: dict[tuple[object, ...], int] = {}
+        self.forward: Callable[..., None] = self._load_and_forward
         self._index = index
         self._target = target
         self._functions: Any = None
@@ -74,18 +75,17 @@ class DeviceKernels:
         with contextlib.suppress(Exception):  # whoever needs the launcher asks again and gets the error
             jit.load(LAUNCHER, self._target)
 
+    def _load_and_forward(self, *arguments: object) -> None:
+        """What `forward` is until the launcher is there."""
+        self._launcher()["forward"](*arguments)
+
     def _launcher(self) -> Any:
         if self._functions is None:
             functions = jit.load(LAUNCHER, self._target)
             functions["prepare"](self._index)
+            self.forward = functions["forward"]
             self._functions = functions
         return self._functions
-
-    @property
-    def forward(self) -> Callable[..., None]:
-        """The launcher's function; loads the launcher at its first use."""
-        function: Callable[..., None] = self._launcher()["forward"]
-        return function
 
     def load(self, key: tuple[object, ...], spec: KernelSpec) -> int:
         """The handle of a variant, compiled if need be, under `key` from then on.

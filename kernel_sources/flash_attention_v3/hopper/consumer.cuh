@@ -91,8 +91,9 @@ struct Consumer {
     block_begin = uniform(tile.block_begin);
     block_end = uniform(tile.block_end);
     if constexpr (C::kMasked && !C::kPingPong) {
-      // Rows of other warpgroups may see more blocks; taking turns needs equal numbers of steps.
-      const int end = uniform((of_last.high + C::kKeys - 1) / C::kKeys);
+      // Rows of other warpgroups may see more blocks, and this one may have no row at all; taking
+      // turns needs equal numbers of steps.
+      const int end = uniform(first < tile.len_q ? (of_last.high + C::kKeys - 1) / C::kKeys : 0);
       const int begin = uniform(of_first.low / C::kKeys);
       block_end = min(block_end, max(block_begin + 1, end));
       block_begin = min(max(block_begin, begin), block_end - 1);
@@ -218,12 +219,16 @@ struct Consumer {
       if (pending) rescale_output(output, softmax);
       pack_probabilities<Element>(scores, probabilities);
       if (--block < block_begin) return pending;
+      if constexpr (C::kPingPong) named_barrier_sync(kPingPongBarrier + warpgroup, 256);
       issue_output(pending, values_are_here);
       pending = true;
       if (!keys_are_here) wait_keys();
       wgmma_wait<0>();
       release_output();
       issue_scores();
+      if constexpr (C::kPingPong) {
+        named_barrier_arrive(kPingPongBarrier + (warpgroup + 1) % C::kWarpgroups, 256);
+      }
       wgmma_wait<0>();
     }
   }

@@ -14,8 +14,9 @@ struct MapPlace {
 __device__ __forceinline__ MapPlace map_place(const TensorRows& rows, const int* cu_seqlens,
                                               int batch, int length) {
   const int offset = cu_seqlens != nullptr ? cu_seqlens[batch] : 0;
-  return {rows.bound > 0 ? rows.bound - length : 0,
-          (cu_seqlens != nullptr ? 0 : batch * rows.batch_step) + (offset + length) * rows.row_step};
+  return {
+      rows.bound > 0 ? rows.bound - length : 0,
+      (cu_seqlens != nullptr ? 0 : batch * rows.batch_step) + (offset + length) * rows.row_step};
 }
 
 // Copies `kRows` rows of all columns, panel by panel.

@@ -19,7 +19,7 @@ template <int kHeadDim, int kHeadDimV, bool kMasked>
 struct TileFor;
 
 template <bool kMasked>
-struct TileFor<64, 64, kMasked> : Tile<96, 4, 2, 3, false, false, 0> {};
+struct TileFor<64, 64, kMasked> : Tile<96, 4, 2, 3, false, !kMasked, 0> {};
 template <bool kMasked>
 struct TileFor<96, 96, kMasked> : Tile<128, 2, 2, 2, true, false, 0> {};
 template <bool kMasked>
