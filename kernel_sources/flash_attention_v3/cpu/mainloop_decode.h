@@ -1,38 +1,16 @@
 // Few query rows against keys in place: each key and value is read from memory once for all rows.
 #pragma once
 
+#include "flash_attention_v3/cpu/decode_amx.h"
 #include "flash_attention_v3/cpu/epilogue.h"
 #include "flash_attention_v3/cpu/gemm.h"
 #include "flash_attention_v3/cpu/mask.h"
+#include "flash_attention_v3/cpu/prefetch.h"
 #include "flash_attention_v3/cpu/query.h"
 #include "flash_attention_v3/cpu/scheduler.h"
 #include "jit_kernel/cpu/thread_pool.h"
 
 namespace jit_kernel {
-
-// Asks for what is read next, a few lines at a time between computations: a core has too few
-// requests for memory to ask for a block at once, and its own prefetcher does not follow rows
-// across pages. Lines are asked for in the order of memory, into L2: L1 holds what is being read.
-class Prefetch {
- public:
-  Prefetch() = default;
-  // `bytes` of each row, from `offset` on.
-  Prefetch(const void* const* rows, int64_t count, int64_t offset, int64_t bytes)
-      : rows_(rows), end_(rows + count), offset_(offset), bytes_(bytes) {}
-
-  void lines(int64_t n) {
-    for (; n > 0 && rows_ != end_; --n) {
-      __builtin_prefetch(static_cast<const char*>(*rows_) + offset_ + at_, 0, 2);
-      at_ += 64;
-      if (at_ >= bytes_) at_ = 0, ++rows_;
-    }
-  }
-
- private:
-  const void* const* rows_ = nullptr;
-  const void* const* end_ = nullptr;
-  int64_t offset_ = 0, bytes_ = 0, at_ = 0;
-};
 
 // One step of a dot product that runs along the head, a vector at a time: what a query row and a
 // key are loaded as. bf16 pairs go 32 deep, floats kLanes; other keys become floats as they are
@@ -147,6 +125,16 @@ struct Decode {
   Block* blocks;  // this one and the next
   Prefetch next_keys, next_values;
   Interval seen[kDecodeRows];
+#ifdef JIT_KERNEL_AMX
+  Math *panels, *p, *packed, *spare;  // queries by heads, probabilities, values, keys
+  AmxTiles amx;
+
+  // From two rows on: one row's products are cheaper in vectors than its values' packing. Sizes
+  // that are not whole tiles of keys stay there, too.
+  static bool wants_tiles(const Item& item) {
+    return std::is_same<Math, bf16>::value && item.row_end - item.row_begin > 1;
+  }
+#endif
 
   template <class F>
   void each_array(F&& f) {
@@ -156,6 +144,11 @@ struct Decode {
     f(math_keys, kDecodeBlock), f(math_values, kDecodeBlock), f(blocks, 2);
     f(keys, in_place ? 0 : kDecodeBlock * sizes.qk);
     f(values, in_place ? 0 : kDecodeBlock * value_stride());
+#ifdef JIT_KERNEL_AMX
+    if (!amx.active()) return;
+    f(panels, heads * 16 * sizes.depth), f(p, 16 * kDecodeBlock);
+    f(packed, kDecodeBlock * sizes.dv), f(spare, 16 * std::max(sizes.depth, sizes.dv));
+#endif
   }
 
   int64_t value_stride() const { return std::max(sizes.dv, sizes.qv); }
@@ -164,7 +157,12 @@ struct Decode {
   Decode(const Params& params, const Item& item, Scratch& scratch)
       : sizes(head_sizes<Math>(params)),
         rows(item.row_end - item.row_begin),
-        heads(item.head_end - item.head_begin) {
+        heads(item.head_end - item.head_begin)
+#ifdef JIT_KERNEL_AMX
+        ,
+        amx(item.row_end - item.row_begin, wants_tiles(item))
+#endif
+  {
     bool exact = (params.only_qv || params.d == sizes.qk) && params.dv == sizes.dv;
     in_place = kHasLoads && exact && (!params.qv || params.dv == sizes.qv);
     size_t bytes = 0;
@@ -234,7 +232,10 @@ struct Decode {
   }
 
   // Scores to probabilities; the head's sums are scaled to its new maximum.
-  void soften_block(const Block& block, const ScoreScale& scale, float* sum, RowState* state) {
+  template <class Probability>
+  void soften_block(const Block& block, const ScoreScale& scale, float* sum, RowState* state,
+                    Probability* p) {
+    constexpr int kDegree = std::is_same<Probability, float>::value ? 6 : 4;
     for (int64_t i = 0; i < rows; ++i) {
       float* s = scores + i * kDecodeBlock;
       if (scale.transform) transform_scores(scale, s, block.columns);
@@ -242,7 +243,8 @@ struct Decode {
       int64_t end = std::min(block.to, seen[i].end - block.first);
       begin = std::min(begin, block.columns);
       mask_scores(s, begin, std::max(begin, end), block.columns);
-      float factor = softmax_row<6>(s, s, block.columns, scale.to_log2(), state[i]);
+      float factor =
+          softmax_row<kDegree>(s, p + i * kDecodeBlock, block.columns, scale.to_log2(), state[i]);
       if (factor == 1.0f) continue;
       for (int64_t j = 0; j < sizes.dv; ++j) sum[i * sizes.dv + j] *= factor;
     }
@@ -260,22 +262,76 @@ struct Decode {
     }
   }
 
+#ifdef JIT_KERNEL_AMX
+  template <class Params>
+  void attend_in_tiles(const Params& params, const Block& block, int64_t k_offset, int64_t v_offset,
+                       int64_t head) {
+    if constexpr (kHasLoads) {
+      if (in_place) return attend_rows_in_tiles(block, block.k, k_offset, block.v, v_offset, head);
+    }
+    convert_block(params, block, k_offset, v_offset);
+    for (int64_t j = 0; j < block.columns; ++j) {  // what only fills up was not converted
+      if (j >= block.from && j < block.to) continue;
+      math_keys[j] = math_keys[block.from], math_values[j] = math_values[block.from];
+    }
+    attend_rows_in_tiles(block, math_keys, 0, math_values, 0, head);
+  }
+
+  // As attend(), with the products in tiles; keys and values are rows of bf16, padded.
+  void attend_rows_in_tiles(const Block& block, const bf16* const* k, int64_t k_offset,
+                            const bf16* const* v, int64_t v_offset, int64_t head) {
+    const bf16* queries = panels + head * 16 * sizes.depth;
+    float mix = head_settings[head].mix;
+    for (int64_t j = 0; j < block.columns; j += 16) {
+      _tile_zero(7);
+      if (sizes.qk) amx_add_scores(k + j, k_offset, queries, sizes.qk, spare, next_keys);
+      if (mix != 1.0f) {
+        alignas(64) float tile[256];
+        _tile_stored(7, tile, 64);
+        for (float& x : tile) x *= mix;
+        asm volatile("" ::: "memory");
+        _tile_loadd(7, tile, 64);
+      }
+      if (sizes.qv) {
+        amx_add_scores(v + j, v_offset, queries + 16 * sizes.qk, sizes.qv, spare, next_keys);
+      }
+      amx_store_scores(rows, scores + j);
+    }
+    float* sum = sums + head * rows * sizes.dv;
+    soften_block(block, head_settings[head].scale, sum, states + head * rows, p);
+    const bf16* value_rows[kDecodeBlock];
+    for (int64_t j = 0; j < block.to; ++j) value_rows[j] = v[j] + v_offset;
+    for (int64_t j = 0; j < kDecodeBlock; j += 4) {  // a few at a time, as memory is asked for between
+      next_values.lines(4 * sizes.dv / 32);
+      int64_t count = std::min<int64_t>(4, std::max<int64_t>(0, block.to - j));
+      pack_values(value_rows + j, count, 4, sizes.dv, sizes.dv, packed + 16 * j, 16 * kDecodeBlock,
+                  spare);
+    }
+    amx_add_values(p, packed, sum, sizes.dv, next_keys);
+  }
+#endif
+
   template <class Params>
   void attend(const Params& params, const Item& item, const Block& block, int64_t head) {
     int64_t k_offset = (item.head_begin + head) * params.k.head;
     int64_t v_offset = (item.head_begin + head) * params.v.head;
     const ScoreScale& scale = head_settings[head].scale;
     float* sum = sums + head * rows * sizes.dv;
+#ifdef JIT_KERNEL_AMX
+    if constexpr (std::is_same<Math, bf16>::value) {
+      if (amx.active()) return attend_in_tiles(params, block, k_offset, v_offset, head);
+    }
+#endif
     if constexpr (kHasLoads) {
       if (in_place) {
         score_block(block.k, k_offset, block.v, v_offset, head, block.columns);
-        soften_block(block, scale, sum, states + head * rows);
+        soften_block(block, scale, sum, states + head * rows, scores);
         return add_block(block.v, v_offset, block, sum);
       }
     }
     convert_block(params, block, k_offset, v_offset);
     score_block(math_keys, 0, math_values, 0, head, block.columns);
-    soften_block(block, scale, sum, states + head * rows);
+    soften_block(block, scale, sum, states + head * rows, scores);
     add_block(math_values, 0, block, sum);
   }
 
@@ -315,6 +371,23 @@ struct Decode {
                     n * kSize);
   }
 
+  // A head's queries as the tiles want them: one panel, rows past the last one zeros.
+  void pack_queries(int64_t head) {
+#ifdef JIT_KERNEL_AMX
+    if constexpr (std::is_same<Math, bf16>::value) {
+      if (!amx.active()) return;
+      const bf16* lanes[16];
+      std::memset(static_cast<void*>(spare), 0, static_cast<size_t>(sizes.depth) * sizeof(bf16));
+      for (int64_t i = 0; i < 16; ++i) {
+        lanes[i] = i < rows ? q + (head * rows + i) * sizes.depth : spare;
+      }
+      transpose_panel(lanes, sizes.depth, panels + head * 16 * sizes.depth);
+    }
+#else
+    (void)head;
+#endif
+  }
+
   // The item's query rows and settings; returns the keys that any of them sees.
   template <class Params>
   Interval load(const Params& params, const Sequence& s, const Item& item) {
@@ -334,6 +407,7 @@ struct Decode {
         load_query(params, s, sizes, head_k, item.row_begin + i, to, spare_row, turned);
         states[h * rows + i] = RowState();
       }
+      pack_queries(h);
     }
     return all;
   }
