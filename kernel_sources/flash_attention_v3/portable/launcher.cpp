@@ -127,7 +127,8 @@ class Parameters {
   int device_ = -1;
 };
 
-// launch(handle, grid, arguments...): grid blocks on the current stream of the first tensor's device.
+// launch(handle, grid, arguments...): grid blocks on the current stream of the first tensor's
+// device.
 void launch(const TVMFFIAny* arguments, int count) {
   if (count < kFirstArgument || arguments[0].type_index != kTVMFFIInt ||
       arguments[1].type_index != kTVMFFIInt) {
@@ -164,8 +165,8 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(multiprocessors, jit_kernel::portable::multiproces
 
 // Any number of arguments: tvm-ffi's calling convention as it is, because a typed function has a
 // fixed number.
-extern "C" TVM_FFI_DLL_EXPORT int __tvm_ffi_launch(void*, const TVMFFIAny* arguments,
-                                                   int32_t count, TVMFFIAny* result) {
+extern "C" TVM_FFI_DLL_EXPORT int __tvm_ffi_launch(void*, const TVMFFIAny* arguments, int32_t count,
+                                                   TVMFFIAny* result) {
   TVM_FFI_SAFE_CALL_BEGIN();
   jit_kernel::portable::launch(arguments, count);
   result->type_index = kTVMFFINone;
