@@ -102,6 +102,18 @@ struct Forward {
     }
   }
 
+  static void prefill(const Params& p, const Sequence& s, const Item& item, const Partials& parts) {
+    int64_t rows = item.row_end - item.row_begin;
+#ifdef JIT_KERNEL_AMX
+    if constexpr (std::is_same<Element, fp16>::value) {
+      if (amx_fp16_allowed()) {
+        return Prefill<fp16, fp16>(p, rows, scratch()).run(p, s, item, parts);
+      }
+    }
+#endif
+    Prefill<Element>(p, rows, scratch()).run(p, s, item, parts);
+  }
+
   static void attend(const Params& p) {
     using Math = MathOf<Element>;
     static thread_local Plan plan_memory;
@@ -123,7 +135,7 @@ struct Forward {
       if (is_decode(s.sq * p.group)) {
         Decode<Element>(p, item, scratch()).run(p, s, item, parts);
       } else {
-        Prefill<Element>(p, item.row_end - item.row_begin, scratch()).run(p, s, item, parts);
+        prefill(p, s, item, parts);
       }
     });
     combine(p, plan, parts, sizes.dv);

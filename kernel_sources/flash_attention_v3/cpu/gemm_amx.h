@@ -5,6 +5,7 @@
 
 #ifdef JIT_KERNEL_AMX
 
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -16,6 +17,26 @@ inline bool amx_allowed() {
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
   static const bool allowed = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   return allowed;
+}
+
+// Whether the tiles multiply fp16, too (Granite Rapids); a run-time matter, as the target has no
+// word for it and older compilers know no such instruction.
+inline bool amx_fp16_allowed() {
+  static const bool allowed = [] {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 21 & 1) && amx_allowed();
+  }();
+  return allowed;
+}
+
+// Tile kSum += tile kA times tile kB: TDPBF16PS or, by its bytes, TDPFP16PS; they differ in one
+// prefix.
+template <class Math, int kSum, int kA, int kB>
+inline void tile_dot() {
+  constexpr int kPrefix = std::is_same<Math, bf16>::value ? 2 : 3;  // F3 or F2
+  asm volatile(".byte 0xc4, 0xe2, %c0, 0x5c, %c1"
+               :
+               : "i"((~kB & 15) << 3 | kPrefix), "i"(0xc0 | kSum << 3 | kA));
 }
 
 // The thread's tiles while an item runs; released, as their 8 KiB would be saved at every switch.
@@ -47,8 +68,9 @@ constexpr int64_t kAmxRows = 16;
 constexpr int64_t kAmxTile = 512;  // elements of one tile of B
 
 // 32 rows by 2 panels: each tile that is loaded serves two products.
-inline void gemm_amx_2x2(const GemmArgs<bf16>& g, int64_t row, int64_t panel) {
-  const bf16 *a = g.a + row * g.lda, *b = g.b + panel * g.panel;
+template <class Math>
+inline void gemm_amx_2x2(const GemmArgs<Math>& g, int64_t row, int64_t panel) {
+  const Math *a = g.a + row * g.lda, *b = g.b + panel * g.panel;
   float* c = g.c + row * g.ldc + panel * simd::kLanes;
   const int64_t lda = g.lda * 2, ldc = g.ldc * 4;
   float* below = c + kAmxRows * g.ldc;
@@ -66,12 +88,12 @@ inline void gemm_amx_2x2(const GemmArgs<bf16>& g, int64_t row, int64_t panel) {
   for (int64_t k = 0; k < g.depth; k += kDepth, b += kAmxTile) {
     _tile_loadd(4, a + k, lda);
     _tile_loadd(6, b, 64);
-    _tile_dpbf16ps(0, 4, 6);
+    tile_dot<Math, 0, 4, 6>();
     _tile_loadd(7, b + g.panel, 64);
-    _tile_dpbf16ps(1, 4, 7);
+    tile_dot<Math, 1, 4, 7>();
     _tile_loadd(5, a + kAmxRows * g.lda + k, lda);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+    tile_dot<Math, 2, 5, 6>();
+    tile_dot<Math, 3, 5, 7>();
   }
   _tile_stored(0, c, ldc);
   _tile_stored(1, c + 16, ldc);
@@ -80,8 +102,9 @@ inline void gemm_amx_2x2(const GemmArgs<bf16>& g, int64_t row, int64_t panel) {
 }
 
 // 16 rows by 1 panel, for what remains.
-inline void gemm_amx_1x1(const GemmArgs<bf16>& g, int64_t row, int64_t panel) {
-  const bf16 *a = g.a + row * g.lda, *b = g.b + panel * g.panel;
+template <class Math>
+inline void gemm_amx_1x1(const GemmArgs<Math>& g, int64_t row, int64_t panel) {
+  const Math *a = g.a + row * g.lda, *b = g.b + panel * g.panel;
   float* c = g.c + row * g.ldc + panel * simd::kLanes;
   if (g.accumulate) {
     _tile_loadd(0, c, g.ldc * 4);
@@ -91,14 +114,15 @@ inline void gemm_amx_1x1(const GemmArgs<bf16>& g, int64_t row, int64_t panel) {
   for (int64_t k = 0; k < g.depth; k += kDepth, b += kAmxTile) {
     _tile_loadd(4, a + k, g.lda * 2);
     _tile_loadd(6, b, 64);
-    _tile_dpbf16ps(0, 4, 6);
+    tile_dot<Math, 0, 4, 6>();
   }
   _tile_stored(0, c, g.ldc * 4);
 }
 
 // Up to two panels from `panel` on. Rows are rounded up to whole tiles: A and C must have room for
 // them. The depth is a multiple of kDepth.
-inline void gemm_amx_panels(const GemmArgs<bf16>& g, int64_t rows, int64_t panels, int64_t panel) {
+template <class Math>
+inline void gemm_amx_panels(const GemmArgs<Math>& g, int64_t rows, int64_t panels, int64_t panel) {
   asm volatile("" ::: "memory");  // tile loads do not tell the compiler what they read
   int64_t i = 0;
   if (panel + 2 <= panels) {
@@ -109,7 +133,8 @@ inline void gemm_amx_panels(const GemmArgs<bf16>& g, int64_t rows, int64_t panel
   }
 }
 
-inline void gemm_amx(const GemmArgs<bf16>& g, int64_t rows, int64_t panels) {
+template <class Math>
+inline void gemm_amx(const GemmArgs<Math>& g, int64_t rows, int64_t panels) {
   for (int64_t j = 0; j < panels; j += 2) gemm_amx_panels(g, rows, panels, j);
 }
 

@@ -301,7 +301,8 @@ struct Decode {
     soften_block(block, head_settings[head].scale, sum, states + head * rows, p);
     const bf16* value_rows[kDecodeBlock];
     for (int64_t j = 0; j < block.to; ++j) value_rows[j] = v[j] + v_offset;
-    for (int64_t j = 0; j < kDecodeBlock; j += 4) {  // a few at a time, as memory is asked for between
+    for (int64_t j = 0; j < kDecodeBlock;
+         j += 4) {  // a few at a time, as memory is asked for between
       next_values.lines(4 * sizes.dv / 32);
       int64_t count = std::min<int64_t>(4, std::max<int64_t>(0, block.to - j));
       pack_values(value_rows + j, count, 4, sizes.dv, sizes.dv, packed + 16 * j, 16 * kDecodeBlock,

@@ -12,22 +12,22 @@
 
 namespace jit_kernel {
 
-// P rounded to bf16 has 2^-9: a polynomial of degree 4 is exact beside it.
+// P rounded to bf16 has 2^-9, to fp16 2^-12: a polynomial of degree 4 (2^-18) is exact beside it.
 template <class Math>
-constexpr int kExpDegree = std::is_same<Math, bf16>::value ? 4 : 6;
+constexpr int kExpDegree = std::is_same<Math, float>::value ? 6 : 4;
 
 // The error of a sum of floats grows with the root of its length, and large float32 scores leave
 // none to spare: they are summed in pieces. Beside bf16's own rounding it does not show.
 template <class Math>
 constexpr int64_t kScorePieceOf = std::is_same<Math, float>::value ? 32 : 1 << 30;
 
-template <class Element>
+template <class Element, class Math = MathOf<Element>>
 struct Prefill {
-  using Math = MathOf<Element>;
   static constexpr int64_t kScorePiece = kScorePieceOf<Math>;
 
 #ifdef JIT_KERNEL_AMX
-  static constexpr int kBuffers = 3;  // tiles at once: see Pipeline
+  static constexpr bool kTiles = sizeof(Math) == 2;  // fp16 only where amx_fp16_allowed()
+  static constexpr int kBuffers = 3;                 // tiles at once: see Pipeline
 #else
   static constexpr int kBuffers = 1;
 #endif
@@ -202,11 +202,11 @@ struct Prefill {
 
   void multiply(const GemmArgs<Math>& g, int64_t rows, int64_t panels) {
 #ifdef JIT_KERNEL_AMX
-    if constexpr (std::is_same<Math, bf16>::value) {
+    if constexpr (kTiles) {
       if (amx.active()) return gemm_amx(g, rows, panels);
     }
 #endif
-    gemm(g, rows, panels);
+    if constexpr (!std::is_same<Math, fp16>::value) gemm(g, rows, panels);
   }
 
   void whole_tile(const ScoreScale& scale, Tile& t) {
@@ -223,7 +223,7 @@ struct Prefill {
     int64_t value_panels = before ? sizes.dv / simd::kLanes : 0;
     int64_t score_panels = after ? after->columns / simd::kLanes : 0;
     int64_t value_steps = (value_panels + 1) / 2, steps = value_steps + (score_panels + 1) / 2;
-    GemmArgs<bf16> pv{}, qk{};
+    GemmArgs<Math> pv{}, qk{};
     if (before) scale_sums(*before), pv = value_args(*before);
     if (after) qk = score_args(*after);
     for (int64_t i = 0, done = 0; i < now.rows; ++i) {
@@ -278,7 +278,7 @@ struct Prefill {
   // All rows against the packed block of keys first .. first + count - 1, tile after tile.
   void packed_tiles(const ScoreScale& scale, int64_t rows, int64_t first, int64_t count) {
 #ifdef JIT_KERNEL_AMX
-    if constexpr (std::is_same<Math, bf16>::value) {
+    if constexpr (kTiles) {
       if (amx.active() && mix == 1.0f) {
         Pipeline pipeline(*this, scale);
         for (int64_t i = 0; i < rows; i += kTileRows) {

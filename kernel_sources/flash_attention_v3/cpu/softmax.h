@@ -46,6 +46,12 @@ inline void store_probabilities(float* p, simd::Vec a, simd::Vec b) {
   simd::store(p, a);
   simd::store(p + simd::kLanes, b);
 }
+#ifdef JIT_KERNEL_AVX512
+inline void store_probabilities(fp16* p, simd::Vec a, simd::Vec b) {
+  simd::store_as(p, a);
+  simd::store_as(p + simd::kLanes, b);
+}
+#endif
 #ifdef JIT_KERNEL_BF16_DOT
 inline void store_probabilities(bf16* p, simd::Vec a, simd::Vec b) {
   _mm512_storeu_si512(p, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a)));
@@ -59,7 +65,8 @@ struct RowState {
 
 // (x - maximum) * to_log2. For floats the difference comes first: a product with a large maximum
 // would lose its last bits. Beside P in bf16 the shorter product and sum are exact.
-inline simd::Vec exponent(float, simd::Vec x, simd::Vec maximum, simd::Vec to_log2) {
+template <class Math>
+inline simd::Vec exponent(Math, simd::Vec x, simd::Vec maximum, simd::Vec to_log2) {
   return (x - maximum) * to_log2;
 }
 inline simd::Vec exponent(bf16, simd::Vec x, simd::Vec maximum, simd::Vec to_log2) {

@@ -27,7 +27,7 @@ inline int64_t round_up(int64_t x, int64_t multiple) {
 
 // Elements of a dot product that one step of one lane takes.
 template <class Math>
-constexpr int kStep = std::is_same<Math, bf16>::value ? 2 : 1;
+constexpr int kStep = sizeof(Math) == 2 ? 2 : 1;
 
 // Keys are taken in multiples of this: an AMX tile's depth, and pairs of vectors everywhere.
 constexpr int64_t kDepth = 32;
@@ -35,7 +35,7 @@ constexpr int64_t kDepth = 32;
 // The depth of q·k is padded with zeros to this: an AMX tile's depth, or a vector.
 template <class Math>
 inline int64_t padded_depth(int64_t d) {
-  return round_up(d, std::is_same<Math, bf16>::value ? kDepth : simd::kLanes);
+  return round_up(d, sizeof(Math) == 2 ? kDepth : simd::kLanes);
 }
 
 // What one dot product of a query and a key spans: q·k, then qv·v. Elements, padded.
