@@ -46,9 +46,7 @@ class Part:
 
     def __str__(self) -> str:
         head = f"{self.name}: {self.version or ('found' if self.usable else 'missing')}"
-        tail = (
-            "" if self.usable else f" ({self.reason}{'; ' if self.install else ''}{self.install})"
-        )
+        tail = "" if self.usable else f" ({self.reason}{'; ' if self.install else ''}{self.install})"
         return head + tail
 
 
@@ -188,9 +186,7 @@ def _mate() -> Part:
             INSTALL_MATE,
         )
     if version is None:
-        return Part(
-            name, False, None, "mate.mha_interface is present, its version is not", INSTALL_MATE
-        )
+        return Part(name, False, None, "mate.mha_interface is present, its version is not", INSTALL_MATE)
     if release(version)[:3] not in MATE_VERSIONS:
         known = ", ".join(".".join(map(str, numbers)) for numbers in MATE_VERSIONS)
         return Part(name, False, version, f"its call contract is known for {known} only")
@@ -252,14 +248,10 @@ def toolkit_root() -> Path | None:
 def _toolkit() -> Part:
     name, root = "MUSA toolkit", toolkit_root()
     if root is None:
-        return Part(
-            name, False, None, "not found (MUSA_HOME, MUSA_PATH, /usr/local/musa)", INSTALL_TOOLKIT
-        )
+        return Part(name, False, None, "not found (MUSA_HOME, MUSA_PATH, /usr/local/musa)", INSTALL_TOOLKIT)
     version = None
     try:
-        found = re.search(
-            r"\d+\.\d+\.\d+", json.dumps(json.loads((root / "version.json").read_text()))
-        )
+        found = re.search(r"\d+\.\d+\.\d+", json.dumps(json.loads((root / "version.json").read_text())))
         version = found.group() if found else None
     except (OSError, ValueError):
         pass  # older toolkits carry no version.json: the folder alone is what can be told
@@ -274,9 +266,7 @@ def _mcc() -> Part:
     for candidate in (*candidates, shutil.which("mcc")):
         if candidate and os.access(candidate, os.X_OK):
             return Part("mcc", True, candidate)
-    return Part(
-        "mcc", False, None, "not found (MATE_MCC, the toolkit's bin, PATH)", INSTALL_TOOLKIT
-    )
+    return Part("mcc", False, None, "not found (MATE_MCC, the toolkit's bin, PATH)", INSTALL_TOOLKIT)
 
 
 def capability(index: int | None = None) -> tuple[int, int] | None:

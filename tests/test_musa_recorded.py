@@ -80,12 +80,41 @@ def test_what_mate_refuses_or_misreads_is_refused_or_mended(outcomes: list[str])
                 "only_qv=False": arguments.get("only_qv") is False,
                 "int cache_seqlens": isinstance(arguments.get("cache_seqlens"), int),
                 "maximum": arguments.get("max_seqlen_q") is None,
+                # recorded_calls puts metadata of our own making in the place of a buffer that is too short
+                "metadata": arguments.get("scheduler_metadata") is not None,
             }
             assert any(reasons.values()), record
             mended.update(name for name, holds in reasons.items() if holds)
     assert mended["sinks"]
     assert mended["window"]
     assert mended["out"]
+    assert mended["int cache_seqlens"]
+
+
+def _dtype(arguments: dict[str, Any], name: str) -> str | None:
+    tensor = arguments.get(name)
+    return None if tensor is None else tensor["dtype"]
+
+
+def test_what_mate_serves_and_honours_we_serve(outcomes: list[str]) -> None:
+    """Refusals of calls that MATE answered have a reason that we name, and nothing else is refused."""
+    for record, outcome in zip(CALLS, outcomes, strict=True):
+        if "raises" in record or outcome == "served":
+            continue
+        a, d = record["kwargs"], record["kwargs"]["q"]["tensor"][-1]
+        mla_extras = ("softcap", "window_size", "attention_chunk", "sinks", "k", "cache_leftpad", "cache_batch_idx")
+        reasons = {
+            "rounded down": d > 512,
+            "descale ignored": "k_descale" in a,
+            "splits beyond the combine": a.get("num_splits", 0) > 128,
+            "sinks in another dtype than q's": a.get("sinks") is not None,
+            "strided last dimension": any(isinstance(x, dict) and x.get("contiguous") is False for x in a.values()),
+            "ignored by MLA": a.get("qv") is not None and any(a.get(name) for name in mla_extras),
+            "int64 that MATE's prebuilt path does not look at": _dtype(a, "cu_seqlens_q") == "int64",
+            "out of another dtype than q's": _dtype(a, "out") not in (None, a["q"]["dtype"]),
+            "MLA without pages of 64": a.get("qv") is not None and a["k_cache"]["tensor"][1] != 64,
+        }
+        assert any(reasons.values()), (outcome, record)
 
 
 def test_outcomes_are_the_same_without_asserts(outcomes: list[str]) -> None:
