@@ -6,7 +6,8 @@ differently strided partials.
 
 import triton
 import triton.language as tl
-from flash_attention_v3.portable.forward import LN_2, LOG2_E, load_sink
+from flash_attention_v3.portable.epilogue import add_sink, normalized
+from flash_attention_v3.portable.mainloop import LOG2_E
 from flash_attention_v3.portable.sequence import (
     HAS_CU_SEQLENS_Q,
     HAS_LSE,
@@ -130,14 +131,8 @@ def combine(
         total_max = new_max
 
     if (flags & HAS_SINKS) != 0:
-        sink = load_sink(sinks, heads, flags)
-        with_sink = tl.maximum(total_max, sink)
-        shift = tl.where(with_sink == float("-inf"), 0.0, with_sink)
-        total = total * tl.exp2(total_max - shift) + tl.exp2(sink - shift)
-        acc = acc * tl.exp2(total_max - shift)[:, None]
-        total_max = with_sink
-    acc = acc * tl.where(total > 0.0, 1.0 / total, 0.0)[:, None]
-    row_lse = tl.where(total > 0.0, (total_max + tl.log2(total)) * LN_2, float("-inf"))
+        acc, total, total_max = add_sink(acc, total, total_max, sinks, heads, flags)
+    acc, row_lse = normalized(acc, total, total_max)
 
     out_base = out + batch * (out_stride_batch * STRIDE_UNIT)
     rows = tokens * (out_stride_token * STRIDE_UNIT) + heads * (out_stride_head * STRIDE_UNIT)

@@ -1,0 +1,148 @@
+"""The loop over key tiles: loads, scores, online softmax and the sum over values."""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def load_pages(table_row, first, seqlen_k, leftpad, page_size, BLOCK_N: tl.constexpr, INTERPRETED: tl.constexpr):
+    """(BLOCK_N,) page numbers of the keys from `first` on, and their places inside these pages."""
+    # Table entries past a sequence's length are never read: those lanes take the last key's.
+    keys = tl.maximum(tl.minimum(first + tl.arange(0, BLOCK_N), seqlen_k - 1), 0)
+    positions = leftpad + keys
+    entries = table_row + positions // page_size
+    if INTERPRETED:
+        pages = tl.load(entries)
+    else:
+        # Not tl.load: the software pipeline would spend its stages on the table, not on the keys.
+        pages = tl.inline_asm_elementwise(
+            "ld.global.nc.b32 $0, [$1];", "=r,l", [entries.to(tl.int64)], tl.int32, True, 1
+        )
+    return pages, positions % page_size
+
+
+@triton.jit
+def load_keys(
+    base,
+    pages,
+    slots,
+    first,
+    seqlen_k,
+    stride_batch,
+    stride_token,
+    SIZE: tl.constexpr,
+    SIZE_PADDED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PAGED: tl.constexpr,
+    NARROW: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """(BLOCK_N, SIZE_PADDED) keys or values from key `first` on; zero past the sequence and SIZE."""
+    offsets = tl.arange(0, BLOCK_N)
+    columns = tl.arange(0, SIZE_PADDED)
+    if PAGED:
+        rows = pages.to(tl.int64) * stride_batch + slots * stride_token
+        pointers = base + rows[:, None] + columns[None, :]
+    else:
+        tile = base + first.to(tl.int64) * stride_token
+        if NARROW:
+            stride_token = stride_token.to(tl.int32)
+        pointers = tile + (offsets * stride_token)[:, None] + columns[None, :]
+    if MASKED:
+        mask = (first + offsets < seqlen_k)[:, None]
+        if SIZE != SIZE_PADDED:
+            mask = mask & (columns < SIZE)[None, :]
+        return tl.load(pointers, mask=mask, other=0.0)
+    if SIZE != SIZE_PADDED:
+        return tl.load(pointers, mask=(columns < SIZE)[None, :], other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def attend(
+    acc,
+    row_sum,
+    row_max,
+    q_tile,
+    k,
+    v,
+    table_row,
+    tile_begin,
+    tile_end,
+    first_key,
+    end_key,
+    seqlen_k,
+    leftpad,
+    page_size,
+    k_stride_batch,
+    k_stride_token,
+    v_stride_batch,
+    v_stride_token,
+    softmax_scale,
+    softcap,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr,
+    HEAD_DIM_V_PADDED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PAGED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    NARROW: tl.constexpr,
+    MASKED: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Online softmax over the key tiles tile_begin <= tile < tile_end; maxima in log2 units.
+
+    The maximum is taken before scaling, one multiplication less per score: the scale is positive.
+    """
+    if SOFTCAP:
+        # A finite factor: 0 times infinity would be NaN.
+        to_exponent = tl.minimum(2.0 * LOG2_E * softmax_scale / softcap, 1e30)
+    pages, slots = tile_begin, tile_begin  # without pages nothing reads them
+    if PAGED:
+        pages, slots = load_pages(table_row, tile_begin * BLOCK_N, seqlen_k, leftpad, page_size, BLOCK_N, INTERPRETED)
+    for tile in range(tile_begin, tile_end):
+        first = tile * BLOCK_N
+        k_tile = load_keys(
+            k, pages, slots, first, seqlen_k, k_stride_batch, k_stride_token,
+            HEAD_DIM, HEAD_DIM_PADDED, BLOCK_N, PAGED, NARROW, MASKED,
+        )  # fmt: skip
+        v_tile = load_keys(
+            v, pages, slots, first, seqlen_k, v_stride_batch, v_stride_token,
+            HEAD_DIM_V, HEAD_DIM_V_PADDED, BLOCK_N, PAGED, NARROW, MASKED,
+        )  # fmt: skip
+        if PAGED:
+            # A tile ahead: decoding over pages of 64 takes 4240 GB/s so, 3690 with the lookup in front.
+            pages, slots = load_pages(table_row, first + BLOCK_N, seqlen_k, leftpad, page_size, BLOCK_N, INTERPRETED)
+        if INTERPRETED:
+            k_tile = k_tile.to(tl.float32)
+        scores = tl.dot(q_tile, tl.trans(k_tile))
+        if SOFTCAP:
+            # tanh(x) = 1 - 2 / (exp(2x) + 1): exact to 1e-7 at both ends, unlike tanh.approx.
+            exponent = tl.exp2(scores * to_exponent)
+            scores = softcap * (1.0 - 2.0 / (exponent + 1.0))
+            scale = LOG2_E
+        else:
+            scale = softmax_scale * LOG2_E
+        if MASKED:
+            keys = first + tl.arange(0, BLOCK_N)
+            visible = (keys[None, :] >= first_key[:, None]) & (keys[None, :] < end_key[:, None])
+            scores = tl.where(visible, scores, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, 1) * scale)
+        shift = new_max
+        if MASKED:
+            shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+        weights = tl.exp2(scores * scale - shift[:, None])
+        rescale = tl.exp2(row_max - shift)
+        row_sum = row_sum * rescale + tl.sum(weights, 1)
+        acc = acc * rescale[:, None]
+        weights = weights.to(v_tile.dtype)
+        if INTERPRETED:
+            weights = weights.to(tl.float32)
+            v_tile = v_tile.to(tl.float32)
+        acc = tl.dot(weights, v_tile, acc)
+        row_max = new_max
+    return acc, row_sum, row_max
