@@ -101,11 +101,16 @@ def obtain(spec: KernelSpec, target: Target, unusable: Path | None = None) -> En
         if not store.writable():
             return _build_outside(spec, target, key, inputs, found.reason, store)
         lock_name = hashlib.sha256(f"{spec.kernel}/{target}/{key}".encode()).hexdigest()[:32]
-        with store.lock(lock_name, partial(_tell_waiting, spec)):
-            again = found if unusable else find()
-            if isinstance(again, Miss):
-                return _build(spec, target, key, inputs, again, store, lock_name)
-            found = again
+        try:
+            with store.lock(lock_name, partial(_tell_waiting, spec)):
+                again = found if unusable else find()
+                if isinstance(again, Miss):
+                    return _build(spec, target, key, inputs, again, store, lock_name)
+                found = again
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise _disk_full(spec, store.root) from error
+            raise
     seconds = time.perf_counter() - started
     recorded.append(Event(spec, target, "loaded", seconds))
     progress.say(f"loaded {spec} from {found.folder} in {seconds * 1e3:.1f} ms", "debug")
@@ -137,10 +142,6 @@ def _build(
         return Entry(folder, entry.manifest)
     except compiler.CompileError as error:
         raise _explained(spec, target, error, private, store, name) from error
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _disk_full(spec, store.root) from error
-        raise
     finally:
         shutil.rmtree(private, ignore_errors=True)
 

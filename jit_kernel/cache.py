@@ -273,7 +273,8 @@ class Store:
             "since": time.time(),
             "last_seconds": last_seconds,
         }
-        _write_whole(note, json.dumps(record))
+        with contextlib.suppress(OSError):  # a full disk: those who wait are told less
+            _write_whole(note, json.dumps(record))
 
     # -- compilers seen ------------------------------------------------------------------------------
 
@@ -287,15 +288,15 @@ class Store:
         return identity if isinstance(identity, str) else None
 
     def remember_compiler(self, fingerprint: str, identity: str) -> None:
-        """Keep a compiler's identity; a store that cannot be written is left as it is."""
-        if not self.writable():
-            return
+        """Keep a compiler's identity; where the store cannot be written it is asked for again next time."""
         try:
             seen = json.loads((self.root / _COMPILERS).read_bytes())
         except (OSError, ValueError):
             seen = {}
         kept = dict(list(seen.items())[-31:]) if isinstance(seen, dict) else {}
-        _write_whole(self.root / _COMPILERS, json.dumps({**kept, fingerprint: identity}, indent=1))
+        with contextlib.suppress(OSError):
+            if self.writable():
+                _write_whole(self.root / _COMPILERS, json.dumps({**kept, fingerprint: identity}, indent=1))
 
 
 def process_lives(pid: int) -> bool:

@@ -141,6 +141,6 @@ def on_small_disk(folder: str, kilobytes: int, work: Any, then: str) -> Any:
         first = ("", "")
     except Exception as error:
         first = (type(error).__name__, str(error))
-    left = sorted(path.name for path in Path(folder, ".tmp").iterdir())
+    left = sorted(str(path) for path in Path(folder).glob(".tmp/*"))
     libc.mount(b"tmpfs", folder.encode(), b"tmpfs", 0x20, then.encode())  # MS_REMOUNT
     return first, left, work()

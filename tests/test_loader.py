@@ -224,9 +224,10 @@ def _listing(store: Path) -> list[tuple[str, int, int]]:
     return [(str(path), path.stat().st_mtime_ns, path.stat().st_mode) for path in paths]
 
 
-def test_a_full_disk_is_a_clear_error_and_heals(tmp_path, store, environment):
+@pytest.mark.parametrize("kilobytes", [4, 24, 40])
+def test_a_full_disk_is_a_clear_error_and_heals(tmp_path, store, environment, kilobytes):
     store.mkdir(mode=0o700)
-    work = partial(loader_work.on_small_disk, str(store), 40, SMALL, "size=64m")
+    work = partial(loader_work.on_small_disk, str(store), kilobytes, SMALL, "size=64m")
     outcome = children.run(work, environment=environment, scratch=tmp_path)
     assert outcome.error == "", outcome
     if isinstance(outcome.result, str):
