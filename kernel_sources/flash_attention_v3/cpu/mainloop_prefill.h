@@ -38,8 +38,8 @@ struct Prefill {
   float *scores, *sums, *spare_row;
   Element* turned;
   const Element **key_rows_, **value_rows;
-  RowState* states;
-  int64_t *begins, *ends;  // each row's visible keys
+  float *maxima, *row_sums;  // each row's RowState
+  int64_t *begins, *ends;    // each row's visible keys
 #ifdef JIT_KERNEL_AMX
   AmxTiles amx;
 #endif
@@ -51,7 +51,7 @@ struct Prefill {
   template <class F>
   void each_array(int64_t rows, F&& f) {
     int64_t padded = round_up(rows, kDepth) + kTileRows, block = tiles.block;
-    f(q, padded * sizes.depth), f(sums, padded * sizes.dv), f(states, padded);
+    f(q, padded * sizes.depth), f(sums, padded * sizes.dv), f(maxima, padded), f(row_sums, padded);
     f(begins, padded), f(ends, padded);
     f(keys, block * sizes.depth), f(values, block * sizes.dv);
     f(scores, kBuffers * kTileRows * score_stride()), f(p, kBuffers * kTileRows * block);
@@ -82,7 +82,7 @@ struct Prefill {
       Interval seen = visible_keys(params, r / params.group, s.sq, s.sk);
       begins[i] = std::min(std::max(seen.begin, item.key_begin), item.key_end);
       ends[i] = std::max(begins[i], std::min(seen.end, item.key_end));
-      states[i] = RowState();
+      maxima[i] = -kInfinity, row_sums[i] = 0.0f;
     }
     // Rows that only fill up a tile: zeros, so that no NaN slows them down.
     std::memset(static_cast<void*>(q + rows * sizes.depth), 0,
@@ -166,16 +166,42 @@ struct Prefill {
             t.columns};
   }
 
-  // Scores to probabilities of row i of a tile; leaves the factor of what was summed before.
-  void soften_row(const ScoreScale& scale, Tile& t, int64_t i) {
+  // Scores to probabilities of up to kLanes rows of a tile from row i on, and the factors of what
+  // was summed before. Maxima and sums of the rows are made side by side: row by row, the latency
+  // of each is longer than a row's work. between() is called before each row's exponentials.
+  template <class F>
+  void soften_rows(const ScoreScale& scale, Tile& t, int64_t i, F&& between) {
+    using simd::Vec;
+    constexpr int64_t kLanes = simd::kLanes;
+    int64_t count = std::min(kLanes, t.rows - i), row = t.row + i, start = t.first + t.from;
     float* s = t.scores + i * score_stride();
-    if (scale.transform) transform_scores(scale, s, t.columns);
-    int64_t start = t.first + t.from, row = t.row + i;
-    int64_t begin = std::min(t.columns, std::max<int64_t>(0, begins[row] - start));
-    int64_t end = std::max(begin, std::min(t.columns, ends[row] - start));
-    mask_scores(s, begin, end, t.columns);
-    Math* to = t.p + i * (std::is_same<Math, float>::value ? score_stride() : tiles.block);
-    t.factors[i] = softmax_row<kExpDegree<Math>>(s, to, t.columns, scale.to_log2(), states[row]);
+    Vec lanes[kLanes];
+    for (int64_t j = 0; j < kLanes; ++j) lanes[j] = simd::zero();
+    for (int64_t j = 0; j < count; ++j) {
+      float* one = s + j * score_stride();
+      if (scale.transform) transform_scores(scale, one, t.columns);
+      int64_t begin = std::min(t.columns, std::max<int64_t>(0, begins[row + j] - start));
+      int64_t end = std::max(begin, std::min(t.columns, ends[row + j] - start));
+      mask_scores(one, begin, end, t.columns);
+      lanes[j] = largest_lanes(one, t.columns);
+    }
+    Vec old = simd::load(maxima + row), top = simd::max(old, simd::reduce_max_each(lanes));
+    // Rows that have seen nothing yet: any finite number keeps -inf - -inf from being NaN.
+    Vec shift = simd::where_less(simd::set1(-kInfinity), top, top, simd::zero());
+    Vec factor = simd::exp2<6>((old - shift) * simd::set1(scale.to_log2()));
+    alignas(64) float shifts[kLanes];
+    simd::store(shifts, shift);
+    simd::store(t.factors + i, factor);
+    simd::store(maxima + row, top);
+    constexpr bool kInPlace = std::is_same<Math, float>::value;
+    for (int64_t j = 0; j < count; ++j) {
+      between(i + j);
+      Math* to = t.p + (i + j) * (kInPlace ? score_stride() : tiles.block);
+      lanes[j] = soften<kExpDegree<Math>>(s + j * score_stride(), to, t.columns, scale.to_log2(),
+                                          shifts[j]);
+    }
+    Vec sum = simd::load(row_sums + row) * factor + simd::reduce_each(lanes);
+    simd::store(row_sums + row, sum);
   }
 
   void scale_sums(const Tile& t) {
@@ -211,7 +237,9 @@ struct Prefill {
 
   void whole_tile(const ScoreScale& scale, Tile& t) {
     score(t);
-    for (int64_t i = 0; i < t.rows; ++i) soften_row(scale, t, i);
+    for (int64_t i = 0; i < t.rows; i += simd::kLanes) {
+      soften_rows(scale, t, i, [](int64_t) {});
+    }
     add_values(t);
   }
 
@@ -226,16 +254,17 @@ struct Prefill {
     GemmArgs<Math> pv{}, qk{};
     if (before) scale_sums(*before), pv = value_args(*before);
     if (after) qk = score_args(*after);
-    for (int64_t i = 0, done = 0; i < now.rows; ++i) {
-      for (int64_t due = steps * (i + 1) / now.rows; done < due; ++done) {
+    int64_t done = 0;
+    auto deal = [&](int64_t row) {
+      for (int64_t due = steps * (row + 1) / now.rows; done < due; ++done) {
         if (done < value_steps) {
           gemm_amx_panels(pv, before->rows, value_panels, 2 * done);
         } else {
           gemm_amx_panels(qk, after->rows, score_panels, 2 * (done - value_steps));
         }
       }
-      soften_row(scale, now, i);
-    }
+    };
+    for (int64_t i = 0; i < now.rows; i += simd::kLanes) soften_rows(scale, now, i, deal);
   }
 
   // Tiles in a row, each overlapped with its neighbours.
@@ -313,13 +342,13 @@ struct Prefill {
     }
     for (int64_t i = 0; i < rows; ++i) {
       const float* sum = sums + i * sizes.dv;
+      RowState state{maxima[i], row_sums[i]};
       if (item.part < 0) {
-        write_row(params, s, item.batch, item.head_begin, item.row_begin + i, scale, sum,
-                  states[i]);
+        write_row(params, s, item.batch, item.head_begin, item.row_begin + i, scale, sum, state);
       } else {
         std::memcpy(parts.sums + (item.part + i) * sizes.dv, sum,
                     static_cast<size_t>(sizes.dv) * sizeof(float));
-        parts.states[item.part + i] = states[i];
+        parts.states[item.part + i] = state;
       }
     }
   }

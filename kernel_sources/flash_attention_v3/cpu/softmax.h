@@ -73,31 +73,40 @@ inline simd::Vec exponent(bf16, simd::Vec x, simd::Vec maximum, simd::Vec to_log
   return simd::fma(x, to_log2, simd::zero() - maximum * to_log2);
 }
 
-// n scores (a multiple of kDepth; masked ones are -inf) to probabilities p, which may be s itself.
-// Returns the factor for what was summed before.
-template <int kDegree, class Math>
-inline float softmax_row(const float* s, Math* p, int64_t n, float to_log2, RowState& state) {
-  using simd::Vec;
-  constexpr int64_t kPair = 2 * simd::kLanes;
-  Vec m0 = simd::load(s), m1 = simd::load(s + simd::kLanes);
-  for (int64_t i = kPair; i < n; i += kPair) {
-    m0 = simd::max(m0, simd::load(s + i));
-    m1 = simd::max(m1, simd::load(s + i + simd::kLanes));
+// Lane by lane, the largest of n scores (a multiple of kDepth).
+inline simd::Vec largest_lanes(const float* s, int64_t n) {
+  simd::Vec a = simd::load(s), b = simd::load(s + simd::kLanes);
+  for (int64_t i = 2 * simd::kLanes; i < n; i += 2 * simd::kLanes) {
+    a = simd::max(a, simd::load(s + i));
+    b = simd::max(b, simd::load(s + i + simd::kLanes));
   }
-  float maximum = std::max(state.maximum, simd::reduce_max(simd::max(m0, m1)));
-  // Nothing visible yet: any finite number keeps -inf - maximum from being NaN.
-  float shift = maximum == -kInfinity ? 0.0f : maximum;
-  Vec scale = simd::set1(to_log2), top = simd::set1(shift), sum0 = simd::zero(),
-      sum1 = simd::zero();
-  for (int64_t i = 0; i < n; i += kPair) {
+  return simd::max(a, b);
+}
+
+// n scores (masked ones are -inf) to probabilities p, which may be s itself; returns their sums
+// lane by lane. `shift` is the maximum, or any finite number where nothing is visible.
+template <int kDegree, class Math>
+inline simd::Vec soften(const float* s, Math* p, int64_t n, float to_log2, float shift) {
+  using simd::Vec;
+  Vec scale = simd::set1(to_log2), top = simd::set1(shift), sum_a = simd::zero(), sum_b = sum_a;
+  for (int64_t i = 0; i < n; i += 2 * simd::kLanes) {
     Vec a = simd::exp2<kDegree>(exponent(Math(), simd::load(s + i), top, scale));
     Vec b = simd::exp2<kDegree>(exponent(Math(), simd::load(s + i + simd::kLanes), top, scale));
-    sum0 = sum0 + a;
-    sum1 = sum1 + b;
+    sum_a = sum_a + a;
+    sum_b = sum_b + b;
     store_probabilities(p + i, a, b);
   }
+  return sum_a + sum_b;
+}
+
+// One row's scores to probabilities; returns the factor for what was summed before.
+template <int kDegree, class Math>
+inline float softmax_row(const float* s, Math* p, int64_t n, float to_log2, RowState& state) {
+  float maximum = std::max(state.maximum, simd::reduce_max(largest_lanes(s, n)));
+  float shift = maximum == -kInfinity ? 0.0f : maximum;  // -inf - -inf would be NaN
+  simd::Vec sums = soften<kDegree>(s, p, n, to_log2, shift);
   float factor = maximum == state.maximum ? 1.0f : std::exp2((state.maximum - shift) * to_log2);
-  state.sum = state.sum * factor + simd::reduce_add(sum0 + sum1);
+  state.sum = state.sum * factor + simd::reduce_add(sums);
   state.maximum = maximum;
   return factor;
 }

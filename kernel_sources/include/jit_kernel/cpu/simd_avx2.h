@@ -96,5 +96,12 @@ inline Vec reduce_each(const Vec (&x)[8]) {
   return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
 }
 
+// y[i] = the largest of x[i]'s lanes.
+inline Vec reduce_max_each(const Vec (&x)[8]) {
+  float largest[kLanes];
+  for (int i = 0; i < kLanes; ++i) largest[i] = reduce_max(x[i]);
+  return load(largest);
+}
+
 }  // namespace simd
 }  // namespace jit_kernel

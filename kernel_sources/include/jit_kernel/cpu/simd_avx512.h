@@ -102,29 +102,37 @@ inline __m512bh set1_pair(const bf16* p) {
 inline Vec dot_pairs(Vec sum, __m512bh a, __m512bh b) { return _mm512_dpbf16_ps(sum, a, b); }
 #endif
 
-// y[i] = the sum of x[i]'s lanes. Four rounds halve the number of vectors, 2 shuffles an addition.
-inline Vec reduce_each(const Vec (&x)[16]) {
+// y[i] = what `join` makes of x[i]'s lanes. Four rounds halve the number of vectors, 2 shuffles
+// each.
+template <class Join>
+inline Vec reduce_each(const Vec (&x)[16], Join join) {
   Vec a[8], b[4], c[2];
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {  // lanes of 32 bits: pairs (2i, 2i + 1)
-    a[i] = _mm512_add_ps(_mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]),
-                         _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]));
+    a[i] = join(_mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]),
+                _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]));
   }
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {  // after it each quarter holds four vectors' sums, in order
+  for (int i = 0; i < 4; ++i) {  // after it each quarter holds four vectors' results, in order
     Vec low = _mm512_shuffle_ps(a[2 * i], a[2 * i + 1], _MM_SHUFFLE(1, 0, 1, 0));
     Vec high = _mm512_shuffle_ps(a[2 * i], a[2 * i + 1], _MM_SHUFFLE(3, 2, 3, 2));
-    b[i] = _mm512_add_ps(low, high);
+    b[i] = join(low, high);
   }
 #pragma GCC unroll 2
   for (int i = 0; i < 2; ++i) {
     Vec low = _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], _MM_SHUFFLE(2, 0, 2, 0));
     Vec high = _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], _MM_SHUFFLE(3, 1, 3, 1));
-    c[i] = _mm512_add_ps(low, high);
+    c[i] = join(low, high);
   }
   Vec low = _mm512_shuffle_f32x4(c[0], c[1], _MM_SHUFFLE(2, 0, 2, 0));
   Vec high = _mm512_shuffle_f32x4(c[0], c[1], _MM_SHUFFLE(3, 1, 3, 1));
-  return _mm512_add_ps(low, high);
+  return join(low, high);
+}
+inline Vec reduce_each(const Vec (&x)[16]) {
+  return reduce_each(x, [](Vec a, Vec b) { return _mm512_add_ps(a, b); });
+}
+inline Vec reduce_max_each(const Vec (&x)[16]) {
+  return reduce_each(x, [](Vec a, Vec b) { return _mm512_max_ps(a, b); });
 }
 
 }  // namespace simd

@@ -68,5 +68,12 @@ inline Vec reduce_each(const Vec (&x)[4]) {
   return Vec{reduce_add(x[0]), reduce_add(x[1]), reduce_add(x[2]), reduce_add(x[3])};
 }
 
+// y[i] = the largest of x[i]'s lanes.
+inline Vec reduce_max_each(const Vec (&x)[4]) {
+  float largest[kLanes];
+  for (int i = 0; i < kLanes; ++i) largest[i] = reduce_max(x[i]);
+  return load(largest);
+}
+
 }  // namespace simd
 }  // namespace jit_kernel
