@@ -19,11 +19,11 @@ constexpr int kExpDegree = std::is_same<Math, float>::value ? 6 : 4;
 // The error of a sum of floats grows with the root of its length, and large float32 scores leave
 // none to spare: they are summed in pieces. Beside bf16's own rounding it does not show.
 template <class Math>
-constexpr int64_t kScorePieceOf = std::is_same<Math, float>::value ? 32 : 1 << 30;
+constexpr int64_t kScorePieceOf = std::is_same<Math, float>::value ? 64 : 1 << 30;
 
 template <class Element, class Math = MathOf<Element>>
 struct Prefill {
-  static constexpr int64_t kScorePiece = kScorePieceOf<Math>;
+  static constexpr int64_t kScorePiece = kScorePieceOf<Math>, kTileRows = kTileRowsOf<Math>;
 
 #ifdef JIT_KERNEL_AMX
   static constexpr bool kTiles = sizeof(Math) == 2;  // fp16 only where amx_fp16_allowed()

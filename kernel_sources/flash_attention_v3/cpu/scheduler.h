@@ -117,7 +117,7 @@ inline void make_plan(const Params& p, int64_t most_rows, Plan& plan) {
     if (is_decode(s.sq * p.group)) pieces += 1 + s.sk / kDecodeChunk;
   }
   Cut cut;
-  cut.rows = std::min(most_rows, std::max(2 * kTileRows, rows / wanted / kTileRows * kTileRows));
+  cut.rows = std::min(most_rows, std::max(kRowStep, rows / wanted / kRowStep * kRowStep));
   cut.heads = std::min(p.heads_k, std::max<int64_t>(1, p.heads_k * pieces / wanted));
   for (int64_t b = 0; b < p.batch; ++b) plan_sequence(p, b, cut, plan);
   auto longer = [](const Item& a, const Item& b) { return a.cost > b.cost; };

@@ -68,10 +68,13 @@ constexpr int64_t kDecodeChunk = 1024;
 
 // Rows of scores held at once: two AMX tiles, else 8 times the 6 rows of a register tile.
 #ifdef JIT_KERNEL_AMX
-constexpr int64_t kTileRows = 32;
+template <class Math>
+constexpr int64_t kTileRowsOf = sizeof(Math) == 2 ? 32 : 48;
 #else
-constexpr int64_t kTileRows = 48;
+template <class Math>
+constexpr int64_t kTileRowsOf = 48;
 #endif
+constexpr int64_t kRowStep = 96;  // rows of items are multiples of this: whole tiles of either kind
 
 struct PrefillTiles {
   int64_t block;  // keys packed at once
@@ -92,7 +95,7 @@ inline PrefillTiles prefill_tiles(const HeadSizes& h) {
 #endif
   int64_t row_bytes = h.depth * int64_t{sizeof(Math)} + h.dv * int64_t{sizeof(float)};
   t.rows = std::min(kMostRows, kBytes / row_bytes);
-  t.rows = std::max(kTileRows, t.rows / kTileRows * kTileRows);
+  t.rows = std::max(kRowStep, t.rows / kRowStep * kRowStep);
   return t;
 }
 
