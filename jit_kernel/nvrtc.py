@@ -50,18 +50,14 @@ def compile_cubin(
     program = ctypes.c_void_p()
     _check(
         library,
-        library.nvrtcCreateProgram(
-            ctypes.byref(program), source.encode(), name.encode(), 0, None, None
-        ),
+        library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), name.encode(), 0, None, None),
     )
     try:
         array = (ctypes.c_char_p * len(options))(*[option.encode() for option in options])
         status = library.nvrtcCompileProgram(program, len(options), array)
         log = _fetch(library, "ProgramLog", program).rstrip(b"\0").decode(errors="replace").strip()
         if status != 0:
-            raise NvrtcError(
-                f"{name} does not compile for {architecture}: {_words(library, status)}", log
-            )
+            raise NvrtcError(f"{name} does not compile for {architecture}: {_words(library, status)}", log)
         return _fetch(library, "CUBIN", program), log
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
@@ -101,11 +97,7 @@ def _cuda_include_dirs() -> list[Path]:
     ]
     toolkit_folders = [library.parent.parent / "targets" / "x86_64-linux" / "include"]
     marks = ("cuda_bf16.h", "crt/host_defines.h")
-    return [
-        folder
-        for folder in wheel_folders + toolkit_folders
-        if any((folder / mark).exists() for mark in marks)
-    ]
+    return [folder for folder in wheel_folders + toolkit_folders if any((folder / mark).exists() for mark in marks)]
 
 
 def _libraries() -> Iterator[Path]:
