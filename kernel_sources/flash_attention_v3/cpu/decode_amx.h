@@ -16,9 +16,43 @@ namespace jit_kernel {
 
 static_assert(kDecodeBlock == kDepth, "a block of keys is one tile deep");
 
+// Tiles 3 and 7 take scores; the intrinsics want literal numbers.
+template <int kTile>
+inline void amx_zero() {
+  static_assert(kTile == 3 || kTile == 7, "a tile of scores");
+  if (kTile == 3) {
+    _tile_zero(3);
+  } else {
+    _tile_zero(7);
+  }
+}
+
+template <int kTile>
+inline void amx_store(float* to) {
+  if (kTile == 3) {
+    _tile_stored(3, to, 64);
+  } else {
+    _tile_stored(7, to, 64);
+  }
+}
+
+template <int kTile>
+inline void amx_scale(float factor) {
+  alignas(64) float tile[256];
+  amx_store<kTile>(tile);
+  for (float& x : tile) x *= factor;
+  asm volatile("" ::: "memory");
+  if (kTile == 3) {
+    _tile_loadd(3, tile, 64);
+  } else {
+    _tile_loadd(7, tile, 64);
+  }
+}
+
 // Adds to a tile of scores (16 keys by 16 query rows) products over n elements: keys[j] + offset
 // against queries packed as one panel. `spare` holds 16 rows of n elements, for keys that are not
 // evenly spaced.
+template <int kTile>
 inline void amx_add_scores(const bf16* const* keys, int64_t offset, const bf16* queries, int64_t n,
                            bf16* spare, Prefetch& prefetch) {
   const bf16* first = keys[0] + offset;
@@ -36,14 +70,15 @@ inline void amx_add_scores(const bf16* const* keys, int64_t offset, const bf16* 
     prefetch.lines(8);
     _tile_loadd(5, first + k, stride * 2);
     _tile_loadd(6, queries + k * 16, 64);
-    _tile_dpbf16ps(7, 5, 6);
+    tile_dot<bf16, kTile, 5, 6>();
   }
 }
 
 // The tile of scores to rows: scores[i * kDecodeBlock + j], key j and query row i.
+template <int kTile>
 inline void amx_store_scores(int64_t rows, float* scores) {
   alignas(64) float by_keys[256], by_rows[256];
-  _tile_stored(7, by_keys, 64);
+  amx_store<kTile>(by_keys);
   const char* lines[16];
   for (int j = 0; j < 16; ++j) lines[j] = reinterpret_cast<const char*>(by_keys + 16 * j);
   transpose_words(lines, 0, reinterpret_cast<char*>(by_rows));
@@ -66,8 +101,8 @@ inline void amx_add_values(const bf16* p, const bf16* values, float* sums, int64
     _tile_loadd(6, values, 64);
     _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(1, sums + c + 16, dv * 4);
-    _tile_loadd(7, values + kPanel, 64);
-    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, values + kPanel, 64);
+    _tile_dpbf16ps(1, 4, 5);
     _tile_stored(0, sums + c, dv * 4);
     _tile_stored(1, sums + c + 16, dv * 4);
   }

@@ -120,7 +120,7 @@ struct Decode {
   float *scores, *sums, *spare_row;
   Element* turned;
   const Math **math_keys, **math_values;
-  RowState* states;
+  float *maxima, *row_sums;  // RowStates: kDecodeRows a head
   Head* head_settings;
   Block* blocks;  // this one and the next
   Prefetch next_keys, next_values;
@@ -139,7 +139,8 @@ struct Decode {
   template <class F>
   void each_array(F&& f) {
     int64_t all = heads * rows;
-    f(q, all * sizes.depth), f(sums, all * sizes.dv), f(states, all), f(head_settings, heads);
+    f(q, all * sizes.depth), f(sums, all * sizes.dv), f(head_settings, heads);
+    f(maxima, heads * kDecodeRows), f(row_sums, heads * kDecodeRows);
     f(scores, kDecodeRows * kDecodeBlock), f(spare_row, sizes.depth), f(turned, sizes.depth);
     f(math_keys, kDecodeBlock), f(math_values, kDecodeBlock), f(blocks, 2);
     f(keys, in_place ? 0 : kDecodeBlock * sizes.qk);
@@ -233,20 +234,35 @@ struct Decode {
 
   // Scores to probabilities; the head's sums are scaled to its new maximum.
   template <class Probability>
-  void soften_block(const Block& block, const ScoreScale& scale, float* sum, RowState* state,
-                    Probability* p) {
+  void soften_block(const Block& block, int64_t head, Probability* p) {
     constexpr int kDegree = std::is_same<Probability, float>::value ? 6 : 4;
-    for (int64_t i = 0; i < rows; ++i) {
-      float* s = scores + i * kDecodeBlock;
-      if (scale.transform) transform_scores(scale, s, block.columns);
-      int64_t begin = std::max<int64_t>(block.from, seen[i].begin - block.first);
-      int64_t end = std::min(block.to, seen[i].end - block.first);
-      begin = std::min(begin, block.columns);
-      mask_scores(s, begin, std::max(begin, end), block.columns);
-      float factor =
-          softmax_row<kDegree>(s, p + i * kDecodeBlock, block.columns, scale.to_log2(), state[i]);
-      if (factor == 1.0f) continue;
-      for (int64_t j = 0; j < sizes.dv; ++j) sum[i * sizes.dv + j] *= factor;
+    float* sum = sums + head * rows * sizes.dv;
+    for (int64_t i = 0; i < rows; i += simd::kLanes) {
+      int64_t count = std::min<int64_t>(simd::kLanes, rows - i), state = head * kDecodeRows + i;
+      alignas(64) float factors[simd::kLanes];
+      SoftenArgs<Probability> a{scores + i * kDecodeBlock,
+                                kDecodeBlock,
+                                p + i * kDecodeBlock,
+                                kDecodeBlock,
+                                block.columns,
+                                maxima + state,
+                                row_sums + state,
+                                factors};
+      auto visible = [&](int64_t j) {
+        return Interval{std::max(block.from, seen[i + j].begin - block.first),
+                        std::min(block.to, seen[i + j].end - block.first)};
+      };
+      soften_rows<kDegree>(a, head_settings[head].scale, count, visible, [](int64_t) {});
+      for (int64_t j = 0; j < count; ++j) {
+        if (factors[j] != 1.0f) scale_row(sum + (i + j) * sizes.dv, factors[j]);
+      }
+    }
+  }
+
+  void scale_row(float* row, float factor) {
+    simd::Vec by = simd::set1(factor);
+    for (int64_t j = 0; j < sizes.dv; j += simd::kLanes) {
+      simd::store(row + j, simd::load(row + j) * by);
     }
   }
 
@@ -281,34 +297,33 @@ struct Decode {
   void attend_rows_in_tiles(const Block& block, const bf16* const* k, int64_t k_offset,
                             const bf16* const* v, int64_t v_offset, int64_t head) {
     const bf16* queries = panels + head * 16 * sizes.depth;
-    float mix = head_settings[head].mix;
-    for (int64_t j = 0; j < block.columns; j += 16) {
-      _tile_zero(7);
-      if (sizes.qk) amx_add_scores(k + j, k_offset, queries, sizes.qk, spare, next_keys);
-      if (mix != 1.0f) {
-        alignas(64) float tile[256];
-        _tile_stored(7, tile, 64);
-        for (float& x : tile) x *= mix;
-        asm volatile("" ::: "memory");
-        _tile_loadd(7, tile, 64);
-      }
-      if (sizes.qv) {
-        amx_add_scores(v + j, v_offset, queries + 16 * sizes.qk, sizes.qv, spare, next_keys);
-      }
-      amx_store_scores(rows, scores + j);
-    }
-    float* sum = sums + head * rows * sizes.dv;
-    soften_block(block, head_settings[head].scale, sum, states + head * rows, p);
+    score_in_tile<7>(k, k_offset, v, v_offset, queries, head);
+    if (block.columns > 16) score_in_tile<3>(k + 16, k_offset, v + 16, v_offset, queries, head);
+    // The values are packed while the tiles still multiply.
     const bf16* value_rows[kDecodeBlock];
     for (int64_t j = 0; j < block.to; ++j) value_rows[j] = v[j] + v_offset;
-    for (int64_t j = 0; j < kDecodeBlock;
-         j += 4) {  // a few at a time, as memory is asked for between
+    for (int64_t j = 0; j < kDecodeBlock; j += 4) {  // memory is asked for between
       next_values.lines(4 * sizes.dv / 32);
       int64_t count = std::min<int64_t>(4, std::max<int64_t>(0, block.to - j));
       pack_values(value_rows + j, count, 4, sizes.dv, sizes.dv, packed + 16 * j, 16 * kDecodeBlock,
                   spare);
     }
-    amx_add_values(p, packed, sum, sizes.dv, next_keys);
+    amx_store_scores<7>(rows, scores);
+    if (block.columns > 16) amx_store_scores<3>(rows, scores + 16);
+    soften_block(block, head, p);
+    amx_add_values(p, packed, sums + head * rows * sizes.dv, sizes.dv, next_keys);
+  }
+
+  // Scores of 16 keys in tile kTile.
+  template <int kTile>
+  void score_in_tile(const bf16* const* k, int64_t k_offset, const bf16* const* v, int64_t v_offset,
+                     const bf16* queries, int64_t head) {
+    amx_zero<kTile>();
+    if (sizes.qk) amx_add_scores<kTile>(k, k_offset, queries, sizes.qk, spare, next_keys);
+    if (head_settings[head].mix != 1.0f) amx_scale<kTile>(head_settings[head].mix);
+    if (sizes.qv) {
+      amx_add_scores<kTile>(v, v_offset, queries + 16 * sizes.qk, sizes.qv, spare, next_keys);
+    }
   }
 #endif
 
@@ -316,7 +331,6 @@ struct Decode {
   void attend(const Params& params, const Item& item, const Block& block, int64_t head) {
     int64_t k_offset = (item.head_begin + head) * params.k.head;
     int64_t v_offset = (item.head_begin + head) * params.v.head;
-    const ScoreScale& scale = head_settings[head].scale;
     float* sum = sums + head * rows * sizes.dv;
 #ifdef JIT_KERNEL_AMX
     if constexpr (std::is_same<Math, bf16>::value) {
@@ -326,13 +340,13 @@ struct Decode {
     if constexpr (kHasLoads) {
       if (in_place) {
         score_block(block.k, k_offset, block.v, v_offset, head, block.columns);
-        soften_block(block, scale, sum, states + head * rows, scores);
+        soften_block(block, head, scores);
         return add_block(block.v, v_offset, block, sum);
       }
     }
     convert_block(params, block, k_offset, v_offset);
     score_block(math_keys, 0, math_values, 0, head, block.columns);
-    soften_block(block, scale, sum, states + head * rows, scores);
+    soften_block(block, head, scores);
     add_block(math_values, 0, block, sum);
   }
 
@@ -406,7 +420,9 @@ struct Decode {
       for (int64_t i = 0; i < rows; ++i) {
         Math* to = q + (h * rows + i) * sizes.depth;
         load_query(params, s, sizes, head_k, item.row_begin + i, to, spare_row, turned);
-        states[h * rows + i] = RowState();
+      }
+      for (int64_t i = 0; i < kDecodeRows; ++i) {
+        maxima[h * kDecodeRows + i] = -kInfinity, row_sums[h * kDecodeRows + i] = 0.0f;
       }
       pack_queries(h);
     }
@@ -445,14 +461,15 @@ struct Decode {
   void write(const Params& params, const Sequence& s, const Item& item, const Partials& parts,
              int64_t i) {
     const float* sum = sums + i * sizes.dv;
-    int64_t h = i / rows;
+    int64_t h = i / rows, at = h * kDecodeRows + i % rows;
+    RowState state{maxima[at], row_sums[at]};
     if (item.part < 0) {
       return write_row(params, s, item.batch, item.head_begin + h, item.row_begin + i % rows,
-                       head_settings[h].scale, sum, states[i]);
+                       head_settings[h].scale, sum, state);
     }
     std::memcpy(parts.sums + (item.part + i) * sizes.dv, sum,
                 static_cast<size_t>(sizes.dv) * sizeof(float));
-    parts.states[item.part + i] = states[i];
+    parts.states[item.part + i] = state;
   }
 };
 

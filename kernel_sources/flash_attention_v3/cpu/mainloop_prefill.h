@@ -166,42 +166,23 @@ struct Prefill {
             t.columns};
   }
 
-  // Scores to probabilities of up to kLanes rows of a tile from row i on, and the factors of what
-  // was summed before. Maxima and sums of the rows are made side by side: row by row, the latency
-  // of each is longer than a row's work. between() is called before each row's exponentials.
+  // Up to kLanes rows of a tile from row i on; between() is called before each row's exponentials.
   template <class F>
-  void soften_rows(const ScoreScale& scale, Tile& t, int64_t i, F&& between) {
-    using simd::Vec;
-    constexpr int64_t kLanes = simd::kLanes;
-    int64_t count = std::min(kLanes, t.rows - i), row = t.row + i, start = t.first + t.from;
-    float* s = t.scores + i * score_stride();
-    Vec lanes[kLanes];
-    for (int64_t j = 0; j < kLanes; ++j) lanes[j] = simd::zero();
-    for (int64_t j = 0; j < count; ++j) {
-      float* one = s + j * score_stride();
-      if (scale.transform) transform_scores(scale, one, t.columns);
-      int64_t begin = std::min(t.columns, std::max<int64_t>(0, begins[row + j] - start));
-      int64_t end = std::max(begin, std::min(t.columns, ends[row + j] - start));
-      mask_scores(one, begin, end, t.columns);
-      lanes[j] = largest_lanes(one, t.columns);
-    }
-    Vec old = simd::load(maxima + row), top = simd::max(old, simd::reduce_max_each(lanes));
-    // Rows that have seen nothing yet: any finite number keeps -inf - -inf from being NaN.
-    Vec shift = simd::where_less(simd::set1(-kInfinity), top, top, simd::zero());
-    Vec factor = simd::exp2<6>((old - shift) * simd::set1(scale.to_log2()));
-    alignas(64) float shifts[kLanes];
-    simd::store(shifts, shift);
-    simd::store(t.factors + i, factor);
-    simd::store(maxima + row, top);
-    constexpr bool kInPlace = std::is_same<Math, float>::value;
-    for (int64_t j = 0; j < count; ++j) {
-      between(i + j);
-      Math* to = t.p + (i + j) * (kInPlace ? score_stride() : tiles.block);
-      lanes[j] = soften<kExpDegree<Math>>(s + j * score_stride(), to, t.columns, scale.to_log2(),
-                                          shifts[j]);
-    }
-    Vec sum = simd::load(row_sums + row) * factor + simd::reduce_each(lanes);
-    simd::store(row_sums + row, sum);
+  void soften_tile(const ScoreScale& scale, Tile& t, int64_t i, F&& between) {
+    int64_t row = t.row + i, start = t.first + t.from;
+    int64_t p_stride = std::is_same<Math, float>::value ? score_stride() : tiles.block;
+    SoftenArgs<Math> a{t.scores + i * score_stride(),
+                       score_stride(),
+                       t.p + i * p_stride,
+                       p_stride,
+                       t.columns,
+                       maxima + row,
+                       row_sums + row,
+                       t.factors + i};
+    soften_rows<kExpDegree<Math>>(
+        a, scale, std::min<int64_t>(simd::kLanes, t.rows - i),
+        [&](int64_t j) { return Interval{begins[row + j] - start, ends[row + j] - start}; },
+        [&](int64_t j) { between(i + j); });
   }
 
   void scale_sums(const Tile& t) {
@@ -238,7 +219,7 @@ struct Prefill {
   void whole_tile(const ScoreScale& scale, Tile& t) {
     score(t);
     for (int64_t i = 0; i < t.rows; i += simd::kLanes) {
-      soften_rows(scale, t, i, [](int64_t) {});
+      soften_tile(scale, t, i, [](int64_t) {});
     }
     add_values(t);
   }
@@ -264,7 +245,7 @@ struct Prefill {
         }
       }
     };
-    for (int64_t i = 0; i < now.rows; i += simd::kLanes) soften_rows(scale, now, i, deal);
+    for (int64_t i = 0; i < now.rows; i += simd::kLanes) soften_tile(scale, now, i, deal);
   }
 
   // Tiles in a row, each overlapped with its neighbours.

@@ -16,10 +16,12 @@ class Prefetch {
       : rows_(rows), end_(rows + count), offset_(offset), bytes_(bytes) {}
 
   void lines(int64_t n) {
-    for (; n > 0 && rows_ != end_; --n) {
-      __builtin_prefetch(static_cast<const char*>(*rows_) + offset_ + at_, 0, 2);
-      at_ += 64;
-      if (at_ >= bytes_) at_ = 0, ++rows_;
+    while (n > 0 && rows_ != end_) {
+      const char* from = static_cast<const char*>(*rows_) + offset_ + at_;
+      int64_t left = (bytes_ - at_ + 63) / 64, now = n < left ? n : left;
+      for (int64_t i = 0; i < now; ++i) __builtin_prefetch(from + 64 * i, 0, 2);
+      n -= now, at_ += 64 * now;
+      if (now == left) at_ = 0, ++rows_;
     }
   }
 

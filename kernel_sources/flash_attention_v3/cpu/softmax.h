@@ -6,6 +6,7 @@
 #include <cmath>
 #include <limits>
 
+#include "flash_attention_v3/cpu/mask.h"
 #include "flash_attention_v3/cpu/tile_size.h"
 
 namespace jit_kernel {
@@ -99,16 +100,50 @@ inline simd::Vec soften(const float* s, Math* p, int64_t n, float to_log2, float
   return sum_a + sum_b;
 }
 
-// One row's scores to probabilities; returns the factor for what was summed before.
-template <int kDegree, class Math>
-inline float softmax_row(const float* s, Math* p, int64_t n, float to_log2, RowState& state) {
-  float maximum = std::max(state.maximum, simd::reduce_max(largest_lanes(s, n)));
-  float shift = maximum == -kInfinity ? 0.0f : maximum;  // -inf - -inf would be NaN
-  simd::Vec sums = soften<kDegree>(s, p, n, to_log2, shift);
-  float factor = maximum == state.maximum ? 1.0f : std::exp2((state.maximum - shift) * to_log2);
-  state.sum = state.sum * factor + simd::reduce_add(sums);
-  state.maximum = maximum;
-  return factor;
+// Where the rows of soften_rows lie: row j's scores and probabilities are j strides after the
+// first's.
+template <class Math>
+struct SoftenArgs {
+  float* scores;
+  int64_t score_stride;
+  Math* p;  // may be scores
+  int64_t p_stride;
+  int64_t columns;
+  float *maxima, *sums;  // of the rows so far; kLanes of each are read and written
+  float* factors;        // kLanes: what was summed before is to be multiplied by these
+};
+
+// Scores to probabilities of up to kLanes rows. Maxima and sums are made side by side: row by row,
+// the latency of each is longer than a row's work. visible(j) tells which columns row j sees;
+// between(j) is called before its exponentials.
+template <int kDegree, class Math, class Visible, class Between>
+inline void soften_rows(const SoftenArgs<Math>& a, const ScoreScale& scale, int64_t count,
+                        Visible&& visible, Between&& between) {
+  using simd::Vec;
+  Vec lanes[simd::kLanes];
+  for (int64_t j = 0; j < simd::kLanes; ++j) lanes[j] = simd::zero();
+  for (int64_t j = 0; j < count; ++j) {
+    float* row = a.scores + j * a.score_stride;
+    if (scale.transform) transform_scores(scale, row, a.columns);
+    Interval seen = visible(j);
+    int64_t begin = std::min(a.columns, std::max<int64_t>(0, seen.begin));
+    mask_scores(row, begin, std::max(begin, std::min(a.columns, seen.end)), a.columns);
+    lanes[j] = largest_lanes(row, a.columns);
+  }
+  Vec old = simd::load(a.maxima), top = simd::max(old, simd::reduce_max_each(lanes));
+  // Rows that have seen nothing yet: any finite number keeps -inf - -inf from being NaN.
+  Vec shift = simd::where_less(simd::set1(-kInfinity), top, top, simd::zero());
+  Vec factor = simd::exp2<6>((old - shift) * simd::set1(scale.to_log2()));
+  alignas(64) float shifts[simd::kLanes];
+  simd::store(shifts, shift);
+  simd::store(a.factors, factor);
+  simd::store(a.maxima, top);
+  for (int64_t j = 0; j < count; ++j) {
+    between(j);
+    lanes[j] = soften<kDegree>(a.scores + j * a.score_stride, a.p + j * a.p_stride, a.columns,
+                               scale.to_log2(), shifts[j]);
+  }
+  simd::store(a.sums, simd::load(a.sums) * factor + simd::reduce_each(lanes));
 }
 
 // What a row's sum becomes when it is finished: out = acc * factor, and lse in natural units.
