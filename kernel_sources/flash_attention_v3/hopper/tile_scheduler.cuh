@@ -73,10 +73,10 @@ class TileScheduler {
   }
 
  private:
-  // Tiles of different length need many of them to even out, and 16 heads at a time still share
-  // each read from memory eightfold: 8 heads of 16384 keys, d 256, took 12 % longer in sections of
-  // two heads.
-  static constexpr int kLeastHeads = C::kMasked ? 16 : 1;
+  // Tiles of different length need many of them to even out, and 8 heads at a time still share each
+  // read from memory 16 times: 8 heads of 16384 keys, d 256, took 12 % longer in sections of two
+  // heads.
+  static constexpr int kLeastHeads = C::kMasked ? 8 : 1;
 
   __device__ static int lane() { return threadIdx.x % 32; }
   __device__ int heads() const { return min(section_, params_.heads_q - first_head_); }
