@@ -91,12 +91,16 @@ struct Consumer {
     block_begin = uniform(tile.block_begin);
     block_end = uniform(tile.block_end);
     if constexpr (C::kMasked && !C::kPingPong) {
-      // Rows of other warpgroups may see more blocks, and this one may have no row at all; taking
-      // turns needs equal numbers of steps.
-      const int end = uniform(first < tile.len_q ? (of_last.high + C::kKeys - 1) / C::kKeys : 0);
+      // Rows of other warpgroups may see more blocks; taking turns needs equal numbers of steps.
+      // Keys are skipped before the values behind them are given back, so no more of them than the
+      // ring of values lets the producer run ahead, over the end of one tile and the start of the
+      // next.
+      constexpr int kMostLast = C::kStages / 2, kMostFirst = C::kStages - kMostLast;
+      const int tile_begin = block_begin;
+      const int end = uniform((of_last.high + C::kKeys - 1) / C::kKeys);
       const int begin = uniform(of_first.low / C::kKeys);
-      block_end = min(block_end, max(block_begin + 1, end));
-      block_begin = min(max(block_begin, begin), block_end - 1);
+      block_end = min(block_end, max(max(tile_begin + 1, block_end - kMostFirst), end));
+      block_begin = max(tile_begin, min(min(block_end - 1, tile_begin + kMostLast), begin));
     }
     return uniform(tile.batch) >= 0;
   }
