@@ -53,8 +53,9 @@ def process(store: Path, dtype: str) -> dict[str, Any]:
     starts = store.parent / "starts"
     starts.write_text("")
     wrapper = store.parent / "c++"
-    wrapper.write_text(f'#!/bin/sh\necho "$@" >> "{starts}"\nexec "{shutil.which("g++")}" "$@"\n')
-    wrapper.chmod(0o755)
+    if not wrapper.exists():  # a compiler that was touched would be asked for its version again
+        wrapper.write_text(f'#!/bin/sh\necho "$@" >> "{starts}"\nexec "{shutil.which("g++")}" "$@"\n')
+        wrapper.chmod(0o755)
     environment = {
         **os.environ,
         "JIT_KERNEL_CACHE_DIR": str(store),
