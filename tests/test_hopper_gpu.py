@@ -163,6 +163,18 @@ def test_strided_tensors_and_a_batch_of_more_sequences_than_are_sorted() -> None
         assert torch.equal(alone[0], out[rows])
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_rows_of_one_tile_that_see_far_apart_keys_or_none(d: int, causal: bool) -> None:
+    """A chunk's edge inside a tile: warpgroups skip keys, never more than the rings let through."""
+    torch.manual_seed(8)
+    for length, chunk in ((1500, 700), (1337, 1000), (900, 64), (2000, 333), (257, 129)):
+        q, k, v = (randn(1, length, 2, d) for _ in range(3))
+        out, lse = fa3.flash_attn_func(q, k, v, causal=causal, attention_chunk=chunk, return_softmax_lse=True)
+        problem = reference.Problem([reference.Sequence(q[0], k[0], v[0])], causal=causal, attention_chunk=chunk)
+        assert reference.check([out[0]], [lse[0]], problem).worst <= 1
+
+
 def test_a_captured_call_replays_on_new_inputs_beside_eager_calls() -> None:
     torch.manual_seed(6)
     q, k, v = (randn(2, 500, 4, 128) for _ in range(3))
