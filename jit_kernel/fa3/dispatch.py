@@ -33,6 +33,11 @@ log = logging.getLogger("jit_kernel")
 
 # By vendor, best first.
 CANDIDATES = {"cpu": ("cpu",), "cuda": ("hopper", "portable"), "musa": ("musa",)}
+# Served only where JIT_KERNEL_IMPLEMENTATION names them, and why.
+ON_REQUEST = {
+    "hopper": "its present kernels were compiled but have not passed the GPU tests yet; "
+    "JIT_KERNEL_IMPLEMENTATION=hopper takes them"
+}
 
 # These raise for a call that they do not serve, so alone on a device they need no dispatcher: 5 us a call.
 REFUSE_THEMSELVES = ("cpu", "portable", "musa")
@@ -62,6 +67,8 @@ def supports(name: str, target: Target) -> Decision:
     module = implementation(name)
     if module is None:
         return Rejected(f"this version of jit_kernel has no jit_kernel/fa3/{name}.py", claimed=False)
+    if name in ON_REQUEST and config.implementation() != name:
+        return Rejected(ON_REQUEST[name], claimed=False)
     decision: Decision = module.supports(target)
     return decision
 
@@ -185,7 +192,10 @@ def select_variants(target: Target, wanted: Mapping[str, str]) -> list[KernelSpe
 
 def _variants_of(name: str, target: Target) -> Iterable[KernelSpec]:
     module = implementation(name)
-    return [] if module is None else module.all_variants(target)
+    if module is None or isinstance(supports(name, target), Rejected):
+        return []
+    variants: Iterable[KernelSpec] = module.all_variants(target)
+    return variants
 
 
 def _serves(spec: KernelSpec, wanted: Mapping[str, str]) -> bool:
