@@ -30,22 +30,29 @@ def loader(lines: list[dict[str, Any]]) -> None:
     _save(figure, "loader")
 
 
-def ratios(name: str, title: str) -> None:
-    """How many times faster than the peer each case of a benchmark is."""
-    lines = [line for line in record.latest(name) if line.get("ratio")]
+def ratios(name: str, key: str, title: str) -> None:
+    """How many times faster than the peer each case of a benchmark is; `key` holds the ratio."""
+    lines = [line for line in record.latest(name) if line.get(key)]
     if not lines:
         return
     figure, axes = plt.subplots(figsize=(8, 0.35 * len(lines) + 1.2))
-    labels = [str(line["case"]) for line in lines]
-    bars = axes.barh(labels, [line["ratio"] for line in lines], color=OURS)
-    axes.bar_label(bars, [f"{line['ratio']:.2f}" for line in lines], padding=3)
+    bars = axes.barh([_label(line) for line in lines], [line[key] for line in lines], color=OURS)
+    axes.bar_label(bars, [f"{line[key]:.2f}" for line in lines], padding=3)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xscale("log")
-    axes.set_xlim(right=1.3 * max(line["ratio"] for line in lines))
+    axes.set_xlim(right=1.3 * max(line[key] for line in lines))
     axes.invert_yaxis()
     axes.set_xlabel("times the peer's speed")
     axes.set_title(title)
     _save(figure, name)
+
+
+def _label(line: dict[str, Any]) -> str:
+    """A case in a few words."""
+    if "head_dim" not in line:
+        return str(line["case"])
+    mask = "causal" if line.get("causal") else "no mask"
+    return f"d {line['head_dim']}, {line.get('length', line.get('seqlen'))}, {mask}"
 
 
 def _save(figure: Any, name: str) -> None:
@@ -61,9 +68,9 @@ def main() -> None:
     lines = record.latest("loader")
     if lines:
         loader(lines)
-    ratios("cpu_attention", "Attention on a CPU against torch SDPA, same run, equal threads")
-    ratios("hopper_prefill", "Prefill on an H200 against cuDNN, same run")
-    ratios("portable", "Portable kernels on an H200 against the peer of each case, same run")
+    ratios("cpu_attention", "ratio", "Attention on a CPU against torch SDPA, same run, equal threads")
+    ratios("hopper_prefill", "over_cudnn", "Hopper prefill on an H200 against cuDNN, bf16, same run")
+    ratios("portable", "share", "Portable prefill on an H200 against FlashAttention 2 in torch, same run")
 
 
 if __name__ == "__main__":
