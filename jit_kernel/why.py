@@ -96,7 +96,7 @@ def explain(function: str, *args: Any, device: torch.device | str | Target | Non
     kernel = None
     if choice.name is not None:
         find = getattr(dispatch.implementation(choice.name), "variant", None)
-        kernel = None if find is None else str(find(target, features))
+        kernel = None if find is None else str(find(target, features, call))
     return Explanation(function, target, features, choice.name, kernel, choice.decisions)
 
 

@@ -372,3 +372,19 @@ def test_hopper_serves_on_request_alone(monkeypatch):
     assert {spec.kernel for spec in dispatch.all_variants(target)} == {"flash_attention_v3/hopper"}
     monkeypatch.undo()
     config.reload()
+
+
+@pytest.mark.parametrize(
+    ("words", "kernel"),
+    [
+        ("--q bf16[2,4096,32,128] --k bf16[2,4096,8,128] --causal", "tile=prefill, paged=False, local=False"),
+        (f"{PAGED} --window-size 7,0", "tile=decode, paged=True, local=True"),
+    ],
+)
+def test_why_names_the_variant_of_a_gpu(capsys, words, kernel):
+    """The kernel that a call on a GPU would launch, one of those that warm-up compiles for it."""
+    assert why.main([*words.split(), "--device", "cuda:sm_80"]) == 0
+    text = capsys.readouterr().out
+    assert "portable: serves it, kernel flash_attention_v3/portable (function=forward, dtype=bf16" in text
+    assert kernel in text
+    assert any(str(spec) in text for spec in dispatch.all_variants(Target.parse("cuda:sm_80")))

@@ -104,7 +104,7 @@ def test_every_multiple_of_8_has_a_kernel_that_warm_up_compiles(d: int) -> None:
     for dv in range(8, 257, 8):
         features = dataclasses.replace(CALL, head_dim=d, head_dim_v=dv)
         assert isinstance(hopper.decide(TARGET, features), Accepted)
-        assert hopper.variant(TARGET, features) in specs
+        assert hopper.variant(TARGET, features, {}) in specs
 
 
 @pytest.mark.parametrize(

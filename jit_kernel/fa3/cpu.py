@@ -77,7 +77,7 @@ def all_variants(target: Target) -> list[jit.KernelSpec]:
     return [*(forward_spec(dtype) for dtype in _ELEMENTS), combine_spec()]
 
 
-def variant(target: Target, features: Features) -> jit.KernelSpec:
+def variant(target: Target, features: Features, call: Mapping[str, Any]) -> jit.KernelSpec:
     """The library that serves a call."""
     return forward_spec(features.dtype)
 

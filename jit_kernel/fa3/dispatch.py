@@ -9,7 +9,7 @@ An implementation is a module of this folder with
     prepare(device)             compiles or loads what the device needs before any variant (a launcher)
     all_variants(target)        what warm-up compiles for a target, as jit.KernelSpec with named fields
     canonical(field, value)     the value of a variant's field that serves a user's value ("96" -> "128")
-    variant(target, features)   the kernel that serves a call, for `why`; an implementation without kernels of
+    variant(target, features, call)   the kernel that serves a call, for `why`; an implementation without kernels of
                                 its own has none
 It imports neither another implementation nor this module; it is imported when its device is first used.
 """

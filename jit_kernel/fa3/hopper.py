@@ -83,7 +83,7 @@ def canonical(field: str, value: str) -> str:
     return str(next((size for size in sizes if int(value) <= size), value))
 
 
-def variant(target: Target, features: Features) -> KernelSpec:
+def variant(target: Target, features: Features, call: Mapping[str, Any]) -> KernelSpec:
     """The kernel that serves a call that `decide` accepts."""
     sizes = hopper_kernels.padded(features.head_dim, features.head_dim_v)
     if sizes is None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from jit_kernel import config, triton_compiler
 from jit_kernel.device import Target
-from jit_kernel.fa3 import portable_append, portable_forward, portable_kernels, scheduler_header
+from jit_kernel.fa3 import portable_append, portable_forward, portable_kernels, portable_plan, scheduler_header
 from jit_kernel.fa3.attention_shapes import default_scale
 from jit_kernel.fa3.combine_arguments import lse_shape
 from jit_kernel.fa3.variants import Accepted, Decision, Features, Rejected, refusal
@@ -66,6 +66,25 @@ def all_variants(target: Target) -> list[KernelSpec]:
     if not isinstance(supports(target), Accepted):
         return []
     return list(portable_kernels.all_specs(target))
+
+
+def variant(target: Target, features: Features, call: Mapping[str, Any]) -> KernelSpec:
+    """The attention kernel that serves a call that `decide` accepts; split keys may need a combine kernel too."""
+    q = call["q"]
+    longest = q.shape[1] if q.ndim == 4 else call.get("max_seqlen_q") or q.shape[0]
+    kind = portable_plan.tile_kind(call["num_splits"], longest * features.group, features.aligned)
+    local = call["window_size"][0] >= 0 or features.chunk
+    return portable_kernels.forward_spec(
+        target.architecture,
+        features.dtype,
+        features.head_dim,
+        features.head_dim_v,
+        kind,
+        features.page_size > 0,
+        local,
+        features.softcap,
+        features.aligned,
+    )
 
 
 def canonical(field: str, value: str) -> str:
