@@ -69,9 +69,9 @@ class InterpretedKernels:
             _, d, dv, aligned = fields
             constants = _sizes(d, dv) | {"BLOCK_M": portable_kernels.APPEND_ROWS}
         else:
-            _, _, dv, aligned = fields
+            _, _, dv, aligned, splits = fields
             constants = {"HEAD_DIM_V": dv, "HEAD_DIM_V_PADDED": padded(dv)}
-            constants |= {"BLOCK_M": portable_kernels.combine_rows(dv), "BLOCK_SPLITS": 4}
+            constants |= {"BLOCK_M": portable_kernels.combine_rows(dv, splits), "BLOCK_SPLITS": min(splits, 4)}
         return name, constants | {"STRIDE_UNIT": 8 if aligned else 1}
 
     def launch(self, handle: tuple[str, dict[str, Any]], grid: int, *arguments: Any) -> None:
@@ -117,7 +117,7 @@ def install() -> InterpretedKernels:
 def check_joining(seed: int) -> None:
     """flash_attn_combine and merge_state against the formula in float64; a part over no key may hold NaN."""
     random = torch.Generator().manual_seed(seed)
-    for lead in ((5, 3), (2, 5, 3)):
+    for lead in ((5, 3), (2, 5, 3), (200, 3)):  # the last: enough rows for the tiles of two long partial results
         for splits, dtype in ((2, torch.bfloat16), (11, torch.float32)):
             outs = torch.randn(splits, *lead, 24, generator=random).to(dtype)
             lses = torch.randn(splits, *lead, generator=random) * 9

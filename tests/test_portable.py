@@ -112,7 +112,7 @@ def _resources(image: bytes, folder: Path) -> tuple[int, int]:
 @pytest.mark.parametrize(
     "spec",
     [
-        portable_kernels.combine_spec("fp32", "fp16", 96, False),
+        portable_kernels.combine_spec("fp32", "fp16", 96, False, 8),
         portable_kernels.append_spec("bf16", 40, 24, True),
         portable_kernels.forward_spec("sm_80", "fp16", 192, 128, "decode", False, True, False, False),
         portable_kernels.forward_spec("sm_90a", "bf16", 40, 24, "unaligned", False, True, False, False),
@@ -130,14 +130,14 @@ def test_the_compiler_leaves_the_users_triton_alone(tmp_path: Path, monkeypatch:
     users = tmp_path / "users"
     monkeypatch.setenv("TRITON_CACHE_DIR", str(users))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    image, _ = _compile(portable_kernels.combine_spec("fp32", "bf16", 64, True), "sm_90a")
+    image, _ = _compile(portable_kernels.combine_spec("fp32", "bf16", 64, True, 2), "sm_90a")
     assert image
     assert not users.exists()
     assert os.environ["TRITON_INTERPRET"] == "1"
 
 
 def test_a_refusal_keeps_the_compilers_words() -> None:
-    spec = portable_kernels.combine_spec("fp32", "bf16", 64, True)
+    spec = portable_kernels.combine_spec("fp32", "bf16", 64, True, 2)
     folder = config.kernel_sources_dir() / spec.kernel
     unit = json.loads(spec.unit) | {"function": "nothing"}
     with pytest.raises(triton_compiler.TritonError, match="no attribute 'nothing'") as caught:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from jit_kernel import config, device, jit
-from jit_kernel.flash_attention_v3 import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from jit_kernel.flash_attention_v3 import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache, merge_state
 
 pytestmark = pytest.mark.gpu
 TESTS = Path(__file__).resolve().parent
@@ -49,6 +49,21 @@ def decode_arguments(batch: int = 3, keys: int = 300, page_size: int = 16) -> di
         "cache_seqlens": torch.tensor([keys, 7, keys // 2][:batch], dtype=torch.int32, device="cuda"),
         "causal": True,
     }
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("rows", "heads", "dim"), [(7, 3, 64), (3000, 8, 128), (1111, 5, 200), (2500, 4, 256)])
+def test_merging_is_the_formula(rows: int, heads: int, dim: int, dtype: torch.dtype) -> None:
+    outs = [normal(rows, heads, dim, dtype=dtype) for _ in "ab"]
+    lses = [normal(heads, rows, dtype=torch.float32) * 5 for _ in "ab"]
+    lses[0][:, ::3] = lses[1][:, 1::6] = -torch.inf
+    out, lse = merge_state(outs[0], lses[0], outs[1], lses[1])
+    expected_lse = torch.logaddexp(lses[0].double(), lses[1].double())
+    weights = [torch.exp(each.double() - expected_lse).nan_to_num().mT[..., None] for each in lses]
+    expected = weights[0] * outs[0].double() + weights[1] * outs[1].double()
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
+    rounding = torch.finfo(dtype).eps
+    torch.testing.assert_close(out.double(), expected, rtol=rounding, atol=rounding)
 
 
 def test_random_cases(say: list[str]) -> None:

@@ -30,7 +30,7 @@ WARM_HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
 MAX_HEAD_DIM = 256
 
 APPEND_ROWS = 16
-COMBINE_SPLITS = 8  # partials in flight at once: a row's loads then wait for memory once, not eight times
+COMBINE_SPLITS = (2, 8)  # partials in flight at once: a row's loads then wait for memory once, not eight times
 
 
 def unserved(dtype: str, head_dim: int, head_dim_v: int) -> str | None:
@@ -42,9 +42,9 @@ def unserved(dtype: str, head_dim: int, head_dim_v: int) -> str | None:
     return None
 
 
-def combine_rows(head_dim_v: int) -> int:
-    """Rows of a combine tile: 8 splits of them fill the registers of 128 threads half."""
-    return max(1, 512 // padded(head_dim_v))
+def combine_rows(head_dim_v: int, splits: int) -> int:
+    """Rows of a combine tile: `splits` of them fill the registers of 128 threads a quarter (8) or half (2)."""
+    return max(1, (512 if splits > 2 else 4096) // padded(head_dim_v))
 
 
 def forward_spec(
@@ -87,13 +87,13 @@ def forward_spec(
     return _spec("forward", variant, {"element": dtype}, constants, tile.num_warps, tile.num_stages)
 
 
-def combine_spec(partial: str, dtype: str, head_dim_v: int, aligned: bool) -> KernelSpec:
-    """The kernel that joins partial results of dtype `partial` into rows of `dtype`."""
+def combine_spec(partial: str, dtype: str, head_dim_v: int, aligned: bool, splits: int) -> KernelSpec:
+    """The kernel that joins partial results of dtype `partial` into rows of `dtype`, `splits` of them at once."""
     constants = {
         "HEAD_DIM_V": head_dim_v,
         "HEAD_DIM_V_PADDED": padded(head_dim_v),
-        "BLOCK_M": combine_rows(head_dim_v),
-        "BLOCK_SPLITS": COMBINE_SPLITS,
+        "BLOCK_M": combine_rows(head_dim_v, splits),
+        "BLOCK_SPLITS": splits,
         "STRIDE_UNIT": 8 if aligned else 1,
     }
     variant: dict[str, Scalar] = {
@@ -102,6 +102,7 @@ def combine_spec(partial: str, dtype: str, head_dim_v: int, aligned: bool) -> Ke
         "dtype": dtype,
         "head_dim_v": head_dim_v,
         "aligned": aligned,
+        "splits": splits,
     }
     return _spec("combine", variant, {"element": dtype, "partial": partial}, constants, 4, 1)
 
@@ -164,7 +165,9 @@ def all_specs(target: Target) -> Iterator[KernelSpec]:
                     yield forward_spec(target.architecture, dtype, head_dim, head_dim_v, kind, *flags, True)
             yield append_spec(dtype, head_dim, head_dim_v, True)
         for head_dim_v in sorted({pair[1] for pair in WARM_HEAD_DIMS}):
-            yield combine_spec("fp32", dtype, head_dim_v, True)
+            for splits in COMBINE_SPLITS:
+                yield combine_spec("fp32", dtype, head_dim_v, True, splits)
+            yield combine_spec(dtype, dtype, head_dim_v, True, COMBINE_SPLITS[0])  # merge_state's
 
 
 class DeviceKernels:
