@@ -4,6 +4,7 @@
 #include <atomic>
 
 #include "flash_attention_v3/cpu/mainloop_decode.h"
+#include "flash_attention_v3/cpu/mainloop_decode_amx.h"
 #include "flash_attention_v3/cpu/mainloop_prefill.h"
 #include "jit_kernel/cpu/ffi_arguments.h"
 
@@ -114,6 +115,19 @@ struct Forward {
     Prefill<Element>(p, rows, scratch()).run(p, s, item, parts);
   }
 
+  static void decode(const Params& p, const Sequence& s, const Item& item, const Partials& parts) {
+#ifdef JIT_KERNEL_AMX
+    constexpr bool kIsHalf = std::is_same<Element, fp16>::value;
+    if constexpr (!std::is_same<Element, f32>::value) {
+      if (kIsHalf ? amx_fp16_allowed() : amx_allowed()) {
+        using TileMath = std::conditional_t<kIsHalf, fp16, bf16>;
+        return DecodeTiles<Element, TileMath>(p, item, scratch()).run(p, s, item, parts);
+      }
+    }
+#endif
+    Decode<Element>(p, item, scratch()).run(p, s, item, parts);
+  }
+
   static void attend(const Params& p) {
     using Math = MathOf<Element>;
     static thread_local Plan plan_memory;
@@ -133,7 +147,7 @@ struct Forward {
       const Item& item = plan.items[i];
       const Sequence& s = plan.sequences[item.batch];
       if (is_decode(s.sq * p.group)) {
-        Decode<Element>(p, item, scratch()).run(p, s, item, parts);
+        decode(p, s, item, parts);
       } else {
         prefill(p, s, item, parts);
       }

@@ -12,10 +12,6 @@
 
 namespace jit_kernel {
 
-// P rounded to bf16 has 2^-9, to fp16 2^-12: a polynomial of degree 4 (2^-18) is exact beside it.
-template <class Math>
-constexpr int kExpDegree = std::is_same<Math, float>::value ? 6 : 4;
-
 // The error of a sum of floats grows with the root of its length, and large float32 scores leave
 // none to spare: they are summed in pieces. Beside bf16's own rounding it does not show.
 template <class Math>

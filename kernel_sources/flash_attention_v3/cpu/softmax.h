@@ -14,6 +14,10 @@ namespace jit_kernel {
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
+// P rounded to bf16 has 2^-9, to fp16 2^-12: a polynomial of degree 4 (2^-18) is exact beside it.
+template <class Math>
+constexpr int kExpDegree = std::is_same<Math, float>::value ? 6 : 4;
+
 struct ScoreScale {
   float softcap;   // 0: none
   float inner;     // what scores are multiplied by before the cap

@@ -1,0 +1,171 @@
+// What both decode kernels keep of an item: its query rows, their softmax states and sums, and
+// where its keys lie.
+#pragma once
+
+#include "flash_attention_v3/cpu/epilogue.h"
+#include "flash_attention_v3/cpu/mask.h"
+#include "flash_attention_v3/cpu/pack.h"
+#include "flash_attention_v3/cpu/prefetch.h"
+#include "flash_attention_v3/cpu/query.h"
+#include "flash_attention_v3/cpu/scheduler.h"
+#include "jit_kernel/cpu/thread_pool.h"
+
+namespace jit_kernel {
+
+inline void scale_floats(float* row, int64_t n, float factor) {
+  simd::Vec by = simd::set1(factor);
+  for (int64_t j = 0; j < n; j += simd::kLanes) simd::store(row + j, simd::load(row + j) * by);
+}
+
+// Takes every array that `kernel.each_array` names from scratch memory.
+template <class Kernel>
+inline void take_arrays(Kernel& kernel, Scratch& scratch) {
+  size_t bytes = 0;
+  kernel.each_array([&](auto*& a, int64_t n) {
+    bytes += Scratch::size<std::remove_reference_t<decltype(*a)>>(n);
+  });
+  scratch.reserve(bytes);
+  kernel.each_array(
+      [&](auto*& a, int64_t n) { a = scratch.take<std::remove_reference_t<decltype(*a)>>(n); });
+}
+
+// A block of keys passes all heads before the next: a token's heads lie side by side in memory, so
+// that pages (4 KiB) are opened once. One block and one head are a step; steps count from 0.
+template <class Element, class Math>
+struct DecodeState {
+  // e4m3 has no loads that are cheap enough to repeat for every row.
+  static constexpr bool kHasLoads = !std::is_same<Element, e4m3>::value;
+  static constexpr int64_t kBlocks = kStepsAhead + 1;  // located at once
+
+  // The row pointers of a block of keys: those of head 0, which the offsets of other heads are
+  // added to.
+  struct Block {
+    const Element *k[kDecodeBlock], *v[kDecodeBlock];
+    int64_t first;     // the key of row 0
+    int64_t from, to;  // rows that are keys to be seen; the others repeat one of them
+  };
+  struct Head {
+    ScoreScale scale;
+    float mix;  // what q·k is multiplied by before qv·v is added
+  };
+
+  HeadSizes sizes;
+  int64_t rows, heads, head_begin;
+  bool in_place;  // whether whole vectors of keys and values can be read where they are
+  Math* q;        // head after head
+  float *sums, *spare_row;
+  Element* turned;
+  float *maxima, *row_sums;  // RowStates: kDecodeRows a head
+  Head* head_settings;
+  Block* blocks;  // a ring
+  int64_t first_key = 0, steps = 0, located = 0;
+  Interval all, seen[kDecodeRows];  // keys that any of the rows sees, and each
+
+  template <class Params>
+  DecodeState(const Params& params, const Item& item)
+      : sizes(head_sizes<Math>(params)),
+        rows(item.row_end - item.row_begin),
+        heads(item.head_end - item.head_begin),
+        head_begin(item.head_begin) {
+    bool exact = (params.only_qv || params.d == sizes.qk) && params.dv == sizes.dv;
+    in_place = kHasLoads && exact && (!params.qv || params.dv == sizes.qv);
+  }
+
+  int64_t value_stride() const { return std::max(sizes.dv, sizes.qv); }
+  bool is_whole(const Block& b) const { return b.from == 0 && b.to == kDecodeBlock; }
+
+  template <class F>
+  void each_state_array(F&& f) {
+    int64_t all_rows = heads * rows;
+    f(q, all_rows * sizes.depth), f(sums, all_rows * sizes.dv), f(head_settings, heads);
+    f(maxima, heads * kDecodeRows), f(row_sums, heads * kDecodeRows);
+    f(spare_row, sizes.depth), f(turned, sizes.depth), f(blocks, kBlocks);
+  }
+
+  // The item's query rows, settings and keys.
+  template <class Params>
+  void load(const Params& params, const Sequence& s, const Item& item) {
+    all = {item.key_end, item.key_begin};
+    std::memset(sums, 0, static_cast<size_t>(heads * rows * sizes.dv) * sizeof(float));
+    for (int64_t i = 0; i < rows; ++i) {
+      seen[i] = visible_keys(params, (item.row_begin + i) / params.group, s.sq, s.sk);
+      all.begin = std::min(all.begin, std::max(seen[i].begin, item.key_begin));
+      all.end = std::max(all.end, std::min(seen[i].end, item.key_end));
+    }
+    for (int64_t h = 0; h < heads; ++h) {
+      int64_t head_k = item.head_begin + h;
+      head_settings[h] = {score_scale_of(params, item.batch, head_k),
+                          qk_factor(params, item.batch, head_k)};
+      for (int64_t i = 0; i < rows; ++i) {
+        Math* to = q + (h * rows + i) * sizes.depth;
+        load_query(params, s, sizes, head_k, item.row_begin + i, to, spare_row, turned);
+      }
+      for (int64_t i = 0; i < kDecodeRows; ++i) {
+        maxima[h * kDecodeRows + i] = -kInfinity, row_sums[h * kDecodeRows + i] = 0.0f;
+      }
+    }
+    first_key = item.key_begin + (all.begin - item.key_begin) / kDecodeBlock * kDecodeBlock;
+    int64_t keys = std::max<int64_t>(0, all.end - first_key);
+    steps = (keys + kDecodeBlock - 1) / kDecodeBlock * heads;
+  }
+
+  const Block& block_of(int64_t step) const { return blocks[step / heads % kBlocks]; }
+  // From head 0 of a key or value to the head of a step.
+  int64_t offset(int64_t head_stride, int64_t step) const {
+    return (head_begin + step % heads) * head_stride;
+  }
+
+  // Locates the blocks up to that of a step, and tells what to ask for while an earlier one runs.
+  template <class Params>
+  Prefetch look_ahead(const Params& params, const Sequence& s, int64_t step) {
+    step = std::min(step, steps - 1);
+    for (; located <= step / heads; ++located) {
+      int64_t at = first_key + located * kDecodeBlock;
+      locate(params, s, at, std::max<int64_t>(0, all.begin - at),
+             std::min(kDecodeBlock, all.end - at), blocks[located % kBlocks]);
+    }
+    constexpr int64_t kSize = sizeof(Element);
+    const Block& b = block_of(step);
+    auto at = [](const Element* const* p) { return reinterpret_cast<const void* const*>(p); };
+    return {params.only_qv ? nullptr : at(b.k),
+            offset(params.k.head, step) * kSize,
+            params.d * kSize,
+            at(b.v),
+            offset(params.v.head, step) * kSize,
+            params.dv * kSize,
+            b.to};
+  }
+
+  // Row pointers of keys first + from .. first + to - 1.
+  template <class Params>
+  void locate(const Params& params, const Sequence& s, int64_t first, int64_t from, int64_t to,
+              Block& block) {
+    block.first = first, block.from = from, block.to = to;
+    int64_t key = first + from, count = to - from;
+    key_rows(params, params.v, s, key, count, 0, block.v + from);
+    if (!params.only_qv) key_rows(params, params.k, s, key, count, 0, block.k + from);
+    for (int64_t j = 0; j < kDecodeBlock; ++j) {  // masked keys point at one that may be read
+      if (j >= from && j < to) continue;
+      block.k[j] = params.only_qv ? nullptr : block.k[from];
+      block.v[j] = block.v[from];
+    }
+  }
+
+  // out and lse of an item's row, or its part. `row_sum` is the sum of its probabilities.
+  template <class Params>
+  void write(const Params& params, const Sequence& s, const Item& item, const Partials& parts,
+             int64_t i, float row_sum) {
+    const float* sum = sums + i * sizes.dv;
+    int64_t h = i / rows;
+    RowState state{maxima[h * kDecodeRows + i % rows], row_sum};
+    if (item.part < 0) {
+      return write_row(params, s, item.batch, head_begin + h, item.row_begin + i % rows,
+                       head_settings[h].scale, sum, state);
+    }
+    std::memcpy(parts.sums + (item.part + i) * sizes.dv, sum,
+                static_cast<size_t>(sizes.dv) * sizeof(float));
+    parts.states[item.part + i] = state;
+  }
+};
+
+}  // namespace jit_kernel
