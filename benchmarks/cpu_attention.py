@@ -3,18 +3,20 @@
 usage: python benchmarks/cpu_attention.py [--threads 2] [--seconds 3] [--select decode ...] [--target cpu:...]
 
 Ours, torch and the peaks (cpu_peaks.cpp: products in registers, reading memory) take turns, round after round, so that
-what else the machine does falls on all of them; medians are compared. `--target` compiles for another target of this
-machine than its own, cpu:x86-64-v4+avx512bf16 on one with AMX for instance. Appends JSON lines to
-benchmarks/results/cpu_attention.jsonl.
+what else the machine does falls on all of them; medians are compared. On a machine with AMX there are sections for
+AVX-512-BF16 and plain AVX-512, too, each in a process of its own: our build without the tiles against a torch that is
+kept from them; `--target` runs one section alone. Appends JSON lines to benchmarks/results/cpu_attention.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
+import json
 import math
+import os
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,17 +24,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cpu_peaks
 import record
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from jit_kernel import compiler, device, flash_attention_v3
+from jit_kernel import device, flash_attention_v3
 from jit_kernel.fa3 import cpu
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-PEAK_SECONDS = 0.02  # a peak's share of each round
+# What keeps torch from AMX: its products come from oneDNN (brgemm) or from MKL, and each has a switch of its own.
+WITHOUT_AMX = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16", "MKL_ENABLE_INSTRUCTIONS": "AVX512_E3"}
 
 
 @dataclass(frozen=True)
@@ -47,38 +51,6 @@ class Case:
     dtype: torch.dtype = BF16
     ratio_at_least: float | None = None
     share_at_least: float | None = None
-
-
-class Peaks:
-    """cpu_peaks.cpp, compiled for the target that the kernels are compiled for."""
-
-    def __init__(self, target: device.Target, threads: int) -> None:
-        source = Path(__file__).with_name("cpu_peaks.cpp")
-        found = compiler.require("host")
-        with tempfile.TemporaryDirectory() as folder:
-            library = Path(folder) / "peaks.so"
-            flags = [*compiler.flags("host", target), "-pthread"]
-            subprocess.run([*found.command, *flags, str(source), "-o", str(library)], check=True)
-            self._library = ctypes.CDLL(str(library))
-        self._threads = threads
-        self._memory = torch.ones(1 << 29, dtype=torch.uint8)
-        for name in ("peak_fma", "peak_bf16_dot", "peak_amx", "read_bandwidth"):
-            getattr(self._library, name).restype = ctypes.c_double
-        self.products_of_bf16 = "peak_fma"
-        for name in ("peak_bf16_dot", "peak_amx"):
-            if self._rate(name) > 0:
-                self.products_of_bf16 = name
-
-    def _rate(self, name: str, *more: Any) -> float:
-        return float(getattr(self._library, name)(self._threads, ctypes.c_double(PEAK_SECONDS), *more))
-
-    def measure(self, case: Case) -> tuple[str, float]:
-        """The name and the rate of what bounds a case: GFLOP/s or GB/s."""
-        if case.peak == "memory":
-            size = ctypes.c_int64(self._memory.numel())
-            return "read", self._rate("read_bandwidth", ctypes.c_void_p(self._memory.data_ptr()), size)
-        name = self.products_of_bf16 if case.dtype == BF16 else "peak_fma"
-        return name.removeprefix("peak_"), self._rate(name)
 
 
 def prefill(dtype: torch.dtype, tokens: int, d: int, causal: bool, **asked: float) -> Case:
@@ -177,28 +149,29 @@ def cases() -> list[Callable[[], Case]]:
     ]
 
 
-def measure(case: Case, peaks: Peaks, seconds: float) -> dict[str, Any]:
+def measure(case: Case, peaks: cpu_peaks.Peaks, seconds: float) -> dict[str, Any]:
     """Rounds of ours, torch and the peak until the time is up, at least 5."""
     ours: list[float] = []
     peer: list[float] = []
-    bounds: list[float] = []
-    began, bound = 0.0, ""
+    bounds: list[dict[str, float]] = []
+    began = 0.0
     while len(ours) < 6 or time.perf_counter() - began < seconds:
         for call, taken in ((case.ours, ours), (case.peer, peer)):
             if call is not None:
                 start = time.perf_counter()
                 call()
                 taken.append(time.perf_counter() - start)
-        bound, rate = peaks.measure(case)
-        bounds.append(rate)
+        bounds.append(peaks.measure(case.peak, case.dtype))
         began = began or time.perf_counter()  # the first round warms up
-    ours_ms, bound_rate = statistics.median(ours[1:]) * 1e3, statistics.median(bounds[1:])
+    ours_ms = statistics.median(ours[1:]) * 1e3
+    peak, *others = ((name, statistics.median(x[name] for x in bounds[1:])) for name in bounds[0])
+    rate = case.work / ours_ms * 1e3
     unit = "GB/s" if case.peak == "memory" else "GFLOP/s"
     line: dict[str, Any] = {
         "case": case.name, "ours_ms": ours_ms, "ours_min_ms": min(ours[1:]) * 1e3, "rounds": len(ours) - 1,
-        "rate": case.work / ours_ms * 1e3, "unit": unit, "peak": bound, "peak_rate": bound_rate,
-        "share": case.work / ours_ms * 1e3 / bound_rate,
+        "rate": rate, "unit": unit, "peak": peak[0], "peak_rate": peak[1], "share": rate / peak[1],
     }  # fmt: skip
+    line |= {f"share_of_{name}": rate / bound for name, bound in others if bound > 0}
     if peer:
         torch_ms = statistics.median(peer[1:]) * 1e3
         line |= {"torch_ms": torch_ms, "torch_min_ms": min(peer[1:]) * 1e3, "ratio": torch_ms / ours_ms}
@@ -210,6 +183,8 @@ def show(line: dict[str, Any]) -> None:
     """One row of the table; a mark where less was reached than asked."""
     text = f"{line['case']:34s} {line['ours_ms']:9.3f} ms {line['rate']:8.1f} {line['unit']:7s}"
     text += f" {line['share']:5.0%} of {line['peak']} {line['peak_rate']:.0f}"
+    if "share_of_bf16_dot" in line:
+        text += f" ({line['share_of_bf16_dot']:.0%} of bf16_dot)"
     for key in ("ratio", "share"):
         asked = line[f"{key}_at_least"]
         if key == "ratio" and "ratio" in line:
@@ -220,28 +195,67 @@ def show(line: dict[str, Any]) -> None:
     print(text, flush=True)
 
 
+def torch_products() -> float:
+    """GFLOP/s of torch's own bf16 product: it tells whether torch has AMX."""
+    a, n = torch.randn(2048, 2048).to(BF16), 0
+    torch.mm(a, a)
+    start = time.perf_counter()
+    while time.perf_counter() - start < 0.2:
+        torch.mm(a, a)
+        n += 1
+    return n * 2 * 2048**3 / (time.perf_counter() - start) * 1e-9
+
+
+def section(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """All cases for one target, in this process."""
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    cpu.cpu_target = lambda: options.target  # what the kernels of this process are compiled for
+    peaks = cpu_peaks.Peaks(options.target, options.threads)
+    common = {"target": str(options.target), "threads": options.threads, "torch_products": torch_products()}
+    print(f"{options.target}, {options.threads} threads; torch's bf16 product: {common['torch_products']:.0f} GFLOP/s")
+    lines = []
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        for make in cases():
+            case = make()
+            if any(part in case.name for part in options.select):
+                line = measure(case, peaks, options.seconds)
+                show(line)
+                lines.append({**common, **line})
+    return lines
+
+
+def sections(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The lines of every section, each run by a process whose environment keeps torch to the target's instructions."""
+    here = device.cpu_target()
+    targets = [options.target or here]
+    if options.target is None and "amxbf16" in here.features:
+        targets += [device.Target.parse(f"cpu:{here.architecture}{more}") for more in ("+avx512bf16", "")]
+    lines: list[dict[str, Any]] = []
+    for target in targets:
+        without = "amxbf16" in here.features and "amxbf16" not in target.features
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "lines.json"
+            command = [sys.executable, __file__, "--target", str(target), "--lines", str(path)]
+            command += ["--threads", str(options.threads), "--seconds", str(options.seconds)]
+            command += ["--select", *options.select]
+            subprocess.run(command, check=True, env={**os.environ, **(WITHOUT_AMX if without else {})})
+            lines += json.loads(path.read_text())
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=3.0, help="of each case")
     parser.add_argument("--select", nargs="*", default=[""], help="only cases whose name has one of these in it")
-    parser.add_argument("--target", type=device.Target.parse, default=device.cpu_target())
+    parser.add_argument("--target", type=device.Target.parse)
+    parser.add_argument("--lines", type=Path, help=argparse.SUPPRESS)  # where a section leaves its lines
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    cpu.cpu_target = lambda: options.target  # what the kernels of this process are compiled for
-    peaks = Peaks(options.target, options.threads)
-    print(f"{options.target}, {options.threads} threads", flush=True)
-    lines = []
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        for make in cases():
-            case = make()
-            if not any(part in case.name for part in options.select):
-                continue
-            line = measure(case, peaks, options.seconds)
-            show(line)
-            lines.append({"target": str(options.target), "threads": options.threads, **line})
-    print(f"wrote {record.write('cpu_attention', lines)}")
+    if options.lines:
+        options.lines.write_text(json.dumps(section(options)))
+    else:
+        print(f"wrote {record.write('cpu_attention', sections(options))}")
 
 
 if __name__ == "__main__":

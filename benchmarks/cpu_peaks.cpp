@@ -12,6 +12,7 @@
 #include <immintrin.h>
 #endif
 #ifdef __AMX_BF16__
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -101,7 +102,13 @@ double bf16_piece() {
 #endif
 
 #ifdef __AMX_BF16__
-double amx_piece() {
+// TDPFP16PS by its bytes, as older compilers know no such instruction: F2 where TDPBF16PS has F3.
+#define TILE_DOT_FP16(sum, a, b)                  \
+  asm volatile(".byte 0xc4, 0xe2, %c0, 0x5c, %c1" \
+               :                                  \
+               : "i"((~(b) & 15) << 3 | 3), "i"(0xc0 | (sum) << 3 | (a)))
+
+double amx_piece(bool is_fp16) {
   alignas(64) unsigned char config[64] = {1};
   alignas(64) static const unsigned char zeros[1024] = {};
   for (int i = 0; i < 8; ++i) config[16 + 2 * i] = 64, config[48 + i] = 16;
@@ -110,7 +117,13 @@ double amx_piece() {
   _tile_loadd(5, zeros, 64);
   _tile_loadd(6, zeros, 64);
   _tile_loadd(7, zeros, 64);
-  for (int i = 0; i < kRounds; ++i) {
+  for (int i = 0; is_fp16 && i < kRounds; ++i) {
+    TILE_DOT_FP16(0, 4, 6);
+    TILE_DOT_FP16(1, 4, 7);
+    TILE_DOT_FP16(2, 5, 6);
+    TILE_DOT_FP16(3, 5, 7);
+  }
+  for (int i = 0; !is_fp16 && i < kRounds; ++i) {
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(2, 5, 6);
@@ -119,6 +132,10 @@ double amx_piece() {
   _tile_release();
   return 4.0 * kRounds * 2 * 16 * 16 * 32 * 1e-9;
 }
+#endif
+
+#ifdef __AMX_BF16__
+bool amx_allowed() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
 #endif
 
 // Reads 1 MiB in four streams of lines; the sum goes where no compiler can drop it.
@@ -165,11 +182,18 @@ double peak_bf16_dot(int threads, double seconds) {  // GFLOP/s of VDPBF16PS
 
 double peak_amx(int threads, double seconds) {  // GFLOP/s of TDPBF16PS
 #ifdef __AMX_BF16__
-  if (syscall(SYS_arch_prctl, 0x1023, 18) != 0) return 0.0;
-  return rate(threads, seconds, [](int) { return amx_piece(); });
-#else
-  return 0.0;
+  if (amx_allowed()) return rate(threads, seconds, [](int) { return amx_piece(false); });
 #endif
+  return 0.0;
+}
+
+double peak_amx_fp16(int threads, double seconds) {  // GFLOP/s of TDPFP16PS
+#ifdef __AMX_BF16__
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  bool present = __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 21 & 1);
+  if (present && amx_allowed()) return rate(threads, seconds, [](int) { return amx_piece(true); });
+#endif
+  return 0.0;
 }
 
 // GB/s; threads share `bytes` of memory at `data`, each reads a part of its own from end to end.

@@ -50,7 +50,8 @@ def ratios(name: str, key: str, title: str) -> None:
 def _label(line: dict[str, Any]) -> str:
     """A case in a few words."""
     if "head_dim" not in line:
-        return str(line["case"])
+        target = str(line.get("target", "")).removeprefix("cpu:")
+        return f"{line['case']}, {target}" if target else str(line["case"])
     mask = "causal" if line.get("causal") else "no mask"
     return f"d {line['head_dim']}, {line.get('length', line.get('seqlen'))}, {mask}"
 

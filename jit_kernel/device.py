@@ -76,11 +76,15 @@ def _machine() -> str:
 
 
 def _cpu_flags() -> frozenset[str]:
+    """What the processor can do, and who made it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
+            vendor = ""
             for line in file:
+                if line.startswith("vendor_id"):
+                    vendor = line.partition(":")[2].strip()
                 if line.startswith("flags"):
-                    return frozenset(line.partition(":")[2].split())
+                    return frozenset([vendor, *line.partition(":")[2].split()])
     except OSError:
         return frozenset()
     return frozenset()
@@ -90,15 +94,18 @@ _cpu: Target | None = None
 
 
 def cpu_target() -> Target:
-    """The target of this machine's processor, with every feature that it has."""
+    """The target of this machine's processor, with every feature that pays."""
     global _cpu
     if _cpu is None:
         machine, flags = _machine(), _cpu_flags()
         if machine != "x86-64":
             _cpu = Target("cpu", machine)
         elif flags.issuperset(_V4):
-            features = sorted(name for name, needs in CPU_FEATURES.items() if flags.issuperset(needs))
-            _cpu = Target("cpu", "x86-64-v4", tuple(features))
+            features = {name for name, needs in CPU_FEATURES.items() if flags.issuperset(needs)}
+            # Without AMX: VDPBF16PS does 105 GFLOP/s a core on Granite Rapids, FMA 200; on Zen 4 it is twice FMA.
+            if "GenuineIntel" in flags and "amxbf16" not in features:
+                features.discard("avx512bf16")
+            _cpu = Target("cpu", "x86-64-v4", tuple(sorted(features)))
         else:
             _cpu = Target("cpu", "x86-64-v3" if flags.issuperset(_V3) else "x86-64")
     return _cpu

@@ -1,4 +1,4 @@
-"""The CPU kernels as other machines compile them: AVX2, and plain C++ without a named instruction set."""
+"""The CPU kernels as other machines compile them: AVX-512 with and without bf16, AVX2, plain C++."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ def plainer_targets() -> list[str]:
     if here.architecture not in PLAINER:
         return ["cpu:generic"]
     fewer = [f"cpu:{name}" for name in PLAINER[: PLAINER.index(here.architecture) + 1]]
+    if "avx512bf16" in here.features:
+        fewer.append(f"cpu:{here.architecture}+avx512bf16")
     return [name for name in fewer if name != str(here)]
 
 
