@@ -16,7 +16,8 @@ template <class Params>
 inline void write_row(const Params& p, const Sequence& s, int64_t batch, int64_t head_k, int64_t r,
                       const ScoreScale& scale, const float* sum, const RowState& state) {
   int64_t token = r / p.group, head = head_k * p.group + r % p.group;
-  RowEnd end = finish_row(state, scale, p.sinks ? p.sinks[head] : -kInfinity);
+  RowEnd end =
+      finish_row(state, scale, p.sinks ? p.sinks[head] : -kInfinity, static_cast<bool>(p.lse));
   auto* out = p.out.at(s.q_batch, s.q_begin + token, head);
   if (end.factor == 0.0f) {  // nothing visible: not 0 times a sum that was never made
     for (int64_t i = 0; i < p.dv; ++i) out[i] = {};

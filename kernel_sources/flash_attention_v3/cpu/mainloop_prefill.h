@@ -23,7 +23,7 @@ struct Prefill {
 
 #ifdef JIT_KERNEL_AMX
   static constexpr bool kTiles = sizeof(Math) == 2;  // fp16 only where amx_fp16_allowed()
-  static constexpr int kBuffers = 3;                 // tiles at once: see Pipeline
+  static constexpr int kBuffers = 2;                 // of scores and of P: see Pipeline
 #else
   static constexpr int kBuffers = 1;
 #endif
@@ -249,7 +249,7 @@ struct Prefill {
    public:
     Pipeline(Prefill& prefill, const ScoreScale& scale) : prefill_(prefill), scale_(scale) {}
     Tile& slot() { return tiles_[pushed_ % 3]; }
-    int buffer() const { return pushed_ % 3; }
+    int buffer() const { return pushed_ % 2; }
     void push() {
       if (pushed_ == 0) prefill_.score(tiles_[0]);
       if (++pushed_ >= 2) step(&tiles_[(pushed_ - 1) % 3]);

@@ -69,6 +69,13 @@ struct Cut {
   int64_t heads;  // of a decode's item
 };
 
+// Rows of an item where `rows` are cut into equal items of about `wanted`: each packs all keys, so
+// none should be small.
+inline int64_t even_rows(int64_t rows, int64_t wanted) {
+  int64_t items = std::max<int64_t>(1, (rows + wanted / 2) / wanted);
+  return round_up((rows + items - 1) / items, kDepth);
+}
+
 template <class Params>
 inline void plan_sequence(const Params& p, int64_t batch, const Cut& cut, Plan& plan) {
   const Sequence& s = plan.sequences[batch];
@@ -78,7 +85,8 @@ inline void plan_sequence(const Params& p, int64_t batch, const Cut& cut, Plan& 
   int64_t last = visible_keys(p, s.sq - 1, s.sq, s.sk).end;
   int64_t keys = std::max<int64_t>(1, keys_per_part(p, rows, s.sk)), first_part = first / keys;
   int64_t parts = std::max<int64_t>(1, (last + keys - 1) / keys - first_part);
-  int64_t row_step = is_decode(rows) ? rows : cut.rows, head_step = is_decode(rows) ? cut.heads : 1;
+  int64_t row_step = is_decode(rows) ? rows : even_rows(rows, cut.rows),
+          head_step = is_decode(rows) ? cut.heads : 1;
   for (int64_t part = 0; part < parts; ++part) {
     for (int64_t h = 0; h < p.heads_k; h += head_step) {
       for (int64_t r = 0; r < rows; r += row_step) {

@@ -78,6 +78,13 @@ inline simd::Vec exponent(bf16, simd::Vec x, simd::Vec maximum, simd::Vec to_log
   return simd::fma(x, to_log2, simd::zero() - maximum * to_log2);
 }
 
+// What a row's probabilities are made with after scores whose largest is `top`: the old maximum
+// where that makes none larger than 2^8. Sums so far rarely have to be scaled then, and neither
+// bf16, fp16 nor floats lose a bit by it.
+inline simd::Vec kept_maximum(simd::Vec old, simd::Vec top, simd::Vec to_log2) {
+  return simd::where_less(simd::set1(8.0f), (top - old) * to_log2, top, old);
+}
+
 // Lane by lane, the largest of n scores (a multiple of kDepth).
 inline simd::Vec largest_lanes(const float* s, int64_t n) {
   simd::Vec a = simd::load(s), b = simd::load(s + simd::kLanes);
@@ -134,10 +141,11 @@ inline void soften_rows(const SoftenArgs<Math>& a, const ScoreScale& scale, int6
     mask_scores(row, begin, std::max(begin, std::min(a.columns, seen.end)), a.columns);
     lanes[j] = largest_lanes(row, a.columns);
   }
-  Vec old = simd::load(a.maxima), top = simd::max(old, simd::reduce_max_each(lanes));
+  Vec to_log2 = simd::set1(scale.to_log2()), old = simd::load(a.maxima);
+  Vec top = kept_maximum(old, simd::reduce_max_each(lanes), to_log2);
   // Rows that have seen nothing yet: any finite number keeps -inf - -inf from being NaN.
   Vec shift = simd::where_less(simd::set1(-kInfinity), top, top, simd::zero());
-  Vec factor = simd::exp2<6>((old - shift) * simd::set1(scale.to_log2()));
+  Vec factor = simd::exp2<6>((old - shift) * to_log2);
   alignas(64) float shifts[simd::kLanes];
   simd::store(shifts, shift);
   simd::store(a.factors, factor);
@@ -155,16 +163,23 @@ struct RowEnd {
   float factor, lse;
 };
 
-// sink: one more logit (natural units) without a value; -inf where there is none.
-inline RowEnd finish_row(const RowState& state, const ScoreScale& scale, float sink) {
-  bool seen = state.maximum != -kInfinity;
-  if (!seen && sink == -kInfinity) return {0.0f, -kInfinity};
+// sink: one more logit (natural units) without a value; -inf where there is none. lse is left out
+// where it is not wanted: a logarithm for each row is 3 % of a short prefill.
+inline RowEnd finish_row(const RowState& state, const ScoreScale& scale, float sink,
+                         bool with_lse) {
+  bool seen = state.maximum != -kInfinity, has_sink = sink != -kInfinity;
+  if (!seen && !has_sink) return {0.0f, -kInfinity};
   // In double: a float's last bit of a large logit is more than the result may be off.
-  double logit = seen ? static_cast<double>(state.maximum) * scale.natural : -kInfinity;
-  double maximum = std::max(logit, static_cast<double>(sink));
-  double kept = std::exp(logit - maximum);
-  double sum = state.sum * kept + std::exp(sink - maximum);
-  return {static_cast<float>(kept / sum), static_cast<float>(maximum + std::log(sum))};
+  double maximum = seen ? static_cast<double>(state.maximum) * scale.natural : -kInfinity;
+  double kept = 1.0, sum = state.sum;
+  if (has_sink) {
+    double logit = maximum;
+    maximum = std::max(logit, static_cast<double>(sink));
+    kept = std::exp(logit - maximum);
+    sum = state.sum * kept + std::exp(sink - maximum);
+  }
+  double lse = with_lse ? maximum + std::log(sum) : 0.0;
+  return {static_cast<float>(kept / sum), static_cast<float>(lse)};
 }
 
 }  // namespace jit_kernel
