@@ -36,6 +36,7 @@ struct Prefill {
   const Element **key_rows_, **value_rows;
   float *maxima, *row_sums;  // each row's RowState
   int64_t *begins, *ends;    // each row's visible keys
+  bool* begun;               // of each tile of rows: whether its sums hold anything
 #ifdef JIT_KERNEL_AMX
   AmxTiles amx;
 #endif
@@ -48,7 +49,7 @@ struct Prefill {
   void each_array(int64_t rows, F&& f) {
     int64_t padded = round_up(rows, kDepth) + kTileRows, block = tiles.block;
     f(q, padded * sizes.depth), f(sums, padded * sizes.dv), f(maxima, padded), f(row_sums, padded);
-    f(begins, padded), f(ends, padded);
+    f(begins, padded), f(ends, padded), f(begun, padded / kTileRows + 1);
     f(keys, block * sizes.depth), f(values, block * sizes.dv);
     f(scores, kBuffers * kTileRows * score_stride()), f(p, kBuffers * kTileRows * block);
     f(spare, simd::kLanes * std::max(std::max(sizes.qk, sizes.qv), sizes.dv));
@@ -83,7 +84,7 @@ struct Prefill {
     // Rows that only fill up a tile: zeros, so that no NaN slows them down.
     std::memset(static_cast<void*>(q + rows * sizes.depth), 0,
                 static_cast<size_t>((padded - rows) * sizes.depth) * sizeof(Math));
-    std::memset(sums, 0, static_cast<size_t>(padded * sizes.dv) * sizeof(float));
+    std::memset(begun, 0, static_cast<size_t>(rows / kTileRows + 1));
   }
 
   template <class Params>
@@ -158,7 +159,7 @@ struct Prefill {
             sums + t.row * sizes.dv,
             sizes.dv,
             t.columns,
-            true,
+            begun[t.row / kTileRows],
             t.columns};
   }
 
@@ -181,6 +182,15 @@ struct Prefill {
         [&](int64_t j) { between(i + j); });
   }
 
+  // The values' product to come: what it adds to, and how.
+  GemmArgs<Math> begin_values(const Tile& t) {
+    bool& old = begun[t.row / kTileRows];
+    if (old) scale_sums(t);
+    GemmArgs<Math> g = value_args(t);
+    old = true;
+    return g;
+  }
+
   void scale_sums(const Tile& t) {
     for (int64_t i = 0; i < t.rows; ++i) {
       if (t.factors[i] != 1.0f) scale_row(sums + (t.row + i) * sizes.dv, sizes.dv, t.factors[i]);
@@ -198,10 +208,7 @@ struct Prefill {
     multiply(g, t.rows, panels);
   }
 
-  void add_values(const Tile& t) {
-    scale_sums(t);
-    multiply(value_args(t), t.rows, sizes.dv / simd::kLanes);
-  }
+  void add_values(const Tile& t) { multiply(begin_values(t), t.rows, sizes.dv / simd::kLanes); }
 
   void multiply(const GemmArgs<Math>& g, int64_t rows, int64_t panels) {
 #ifdef JIT_KERNEL_AMX
@@ -229,7 +236,7 @@ struct Prefill {
     int64_t score_panels = after ? after->columns / simd::kLanes : 0;
     int64_t value_steps = (value_panels + 1) / 2, steps = value_steps + (score_panels + 1) / 2;
     GemmArgs<Math> pv{}, qk{};
-    if (before) scale_sums(*before), pv = value_args(*before);
+    if (before) pv = begin_values(*before);
     if (after) qk = score_args(*after);
     int64_t done = 0;
     auto deal = [&](int64_t row) {
