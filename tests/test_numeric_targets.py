@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import jit_kernel.flash_attention_v3 as fa3
+from jit_kernel import device
 from jit_kernel.device import Target, cpu_target
 from jit_kernel.fa3 import cpu
 
@@ -45,3 +46,21 @@ def test_random_cases_on_another_target(target: Target, dtype: torch.dtype, say:
     worst = max(case_run.judge(cases.draw(seed, space), FUNCTIONS).worst for seed in range(CASES))
     assert cpu._forwards  # loaded anew, for this target
     say.append(f"{target} {str(dtype).removeprefix('torch.')}: {CASES} random cases, worst share {worst:.3f}")
+
+
+@pytest.mark.parametrize(
+    ("vendor", "more", "target"),
+    [
+        ("AuthenticAMD", (), "cpu:x86-64-v4+avx512bf16"),
+        ("GenuineIntel", (), "cpu:x86-64-v4"),
+        ("GenuineIntel", ("amx_bf16", "amx_tile"), "cpu:x86-64-v4+amxbf16+avx512bf16"),
+    ],
+)
+def test_the_target_names_bf16_products_where_they_pay(
+    vendor: str, more: tuple[str, ...], target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = frozenset((vendor, *device._V4, "avx512_bf16", *more))
+    monkeypatch.setattr(device, "_cpu", None)
+    monkeypatch.setattr(device, "_machine", lambda: "x86-64")
+    monkeypatch.setattr(device, "_cpu_flags", lambda: flags)
+    assert str(device.cpu_target()) == target
