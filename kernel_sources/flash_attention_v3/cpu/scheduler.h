@@ -122,11 +122,14 @@ inline void make_plan(const Params& p, int64_t most_rows, Plan& plan) {
     plan.sequences.push_back(sequence_of(p, b));
     const Sequence& s = plan.sequences.back();
     rows += s.sq * p.heads;
-    if (is_decode(s.sq * p.group)) pieces += 1 + s.sk / kDecodeChunk;
+    if (is_decode(s.sq * p.group)) pieces += (s.sk + kDecodeChunk - 1) / kDecodeChunk;
   }
   Cut cut;
   cut.rows = std::min(most_rows, std::max(kRowStep, rows / wanted / kRowStep * kRowStep));
-  cut.heads = std::min(p.heads_k, std::max<int64_t>(1, p.heads_k * pieces / wanted));
+  // A decode's heads are parted for want of items alone: the longer the run of a token's heads in
+  // memory, the faster it is read (2 KiB 1.2 times as fast as 1 KiB, 1.5 times as 512 bytes).
+  cut.heads = std::max<int64_t>(1, p.heads_k * pieces / (2 * p.num_threads));
+  cut.heads = std::min(p.heads_k, cut.heads);
   for (int64_t b = 0; b < p.batch; ++b) plan_sequence(p, b, cut, plan);
   auto longer = [](const Item& a, const Item& b) { return a.cost > b.cost; };
   if (p.num_threads > 1) std::sort(plan.items.begin(), plan.items.end(), longer);
