@@ -13,6 +13,7 @@ from matplotlib import pyplot as plt
 
 IMAGES = record.RESULTS.parent.parent / "docs" / "img"
 OURS, PEER = "#2a6f97", "#b0b0b0"
+COLORS = (OURS, "#61a5c2", "#a9d6e5")
 
 
 def loader(lines: list[dict[str, Any]]) -> None:
@@ -31,13 +32,23 @@ def loader(lines: list[dict[str, Any]]) -> None:
 
 
 def ratios(name: str, key: str, title: str) -> None:
-    """How many times faster than the peer each case of a benchmark is; `key` holds the ratio."""
+    """How many times faster than the peer each case of a benchmark is; `key` holds the ratio. A bar for each target."""
     lines = [line for line in record.latest(name) if line.get(key)]
     if not lines:
         return
-    figure, axes = plt.subplots(figsize=(8, 0.35 * len(lines) + 1.2))
-    bars = axes.barh([_label(line) for line in lines], [line[key] for line in lines], color=OURS)
-    axes.bar_label(bars, [f"{line[key]:.2f}" for line in lines], padding=3)
+    targets = list(dict.fromkeys(line.get("target", "") for line in lines))
+    labels = list(dict.fromkeys(_label(line) for line in lines))
+    height = 0.8 / len(targets)
+    figure, axes = plt.subplots(figsize=(8, (0.15 + 0.2 * len(targets)) * len(labels) + 1.2))
+    for i, target in enumerate(targets):
+        mine = [line for line in lines if line.get("target", "") == target]
+        places = [labels.index(_label(line)) + (i - (len(targets) - 1) / 2) * height for line in mine]
+        color = COLORS[i % len(COLORS)]
+        bars = axes.barh(places, [line[key] for line in mine], height, color=color, label=target)
+        axes.bar_label(bars, [f"{line[key]:.2f}" for line in mine], padding=3, fontsize=8)
+    axes.set_yticks(range(len(labels)), labels)
+    if len(targets) > 1:
+        axes.legend(loc="lower right", fontsize=8)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xscale("log")
     axes.set_xlim(right=1.3 * max(line[key] for line in lines))
@@ -50,8 +61,7 @@ def ratios(name: str, key: str, title: str) -> None:
 def _label(line: dict[str, Any]) -> str:
     """A case in a few words."""
     if "head_dim" not in line:
-        target = str(line.get("target", "")).removeprefix("cpu:")
-        return f"{line['case']}, {target}" if target else str(line["case"])
+        return str(line["case"])
     mask = "causal" if line.get("causal") else "no mask"
     return f"d {line['head_dim']}, {line.get('length', line.get('seqlen'))}, {mask}"
 
