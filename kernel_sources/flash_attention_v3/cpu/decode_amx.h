@@ -5,6 +5,7 @@
 // vector of scores holds 16 / kColumns keys. P·V takes packed values, a pair of keys side by side.
 #pragma once
 
+#include "flash_attention_v3/cpu/decode_state.h"
 #include "flash_attention_v3/cpu/gemm_amx.h"
 #include "flash_attention_v3/cpu/pack.h"
 #include "flash_attention_v3/cpu/softmax.h"

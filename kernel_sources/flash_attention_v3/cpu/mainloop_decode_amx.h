@@ -1,9 +1,10 @@
 // The decode of mainloop_decode.h with its products in AMX tiles.
 //
-// A step is a block of 32 keys of one head. What a step's tiles store is read a step later: a tile
-// load waits until the line is in L1, behind every store before it and so behind memory. So each
-// round adds the values of one step, softens the scores of the next and makes those of the one
-// after it, while the next one's values are packed and memory is asked for what comes then.
+// A step is a block of 32 keys of one head. What a step's tiles store is read a step later: read at
+// once, transfer and computation did not overlap, as if every store before it, and so memory, had
+// to be waited for. So each round adds the values of one step, softens the scores of the next and
+// makes those of the one after it, while the next one's values are packed and memory is asked for
+// more.
 #pragma once
 
 #include "flash_attention_v3/cpu/decode_amx.h"
@@ -23,9 +24,10 @@ struct DecodeTiles : DecodeState<Element, Math> {
   using State::sizes, State::rows, State::heads, State::in_place, State::q, State::sums;
   static constexpr int64_t kPairs = kDecodeBlock / 2;
 
-  int64_t columns;              // queries side by side in a tile
-  Math *queries, *p, *packed;   // packed queries by heads; probabilities and values of two steps
-  Math *keys, *values, *spare;  // a converted block; rows on their way into a tile
+  int64_t columns;             // queries side by side in a tile
+  Math *queries, *p, *packed;  // packed queries by heads; probabilities and values of two steps
+  Math *keys, *values;         // a converted block
+  Math* spare;                 // a converted pair of values, then keys that are not evenly spaced
   const Math **math_keys, **math_values;
   float* scores;  // of two steps
   AmxTiles tiles;
@@ -35,7 +37,7 @@ struct DecodeTiles : DecodeState<Element, Math> {
     this->each_state_array(f);
     f(queries, heads * columns * sizes.depth), f(p, 2 * 16 * kDecodeBlock);
     f(packed, 2 * kDecodeBlock * sizes.dv), f(scores, 2 * 16 * kDecodeBlock);
-    f(spare, 2 * 16 * std::max(sizes.depth, sizes.dv));
+    f(spare, 2 * sizes.dv + 2 * 16 * std::max(sizes.qk, sizes.qv));
     f(math_keys, kDecodeBlock), f(math_values, kDecodeBlock);
     f(keys, in_place ? 0 : kDecodeBlock * sizes.qk);
     f(values, in_place ? 0 : kDecodeBlock * this->value_stride());
