@@ -6,6 +6,7 @@ split keys, qv and fp8 are not claimed: they are the portable kernels' by right.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -125,15 +126,22 @@ def _attend(
     return_softmax_lse: bool,
     sinks: Tensor | None,
     out: Tensor | None,
-) -> Result:
-    """Attention of checked tensors; nothing here synchronises."""
+    only_known: bool = False,
+) -> Result | None:
+    """Attention of checked tensors; nothing here synchronises.
+
+    only_known: None, and nothing is launched, where the kernel is not loaded yet or a row is not aligned.
+    """
     kernels = _kernels_of(q.device)
     left, right = window_size
     if causal:
         right = 0
     shape = q.shape
     head_dim, head_dim_v = shape[-1], v.shape[-1]
-    masked = left >= 0 or right >= 0 or attention_chunk > 0
+    key = (q.dtype, head_dim, head_dim_v, left >= 0 or right >= 0 or attention_chunk > 0, softcap > 0)
+    handle = kernels.handles.get(key)
+    if handle is None and only_known:
+        return None
     result = out
     if result is None:
         result = torch.empty((*shape[:-1], head_dim_v), dtype=q.dtype, device=q.device)
@@ -145,17 +153,60 @@ def _attend(
         if out is None:
             result.zero_()
         return result if lse is None else (result, lse.fill_(-math.inf))
-    key = (q.dtype, head_dim, head_dim_v, masked, softcap > 0)
-    handle = kernels.handles.get(key)
     if handle is None:
         handle = _load(kernels, key)
     clear_rest = out is None and (cu_seqlens_q is not None or seqused_q is not None)
-    kernels.forward(
+    launched = kernels.forward(
         handle, q, k, v, result, lse, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, sinks,
         head_dim**-0.5 if softmax_scale is None else softmax_scale, float(softcap), left, right,
-        attention_chunk, sm_margin, clear_rest,
+        attention_chunk, sm_margin, clear_rest, only_known,
     )  # fmt: skip
+    if not launched:
+        return None
     return result if lse is None else (result, lse)
+
+
+def _served(*arguments: Any) -> Result:
+    result = _attend(*arguments)
+    if result is None:
+        raise RuntimeError("the Hopper launcher did not launch a call that was accepted")
+    return result
+
+
+def shortcut(function: str, chosen: Callable[..., Result]) -> Callable[..., Result]:
+    """`chosen`, which asks `decide` about every call, but not for a kind of call that these kernels had before.
+
+    What `decide` looks at takes 5 us to gather; here a loaded kernel's key answers for dtype and head sizes, the
+    launcher for addresses and strides, and the rest are arguments that must be absent.
+    """
+    ragged = function == "flash_attn_varlen_func"
+
+    @functools.wraps(chosen)
+    def serve(**call: Any) -> Result:
+        plain = (
+            call["num_splits"] == 1
+            and call["qv"] is None
+            and call["q_descale"] is None
+            and call["k_descale"] is None
+            and call["v_descale"] is None
+        )
+        result = None
+        if plain and not ragged:
+            result = _attend(
+                call["q"], call["k"], call["v"], None, None, None, None, call["softmax_scale"], call["causal"],
+                call["window_size"], call["attention_chunk"], call["softcap"], call["sm_margin"],
+                call["return_softmax_lse"], call["sinks"], call["out"], True,
+            )  # fmt: skip
+        elif plain and call["page_table"] is None:
+            result = _attend(
+                call["q"], call["k"], call["v"], call["cu_seqlens_q"], call["cu_seqlens_k"], call["seqused_q"],
+                call["seqused_k"], call["softmax_scale"], call["causal"], call["window_size"],
+                call["attention_chunk"], call["softcap"], call["sm_margin"], call["return_softmax_lse"],
+                call["sinks"], call["out"], True,
+            )  # fmt: skip
+        return chosen(**call) if result is None else result
+
+    return serve
 
 
 def flash_attn_varlen_func(
@@ -188,7 +239,7 @@ def flash_attn_varlen_func(
     out: Tensor | None = None,
 ) -> Result:
     """See `jit_kernel.flash_attention_v3.flash_attn_varlen_func`. The kernel needs no max_seqlen."""
-    return _attend(
+    return _served(
         q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, softmax_scale, causal, window_size,
         attention_chunk, softcap, sm_margin, return_softmax_lse, sinks, out,
     )  # fmt: skip
@@ -217,7 +268,7 @@ def flash_attn_func(
     out: Tensor | None = None,
 ) -> Result:
     """See `jit_kernel.flash_attention_v3.flash_attn_func`. Every call is deterministic."""
-    return _attend(
+    return _served(
         q, k, v, None, None, None, None, softmax_scale, causal, window_size,
         attention_chunk, softcap, sm_margin, return_softmax_lse, sinks, out,
     )  # fmt: skip

@@ -11,20 +11,6 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
-// 2^x on the FMA pipe, for a share of the elements where the special-function unit is the limit:
-// round to the nearest integer by adding 1.5 * 2^23, a cubic on [-1/2, 1/2] (relative error 1e-4, a
-// twentieth of bf16's rounding), and the integer added into the exponent's bits.
-__device__ __forceinline__ float exp2_polynomial(float x) {
-  const float kRound = 12582912.f;
-  x = fmaxf(x, -126.f);
-  const float shifted = x + kRound;
-  const float f = x - (shifted - kRound);
-  float y = fmaf(f, 0.05517167f, 0.24261112f);
-  y = fmaf(y, f, 0.69326099f);
-  y = fmaf(y, f, 0.99992807f);
-  return __int_as_float(__float_as_int(y) + (__float_as_int(shifted) << 23));
-}
-
 __device__ __forceinline__ float tanh_fast(float x) {
   float y;
   asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -68,8 +54,7 @@ __device__ __forceinline__ void row_maxima(const float (&scores)[kCount], float 
 }
 
 // Turns scores into probabilities relative to the reference, and updates reference and sum.
-// kPolynomialEighths of every eight elements take the polynomial.
-template <int kPolynomialEighths, int kCount>
+template <int kCount>
 __device__ __forceinline__ void softmax_step(float (&scores)[kCount], Softmax& state, float scale) {
   static_assert(kCount % 8 == 0, "a block has a multiple of 16 keys");
   const float kMinusInfinity = __int_as_float(0xff800000);
@@ -97,8 +82,7 @@ __device__ __forceinline__ void softmax_step(float (&scores)[kCount], Softmax& s
       for (int c = 0; c < 2; ++c) {
         float& score = scores[4 * i + 2 * r + c];
         const float x = fmaf(score, scale, offset[r]);
-        const bool polynomial = ((2 * i + c) * kPolynomialEighths) % 8 < kPolynomialEighths;
-        score = polynomial ? exp2_polynomial(x) : exp2_fast(x);
+        score = exp2_fast(x);
         sums[c] += score;
       }
     }
