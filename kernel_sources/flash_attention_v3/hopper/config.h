@@ -49,7 +49,7 @@ struct Config {
   static constexpr int kOffsetOrder = kOffsetV + kStages * kBytesV;
   static constexpr int kOffsetTile = kOffsetOrder + kMaxSorted * 2;
   static constexpr int kOffsetBarriers = kOffsetTile + kTileSlots * int(sizeof(TileInfo));
-  static constexpr int kBarriers = 2 * kStagesQ * kWarpgroups + 4 * kStages + 2 * kTileSlots;
+  static constexpr int kBarriers = 2 * kStagesQ * kWarpgroups + 4 * kStages + 2 * kTileSlots + 1;
   static constexpr int kSharedBytes = kOffsetBarriers + kBarriers * 8;
 
   static_assert(kWarpgroups >= 2 && kWarpgroups <= 4, "two to four consumer warpgroups");

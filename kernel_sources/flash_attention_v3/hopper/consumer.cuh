@@ -80,9 +80,9 @@ struct Consumer {
 #pragma unroll
     for (int i = 0; i < C::kKeys / 16; ++i) {
       wgmma_rs<Element, true>(output, probabilities[4 * i], probabilities[4 * i + 1],
-                        probabilities[4 * i + 2], probabilities[4 * i + 3],
-                        wgmma_descriptor<2 * C::kPanelV>(v + (i * 16 * C::kPanelV * 2 >> 4)),
-                        i == 0 ? accumulate : 1);
+                              probabilities[4 * i + 2], probabilities[4 * i + 3],
+                              wgmma_descriptor<2 * C::kPanelV>(v + (i * 16 * C::kPanelV * 2 >> 4)),
+                              i == 0 ? accumulate : 1);
     }
     wgmma_commit();
   }

@@ -43,6 +43,7 @@ struct Shared {
   __device__ u32 v_empty(int stage) const { return ring(3, stage); }
   __device__ u32 tile_full(int slot) const { return ring(4, slot); }
   __device__ u32 tile_empty(int slot) const { return ring(4, kTileSlots + slot); }
+  __device__ u32 claim() const { return ring(4, 2 * kTileSlots); }
 };
 
 // The first kSteps * 16 columns of this warpgroup's 64 rows as wgmma's register operand, from
@@ -59,8 +60,8 @@ __device__ __forceinline__ void load_fragments(u32 (&fragments)[kCount], u32 bas
     const u32 address = base + i * 16 / kPanel * kRowsPerWarpgroup * kSwizzle + row * kSwizzle +
                         (column ^ swizzled) * 16;
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(fragments[4 * i]), "=r"(fragments[4 * i + 1]),
-                   "=r"(fragments[4 * i + 2]), "=r"(fragments[4 * i + 3])
+                 : "=r"(fragments[4 * i]), "=r"(fragments[4 * i + 1]), "=r"(fragments[4 * i + 2]),
+                   "=r"(fragments[4 * i + 3])
                  : "r"(address)
                  : "memory");
   }

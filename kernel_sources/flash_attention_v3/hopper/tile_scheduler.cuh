@@ -8,7 +8,7 @@
 #pragma once
 
 #include "flash_attention_v3/hopper/mask.cuh"
-#include "flash_attention_v3/hopper/shared_memory.cuh"
+#include "flash_attention_v3/hopper/producer.cuh"
 
 namespace jit_kernel::hopper {
 
@@ -175,6 +175,8 @@ __device__ __forceinline__ void schedule(const ForwardParams& params, const Shar
   TileScheduler<C> scheduler(params, shared.order());
   RingPosition<kTileSlots> at;
   int index = blockIdx.x;
+  const bool waits = C::kMasked || has_lengths(params);
+  u32 claims = 0;
   bool found;
   do {
     TileInfo& tile = *shared.tile(at.stage());
@@ -183,7 +185,12 @@ __device__ __forceinline__ void schedule(const ForwardParams& params, const Shar
     if (leader) {
       if (!found) tile.batch = -1;
       mbarrier_arrive(shared.tile_full(at.stage()));
-      if (found) index = atomicAdd(params.progress, 1) + gridDim.x;
+      if (found) {
+        if constexpr (kPrefetches<C>) prefetch_queries<C>(params, tile);
+        // Tiles of one length are as well claimed at once: waiting cost 1 % there.
+        if (waits) mbarrier_wait(shared.claim(), claims++ % 2);
+        index = atomicAdd(params.progress, 1) + gridDim.x;
+      }
     }
     at.advance();
     index = uniform(index);
