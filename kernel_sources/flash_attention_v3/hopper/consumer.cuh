@@ -273,7 +273,8 @@ struct Consumer {
       issue_scores();
       wgmma_wait<1>();
       release_output();
-      store_tile<C>(params, tile, output, softmax, params.scale_log2, warpgroup);
+      store_tile<C>(params, tile, output, softmax, warpgroup);
+      __syncwarp();  // every lane has read the tile
       release(shared.tile_empty(this_at.stage()));
       wgmma_wait<0>();
       skip_values(skipped);
@@ -285,7 +286,10 @@ struct Consumer {
   __device__ __forceinline__ void wait_queries() {
     mbarrier_wait(shared.q_full(q_at.stage(), warpgroup), q_at.parity());
     load_fragments<C::kQuerySteps, C::kPanel>(queries, shared.q(q_at.stage(), warpgroup));
-    if (kQueriesInRegisters) release_queries();
+    if (kQueriesInRegisters) {
+      __syncwarp();  // every lane has read its queries
+      release_queries();
+    }
     skip_keys(skipped_first());
     wait_keys();
   }

@@ -12,6 +12,17 @@ namespace jit_kernel::hopper {
 // work (d 256, 4096, causal).
 constexpr int kClaimBlocks = 2;
 
+__device__ __forceinline__ bool has_lengths(const ForwardParams& params) {
+  return params.cu_seqlens_q != nullptr || params.cu_seqlens_k != nullptr ||
+         params.seqused_q != nullptr || params.seqused_k != nullptr;
+}
+
+// Tiles of one length are as well claimed at once: waiting cost 1 % there.
+template <class C>
+__device__ __forceinline__ bool claims_late(const ForwardParams& params) {
+  return C::kMasked || has_lengths(params);
+}
+
 // Coordinates of a sequence in a tensor's map; row is added to `row`.
 struct MapPlace {
   int row, place;
@@ -108,8 +119,9 @@ struct Producer {
     if constexpr (C::kStagesQ > 1) load_last_values();
     v_place = map_place(params.v, params.cu_seqlens_k, tile.batch, tile.len_k);
     v_head = head;
-    const int claim_at = min(tile.block_end - 2, tile.block_begin + kClaimBlocks);
-    if (claim_at < tile.block_begin) mbarrier_arrive(shared.claim());
+    const int claim_at =
+        claims_late<C>(params) ? min(tile.block_end - 2, tile.block_begin + kClaimBlocks) : -1;
+    if (claims_late<C>(params) && claim_at < tile.block_begin) mbarrier_arrive(shared.claim());
     for (int block = tile.block_end - 2; block >= tile.block_begin; --block) {
       if (block == claim_at) mbarrier_arrive(shared.claim());
       load_k(k, block, head);

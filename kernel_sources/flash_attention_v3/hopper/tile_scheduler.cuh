@@ -18,11 +18,6 @@ __device__ __forceinline__ int sequence_length(int batch, int dense, const int* 
   return cu_seqlens != nullptr ? max(0, cu_seqlens[batch + 1] - cu_seqlens[batch]) : dense;
 }
 
-__device__ __forceinline__ bool has_lengths(const ForwardParams& params) {
-  return params.cu_seqlens_q != nullptr || params.cu_seqlens_k != nullptr ||
-         params.seqused_q != nullptr || params.seqused_k != nullptr;
-}
-
 __device__ __forceinline__ bool is_sorted(const ForwardParams& params) {
   return has_lengths(params) && params.batch > 1 && params.batch <= kMaxSorted;
 }
@@ -175,7 +170,6 @@ __device__ __forceinline__ void schedule(const ForwardParams& params, const Shar
   TileScheduler<C> scheduler(params, shared.order());
   RingPosition<kTileSlots> at;
   int index = blockIdx.x;
-  const bool waits = C::kMasked || has_lengths(params);
   u32 claims = 0;
   bool found;
   do {
@@ -187,8 +181,7 @@ __device__ __forceinline__ void schedule(const ForwardParams& params, const Shar
       mbarrier_arrive(shared.tile_full(at.stage()));
       if (found) {
         if constexpr (kPrefetches<C>) prefetch_queries<C>(params, tile);
-        // Tiles of one length are as well claimed at once: waiting cost 1 % there.
-        if (waits) mbarrier_wait(shared.claim(), claims++ % 2);
+        if (claims_late<C>(params)) mbarrier_wait(shared.claim(), claims++ % 2);
         index = atomicAdd(params.progress, 1) + gridDim.x;
       }
     }
