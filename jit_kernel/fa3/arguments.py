@@ -7,7 +7,6 @@ are the values of index tensors: always on the CPU, elsewhere under JIT_KERNEL_C
 
 from __future__ import annotations
 
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -21,9 +20,6 @@ from jit_kernel.fa3.attention_shapes import Facts
 from jit_kernel.fa3.scheduler_header import checked_window
 
 _MOST_REMEMBERED = 8192  # a ragged server makes new shapes for ever; the memory of them must not grow so
-
-# One call for four attributes: 0.14 us a tensor less.
-_looked_at = attrgetter("shape", "dtype", "device", "requires_grad")
 
 # By the types of all arguments (which tell the function too: each has a number of arguments of its own): the names
 # of the tensors among them, and what passed before, by all of these tensors but their numbers.
@@ -64,7 +60,7 @@ def _key(call: dict[str, Any], tensors: tuple[str, ...]) -> tuple[object, ...] |
     try:
         for name in tensors:
             tensor = call[name]
-            seen += (_looked_at(tensor), tensor.stride())
+            seen += (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad)
     except RuntimeError:  # a sparse tensor has no strides: never remembered, and the checks refuse it
         return None
     return tuple(seen)

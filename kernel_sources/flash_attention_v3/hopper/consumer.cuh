@@ -274,8 +274,7 @@ struct Consumer {
       wgmma_wait<1>();
       release_output();
       store_tile<C>(params, tile, output, softmax, warpgroup);
-      __syncwarp();  // every lane has read the tile
-      release(shared.tile_empty(this_at.stage()));
+      mbarrier_arrive(shared.tile_empty(this_at.stage()));  // every lane has read the tile
       wgmma_wait<0>();
       skip_values(skipped);
       if (!more) return;
