@@ -26,9 +26,9 @@ struct TileFor<96, 96, kMasked> : Tile<128, 2, 1, 3, true, true, 6> {};
 template <bool kMasked>
 struct TileFor<128, 128, kMasked> : Tile<128, 2, 1, 3, true, true, 8> {};
 template <bool kMasked>
-struct TileFor<192, 128, kMasked> : Tile<112, 2, 1, 2, true, false, 12> {};
+struct TileFor<192, 128, kMasked> : Tile<112, 2, 1, 2, true, true, 12> {};
 template <bool kMasked>
-struct TileFor<192, 192, kMasked> : Tile<96, 2, 1, 2, true, false, 0> {};
+struct TileFor<192, 192, kMasked> : Tile<96, 2, 1, 2, true, true, 4> {};
 template <bool kMasked>
 struct TileFor<256, 256, kMasked> : Tile<80, 2, 1, 2, true, !kMasked, kMasked ? 2 : 0> {};
 
