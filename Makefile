@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 SETUP_FILES = pyproject.toml constraints.txt
 
-.PHONY: demo test lint format bench warmup test-gpu bench-gpu test-musa clean-cache wheel
+.PHONY: demo test lint format bench warmup test-gpu sanitize-gpu bench-gpu test-musa clean-cache wheel
 
 demo: $(VENV)/.ready $(VENV)/.demo
 	$(BIN)/python examples/first_call.py
@@ -36,6 +36,11 @@ warmup: $(VENV)/.ready
 # The GPU targets take the Python that is there, with its own torch and its own CUDA.
 test-gpu:
 	$(PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
+
+sanitize-gpu:
+	for tool in memcheck initcheck racecheck synccheck; do \
+		PYTHONPATH=.:$$PYTHONPATH compute-sanitizer --tool $$tool --error-exitcode 9 \
+			$(PYTHON) tests/sanitized_calls.py || exit; done
 
 bench-gpu:
 	$(PYTHON) benchmarks/hopper_prefill.py

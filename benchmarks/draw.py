@@ -31,9 +31,11 @@ def loader(lines: list[dict[str, Any]]) -> None:
     _save(figure, "loader")
 
 
-def ratios(name: str, key: str, title: str) -> None:
-    """How many times faster than the peer each case of a benchmark is; `key` holds the ratio. A bar for each target."""
-    lines = [line for line in record.latest(name) if line.get(key)]
+def ratios(name: str, key: str, title: str, **fields: object) -> None:
+    """How many times faster than the peer each case of a benchmark is; `key` holds the ratio, `fields` choose cases.
+    A bar for each target.
+    """
+    lines = [line for line in record.latest(name, **fields) if line.get(key)]
     if not lines:
         return
     targets = list(dict.fromkeys(line.get("target", "") for line in lines))
@@ -80,7 +82,13 @@ def main() -> None:
     if lines:
         loader(lines)
     ratios("cpu_attention", "ratio", "Attention on a CPU against torch SDPA, same run, equal threads")
-    ratios("hopper_prefill", "over_cudnn", "Hopper prefill on an H200 against cuDNN, bf16, same run")
+    ratios(
+        "hopper_prefill",
+        "over_cudnn",
+        "Hopper prefill on an H200 against cuDNN, bf16, same run",
+        case="prefill",
+        dtype="torch.bfloat16",
+    )
     ratios("portable", "share", "Portable prefill on an H200 against FlashAttention 2 in torch, same run")
 
 

@@ -47,12 +47,13 @@ def write(name: str, lines: list[dict[str, Any]], device: str = "cpu", folder: P
     return path
 
 
-def latest(name: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
-    """The measurements of the last run that is recorded under `name`."""
+def latest(name: str, folder: Path = RESULTS, **fields: object) -> list[dict[str, Any]]:
+    """The measurements recorded together last under `name`, of those with these fields."""
     path = folder / f"{name}.jsonl"
     if not path.exists():
         return []
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line for line in lines if fields.items() <= {name: line.get(name) for name in fields}.items()]
     return [line for line in lines if line["date"] == lines[-1]["date"]]
 
 

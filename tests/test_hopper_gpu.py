@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import case_run
@@ -216,13 +217,18 @@ def test_a_cold_call_under_capture_names_the_warm_up(monkeypatch: pytest.MonkeyP
 
 
 def test_hopper_and_portable_agree(say: list[str]) -> None:
+    seeds = range(10_000, 10_000 + CASES // 6)
+
+    def share(seed: int) -> float:
+        return case_run.judge(cases.draw(seed, SPACE), FUNCTIONS).worst
+
     worst = 0.0
     for name in ("hopper", "portable"):
-        with forced(name):
-            for seed in range(10_000, 10_000 + CASES // 8):
-                worst = max(worst, case_run.judge(cases.draw(seed, SPACE), FUNCTIONS).worst)
+        # Threads, because odd head sizes are compiled here: 40 s for 50 cases one after the other.
+        with forced(name), ThreadPoolExecutor(max(1, device.cpu_count() - 2)) as pool:
+            worst = max(worst, *pool.map(share, seeds))
     assert worst <= 1
-    say.append(f"hopper and portable on {CASES // 8} shared cases: worst share {worst:.3f}")
+    say.append(f"hopper and portable on {len(seeds)} shared cases: worst share {worst:.3f}")
 
 
 def test_rows_without_queries_are_zero_in_an_output_of_ours() -> None:

@@ -114,8 +114,8 @@ def _refuse_shared_memory(call: dict[str, Any]) -> None:
     """out must not start where an input starts: other threads still read what one has written."""
     start = call["out"].data_ptr()
     if start:
-        for name in ("q", "k", "v", "k_cache", "v_cache", "qv"):
-            value = call.get(name)
+        for name in ("q", "k_cache", "v_cache", "k", "v", "qv") if "k_cache" in call else ("q", "k", "v", "qv"):
+            value = call[name]
             if value is not None and value.data_ptr() == start:
                 raise ValueError(f"out shares its memory with {name}; it must have memory of its own")
 

@@ -11,6 +11,8 @@ An implementation is a module of this folder with
     canonical(field, value)     the value of a variant's field that serves a user's value ("96" -> "128")
     variant(target, features, call)   the kernel that serves a call, for `why`; an implementation without kernels of
                                 its own has none
+    shortcut(function, chosen)  may be there in the first candidate: `chosen` for the calls that it would get anyway,
+                                without the cost of asking
 It imports neither another implementation nor this module; it is imported when its device is first used.
 """
 
@@ -33,11 +35,6 @@ log = logging.getLogger("jit_kernel")
 
 # By vendor, best first.
 CANDIDATES = {"cpu": ("cpu",), "cuda": ("hopper", "portable"), "musa": ("musa",)}
-# Served only where JIT_KERNEL_IMPLEMENTATION names them, and why.
-ON_REQUEST = {
-    "hopper": "its present kernels were compiled but have not passed the GPU tests yet; "
-    "JIT_KERNEL_IMPLEMENTATION=hopper takes them"
-}
 
 # These raise for a call that they do not serve, so alone on a device they need no dispatcher: 5 us a call.
 REFUSE_THEMSELVES = ("cpu", "portable", "musa")
@@ -67,8 +64,6 @@ def supports(name: str, target: Target) -> Decision:
     module = implementation(name)
     if module is None:
         return Rejected(f"this version of jit_kernel has no jit_kernel/fa3/{name}.py", claimed=False)
-    if name in ON_REQUEST and config.implementation() != name:
-        return Rejected(ON_REQUEST[name], claimed=False)
     decision: Decision = module.supports(target)
     return decision
 

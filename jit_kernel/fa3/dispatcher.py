@@ -31,16 +31,19 @@ class Dispatcher:
 
     def kernels(self) -> Mapping[str, Callable[..., Any]]:
         """The mapping that `_load_fa3_kernels` hands out for the device."""
-        return MappingProxyType(
-            {
-                "flash_attn_varlen_func": self.flash_attn_varlen_func,
-                "flash_attn_with_kvcache": self.flash_attn_with_kvcache,
-                "flash_attn_func": self.flash_attn_func,
-                "get_scheduler_metadata": self.get_scheduler_metadata,
-                "flash_attn_combine": self.flash_attn_combine,
-                "merge_state": self.merge_state,
-            }
-        )
+        functions: dict[str, Callable[..., Any]] = {
+            "flash_attn_varlen_func": self.flash_attn_varlen_func,
+            "flash_attn_with_kvcache": self.flash_attn_with_kvcache,
+            "flash_attn_func": self.flash_attn_func,
+            "get_scheduler_metadata": self.get_scheduler_metadata,
+            "flash_attn_combine": self.flash_attn_combine,
+            "merge_state": self.merge_state,
+        }
+        shortcut = getattr(self._modules[0], "shortcut", None) if self._modules else None
+        if shortcut is not None:
+            for name in ("flash_attn_varlen_func", "flash_attn_func"):
+                functions[name] = shortcut(name, functions[name])
+        return MappingProxyType(functions)
 
     def _resolve(self, function: str, plain: tuple[Any, ...]) -> Callable[..., Any]:
         chosen = self._chosen[function, plain] = dispatch.resolve(self._target, Features(*plain), function)

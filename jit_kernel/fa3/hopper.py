@@ -6,6 +6,7 @@ split keys, qv and fp8 are not claimed: they are the portable kernels' by right.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -108,54 +109,78 @@ def _load(kernels: DeviceKernels, key: tuple[Any, ...]) -> int:
     return kernels.load(key, hopper_kernels.forward_spec(DTYPE_NAMES[dtype], *sizes, masked, softcap))
 
 
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    seqused_q: Tensor | None,
-    seqused_k: Tensor | None,
-    softmax_scale: float | None,
-    causal: bool,
-    window_size: tuple[int, int],
-    attention_chunk: int,
-    softcap: float,
-    sm_margin: int,
-    return_softmax_lse: bool,
-    sinks: Tensor | None,
-    out: Tensor | None,
-) -> Result:
-    """Attention of checked tensors; nothing here synchronises."""
+def _attend(call: Mapping[str, Any], only_known: bool) -> Result | None:
+    """Attention of a checked call; nothing here synchronises.
+
+    only_known: None, and nothing is launched, where the kernel is not loaded yet or a row is not aligned.
+    """
+    q: Tensor = call["q"]
+    v: Tensor = call["v"]
+    out: Tensor | None = call["out"]
     kernels = _kernels_of(q.device)
-    left, right = window_size
-    if causal:
+    left, right = call["window_size"]
+    if call["causal"]:
         right = 0
+    chunk, softcap, scale = call["attention_chunk"], call["softcap"], call["softmax_scale"]
     shape = q.shape
     head_dim, head_dim_v = shape[-1], v.shape[-1]
-    masked = left >= 0 or right >= 0 or attention_chunk > 0
-    result = out
-    if result is None:
-        result = torch.empty((*shape[:-1], head_dim_v), dtype=q.dtype, device=q.device)
+    key = (q.dtype, head_dim, head_dim_v, left >= 0 or right >= 0 or chunk > 0, softcap > 0)
+    handle = kernels.handles.get(key)
+    if handle is None and only_known:
+        return None
+    cu_seqlens_q, seqused_q = call.get("cu_seqlens_q"), call.get("seqused_q")
+    result = torch.empty((*shape[:-1], head_dim_v), dtype=q.dtype, device=q.device) if out is None else out
     lse = None
-    if return_softmax_lse:
+    if call["return_softmax_lse"]:
         rows = (shape[1], shape[0]) if cu_seqlens_q is not None else (shape[0], shape[2], shape[1])
         lse = torch.empty(rows, dtype=torch.float32, device=q.device)
     if result.numel() == 0 or (cu_seqlens_q is not None and cu_seqlens_q.shape[0] == 1):
         if out is None:
             result.zero_()
         return result if lse is None else (result, lse.fill_(-math.inf))
-    key = (q.dtype, head_dim, head_dim_v, masked, softcap > 0)
-    handle = kernels.handles.get(key)
     if handle is None:
         handle = _load(kernels, key)
     clear_rest = out is None and (cu_seqlens_q is not None or seqused_q is not None)
-    kernels.forward(
-        handle, q, k, v, result, lse, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, sinks,
-        head_dim**-0.5 if softmax_scale is None else softmax_scale, float(softcap), left, right,
-        attention_chunk, sm_margin, clear_rest,
+    launched = kernels.forward(
+        handle, q, call["k"], v, result, lse, cu_seqlens_q, call.get("cu_seqlens_k"), seqused_q, call.get("seqused_k"),
+        call["sinks"], head_dim**-0.5 if scale is None else scale, float(softcap), left, right, chunk,
+        call["sm_margin"], clear_rest, only_known,
     )  # fmt: skip
+    if not launched:
+        return None
     return result if lse is None else (result, lse)
+
+
+def _served(call: Mapping[str, Any]) -> Result:
+    result = _attend(call, only_known=False)
+    if result is None:
+        raise RuntimeError("the Hopper launcher did not launch a call that was accepted")
+    return result
+
+
+def shortcut(function: str, chosen: Callable[..., Result]) -> Callable[..., Result]:
+    """`chosen`, which asks `decide` about every call, but not for a kind of call that these kernels had before.
+
+    What `decide` looks at takes 5 us to gather; here a loaded kernel's key answers for dtype and head sizes, the
+    launcher for addresses and strides, and the rest are arguments that must be absent.
+    """
+    paged = function == "flash_attn_varlen_func"
+
+    @functools.wraps(chosen)
+    def serve(**call: Any) -> Result:
+        result = None
+        if (
+            call["num_splits"] == 1
+            and call["qv"] is None
+            and call["q_descale"] is None
+            and call["k_descale"] is None
+            and call["v_descale"] is None
+            and not (paged and call["page_table"] is not None)
+        ):
+            result = _attend(call, only_known=True)
+        return chosen(**call) if result is None else result
+
+    return serve
 
 
 def flash_attn_varlen_func(
@@ -188,10 +213,7 @@ def flash_attn_varlen_func(
     out: Tensor | None = None,
 ) -> Result:
     """See `jit_kernel.flash_attention_v3.flash_attn_varlen_func`. The kernel needs no max_seqlen."""
-    return _attend(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, softmax_scale, causal, window_size,
-        attention_chunk, softcap, sm_margin, return_softmax_lse, sinks, out,
-    )  # fmt: skip
+    return _served(locals())
 
 
 def flash_attn_func(
@@ -217,10 +239,7 @@ def flash_attn_func(
     out: Tensor | None = None,
 ) -> Result:
     """See `jit_kernel.flash_attention_v3.flash_attn_func`. Every call is deterministic."""
-    return _attend(
-        q, k, v, None, None, None, None, softmax_scale, causal, window_size,
-        attention_chunk, softcap, sm_margin, return_softmax_lse, sinks, out,
-    )  # fmt: skip
+    return _served(locals())
 
 
 KERNELS: Mapping[str, Callable[..., Any]] = MappingProxyType(

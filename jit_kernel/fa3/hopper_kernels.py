@@ -63,7 +63,7 @@ class DeviceKernels:
 
     def __init__(self, index: int, target: Target) -> None:
         self.handles: dict[tuple[object, ...], int] = {}
-        self.forward: Callable[..., None] = self._load_and_forward
+        self.forward: Callable[..., bool] = self._load_and_forward
         self._index = index
         self._target = target
         self._functions: Any = None
@@ -75,9 +75,9 @@ class DeviceKernels:
         with contextlib.suppress(Exception):  # whoever needs the launcher asks again and gets the error
             jit.load(LAUNCHER, self._target)
 
-    def _load_and_forward(self, *arguments: object) -> None:
+    def _load_and_forward(self, *arguments: object) -> bool:
         """What `forward` is until the launcher is there."""
-        self._launcher()["forward"](*arguments)
+        return bool(self._launcher()["forward"](*arguments))
 
     def _launcher(self) -> Any:
         if self._functions is None:

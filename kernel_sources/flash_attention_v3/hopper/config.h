@@ -33,7 +33,7 @@ struct Config {
   static constexpr int kStages = Tile::kStages;
   static constexpr bool kOverlap = Tile::kOverlap;
   static constexpr bool kPingPong = Tile::kPingPong;
-  static constexpr int kPolynomialEighths = Tile::kPolynomialEighths;
+  static constexpr int kQuerySteps = Tile::kQuerySteps;
   // Registers a thread; together no more than the block has at its start.
   static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : kWarpgroups == 3 ? 56 : 32;
   static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 232 : kWarpgroups == 3 ? 152 : 112;
@@ -49,12 +49,13 @@ struct Config {
   static constexpr int kOffsetOrder = kOffsetV + kStages * kBytesV;
   static constexpr int kOffsetTile = kOffsetOrder + kMaxSorted * 2;
   static constexpr int kOffsetBarriers = kOffsetTile + kTileSlots * int(sizeof(TileInfo));
-  static constexpr int kBarriers = 2 * kStagesQ * kWarpgroups + 4 * kStages + 2 * kTileSlots;
+  static constexpr int kBarriers = 2 * kStagesQ * kWarpgroups + 4 * kStages + 2 * kTileSlots + 1;
   static constexpr int kSharedBytes = kOffsetBarriers + kBarriers * 8;
 
   static_assert(kWarpgroups >= 2 && kWarpgroups <= 4, "two to four consumer warpgroups");
   static_assert(kKeys % 16 == 0 && kKeys <= 256, "a block of keys is a multiple of wgmma's k");
   static_assert(kHeadDim % 32 == 0 && kHeadDimV % 32 == 0, "head sizes are padded to a panel");
+  static_assert(kQuerySteps >= 0 && kQuerySteps <= kHeadDim / 16, "steps of the head size");
   static_assert(kSharedBytes <= 227 * 1024, "a block of sm_90 has 227 KiB of shared memory");
 };
 

@@ -17,6 +17,7 @@ constexpr int kPingPongBarrier = 1;  // named barriers 1 to 3; 0 is the block's
 template <class C>
 struct Consumer {
   using Element = typename C::Element;
+  static constexpr bool kQueriesInRegisters = C::kQuerySteps * 16 == C::kHeadDim;
 
   const ForwardParams& params;
   Shared<C> shared;
@@ -31,6 +32,7 @@ struct Consumer {
   float scores[C::kKeys / 2];
   float output[C::kHeadDimV / 2];
   u32 probabilities[C::kKeys / 4];
+  u32 queries[C::kQuerySteps > 0 ? 4 * C::kQuerySteps : 1];
 
   __device__ __forceinline__ Consumer(const ForwardParams& params, const Shared<C>& shared,
                                       int warpgroup)
@@ -57,8 +59,15 @@ struct Consumer {
       const int inside = i % kSteps * 32;
       const int of_q = i / kSteps * kRowsPerWarpgroup * kSwizzle + inside;
       const int of_k = i / kSteps * C::kKeys * kSwizzle + inside;
-      wgmma_ss<Element>(scores, wgmma_descriptor<kSwizzle>(q + (of_q >> 4)),
-                        wgmma_descriptor<kSwizzle>(k + (of_k >> 4)), i != 0);
+      const u64 keys = wgmma_descriptor<kSwizzle>(k + (of_k >> 4));
+      if constexpr (C::kQuerySteps > 0) {
+        if (i < C::kQuerySteps) {
+          wgmma_rs<Element, false>(scores, queries[4 * i], queries[4 * i + 1], queries[4 * i + 2],
+                                   queries[4 * i + 3], keys, i != 0);
+          continue;
+        }
+      }
+      wgmma_ss<Element>(scores, wgmma_descriptor<kSwizzle>(q + (of_q >> 4)), keys, i != 0);
     }
     wgmma_commit();
   }
@@ -70,10 +79,10 @@ struct Consumer {
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < C::kKeys / 16; ++i) {
-      wgmma_rs<Element>(output, probabilities[4 * i], probabilities[4 * i + 1],
-                        probabilities[4 * i + 2], probabilities[4 * i + 3],
-                        wgmma_descriptor<2 * C::kPanelV>(v + (i * 16 * C::kPanelV * 2 >> 4)),
-                        i == 0 ? accumulate : 1);
+      wgmma_rs<Element, true>(output, probabilities[4 * i], probabilities[4 * i + 1],
+                              probabilities[4 * i + 2], probabilities[4 * i + 3],
+                              wgmma_descriptor<2 * C::kPanelV>(v + (i * 16 * C::kPanelV * 2 >> 4)),
+                              i == 0 ? accumulate : 1);
     }
     wgmma_commit();
   }
@@ -136,7 +145,7 @@ struct Consumer {
     const int column = block * C::kKeys;
     if (column + C::kKeys > every_high) mask_block<true>(column);
     if (C::kMasked && column < every_low) mask_block<false>(column);
-    softmax_step<C::kPolynomialEighths>(scores, softmax, params.scale_log2);
+    softmax_step(scores, softmax, params.scale_log2);
   }
 
   // After the scores of a block have arrived; with those of the last block the queries are done
@@ -145,10 +154,12 @@ struct Consumer {
     pin_registers(scores);
     release(shared.k_empty(k_at.stage()));
     k_at.advance();
-    if (last) {
-      release(shared.q_empty(q_at.stage(), warpgroup));
-      q_at.advance();
-    }
+    if (last && !kQueriesInRegisters) release_queries();
+  }
+
+  __device__ __forceinline__ void release_queries() {
+    release(shared.q_empty(q_at.stage(), warpgroup));
+    q_at.advance();
   }
 
   __device__ __forceinline__ void release_output() {
@@ -262,8 +273,8 @@ struct Consumer {
       issue_scores();
       wgmma_wait<1>();
       release_output();
-      store_tile<C>(params, tile, output, softmax, params.scale_log2, warpgroup);
-      release(shared.tile_empty(this_at.stage()));
+      store_tile<C>(params, tile, output, softmax, warpgroup);
+      mbarrier_arrive(shared.tile_empty(this_at.stage()));  // every lane has read the tile
       wgmma_wait<0>();
       skip_values(skipped);
       if (!more) return;
@@ -273,6 +284,11 @@ struct Consumer {
   // The first product of an opened tile can be issued.
   __device__ __forceinline__ void wait_queries() {
     mbarrier_wait(shared.q_full(q_at.stage(), warpgroup), q_at.parity());
+    load_fragments<C::kQuerySteps, C::kPanel>(queries, shared.q(q_at.stage(), warpgroup));
+    if (kQueriesInRegisters) {
+      __syncwarp();  // every lane has read its queries
+      release_queries();
+    }
     skip_keys(skipped_first());
     wait_keys();
   }

@@ -55,14 +55,14 @@ __device__ __forceinline__ void transpose_quad(u32 (&words)[4], int thread) {
 template <class C>
 __device__ __forceinline__ void store_tile(const ForwardParams& params, const TileInfo& tile,
                                            float (&output)[C::kHeadDimV / 2], const Softmax& state,
-                                           float scale, int warpgroup) {
+                                           int warpgroup) {
   const int thread = threadIdx.x % 4;
   const int row =
       tile.row + warpgroup * kRowsPerWarpgroup + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
   const bool inside[2] = {row < tile.len_q, row + 8 < tile.len_q};
   const float sink = sink_log2<typename C::Element>(params, tile.head);
-  const RowResult result[2] = {finish_row(state.sum[0], state.reference[0], scale, sink),
-                               finish_row(state.sum[1], state.reference[1], scale, sink)};
+  const RowResult result[2] = {finish_row(state.sum[0], state.reference[0], sink),
+                               finish_row(state.sum[1], state.reference[1], sink)};
   const long long place = static_cast<long long>(tile.offset_q) + row;
   if (params.lse != nullptr && thread == 0) {
     float* const lse = params.lse + tile.batch * params.lse_batch_stride +

@@ -24,8 +24,9 @@ __device__ __forceinline__ void initialise_barriers(const Shared<C>& shared) {
   }
   for (int slot = 0; slot < kTileSlots; ++slot) {
     mbarrier_init(shared.tile_full(slot), 1);
-    mbarrier_init(shared.tile_empty(slot), 1 + 4 * C::kWarpgroups);
+    mbarrier_init(shared.tile_empty(slot), 1 + 128 * C::kWarpgroups);
   }
+  mbarrier_init(shared.claim(), 1);
   mbarrier_init_fence();
 }
 

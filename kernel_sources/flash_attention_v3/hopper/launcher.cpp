@@ -3,7 +3,7 @@
 //
 //   load_kernel(image, head_dim, head_dim_v, masked) -> handle
 //   prepare(device): what a launch needs that does not depend on the variant
-//   forward(handle, tensors..., scalars...)
+//   forward(handle, tensors..., scalars...) -> whether it was launched
 #include <tvm/ffi/tvm_ffi.h>
 
 #include <algorithm>
@@ -156,14 +156,25 @@ unsigned grid_of(const ForwardParams& params, const Shape& shape, int device, in
   return static_cast<unsigned>(std::max<int64_t>(1, std::min(most, tiles * params.heads_q)));
 }
 
+// Every row starts at a multiple of the copy engine's 16 bytes.
+bool is_aligned(const TensorView& x) {
+  uint64_t bits = reinterpret_cast<uint64_t>(data_of(x));
+  for (int i = 0; i + 1 < x.ndim(); ++i) bits |= static_cast<uint64_t>(x.stride(i)) * 2;
+  return bits % 16 == 0;
+}
+
 // Shapes, dtypes and devices have been checked; every address and stride is a multiple of 16 bytes.
-// left, right: -1 is unbounded. clear_rest: rows of out that hold no query become 0.
-void forward(int64_t handle, TensorView q, TensorView k, TensorView v, TensorView out,
+// left, right: -1 is unbounded. clear_rest: rows of out that hold no query become 0. if_aligned:
+// addresses and strides have not been checked, and nothing is launched where they are none.
+bool forward(int64_t handle, TensorView q, TensorView k, TensorView v, TensorView out,
              Optional<TensorView> lse, Optional<TensorView> cu_seqlens_q,
              Optional<TensorView> cu_seqlens_k, Optional<TensorView> seqused_q,
              Optional<TensorView> seqused_k, Optional<TensorView> sinks, double softmax_scale,
              double softcap, int64_t left, int64_t right, int64_t chunk, int64_t sm_margin,
-             bool clear_rest) {
+             bool clear_rest, bool if_aligned) {
+  if (if_aligned && !(is_aligned(q) && is_aligned(k) && is_aligned(v) && is_aligned(out))) {
+    return false;
+  }
   Variant& variant = *reinterpret_cast<Variant*>(handle);
   const int device = cuda::checked_device(q.device().device_id);
   const cuda::ContextGuard context(device);
@@ -181,6 +192,7 @@ void forward(int64_t handle, TensorView q, TensorView k, TensorView v, TensorVie
   params.progress = ProgressPool::of(device).counters(cuda::current_stream(device));
   void* arguments[] = {&params};
   variant.kernel.launch(device, {grid_of(params, variant.shape, device, sm_margin)}, arguments);
+  return true;
 }
 
 }  // namespace jit_kernel::hopper

@@ -11,20 +11,6 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
-// 2^x on the FMA pipe, for a share of the elements where the special-function unit is the limit:
-// round to the nearest integer by adding 1.5 * 2^23, a cubic on [-1/2, 1/2] (relative error 1e-4, a
-// twentieth of bf16's rounding), and the integer added into the exponent's bits.
-__device__ __forceinline__ float exp2_polynomial(float x) {
-  const float kRound = 12582912.f;
-  x = fmaxf(x, -126.f);
-  const float shifted = x + kRound;
-  const float f = x - (shifted - kRound);
-  float y = fmaf(f, 0.05517167f, 0.24261112f);
-  y = fmaf(y, f, 0.69326099f);
-  y = fmaf(y, f, 0.99992807f);
-  return __int_as_float(__float_as_int(y) + (__float_as_int(shifted) << 23));
-}
-
 __device__ __forceinline__ float tanh_fast(float x) {
   float y;
   asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -36,10 +22,11 @@ __device__ __forceinline__ float tanh_fast(float x) {
 constexpr float kRescaleThreshold = 8.f;
 
 struct Softmax {
-  float reference[2];  // what is subtracted in the exponent, as a raw score
+  float reference[2];  // what is subtracted in the exponent, as exponent of 2; -inf before any key
   float sum[2];        // this thread's part of the denominator
   float rescale[2];    // factor for what was accumulated before the last block
   bool must_rescale;   // some row of this warp has a factor other than 1
+  bool settled;        // every row of this warp has seen a key
 };
 
 __device__ __forceinline__ void start_row(Softmax& state) {
@@ -48,10 +35,19 @@ __device__ __forceinline__ void start_row(Softmax& state) {
     state.reference[r] = __int_as_float(0xff800000);
     state.sum[r] = 0.f;
   }
+  state.settled = false;
 }
 
+// The maximum of a row over its four threads.
+__device__ __forceinline__ float quad_maximum(float value) {
+  value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, 1));
+  return fmaxf(value, __shfl_xor_sync(0xffffffffu, value, 2));
+}
+
+// Rows that have not seen a key before take their maximum in this block as reference.
 template <int kCount>
-__device__ __forceinline__ void row_maxima(const float (&scores)[kCount], float (&maxima)[2]) {
+__device__ __forceinline__ void settle(const float (&scores)[kCount], Softmax& state, float scale) {
+  const float kMinusInfinity = __int_as_float(0xff800000);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     float a = fmaxf(scores[2 * r], scores[2 * r + 1]);
@@ -61,33 +57,56 @@ __device__ __forceinline__ void row_maxima(const float (&scores)[kCount], float 
       a = fmaxf(a, fmaxf(scores[4 * i + 2 * r], scores[4 * i + 2 * r + 1]));
       b = fmaxf(b, fmaxf(scores[4 * i + 4 + 2 * r], scores[4 * i + 4 + 2 * r + 1]));
     }
-    a = fmaxf(a, b);
-    a = fmaxf(a, __shfl_xor_sync(0xffffffffu, a, 1));
-    maxima[r] = fmaxf(a, __shfl_xor_sync(0xffffffffu, a, 2));
+    const float maximum = quad_maximum(fmaxf(a, b)) * scale;
+    state.reference[r] = state.reference[r] == kMinusInfinity ? maximum : state.reference[r];
   }
+  state.settled =
+      __all_sync(0xffffffffu, fminf(state.reference[0], state.reference[1]) > kMinusInfinity);
 }
 
 // Turns scores into probabilities relative to the reference, and updates reference and sum.
-// kPolynomialEighths of every eight elements take the polynomial.
-template <int kPolynomialEighths, int kCount>
+//
+// Exponents come first: only those above the threshold matter, and positive floats are ordered like
+// integers, of which one instruction compares three. Threads of a row need not know of each other
+// unless one of them finds such an exponent. Together that is a fifth of the instructions less than
+// a true maximum in every block, and under load instructions are power, and power is clock.
+template <int kCount>
 __device__ __forceinline__ void softmax_step(float (&scores)[kCount], Softmax& state, float scale) {
   static_assert(kCount % 8 == 0, "a block has a multiple of 16 keys");
   const float kMinusInfinity = __int_as_float(0xff800000);
-  float maxima[2], offset[2];
-  row_maxima(scores, maxima);
-  bool any = false;
+  if (!state.settled) settle(scores, state, scale);
+  int highest[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    // From -inf the difference is inf and the factor 0; between two -inf it is NaN, and not
-    // greater.
-    const float growth = (maxima[r] - state.reference[r]) * scale;
-    const bool grown = growth > kRescaleThreshold;
-    state.rescale[r] = grown ? exp2_fast(-growth) : 1.f;
-    state.reference[r] = grown ? maxima[r] : state.reference[r];
-    any |= grown;
-    offset[r] = state.reference[r] == kMinusInfinity ? 0.f : -state.reference[r] * scale;
+    const float offset = state.reference[r] == kMinusInfinity ? 0.f : -state.reference[r];
+    int high[2] = {0, 0};
+#pragma unroll
+    for (int i = 0; i < kCount / 4; ++i) {
+      float& a = scores[4 * i + 2 * r];
+      float& b = scores[4 * i + 2 * r + 1];
+      a = fmaf(a, scale, offset);
+      b = fmaf(b, scale, offset);
+      high[i % 2] = max(max(high[i % 2], __float_as_int(a)), __float_as_int(b));
+    }
+    highest[r] = max(high[0], high[1]);
+    state.rescale[r] = 1.f;
   }
-  state.must_rescale = __any_sync(0xffffffffu, any);
+  state.must_rescale =
+      __any_sync(0xffffffffu, max(highest[0], highest[1]) > __float_as_int(kRescaleThreshold));
+  if (state.must_rescale) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float growth = quad_maximum(__int_as_float(highest[r]));
+      growth = growth > kRescaleThreshold ? growth : 0.f;
+      state.rescale[r] = exp2_fast(-growth);
+      state.reference[r] += growth;
+#pragma unroll
+      for (int i = 0; i < kCount / 4; ++i) {
+        scores[4 * i + 2 * r] -= growth;
+        scores[4 * i + 2 * r + 1] -= growth;
+      }
+    }
+  }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     float sums[2] = {};
@@ -96,9 +115,7 @@ __device__ __forceinline__ void softmax_step(float (&scores)[kCount], Softmax& s
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         float& score = scores[4 * i + 2 * r + c];
-        const float x = fmaf(score, scale, offset[r]);
-        const bool polynomial = ((2 * i + c) * kPolynomialEighths) % 8 < kPolynomialEighths;
-        score = polynomial ? exp2_polynomial(x) : exp2_fast(x);
+        score = exp2_fast(score);
         sums[c] += score;
       }
     }
@@ -127,17 +144,15 @@ struct RowResult {
 
 // Ends a row: the sum over its four threads, the sink's term once, and the result's factor.
 // `sink_log2` is the sink times log2(e), -inf for none.
-__device__ __forceinline__ RowResult finish_row(float sum, float reference, float scale,
-                                                float sink_log2) {
+__device__ __forceinline__ RowResult finish_row(float sum, float reference, float sink_log2) {
   const float kLn2 = 0.69314718056f;
   const float kMinusInfinity = __int_as_float(0xff800000);
   sum += __shfl_xor_sync(0xffffffffu, sum, 1);
   sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-  const float exponent = reference == kMinusInfinity ? kMinusInfinity : reference * scale;
-  const float top = fmaxf(exponent, sink_log2);
+  const float top = fmaxf(reference, sink_log2);
   const bool none = top == kMinusInfinity;
   const float base = none ? 0.f : top;
-  const float shift = exp2_fast(exponent - base);
+  const float shift = exp2_fast(reference - base);
   const float total = fmaf(sum, shift, exp2_fast(sink_log2 - base));
   return {none ? 0.f : __fdividef(shift, total),
           none ? kMinusInfinity : (base + __log2f(total)) * kLn2};

@@ -8,7 +8,7 @@
 #pragma once
 
 #include "flash_attention_v3/hopper/mask.cuh"
-#include "flash_attention_v3/hopper/shared_memory.cuh"
+#include "flash_attention_v3/hopper/producer.cuh"
 
 namespace jit_kernel::hopper {
 
@@ -16,11 +16,6 @@ __device__ __forceinline__ int sequence_length(int batch, int dense, const int* 
                                                const int* seqused) {
   if (seqused != nullptr) return max(0, seqused[batch]);
   return cu_seqlens != nullptr ? max(0, cu_seqlens[batch + 1] - cu_seqlens[batch]) : dense;
-}
-
-__device__ __forceinline__ bool has_lengths(const ForwardParams& params) {
-  return params.cu_seqlens_q != nullptr || params.cu_seqlens_k != nullptr ||
-         params.seqused_q != nullptr || params.seqused_k != nullptr;
 }
 
 __device__ __forceinline__ bool is_sorted(const ForwardParams& params) {
@@ -175,6 +170,7 @@ __device__ __forceinline__ void schedule(const ForwardParams& params, const Shar
   TileScheduler<C> scheduler(params, shared.order());
   RingPosition<kTileSlots> at;
   int index = blockIdx.x;
+  u32 claims = 0;
   bool found;
   do {
     TileInfo& tile = *shared.tile(at.stage());
@@ -183,7 +179,11 @@ __device__ __forceinline__ void schedule(const ForwardParams& params, const Shar
     if (leader) {
       if (!found) tile.batch = -1;
       mbarrier_arrive(shared.tile_full(at.stage()));
-      if (found) index = atomicAdd(params.progress, 1) + gridDim.x;
+      if (found) {
+        if constexpr (kPrefetches<C>) prefetch_queries<C>(params, tile);
+        if (claims_late<C>(params)) mbarrier_wait(shared.claim(), claims++ % 2);
+        index = atomicAdd(params.progress, 1) + gridDim.x;
+      }
     }
     at.advance();
     index = uniform(index);

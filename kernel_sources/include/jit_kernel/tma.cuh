@@ -24,4 +24,13 @@ __device__ __forceinline__ void tma_load(u32 destination, const void* map, u32 b
       : "memory");
 }
 
+// Asks for a box to be brought into the L2 cache.
+__device__ __forceinline__ void tma_prefetch(const void* map, int c0, int c1, int c2, int c3,
+                                             int c4) {
+  asm volatile(
+      "cp.async.bulk.prefetch.tensor.5d.L2.global.tile [%0, {%1, %2, %3, %4, %5}];" ::"l"(map),
+      "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+      : "memory");
+}
+
 }  // namespace jit_kernel

@@ -128,25 +128,26 @@ __device__ __forceinline__ u64 wgmma_descriptor(u32 low) {
                : __VA_ARGS__                                                              \
                : "l"(a), "l"(b), "r"(accumulate))
 
-// The same with a in registers, and b in shared memory with N contiguous.
-#define JIT_KERNEL_WGMMA_RS(N, COUNT, A0, A1, A2, A3, B, P, ...)                              \
-  template <class Element>                                                                    \
+// The same with a in registers; kContiguousN: in b N is contiguous, else k.
+#define JIT_KERNEL_WGMMA_RS(N, COUNT, A0, A1, A2, A3, B, P, T, ...)                           \
+  template <class Element, bool kContiguousN>                                                 \
   __device__ __forceinline__ void wgmma_rs(float (&d)[COUNT], u32 a0, u32 a1, u32 a2, u32 a3, \
                                            u64 b, int accumulate) {                           \
     if constexpr (kIsBf16<Element>) {                                                         \
-      JIT_KERNEL_WGMMA_RS_ASM(N, COUNT, A0, A1, A2, A3, B, P, "bf16", __VA_ARGS__);           \
+      JIT_KERNEL_WGMMA_RS_ASM(N, COUNT, A0, A1, A2, A3, B, P, T, "bf16", __VA_ARGS__);        \
     } else {                                                                                  \
-      JIT_KERNEL_WGMMA_RS_ASM(N, COUNT, A0, A1, A2, A3, B, P, "f16", __VA_ARGS__);            \
+      JIT_KERNEL_WGMMA_RS_ASM(N, COUNT, A0, A1, A2, A3, B, P, T, "f16", __VA_ARGS__);         \
     }                                                                                         \
   }
-#define JIT_KERNEL_WGMMA_RS_ASM(N, COUNT, A0, A1, A2, A3, B, P, TYPE, ...)                 \
+#define JIT_KERNEL_WGMMA_RS_ASM(N, COUNT, A0, A1, A2, A3, B, P, T, TYPE, ...)              \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #P                                     \
                ", 0;\n"                                                                    \
                "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE             \
                " {" JIT_KERNEL_REGISTERS_##COUNT "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 \
-                                                 "}, %" #B ", p, 1, 1, 1;\n}"              \
+                                                 "}, %" #B ", p, 1, 1, %" #T ";\n}"        \
                : __VA_ARGS__                                                               \
-               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(accumulate))
+               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(accumulate),              \
+                 "n"(static_cast<int>(kContiguousN)))
 
 JIT_KERNEL_WGMMA_SS(64, 32, 32, 33, 34, JIT_KERNEL_F32(d, 0))
 JIT_KERNEL_WGMMA_SS(80, 40, 40, 41, 42, JIT_KERNEL_F32(d, 0), JIT_KERNEL_F8(d, 32))
@@ -160,11 +161,20 @@ JIT_KERNEL_WGMMA_SS(176, 88, 88, 89, 90, JIT_KERNEL_F64(d, 0), JIT_KERNEL_F16(d,
                     JIT_KERNEL_F8(d, 80))
 JIT_KERNEL_WGMMA_SS(192, 96, 96, 97, 98, JIT_KERNEL_F64(d, 0), JIT_KERNEL_F32(d, 64))
 
-JIT_KERNEL_WGMMA_RS(64, 32, 32, 33, 34, 35, 36, 37, JIT_KERNEL_F32(d, 0))
-JIT_KERNEL_WGMMA_RS(96, 48, 48, 49, 50, 51, 52, 53, JIT_KERNEL_F32(d, 0), JIT_KERNEL_F16(d, 32))
-JIT_KERNEL_WGMMA_RS(128, 64, 64, 65, 66, 67, 68, 69, JIT_KERNEL_F64(d, 0))
-JIT_KERNEL_WGMMA_RS(192, 96, 96, 97, 98, 99, 100, 101, JIT_KERNEL_F64(d, 0), JIT_KERNEL_F32(d, 64))
-JIT_KERNEL_WGMMA_RS(256, 128, 128, 129, 130, 131, 132, 133, JIT_KERNEL_F64(d, 0),
+JIT_KERNEL_WGMMA_RS(64, 32, 32, 33, 34, 35, 36, 37, 38, JIT_KERNEL_F32(d, 0))
+JIT_KERNEL_WGMMA_RS(80, 40, 40, 41, 42, 43, 44, 45, 46, JIT_KERNEL_F32(d, 0), JIT_KERNEL_F8(d, 32))
+JIT_KERNEL_WGMMA_RS(96, 48, 48, 49, 50, 51, 52, 53, 54, JIT_KERNEL_F32(d, 0), JIT_KERNEL_F16(d, 32))
+JIT_KERNEL_WGMMA_RS(112, 56, 56, 57, 58, 59, 60, 61, 62, JIT_KERNEL_F32(d, 0),
+                    JIT_KERNEL_F16(d, 32), JIT_KERNEL_F8(d, 48))
+JIT_KERNEL_WGMMA_RS(128, 64, 64, 65, 66, 67, 68, 69, 70, JIT_KERNEL_F64(d, 0))
+JIT_KERNEL_WGMMA_RS(144, 72, 72, 73, 74, 75, 76, 77, 78, JIT_KERNEL_F64(d, 0), JIT_KERNEL_F8(d, 64))
+JIT_KERNEL_WGMMA_RS(160, 80, 80, 81, 82, 83, 84, 85, 86, JIT_KERNEL_F64(d, 0),
+                    JIT_KERNEL_F16(d, 64))
+JIT_KERNEL_WGMMA_RS(176, 88, 88, 89, 90, 91, 92, 93, 94, JIT_KERNEL_F64(d, 0),
+                    JIT_KERNEL_F16(d, 64), JIT_KERNEL_F8(d, 80))
+JIT_KERNEL_WGMMA_RS(192, 96, 96, 97, 98, 99, 100, 101, 102, JIT_KERNEL_F64(d, 0),
+                    JIT_KERNEL_F32(d, 64))
+JIT_KERNEL_WGMMA_RS(256, 128, 128, 129, 130, 131, 132, 133, 134, JIT_KERNEL_F64(d, 0),
                     JIT_KERNEL_F64(d, 64))
 
 }  // namespace jit_kernel
