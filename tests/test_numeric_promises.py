@@ -77,6 +77,31 @@ def test_a_decode_step_has_the_same_bits_alone_and_among_64(dtype: torch.dtype, 
         assert torch.equal(lse_alone[0], lse[i])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("d", "dv"), [(64, 64), (64, 512), (128, 256), (512, 512)])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_pages_of_any_size_give_the_bits_of_contiguous_keys(dtype: torch.dtype, d: int, dv: int, queries: int) -> None:
+    """Keys of small pages are not evenly spaced: they take a way of their own into the products."""
+    lengths, heads = [150, 33, 64], (8, 2)
+    longest = max(lengths)
+    q = normal(len(lengths), queries, heads[0], d, dtype=dtype)
+    k, v = (normal(len(lengths), longest, heads[1], size, dtype=dtype, seed=size) for size in (d, dv))
+    used = torch.tensor(lengths, dtype=torch.int32)
+    expected = fa3.flash_attn_with_kvcache(q, k, v, cache_seqlens=used, causal=True, num_splits=1)
+    for page_size in (1, 2, 3, 5, 8, 16, 64):
+        pages = -(-longest // page_size)
+        table = torch.randperm(len(lengths) * pages, generator=torch.Generator().manual_seed(1)).int()
+        table = table.view(len(lengths), pages)
+        paged = []
+        for x in (k, v):
+            padded = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, pages * page_size - longest))
+            cache = torch.empty(len(lengths) * pages, page_size, heads[1], x.shape[-1], dtype=dtype)
+            cache[table.long().flatten()] = padded.reshape(-1, page_size, heads[1], x.shape[-1])
+            paged.append(cache)
+        found = fa3.flash_attn_with_kvcache(q, *paged, cache_seqlens=used, page_table=table, causal=True, num_splits=1)
+        assert torch.equal(found, expected), f"pages of {page_size}"
+
+
 def test_the_same_bits_on_any_number_of_threads() -> None:
     q, k, v = normal(3, 130, 4, 64), normal(3, 300, 2, 64, seed=1), normal(3, 300, 2, 64, seed=2)
     before = torch.get_num_threads()
