@@ -162,8 +162,8 @@ class TileScheduler {
   int first_head_, section_;            // first query head of the section, heads of a whole one
 };
 
-// The scheduler warp: one tile ahead of the producer and the consumers, so that finding a tile is
-// never waited for.
+// The scheduler warp: finds the next tile while the producer and the consumers work on the present
+// one, so that finding it is never waited for.
 template <class C>
 __device__ __forceinline__ void schedule(const ForwardParams& params, const Shared<C>& shared) {
   const bool leader = threadIdx.x % 32 == 0;
