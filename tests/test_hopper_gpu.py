@@ -71,7 +71,7 @@ def forced(name: str) -> Iterator[None]:
 
 @pytest.mark.parametrize("free", [0, 120, 131])
 def test_random_cases(free: int, say: list[str]) -> None:
-    """With multiprocessors left free, few blocks take many tiles each, of all lengths and masks, one after the other."""
+    """With multiprocessors left free, few blocks take many tiles each, one after the other."""
     functions = {name: partial(function, sm_margin=free) for name, function in FUNCTIONS.items()}
     worst, worst_seed = 0.0, -1
     with forced("hopper"):
