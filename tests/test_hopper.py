@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 import time
 
 import pytest
+import torch
 
 from jit_kernel import compiler, config, nvrtc
 from jit_kernel.device import Target
@@ -139,3 +141,53 @@ def test_selecting_by_head_size_finds_the_kernel_that_pads_it() -> None:
     assert hopper.canonical("head_dim", "72") == "96"
     assert hopper.canonical("head_dim_v", "130") == "192"
     assert hopper.canonical("dtype", "bf16") == "bf16"
+
+
+class KernelsDouble:
+    """Stands for a GPU's loaded kernels: one variant is there, and `forward` says whether rows are aligned."""
+
+    def __init__(self, aligned: bool) -> None:
+        self.handles = {(torch.bfloat16, 64, 64, True, False): 7}
+        self.launched: list[tuple[object, ...]] = []
+        self.aligned = aligned
+
+    def forward(self, *arguments: object) -> bool:
+        assert arguments[-1] is True, "addresses must be looked at: nobody has checked them"
+        if self.aligned:
+            self.launched.append(arguments)
+        return self.aligned
+
+
+@pytest.mark.parametrize(
+    ("change", "aligned", "launched"),
+    [
+        ({}, True, True),
+        ({}, False, False),
+        ({"causal": False}, True, False),
+        ({"softcap": 5.0}, True, False),
+        ({"num_splits": 2}, True, False),
+        ({"page_table": torch.zeros(1, 1, dtype=torch.int32)}, True, False),
+        ({"qv": torch.zeros(3, 2, 64)}, True, False),
+        ({"k_descale": torch.ones(1, 2)}, True, False),
+    ],
+)
+def test_only_a_known_kind_of_call_passes_by_the_dispatcher(
+    change: dict[str, object], aligned: bool, launched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = KernelsDouble(aligned)
+    monkeypatch.setattr(hopper, "_kernels_of", lambda device: kernels)
+    asked: list[dict[str, object]] = []
+    serve = hopper.shortcut("flash_attn_varlen_func", lambda **call: asked.append(call))  # type: ignore[arg-type, return-value]
+    x, cu = torch.zeros(3, 2, 64, dtype=torch.bfloat16), torch.tensor([0, 3], dtype=torch.int32)
+    given: dict[str, object] = {"q": x, "k": x, "v": x, "cu_seqlens_q": cu, "cu_seqlens_k": cu, "causal": True}
+    names = inspect.signature(hopper.flash_attn_varlen_func).parameters
+    defaults = {name: p.default for name, p in names.items() if p.default is not inspect.Parameter.empty}
+    call = {**defaults, **given, **change}
+    result = serve(**call)
+    if launched:
+        assert not asked
+        assert result.shape == x.shape
+        assert kernels.launched[0][:4] == (7, x, x, x)
+    else:
+        assert not kernels.launched
+        assert asked == [call]

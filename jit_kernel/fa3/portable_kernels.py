@@ -43,7 +43,7 @@ def unserved(dtype: str, head_dim: int, head_dim_v: int) -> str | None:
 
 
 def combine_rows(head_dim_v: int, splits: int) -> int:
-    """Rows of a combine tile: `splits` of them fill the registers of 128 threads a quarter (8) or half (2)."""
+    """Rows of a combine tile: `splits` of them take 32 registers (8) or 64 (2) of each of 128 threads."""
     return max(1, (512 if splits > 2 else 4096) // padded(head_dim_v))
 
 
