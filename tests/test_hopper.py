@@ -168,7 +168,7 @@ class KernelsDouble:
         ({"num_splits": 2}, True, False),
         ({"page_table": torch.zeros(1, 1, dtype=torch.int32)}, True, False),
         ({"qv": torch.zeros(3, 2, 64)}, True, False),
-        ({"k_descale": torch.ones(1, 2)}, True, False),
+        *[({f"{name}_descale": torch.ones(1, 2)}, True, False) for name in "qkv"],
     ],
 )
 def test_only_a_known_kind_of_call_passes_by_the_dispatcher(

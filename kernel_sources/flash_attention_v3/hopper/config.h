@@ -34,6 +34,7 @@ struct Config {
   static constexpr bool kOverlap = Tile::kOverlap;
   static constexpr bool kPingPong = Tile::kPingPong;
   static constexpr int kQuerySteps = Tile::kQuerySteps;
+  static constexpr bool kQueriesInRegisters = kQuerySteps * 16 == kHeadDim;  // all of them
   // Registers a thread; together no more than the block has at its start.
   static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : kWarpgroups == 3 ? 56 : 32;
   static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 232 : kWarpgroups == 3 ? 152 : 112;

@@ -17,7 +17,6 @@ constexpr int kPingPongBarrier = 1;  // named barriers 1 to 3; 0 is the block's
 template <class C>
 struct Consumer {
   using Element = typename C::Element;
-  static constexpr bool kQueriesInRegisters = C::kQuerySteps * 16 == C::kHeadDim;
 
   const ForwardParams& params;
   Shared<C> shared;
@@ -154,7 +153,7 @@ struct Consumer {
     pin_registers(scores);
     release(shared.k_empty(k_at.stage()));
     k_at.advance();
-    if (last && !kQueriesInRegisters) release_queries();
+    if (last && !C::kQueriesInRegisters) release_queries();
   }
 
   __device__ __forceinline__ void release_queries() {
@@ -285,7 +284,7 @@ struct Consumer {
   __device__ __forceinline__ void wait_queries() {
     mbarrier_wait(shared.q_full(q_at.stage(), warpgroup), q_at.parity());
     load_fragments<C::kQuerySteps, C::kPanel>(queries, shared.q(q_at.stage(), warpgroup));
-    if (kQueriesInRegisters) {
+    if (C::kQueriesInRegisters) {
       __syncwarp();  // every lane has read its queries
       release_queries();
     }

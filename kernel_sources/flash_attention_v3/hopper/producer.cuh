@@ -50,7 +50,7 @@ __device__ __forceinline__ void load_rows(u32 destination, const TensorRows& row
 // Where queries stay in their one stage to the tile's end, the next ones are loaded late, and
 // should then be in the L2 cache: 2 % at d 256 without a mask; with one it costs 1 to 3 %.
 template <class C>
-constexpr bool kPrefetches = !C::kMasked && C::kStagesQ == 1 && C::kQuerySteps * 16 < C::kHeadDim;
+constexpr bool kPrefetches = !C::kMasked && C::kStagesQ == 1 && !C::kQueriesInRegisters;
 
 template <class C>
 __device__ __forceinline__ void prefetch_queries(const ForwardParams& params,
