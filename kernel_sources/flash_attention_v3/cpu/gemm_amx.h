@@ -9,6 +9,9 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#define JIT_KERNEL_INLINED __attribute__((always_inline))
+#define JIT_KERNEL_INLINE inline JIT_KERNEL_INLINED
+
 namespace jit_kernel {
 
 // Whether this process may use tile registers. The system hands them out on request, once for all
@@ -68,75 +71,120 @@ class AmxTiles {
 constexpr int64_t kAmxRows = 16;
 constexpr int64_t kAmxTile = 512;  // elements of one tile of B
 
-// 32 rows by 2 panels: each tile that is loaded serves two products.
+// Products of 32 rows by 2 panels, or 1: each tile that is loaded serves two of them.
+//
+// The sums of a product are stored while the next one begins, each just before its register is
+// taken for another sum. Stored together at a product's end they keep the tile unit waiting: 107 ns
+// instead of 88 for 16 tiles' products. So C is complete after the next multiply() or finish().
 template <class Math>
-inline void gemm_amx_2x2(const GemmArgs<Math>& g, int64_t row, int64_t panel) {
-  const Math *a = g.a + row * g.lda, *b = g.b + panel * g.panel;
-  float* c = g.c + row * g.ldc + panel * simd::kLanes;
-  const int64_t lda = g.lda * 2, ldc = g.ldc * 4;
-  float* below = c + kAmxRows * g.ldc;
-  if (g.accumulate) {
-    _tile_loadd(0, c, ldc);
-    _tile_loadd(1, c + 16, ldc);
-    _tile_loadd(2, below, ldc);
-    _tile_loadd(3, below + 16, ldc);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+class TileProducts {
+ public:
+  // Panels `panel` and, where there is one, the next; A and C must have 32 rows. between() is
+  // called after each of the last `calls` tile products.
+  template <class Between>
+  JIT_KERNEL_INLINE void multiply(const GemmArgs<Math>& g, int64_t panel, int64_t panels,
+                                  Between&& between) {
+    asm volatile("" ::: "memory");  // tile loads do not tell the compiler what they read
+    if (panel + 1 < panels) {
+      two_panels(g, panel, between);
+    } else {
+      one_panel(g, panel);
+    }
   }
-  for (int64_t k = 0; k < g.depth; k += kDepth, b += kAmxTile) {
-    _tile_loadd(4, a + k, lda);
+
+  // How often two panels of this depth call between().
+  static int64_t calls(int64_t depth) { return 4 * (depth / kDepth) - 3; }
+
+  void finish() {
+    if (!sums_) return;
+    _tile_stored(0, sums_, stride_ * 4);
+    _tile_stored(2, sums_ + kAmxRows * stride_, stride_ * 4);
+    if (two_) {
+      _tile_stored(1, sums_ + 16, stride_ * 4);
+      _tile_stored(3, sums_ + kAmxRows * stride_ + 16, stride_ * 4);
+    }
+    sums_ = nullptr;
+  }
+
+ private:
+// Stores what a tile of sums holds and begins another sum in it. A macro, as the intrinsics take
+// nothing but a literal number.
+#define JIT_KERNEL_NEXT_SUM(tile, row, column)                                  \
+  if (sums_ && (two_ || column == 0)) {                                         \
+    _tile_stored(tile, sums_ + row * stride_ + column, stride_ * 4);            \
+  }                                                                             \
+  if (g.accumulate) {                                                           \
+    _tile_loadd(tile, c + row * g.ldc + column, g.ldc * 4);                     \
+  } else {                                                                      \
+    _tile_zero(tile);                                                           \
+  }
+
+  // Nothing is called between before the last of the sums before is stored: it may be read.
+  template <class Between>
+  JIT_KERNEL_INLINE void two_panels(const GemmArgs<Math>& g, int64_t panel, Between&& between) {
+    const Math *a = g.a, *below = a + kAmxRows * g.lda, *b = g.b + panel * g.panel;
+    float* c = g.c + panel * simd::kLanes;
+    const int64_t lda = g.lda * 2;
+    _tile_loadd(4, a, lda);
     _tile_loadd(6, b, 64);
+    JIT_KERNEL_NEXT_SUM(0, 0, 0)
     tile_dot<Math, 0, 4, 6>();
     _tile_loadd(7, b + g.panel, 64);
+    JIT_KERNEL_NEXT_SUM(1, 0, 16)
     tile_dot<Math, 1, 4, 7>();
-    _tile_loadd(5, a + kAmxRows * g.lda + k, lda);
+    _tile_loadd(5, below, lda);
+    JIT_KERNEL_NEXT_SUM(2, kAmxRows, 0)
     tile_dot<Math, 2, 5, 6>();
+    JIT_KERNEL_NEXT_SUM(3, kAmxRows, 16)
     tile_dot<Math, 3, 5, 7>();
+    const Math* b2 = b + g.panel;
+    between();
+    for (int64_t k = g.depth - kDepth; k > 0; k -= kDepth) {
+      a += kDepth, below += kDepth, b += kAmxTile, b2 += kAmxTile;
+      _tile_loadd(4, a, lda);
+      _tile_loadd(6, b, 64);
+      tile_dot<Math, 0, 4, 6>();
+      between();
+      _tile_loadd(7, b2, 64);
+      tile_dot<Math, 1, 4, 7>();
+      between();
+      _tile_loadd(5, below, lda);
+      tile_dot<Math, 2, 5, 6>();
+      between();
+      tile_dot<Math, 3, 5, 7>();
+      between();
+    }
+    sums_ = c, stride_ = g.ldc, two_ = true;
   }
-  _tile_stored(0, c, ldc);
-  _tile_stored(1, c + 16, ldc);
-  _tile_stored(2, below, ldc);
-  _tile_stored(3, below + 16, ldc);
-}
 
-// 16 rows by 1 panel, for what remains.
-template <class Math>
-inline void gemm_amx_1x1(const GemmArgs<Math>& g, int64_t row, int64_t panel) {
-  const Math *a = g.a + row * g.lda, *b = g.b + panel * g.panel;
-  float* c = g.c + row * g.ldc + panel * simd::kLanes;
-  if (g.accumulate) {
-    _tile_loadd(0, c, g.ldc * 4);
-  } else {
-    _tile_zero(0);
+  void one_panel(const GemmArgs<Math>& g, int64_t panel) {
+    finish();
+    const Math *a = g.a, *below = a + kAmxRows * g.lda, *b = g.b + panel * g.panel;
+    float* c = g.c + panel * simd::kLanes;
+    JIT_KERNEL_NEXT_SUM(0, 0, 0)
+    JIT_KERNEL_NEXT_SUM(2, kAmxRows, 0)
+    for (int64_t k = 0; k < g.depth; k += kDepth, b += kAmxTile) {
+      _tile_loadd(6, b, 64);
+      _tile_loadd(4, a + k, g.lda * 2);
+      tile_dot<Math, 0, 4, 6>();
+      _tile_loadd(5, below + k, g.lda * 2);
+      tile_dot<Math, 2, 5, 6>();
+    }
+    sums_ = c, stride_ = g.ldc, two_ = false;
   }
-  for (int64_t k = 0; k < g.depth; k += kDepth, b += kAmxTile) {
-    _tile_loadd(4, a + k, g.lda * 2);
-    _tile_loadd(6, b, 64);
-    tile_dot<Math, 0, 4, 6>();
-  }
-  _tile_stored(0, c, g.ldc * 4);
-}
+#undef JIT_KERNEL_NEXT_SUM
 
-// Up to two panels from `panel` on. Rows are rounded up to whole tiles: A and C must have room for
-// them. The depth is a multiple of kDepth.
-template <class Math>
-inline void gemm_amx_panels(const GemmArgs<Math>& g, int64_t rows, int64_t panels, int64_t panel) {
-  asm volatile("" ::: "memory");  // tile loads do not tell the compiler what they read
-  int64_t i = 0;
-  if (panel + 2 <= panels) {
-    for (; i + kAmxRows < rows; i += 2 * kAmxRows) gemm_amx_2x2(g, i, panel);
-    if (i < rows) gemm_amx_1x1(g, i, panel), gemm_amx_1x1(g, i, panel + 1);
-  } else {
-    for (; i < rows; i += kAmxRows) gemm_amx_1x1(g, i, panel);
-  }
-}
+  float* sums_ = nullptr;  // where the sums that are still in tiles belong
+  int64_t stride_ = 0;
+  bool two_ = false;
+};
 
+// Up to 32 rows; A and C must have room for 32. The depth is a multiple of kDepth.
 template <class Math>
-inline void gemm_amx(const GemmArgs<Math>& g, int64_t rows, int64_t panels) {
-  for (int64_t j = 0; j < panels; j += 2) gemm_amx_panels(g, rows, panels, j);
+inline void gemm_amx(const GemmArgs<Math>& g, int64_t panels) {
+  TileProducts<Math> products;
+  for (int64_t j = 0; j < panels; j += 2) products.multiply(g, j, panels, [] {});
+  products.finish();
 }
 
 }  // namespace jit_kernel

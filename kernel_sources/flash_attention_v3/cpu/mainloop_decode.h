@@ -189,7 +189,7 @@ struct Decode : DecodeState<Element, MathOf<Element>> {
         return Interval{std::max(block.from, seen[i + j].begin - block.first),
                         std::min(block.to, seen[i + j].end - block.first)};
       };
-      soften_rows<6>(a, head_settings[head].scale, count, visible, [](int64_t) {});
+      soften_rows<6>(a, head_settings[head].scale, count, visible);
       for (int64_t j = 0; j < count; ++j) {
         if (factors[j] != 1.0f) scale_floats(sum + (i + j) * sizes.dv, sizes.dv, factors[j]);
       }

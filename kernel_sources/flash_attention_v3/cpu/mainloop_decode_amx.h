@@ -14,8 +14,6 @@
 
 namespace jit_kernel {
 
-#define JIT_KERNEL_INLINE inline __attribute__((always_inline))
-
 template <class Element, class Math>
 struct DecodeTiles : DecodeState<Element, Math> {
   using State = DecodeState<Element, Math>;

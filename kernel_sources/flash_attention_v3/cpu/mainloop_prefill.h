@@ -3,9 +3,10 @@
 #pragma once
 
 #include "flash_attention_v3/cpu/epilogue.h"
-#include "flash_attention_v3/cpu/gemm_amx.h"
+#include "flash_attention_v3/cpu/mainloop_prefill_amx.h"
 #include "flash_attention_v3/cpu/mask.h"
 #include "flash_attention_v3/cpu/pack.h"
+#include "flash_attention_v3/cpu/prefetch.h"
 #include "flash_attention_v3/cpu/query.h"
 #include "flash_attention_v3/cpu/scheduler.h"
 #include "jit_kernel/cpu/thread_pool.h"
@@ -23,9 +24,6 @@ struct Prefill {
 
 #ifdef JIT_KERNEL_AMX
   static constexpr bool kTiles = sizeof(Math) == 2;  // fp16 only where amx_fp16_allowed()
-  static constexpr int kBuffers = 2;                 // of scores and of P: see Pipeline
-#else
-  static constexpr int kBuffers = 1;
 #endif
 
   HeadSizes sizes;
@@ -40,6 +38,7 @@ struct Prefill {
 #ifdef JIT_KERNEL_AMX
   AmxTiles amx;
 #endif
+  LinePrefetch ahead;  // of the block to be packed next
   float mix = 1.0f;  // what q·k is multiplied by before qv·v is added
 
   int64_t score_stride() const { return tiles.block + simd::kLanes; }  // off the powers of two
@@ -51,7 +50,7 @@ struct Prefill {
     f(q, padded * sizes.depth), f(sums, padded * sizes.dv), f(maxima, padded), f(row_sums, padded);
     f(begins, padded), f(ends, padded), f(begun, padded / kTileRows + 1);
     f(keys, block * sizes.depth), f(values, block * sizes.dv);
-    f(scores, kBuffers * kTileRows * score_stride()), f(p, kBuffers * kTileRows * block);
+    f(scores, kTileRows * score_stride()), f(p, kTileRows * block);
     f(spare, simd::kLanes * std::max(std::max(sizes.qk, sizes.qv), sizes.dv));
     f(spare_row, sizes.depth), f(turned, sizes.depth);
     f(key_rows_, block), f(value_rows, block);
@@ -87,13 +86,18 @@ struct Prefill {
     std::memset(begun, 0, static_cast<size_t>(rows / kTileRows + 1));
   }
 
+  // Finds the rows of keys first .. first + count - 1.
   template <class Params>
-  void pack_block(const Params& params, const Sequence& s, int64_t head_k, int64_t first,
-                  int64_t count) {
-    int64_t padded = round_up(count, kDepth), panel = simd::kLanes * sizes.depth;
+  void locate(const Params& params, const Sequence& s, int64_t head_k, int64_t first,
+              int64_t count) {
     key_rows(params, params.v, s, first, count, head_k, value_rows);
+    if (!params.only_qv) key_rows(params, params.k, s, first, count, head_k, key_rows_);
+  }
+
+  template <class Params>
+  void pack_block(const Params& params, int64_t count) {
+    int64_t padded = round_up(count, kDepth), panel = simd::kLanes * sizes.depth;
     if (!params.only_qv) {
-      key_rows(params, params.k, s, first, count, head_k, key_rows_);
       pack_keys(key_rows_, count, params.d, sizes.qk, keys, panel, spare);
       fill_panels(count, padded, sizes.qk, keys, panel);
     }
@@ -117,22 +121,20 @@ struct Prefill {
   // Rows row .. row + rows - 1 against keys from .. from + columns - 1 of a packed block.
   struct Tile {
     int64_t row, rows, first, from, columns;  // `first` is the block's first key
-    float* scores;
     Math* p;
     float factors[kTileRows];  // what the rows' sums are multiplied by before P·V is added
   };
 
   // The part of a block that the rows see, in whole steps; columns is 0 when they see none of it.
-  void set_tile(int64_t row, int64_t rows, int64_t first, int64_t count, int buffer, Tile& t) {
+  void set_tile(int64_t row, int64_t rows, int64_t first, int64_t count, Tile& t) {
     t.row = row, t.rows = rows, t.first = first;
     t.from = std::max<int64_t>(0, begins[row] - first) / kDepth * kDepth;
     int64_t to = round_up(std::min(count, ends[row + rows - 1] - first), kDepth);
     t.columns = std::max<int64_t>(0, to - t.from);
-    t.scores = scores + buffer * kTileRows * score_stride();
     if constexpr (std::is_same<Math, float>::value) {
-      t.p = t.scores;  // replaced in place
+      t.p = scores;  // replaced in place
     } else {
-      t.p = p + buffer * kTileRows * tiles.block;
+      t.p = p;
     }
   }
 
@@ -142,7 +144,7 @@ struct Prefill {
             sizes.depth,
             keys + t.from * sizes.depth,
             kLanes * sizes.depth,
-            t.scores,
+            scores,
             score_stride(),
             sizes.depth,
             false,
@@ -163,12 +165,11 @@ struct Prefill {
             t.columns};
   }
 
-  // Up to kLanes rows of a tile from row i on; between() is called before each row's exponentials.
-  template <class F>
-  void soften_tile(const ScoreScale& scale, Tile& t, int64_t i, F&& between) {
+  // Up to kLanes rows of a tile from row i on.
+  void soften_tile(const ScoreScale& scale, Tile& t, int64_t i) {
     int64_t row = t.row + i, start = t.first + t.from;
     int64_t p_stride = std::is_same<Math, float>::value ? score_stride() : tiles.block;
-    SoftenArgs<Math> a{t.scores + i * score_stride(),
+    SoftenArgs<Math> a{scores + i * score_stride(),
                        score_stride(),
                        t.p + i * p_stride,
                        p_stride,
@@ -178,8 +179,7 @@ struct Prefill {
                        t.factors + i};
     soften_rows<kExpDegree<Math>>(
         a, scale, std::min<int64_t>(simd::kLanes, t.rows - i),
-        [&](int64_t j) { return Interval{begins[row + j] - start, ends[row + j] - start}; },
-        [&](int64_t j) { between(i + j); });
+        [&](int64_t j) { return Interval{begins[row + j] - start, ends[row + j] - start}; });
   }
 
   // The values' product to come: what it adds to, and how.
@@ -203,7 +203,7 @@ struct Prefill {
     if (mix == 1.0f) return multiply(g, t.rows, panels);
     g.depth = sizes.qk;
     multiply(g, t.rows, panels);
-    for (int64_t i = 0; i < t.rows; ++i) scale_row(t.scores + i * score_stride(), t.columns, mix);
+    for (int64_t i = 0; i < t.rows; ++i) scale_row(scores + i * score_stride(), t.columns, mix);
     g.a += sizes.qk, g.b += simd::kLanes * sizes.qk, g.depth = sizes.qv, g.accumulate = true;
     multiply(g, t.rows, panels);
   }
@@ -213,7 +213,7 @@ struct Prefill {
   void multiply(const GemmArgs<Math>& g, int64_t rows, int64_t panels) {
 #ifdef JIT_KERNEL_AMX
     if constexpr (kTiles) {
-      if (amx.active()) return gemm_amx(g, rows, panels);
+      if (amx.active()) return gemm_amx(g, panels);
     }
 #endif
     if constexpr (!std::is_same<Math, fp16>::value) gemm(g, rows, panels);
@@ -221,67 +221,9 @@ struct Prefill {
 
   void whole_tile(const ScoreScale& scale, Tile& t) {
     score(t);
-    for (int64_t i = 0; i < t.rows; i += simd::kLanes) {
-      soften_tile(scale, t, i, [](int64_t) {});
-    }
+    for (int64_t i = 0; i < t.rows; i += simd::kLanes) soften_tile(scale, t, i);
     add_values(t);
   }
-
-#ifdef JIT_KERNEL_AMX
-  // The softmax of tile `now` runs in the vector units while the tile unit adds the values of the
-  // tile before it and makes the scores of the one after it: their steps are dealt out between its
-  // rows.
-  void overlapped_tile(const ScoreScale& scale, const Tile* before, Tile& now, const Tile* after) {
-    int64_t value_panels = before ? sizes.dv / simd::kLanes : 0;
-    int64_t score_panels = after ? after->columns / simd::kLanes : 0;
-    int64_t value_steps = (value_panels + 1) / 2, steps = value_steps + (score_panels + 1) / 2;
-    GemmArgs<Math> pv{}, qk{};
-    if (before) pv = begin_values(*before);
-    if (after) qk = score_args(*after);
-    int64_t done = 0;
-    auto deal = [&](int64_t row) {
-      for (int64_t due = steps * (row + 1) / now.rows; done < due; ++done) {
-        if (done < value_steps) {
-          gemm_amx_panels(pv, before->rows, value_panels, 2 * done);
-        } else {
-          gemm_amx_panels(qk, after->rows, score_panels, 2 * (done - value_steps));
-        }
-      }
-    };
-    for (int64_t i = 0; i < now.rows; i += simd::kLanes) soften_tile(scale, now, i, deal);
-  }
-
-  // Tiles in a row, each overlapped with its neighbours.
-  class Pipeline {
-   public:
-    Pipeline(Prefill& prefill, const ScoreScale& scale) : prefill_(prefill), scale_(scale) {}
-    Tile& slot() { return tiles_[pushed_ % 3]; }
-    int buffer() const { return pushed_ % 2; }
-    void push() {
-      if (pushed_ == 0) prefill_.score(tiles_[0]);
-      if (++pushed_ >= 2) step(&tiles_[(pushed_ - 1) % 3]);
-    }
-    void finish() {
-      if (pushed_ == 0) return;
-      step(nullptr), ++pushed_;
-      prefill_.add_values(tiles_[(pushed_ - 2) % 3]);
-      pushed_ = 0;
-    }
-
-   private:
-    // Works on the last tile but one when `after` is the last, else on the last.
-    void step(const Tile* after) {
-      int now = after ? pushed_ - 2 : pushed_ - 1;
-      const Tile* before = now > 0 ? &tiles_[(now - 1) % 3] : nullptr;
-      prefill_.overlapped_tile(scale_, before, tiles_[now % 3], after);
-    }
-
-    Prefill& prefill_;
-    const ScoreScale& scale_;
-    Tile tiles_[3];
-    int pushed_ = 0;
-  };
-#endif
 
   void scale_row(float* row, int64_t n, float factor) {
     simd::Vec by = simd::set1(factor);
@@ -293,19 +235,13 @@ struct Prefill {
 #ifdef JIT_KERNEL_AMX
     if constexpr (kTiles) {
       if (amx.active() && mix == 1.0f) {
-        Pipeline pipeline(*this, scale);
-        for (int64_t i = 0; i < rows; i += kTileRows) {
-          int64_t tile_rows = std::min(kTileRows, rows - i);
-          set_tile(i, tile_rows, first, count, pipeline.buffer(), pipeline.slot());
-          if (pipeline.slot().columns > 0) pipeline.push();
-        }
-        return pipeline.finish();
+        return TilePipeline<Prefill, Math>(*this, scale).run(rows, first, count);
       }
     }
 #endif
     Tile t;
     for (int64_t i = 0; i < rows; i += kTileRows) {
-      set_tile(i, std::min(kTileRows, rows - i), first, count, 0, t);
+      set_tile(i, std::min(kTileRows, rows - i), first, count, t);
       if (t.columns > 0) whole_tile(scale, t);
     }
   }
@@ -319,10 +255,20 @@ struct Prefill {
     int64_t begin = begins[0], end = ends[rows - 1];
     // Blocks are counted from the item's first key, never from what a row sees first.
     int64_t first = item.key_begin + (begin - item.key_begin) / tiles.block * tiles.block;
-    for (; first < end; first += tiles.block) {
-      int64_t count = std::min(tiles.block, end - first);
-      pack_block(params, s, item.head_begin, first, count);
-      packed_tiles(scale, rows, first, count);
+    int64_t count = std::min(tiles.block, end - first);
+    if (first < end) locate(params, s, item.head_begin, first, count);
+    while (first < end) {
+      pack_block(params, count);
+      int64_t now = first, packed = count;
+      first += tiles.block, count = std::min(tiles.block, end - first);
+      if (first < end) {
+        locate(params, s, item.head_begin, first, count);
+        auto at = [](const Element* const* p) { return reinterpret_cast<const void* const*>(p); };
+        constexpr int64_t kSize = sizeof(Element);
+        ahead = {params.only_qv ? nullptr : at(key_rows_), params.d * kSize, at(value_rows),
+                 params.dv * kSize, count};
+      }
+      packed_tiles(scale, rows, now, packed);
     }
     for (int64_t i = 0; i < rows; ++i) {
       const float* sum = sums + i * sizes.dv;

@@ -16,7 +16,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // P rounded to bf16 has 2^-9, to fp16 2^-12: a polynomial of degree 4 (2^-18) is exact beside it.
 template <class Math>
-constexpr int kExpDegree = std::is_same<Math, float>::value ? 6 : 4;
+constexpr int kExpDegree = std::is_same<Math, float>::value ? 6 : 3;
 
 struct ScoreScale {
   float softcap;   // 0: none
@@ -125,11 +125,10 @@ struct SoftenArgs {
 };
 
 // Scores to probabilities of up to kLanes rows. Maxima and sums are made side by side: row by row,
-// the latency of each is longer than a row's work. visible(j) tells which columns row j sees;
-// between(j) is called before its exponentials.
-template <int kDegree, class Math, class Visible, class Between>
+// the latency of each is longer than a row's work. visible(j) tells which columns row j sees.
+template <int kDegree, class Math, class Visible>
 inline void soften_rows(const SoftenArgs<Math>& a, const ScoreScale& scale, int64_t count,
-                        Visible&& visible, Between&& between) {
+                        Visible&& visible) {
   using simd::Vec;
   Vec lanes[simd::kLanes];
   for (int64_t j = 0; j < simd::kLanes; ++j) lanes[j] = simd::zero();
@@ -151,7 +150,6 @@ inline void soften_rows(const SoftenArgs<Math>& a, const ScoreScale& scale, int6
   simd::store(a.factors, factor);
   simd::store(a.maxima, top);
   for (int64_t j = 0; j < count; ++j) {
-    between(j);
     lanes[j] = soften<kDegree>(a.scores + j * a.score_stride, a.p + j * a.p_stride, a.columns,
                                scale.to_log2(), shifts[j]);
   }

@@ -1,0 +1,235 @@
+// The prefill of mainloop_prefill.h with its products in AMX tiles.
+//
+// A tile of 32 rows takes a packed block in chunks of 32 keys. While the tile unit makes the scores
+// of a chunk, the vector units turn those of the chunk before into probabilities; when all of a
+// block's are made, the values are added. So scores live in two buffers of 4 KiB: whole rows of
+// them (32 KiB), with P and the stream of packed keys and values, left L1 and took 1.5 times as
+// long.
+//
+// It needs probabilities in one pass, so they are made with the maxima of earlier blocks; a tile's
+// first block with those of its first chunk. Where a probability turns out larger than 2^8, which is
+// when kept_maximum() raises a maximum, all of the block's scores are made twice: once for their
+// maxima. Tiles are the same rows whatever items a sequence is cut into, so a row's result does not
+// depend on that.
+#pragma once
+
+#include "flash_attention_v3/cpu/gemm_amx.h"
+#include "flash_attention_v3/cpu/softmax.h"
+
+#ifdef JIT_KERNEL_AMX
+
+namespace jit_kernel {
+
+template <class Prefill, class Math>
+class TilePipeline {
+ public:
+  using Tile = typename Prefill::Tile;
+  using Vec = simd::Vec;
+
+  TilePipeline(Prefill& prefill, const ScoreScale& scale)
+      : prefill_(prefill), scale_(scale), to_log2_(simd::set1(scale.to_log2())) {}
+
+  // All rows against the packed block of keys first .. first + count - 1.
+  void run(int64_t rows, int64_t first, int64_t count) {
+    int64_t row = 0;
+    auto find = [&](Tile& t) {  // the next tile that sees any of the block
+      for (; row < rows; row += kRows) {
+        prefill_.set_tile(row, std::min(kRows, rows - row), first, count, t);
+        if (t.columns > 0) return row += kRows, true;
+      }
+      return false;
+    };
+    Tile tiles[2];
+    bool found = find(tiles[0]);
+    for (int i = 0; found; i ^= 1) {
+      found = find(tiles[i ^ 1]);
+      attend(tiles[i], found ? &tiles[i ^ 1] : nullptr);
+    }
+    products_.finish();
+  }
+
+ private:
+  static constexpr int64_t kRows = 2 * kAmxRows, kChunk = kDepth;
+
+  // What is known of a row beside its scores; as long as its 32 scores, so that one offset finds
+  // both.
+  struct alignas(2 * sizeof(Vec)) Row {
+    Vec lanes;    // its sum or its maximum, lane by lane
+    float shift;  // what is added to its scores times to_log2_
+  };
+  static_assert(sizeof(Row) == kChunk * sizeof(float), "one offset for both");
+
+  void attend(Tile& t, const Tile* next) {
+    std::fill(t.factors, t.factors + kRows, 1.0f);
+    bool raised = false;
+    if (has_new_row(t)) {
+      Tile head = t;
+      head.columns = kChunk;
+      raise_maxima(head, t);
+      raised = has_new_row(t);  // one that sees nothing of the first chunk
+      if (raised) raise_maxima(t, t);
+    }
+    soften(t, next);
+    if (!raised && rises(t)) {
+      ready_ = false;  // the scores that are being made are those of `next`
+      raise_maxima(t, t);
+      soften(t, next);
+    }
+    GemmArgs<Math> g = prefill_.begin_values(t);
+    const int64_t panels = prefill_.sizes.dv / simd::kLanes;
+    for (int64_t j = 0; j < panels; j += 2) {
+      products_.multiply(g, j, panels, [this]() JIT_KERNEL_INLINED { prefill_.ahead.more(); });
+      if (j == 0) add_row_sums(t);
+    }
+  }
+
+  bool has_new_row(const Tile& t) const {
+    const float* maxima = prefill_.maxima + t.row;
+    __mmask16 none = 0;
+    for (int64_t i = 0; i < t.rows; i += simd::kLanes) {
+      auto rows = static_cast<__mmask16>(_bzhi_u32(0xffff, static_cast<unsigned>(t.rows - i)));
+      none |= _mm512_mask_cmp_ps_mask(rows, simd::load(maxima + i), simd::set1(-kInfinity),
+                                      _CMP_EQ_OQ);
+    }
+    return none != 0;
+  }
+
+  void add_row_sums(const Tile& t) {
+    for (int64_t i = 0; i < kRows; i += simd::kLanes) {
+      float* sums = prefill_.row_sums + t.row + i;
+      simd::store(sums, simd::load(sums) + simd::reduce_each(lanes(i).of));
+    }
+  }
+
+  // Probabilities with the maxima as they are, and their sums, lane by lane.
+  void soften(const Tile& t, const Tile* next) {
+    alignas(64) float shifts[kRows];
+    for (int64_t i = 0; i < kRows; i += simd::kLanes) {
+      Vec top = simd::load(prefill_.maxima + t.row + i);
+      // Rows that have seen nothing yet: any finite number keeps -inf - -inf from being NaN.
+      top = simd::where_less(simd::set1(-kInfinity), top, top, simd::zero());
+      simd::store(shifts + i, simd::zero() - top * to_log2_);
+    }
+    for (int64_t r = 0; r < kRows; ++r) rows_[r] = {simd::zero(), shifts[r]};
+    const Vec to_log2 = to_log2_;
+    each_row(t, next, [to_log2](Row& row, Vec a, Vec b, Math* p) JIT_KERNEL_INLINED {
+      Vec shift = simd::set1(row.shift);
+      a = simd::exp2<kExpDegree<Math>>(simd::fma(a, to_log2, shift));
+      b = simd::exp2<kExpDegree<Math>>(simd::fma(b, to_log2, shift));
+      store_probabilities(p, a, b);
+      row.lanes = row.lanes + (a + b);
+    });
+  }
+
+  // Whether a probability may be above 2^8, or is not a number.
+  bool rises(const Tile& t) const {
+    __mmask16 high = 0;
+    for (int64_t r = 0; r < t.rows; ++r) {
+      high |= _mm512_cmp_ps_mask(rows_[r].lanes, simd::set1(256.0f), _CMP_NLT_UQ);
+    }
+    return high != 0;
+  }
+
+  // New maxima after the columns of `seen`, a part of tile t; row sums are scaled to them, and t's
+  // factors tell how the sums are to be.
+  void raise_maxima(const Tile& seen, Tile& t) {
+    for (int64_t r = 0; r < kRows; ++r) rows_[r].lanes = simd::set1(-kInfinity);
+    each_row(seen, &t, [](Row& row, Vec a, Vec b, Math*) JIT_KERNEL_INLINED {
+      row.lanes = simd::max(row.lanes, simd::max(a, b));
+    });
+    for (int64_t i = 0; i < kRows; i += simd::kLanes) {
+      float *maxima = prefill_.maxima + t.row + i, *sums = prefill_.row_sums + t.row + i;
+      Vec old = simd::load(maxima);
+      Vec top = kept_maximum(old, simd::reduce_max_each(lanes(i).of), to_log2_);
+      Vec shift = simd::where_less(simd::set1(-kInfinity), top, top, simd::zero());
+      Vec factor = simd::exp2<6>((old - shift) * to_log2_);
+      simd::store(maxima, top);
+      simd::store(sums, simd::load(sums) * factor);
+      simd::store(t.factors + i, simd::load(t.factors + i) * factor);
+    }
+  }
+
+  // Calls work(row, scores, more scores, where its P belongs) for all of a tile, each chunk while
+  // the next one's scores are made: after the last, those of `next`'s first chunk.
+  template <class Work>
+  void each_row(const Tile& t, const Tile* next, Work&& work) {
+    if (!ready_) score(t, 0, [] {});
+    const int64_t calls = TileProducts<Math>::calls(prefill_.sizes.depth);
+    const int64_t each = (kRows + calls - 1) / calls, stride = prefill_.tiles.block;
+    for (int64_t column = 0; column < t.columns; column += kChunk) {
+      char *scores = reinterpret_cast<char*>(buffer_), *rows = reinterpret_cast<char*>(rows_);
+      Math* p = t.p + column;
+      buffer_ = buffer_ == prefill_.scores ? prefill_.scores + kRows * kChunk : prefill_.scores;
+      int64_t at = 0, end = t.rows * static_cast<int64_t>(sizeof(Row));
+      auto one = [&]() JIT_KERNEL_INLINED {
+        const float* s = reinterpret_cast<const float*>(scores + at);
+        work(*reinterpret_cast<Row*>(rows + at), simd::load(s), simd::load(s + simd::kLanes), p);
+        at += sizeof(Row), p += stride;
+      };
+      const bool whole = sees_all(t, column) && !scale_.transform;
+      const bool last = column + kChunk == t.columns;
+      if (last && !next) {
+        products_.finish();
+      } else {
+        // What is hidden has to be hidden first: those rows come after the products.
+        const int64_t now = whole ? end : 0;
+        score(last ? *next : t, last ? 0 : column + kChunk, [&]() JIT_KERNEL_INLINED {
+          for (int64_t i = 0; i < each && at < now; ++i) one();
+        });
+      }
+      if (!whole) hide(t, column, reinterpret_cast<float*>(scores));
+      while (at < end) one();
+    }
+    ready_ = next != nullptr;
+  }
+
+  // Begins the scores of a chunk, in buffer_.
+  template <class Between>
+  JIT_KERNEL_INLINE void score(const Tile& t, int64_t column, Between&& between) {
+    GemmArgs<Math> g = prefill_.score_args(t);
+    g.b += column * prefill_.sizes.depth;
+    g.c = buffer_, g.ldc = kChunk;
+    products_.multiply(g, 0, 2, between);
+  }
+
+  bool sees_all(const Tile& t, int64_t column) const {
+    int64_t start = t.first + t.from + column;
+    return prefill_.begins[t.row + t.rows - 1] <= start &&
+           prefill_.ends[t.row] >= start + kChunk;
+  }
+
+  // A chunk's scores capped, and -inf where a row does not see the key.
+  __attribute__((noinline)) void hide(const Tile& t, int64_t column, float* scores) const {
+    int64_t start = t.first + t.from + column;
+    for (int64_t r = 0; r < t.rows; ++r, scores += kChunk) {
+      if (scale_.transform) transform_scores(scale_, scores, kChunk);
+      int64_t begin = std::min(std::max<int64_t>(0, prefill_.begins[t.row + r] - start), kChunk);
+      int64_t end = std::min(std::max(begin, prefill_.ends[t.row + r] - start), kChunk);
+      mask_scores(scores, begin, end, kChunk);
+    }
+  }
+
+  struct Lanes {
+    Vec of[simd::kLanes];
+  };
+  // The lanes of 16 rows from row i on.
+  Lanes lanes(int64_t i) const {
+    Lanes x;
+    for (int64_t j = 0; j < simd::kLanes; ++j) x.of[j] = rows_[i + j].lanes;
+    return x;
+  }
+
+  Prefill& prefill_;
+  const ScoreScale& scale_;
+  const Vec to_log2_;
+  TileProducts<Math> products_;
+  float* buffer_ = prefill_.scores;  // of the two the one that scores are made in next
+  bool ready_ = false;               // whether the first chunk's scores are being made
+  // After the scores: what is stored of a row and what is loaded of the next ones lie apart modulo a
+  // page, which the core takes for the same address.
+  Row* const rows_ = reinterpret_cast<Row*>(prefill_.scores + 2 * kRows * kChunk);
+};
+
+}  // namespace jit_kernel
+
+#endif  // JIT_KERNEL_AMX
