@@ -102,14 +102,65 @@ def test_pages_of_any_size_give_the_bits_of_contiguous_keys(dtype: torch.dtype, 
         assert torch.equal(found, expected), f"pages of {page_size}"
 
 
-def test_the_same_bits_on_any_number_of_threads() -> None:
-    q, k, v = normal(3, 130, 4, 64), normal(3, 300, 2, 64, seed=1), normal(3, 300, 2, 64, seed=2)
+def along(pattern: Tensor, heads: int, d: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """Noise (1, tokens, heads, d) that reaches pattern[token] along a diagonal: two of them have scores a * b."""
+    x = 0.3 * normal(1, len(pattern), heads, d, seed=seed)
+    return (x + pattern.view(1, -1, 1, 1) / math.sqrt(d)).to(dtype)
+
+
+def patterns(tokens: int) -> dict[str, Tensor]:
+    """Scores of keys, in units of e: a running maximum has much to do, or finds its largest at once."""
+    spikes = torch.zeros(tokens)
+    spikes[torch.tensor([40, 257, 259, 300, 511, 780])] = torch.tensor([30.0, 60.0, 61.0, 20.0, 90.0, 92.0])
+    steps = (torch.arange(tokens) // 256) * 25.0
+    return {"rising": torch.arange(tokens) * 0.2, "falling": torch.arange(tokens).flip(0) * 0.2, "spikes": spikes,
+            "steps": steps, "below zero": steps - 300.0}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("mask", [{}, {"causal": True}, {"window_size": (45, 7)}, {"window_size": (0, 0)}], ids=str)
+@pytest.mark.parametrize("scores", list(patterns(900)))
+def test_maxima_that_rise_late(dtype: torch.dtype, mask: dict, scores: str) -> None:
+    """Rows far from each other in their scores, too: what one row needs must not change its neighbours."""
+    q = along(torch.linspace(0.2, 1.0, 330), 2, 64, dtype, seed=0)
+    k = along(patterns(900)[scores], 2, 64, dtype, seed=1)
+    v = normal(1, 900, 2, 64, dtype=dtype, seed=2)
+    out, lse = fa3.flash_attn_func(q, k, v, softmax_scale=1.0, return_softmax_lse=True, **mask)
+    problem = reference.Problem([reference.Sequence(q[0], k[0], v[0])], softmax_scale=1.0, **mask)
+    shares = reference.check([out[0]], [lse[0]], problem)
+    assert shares.worst <= 1, shares
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("key", [3, 300, 610])
+def test_what_is_not_finite_reaches_the_rows_that_see_it(dtype: torch.dtype, value: float, key: int) -> None:
+    q, k, v = (normal(1, 700, 2, 64, dtype=dtype, seed=s) for s in range(3))
+    clean = fa3.flash_attn_func(q, k, v, causal=True)
+    k[0, key, 1, 7] = value
+    out = fa3.flash_attn_func(q, k, v, causal=True)
+    assert torch.equal(out[:, :, 0], clean[:, :, 0])
+    assert torch.equal(out[:, :key], clean[:, :key])
+    scores = q[0, :, 1].double() @ k[0, :, 1].double().T / 8
+    hidden = torch.ones(700, 700).triu(1).bool()
+    expected = scores.masked_fill(hidden, -math.inf).softmax(-1) @ v[0, :, 1].double()
+    assert expected.isnan().any()
+    assert torch.allclose(out[0, :, 1].double(), expected, atol=0.05, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("scores", ["even", "rising", "spikes"])
+def test_the_same_bits_on_any_number_of_threads(dtype: torch.dtype, scores: str) -> None:
+    """Threads decide how rows are cut into items, and so which rows are worked on together."""
+    q = along(torch.linspace(0.2, 1.0, 700), 4, 64, dtype, seed=0)
+    k = along(patterns(900)[scores] if scores != "even" else torch.ones(900), 2, 64, dtype, seed=1)
+    v = normal(1, 900, 2, 64, dtype=dtype, seed=2)
     before = torch.get_num_threads()
     answers = []
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            answers.append(fa3.flash_attn_func(q, k, v, causal=True, num_splits=1))
+            answers.append(fa3.flash_attn_func(q, k, v, causal=True, softmax_scale=1.0, num_splits=1))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(answers[0], answers[1])

@@ -109,14 +109,14 @@ class TileProducts {
  private:
 // Stores what a tile of sums holds and begins another sum in it. A macro, as the intrinsics take
 // nothing but a literal number.
-#define JIT_KERNEL_NEXT_SUM(tile, row, column)                                  \
-  if (sums_ && (two_ || column == 0)) {                                         \
-    _tile_stored(tile, sums_ + row * stride_ + column, stride_ * 4);            \
-  }                                                                             \
-  if (g.accumulate) {                                                           \
-    _tile_loadd(tile, c + row * g.ldc + column, g.ldc * 4);                     \
-  } else {                                                                      \
-    _tile_zero(tile);                                                           \
+#define JIT_KERNEL_NEXT_SUM(tile, row, column)                       \
+  if (sums_ && (two_ || column == 0)) {                              \
+    _tile_stored(tile, sums_ + row * stride_ + column, stride_ * 4); \
+  }                                                                  \
+  if (g.accumulate) {                                                \
+    _tile_loadd(tile, c + row * g.ldc + column, g.ldc * 4);          \
+  } else {                                                           \
+    _tile_zero(tile);                                                \
   }
 
   // Nothing is called between before the last of the sums before is stored: it may be read.

@@ -6,7 +6,6 @@
 #include "flash_attention_v3/cpu/mainloop_prefill_amx.h"
 #include "flash_attention_v3/cpu/mask.h"
 #include "flash_attention_v3/cpu/pack.h"
-#include "flash_attention_v3/cpu/prefetch.h"
 #include "flash_attention_v3/cpu/query.h"
 #include "flash_attention_v3/cpu/scheduler.h"
 #include "jit_kernel/cpu/thread_pool.h"
@@ -38,7 +37,6 @@ struct Prefill {
 #ifdef JIT_KERNEL_AMX
   AmxTiles amx;
 #endif
-  LinePrefetch ahead;  // of the block to be packed next
   float mix = 1.0f;  // what q·k is multiplied by before qv·v is added
 
   int64_t score_stride() const { return tiles.block + simd::kLanes; }  // off the powers of two
@@ -50,7 +48,7 @@ struct Prefill {
     f(q, padded * sizes.depth), f(sums, padded * sizes.dv), f(maxima, padded), f(row_sums, padded);
     f(begins, padded), f(ends, padded), f(begun, padded / kTileRows + 1);
     f(keys, block * sizes.depth), f(values, block * sizes.dv);
-    f(scores, kTileRows * score_stride()), f(p, kTileRows * block);
+    f(scores, kTileRows * std::max(score_stride(), 3 * kDepth)), f(p, kTileRows * block);
     f(spare, simd::kLanes * std::max(std::max(sizes.qk, sizes.qv), sizes.dv));
     f(spare_row, sizes.depth), f(turned, sizes.depth);
     f(key_rows_, block), f(value_rows, block);
@@ -86,18 +84,13 @@ struct Prefill {
     std::memset(begun, 0, static_cast<size_t>(rows / kTileRows + 1));
   }
 
-  // Finds the rows of keys first .. first + count - 1.
   template <class Params>
-  void locate(const Params& params, const Sequence& s, int64_t head_k, int64_t first,
-              int64_t count) {
-    key_rows(params, params.v, s, first, count, head_k, value_rows);
-    if (!params.only_qv) key_rows(params, params.k, s, first, count, head_k, key_rows_);
-  }
-
-  template <class Params>
-  void pack_block(const Params& params, int64_t count) {
+  void pack_block(const Params& params, const Sequence& s, int64_t head_k, int64_t first,
+                  int64_t count) {
     int64_t padded = round_up(count, kDepth), panel = simd::kLanes * sizes.depth;
+    key_rows(params, params.v, s, first, count, head_k, value_rows);
     if (!params.only_qv) {
+      key_rows(params, params.k, s, first, count, head_k, key_rows_);
       pack_keys(key_rows_, count, params.d, sizes.qk, keys, panel, spare);
       fill_panels(count, padded, sizes.qk, keys, panel);
     }
@@ -255,20 +248,10 @@ struct Prefill {
     int64_t begin = begins[0], end = ends[rows - 1];
     // Blocks are counted from the item's first key, never from what a row sees first.
     int64_t first = item.key_begin + (begin - item.key_begin) / tiles.block * tiles.block;
-    int64_t count = std::min(tiles.block, end - first);
-    if (first < end) locate(params, s, item.head_begin, first, count);
-    while (first < end) {
-      pack_block(params, count);
-      int64_t now = first, packed = count;
-      first += tiles.block, count = std::min(tiles.block, end - first);
-      if (first < end) {
-        locate(params, s, item.head_begin, first, count);
-        auto at = [](const Element* const* p) { return reinterpret_cast<const void* const*>(p); };
-        constexpr int64_t kSize = sizeof(Element);
-        ahead = {params.only_qv ? nullptr : at(key_rows_), params.d * kSize, at(value_rows),
-                 params.dv * kSize, count};
-      }
-      packed_tiles(scale, rows, now, packed);
+    for (; first < end; first += tiles.block) {
+      int64_t count = std::min(tiles.block, end - first);
+      pack_block(params, s, item.head_begin, first, count);
+      packed_tiles(scale, rows, first, count);
     }
     for (int64_t i = 0; i < rows; ++i) {
       const float* sum = sums + i * sizes.dv;

@@ -7,8 +7,8 @@
 // long.
 //
 // It needs probabilities in one pass, so they are made with the maxima of earlier blocks; a tile's
-// first block with those of its first chunk. Where a probability turns out larger than 2^8, which is
-// when kept_maximum() raises a maximum, all of the block's scores are made twice: once for their
+// first block with those of its first chunk. Where a probability turns out larger than 2^8, which
+// is when kept_maximum() raises a maximum, all of the block's scores are made twice: once for their
 // maxima. Tiles are the same rows whatever items a sequence is cut into, so a row's result does not
 // depend on that.
 #pragma once
@@ -53,9 +53,10 @@ class TilePipeline {
 
   // What is known of a row beside its scores; as long as its 32 scores, so that one offset finds
   // both.
-  struct alignas(2 * sizeof(Vec)) Row {
+  struct Row {
     Vec lanes;    // its sum or its maximum, lane by lane
     float shift;  // what is added to its scores times to_log2_
+    float unused[simd::kLanes - 1];
   };
   static_assert(sizeof(Row) == kChunk * sizeof(float), "one offset for both");
 
@@ -78,7 +79,7 @@ class TilePipeline {
     GemmArgs<Math> g = prefill_.begin_values(t);
     const int64_t panels = prefill_.sizes.dv / simd::kLanes;
     for (int64_t j = 0; j < panels; j += 2) {
-      products_.multiply(g, j, panels, [this]() JIT_KERNEL_INLINED { prefill_.ahead.more(); });
+      products_.multiply(g, j, panels, [] {});
       if (j == 0) add_row_sums(t);
     }
   }
@@ -88,8 +89,8 @@ class TilePipeline {
     __mmask16 none = 0;
     for (int64_t i = 0; i < t.rows; i += simd::kLanes) {
       auto rows = static_cast<__mmask16>(_bzhi_u32(0xffff, static_cast<unsigned>(t.rows - i)));
-      none |= _mm512_mask_cmp_ps_mask(rows, simd::load(maxima + i), simd::set1(-kInfinity),
-                                      _CMP_EQ_OQ);
+      none |=
+          _mm512_mask_cmp_ps_mask(rows, simd::load(maxima + i), simd::set1(-kInfinity), _CMP_EQ_OQ);
     }
     return none != 0;
   }
@@ -110,7 +111,7 @@ class TilePipeline {
       top = simd::where_less(simd::set1(-kInfinity), top, top, simd::zero());
       simd::store(shifts + i, simd::zero() - top * to_log2_);
     }
-    for (int64_t r = 0; r < kRows; ++r) rows_[r] = {simd::zero(), shifts[r]};
+    for (int64_t r = 0; r < kRows; ++r) rows_[r].lanes = simd::zero(), rows_[r].shift = shifts[r];
     const Vec to_log2 = to_log2_;
     each_row(t, next, [to_log2](Row& row, Vec a, Vec b, Math* p) JIT_KERNEL_INLINED {
       Vec shift = simd::set1(row.shift);
@@ -194,8 +195,7 @@ class TilePipeline {
 
   bool sees_all(const Tile& t, int64_t column) const {
     int64_t start = t.first + t.from + column;
-    return prefill_.begins[t.row + t.rows - 1] <= start &&
-           prefill_.ends[t.row] >= start + kChunk;
+    return prefill_.begins[t.row + t.rows - 1] <= start && prefill_.ends[t.row] >= start + kChunk;
   }
 
   // A chunk's scores capped, and -inf where a row does not see the key.
@@ -225,8 +225,8 @@ class TilePipeline {
   TileProducts<Math> products_;
   float* buffer_ = prefill_.scores;  // of the two the one that scores are made in next
   bool ready_ = false;               // whether the first chunk's scores are being made
-  // After the scores: what is stored of a row and what is loaded of the next ones lie apart modulo a
-  // page, which the core takes for the same address.
+  // After the two buffers of scores: what is stored of a row and what is loaded of the next ones
+  // lie apart modulo a page; the core takes what does not for the same address.
   Row* const rows_ = reinterpret_cast<Row*>(prefill_.scores + 2 * kRows * kChunk);
 };
 

@@ -42,28 +42,4 @@ class Prefetch {
   int64_t offsets_[2] = {}, bytes_[2] = {}, count_ = 0, at_ = 0;
 };
 
-// Asks for rows of keys and values line by line, for a block that is to be packed later.
-class LinePrefetch {
- public:
-  LinePrefetch() = default;
-  // `count` rows of each; k may be null.
-  LinePrefetch(const void* const* k, int64_t k_bytes, const void* const* v, int64_t v_bytes,
-               int64_t count)
-      : rows_{v, k}, bytes_{v_bytes, k_bytes}, count_(count), kind_(k ? 1 : 0) {}
-
-  void more() {
-    if (at_ == count_) return;
-    __builtin_prefetch(static_cast<const char*>(rows_[kind_][at_]) + offset_, 0, 2);
-    offset_ += 64;
-    if (offset_ < bytes_[kind_]) return;
-    offset_ = 0;
-    if (++at_ == count_ && kind_ == 1) kind_ = 0, at_ = 0;
-  }
-
- private:
-  const void* const* rows_[2] = {};
-  int64_t bytes_[2] = {}, count_ = 0, at_ = 0, offset_ = 0;
-  int kind_ = 0;
-};
-
 }  // namespace jit_kernel
