@@ -70,7 +70,8 @@ struct Cut {
 };
 
 // Rows of an item where `rows` are cut into equal items of about `wanted`: each packs all keys, so
-// none should be small.
+// none should be small. A multiple of 32, as AMX tiles have so many rows: these must be the same
+// ones however a sequence is cut (see mainloop_prefill_amx.h).
 inline int64_t even_rows(int64_t rows, int64_t wanted) {
   int64_t items = std::max<int64_t>(1, (rows + wanted / 2) / wanted);
   return round_up((rows + items - 1) / items, kDepth);
