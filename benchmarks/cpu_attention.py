@@ -49,6 +49,7 @@ class Case:
     work: float  # GFLOP of a prefill, GB of keys and values of a decode
     peak: str  # "products" or "memory"
     dtype: torch.dtype = BF16
+    calls: int = 1  # that `ours` and `peer` make
     ratio_at_least: float | None = None
     share_at_least: float | None = None
 
@@ -71,37 +72,41 @@ def prefill(dtype: torch.dtype, tokens: int, d: int, causal: bool, **asked: floa
 
 
 def decode(dtype: torch.dtype, batch: int, heads: int, heads_k: int, page_size: int = 0, **asked: float) -> Case:
-    """One query a sequence against 4096 keys, in place or in pages of a shuffled cache."""
+    """One query a sequence against 4096 keys, in place or in pages of a shuffled cache.
+
+    A turn is as many calls as read at least 0.5 GB, each with keys and values of its own as a model's layers have them:
+    nothing is found in a cache of the processor, and a turn takes as long as one of the reading loop.
+    """
     d, context = 128, 4096
-    q = torch.randn(batch, 1, heads, d).to(dtype)
     rows = (batch * context // page_size, page_size) if page_size else (batch, context)
-    k, v = (torch.randn(*rows, heads_k, d).to(dtype) for _ in "kv")
+    gigabytes = 4 * batch * context * heads_k * d * 1e-9
+    layers = math.ceil(0.5 / gigabytes)
+    q = torch.randn(batch, 1, heads, d).to(dtype)
+    caches = [[torch.randn(*rows, heads_k, d, dtype=dtype) for _ in "kv"] for _ in range(layers)]
     lengths, out = torch.full((batch,), context, dtype=torch.int32), torch.empty_like(q)
     table = torch.randperm(rows[0]).to(torch.int32).view(batch, -1) if page_size else None
+    pages = None if table is None else table.long()
+    contiguous = [] if page_size else [[x.transpose(1, 2).contiguous() for x in cache] for cache in caches]
 
     def ours() -> None:
-        flash_attention_v3.flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, page_table=table, out=out)
+        for k, v in caches:
+            flash_attention_v3.flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, page_table=table, out=out)
 
-    def attend(keys: Tensor, values: Tensor) -> Tensor:
-        grouped = heads != heads_k
-        return scaled_dot_product_attention(q.transpose(1, 2), keys, values, enable_gqa=grouped)
+    def attend(keys: Tensor, values: Tensor) -> None:
+        scaled_dot_product_attention(q.transpose(1, 2), keys, values, enable_gqa=heads != heads_k)
 
-    def gathered() -> Tensor:
-        assert table is not None
-        pages = table.long()
-        return attend(*(x[pages].view(batch, context, heads_k, d).transpose(1, 2) for x in (k, v)))
+    def gathered() -> None:
+        for cache in caches:
+            attend(*(x[pages].view(batch, context, heads_k, d).transpose(1, 2) for x in cache))
 
-    contiguous = [x.transpose(1, 2).contiguous() for x in (k, v)] if table is None else []
+    def in_place() -> None:
+        for keys, values in contiguous:
+            attend(keys, values)
+
     layout = f" page {page_size}" if page_size else ""
-    return Case(
-        f"{cpu.DTYPE_NAMES[dtype]} decode batch {batch} {heads}/{heads_k}{layout}",
-        ours,
-        gathered if page_size else lambda: attend(*contiguous),
-        2 * k.numel() * k.element_size() * 1e-9,
-        "memory",
-        dtype,
-        **asked,
-    )
+    name = f"{cpu.DTYPE_NAMES[dtype]} decode batch {batch} {heads}/{heads_k}{layout}"
+    peer = gathered if page_size else in_place
+    return Case(name, ours, peer, gigabytes, "memory", dtype, layers, **asked)
 
 
 def ragged(lengths: list[int], name: str) -> Case:
@@ -160,7 +165,7 @@ def measure(case: Case, peaks: cpu_peaks.Peaks, seconds: float) -> dict[str, Any
             if call is not None:
                 start = time.perf_counter()
                 call()
-                taken.append(time.perf_counter() - start)
+                taken.append((time.perf_counter() - start) / case.calls)
         time.sleep(0.01)  # torch's workers wait for more in a loop of their own: 10 % of the read bandwidth
         bounds.append(peaks.measure(case.peak, case.dtype))
         began = began or time.perf_counter()  # the first round warms up

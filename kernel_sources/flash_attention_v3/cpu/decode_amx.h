@@ -2,7 +2,10 @@
 //
 // Scores come transposed, keys by rows: so keys are read as they lie in memory, 16 rows of 32
 // elements a tile, and it is the few queries that are packed, kColumns (4 or 16) side by side: a
-// vector of scores holds 16 / kColumns keys. P·V takes packed values, a pair of keys side by side.
+// vector of scores holds 16 / kColumns keys. Values are read as they lie, too, 16 rows of 32
+// columns a tile, though the product wants two keys side by side where two columns are: each
+// probability comes once beside a zero below it and once above it (store_probabilities), for as
+// many queries as leave half of a tile's rows free at no cost.
 #pragma once
 
 #include "flash_attention_v3/cpu/decode_state.h"
@@ -28,52 +31,23 @@ inline void amx_scale_scores(int64_t columns, float factor) {
   _tile_loadd(7, tiles + 256, columns * 4);
 }
 
-// 16 rows of keys as a tile is loaded from them.
+// 16 rows of keys or values as a tile is loaded from them.
 template <class Math>
 struct TileRows {
   const Math* first;
-  int64_t stride;
+  int64_t bytes;  // from one to the next
 };
 
-// rows[0..15] + offset; through `spare`, 16 rows of n elements, where they are not evenly spaced.
+// rows[0..15] + offset, `step` elements apart; where that is 0, as they are not evenly spaced,
+// through `spare`, 16 rows of n elements.
 template <class Math>
-inline TileRows<Math> tile_rows(const Math* const* rows, int64_t offset, int64_t n, Math* spare) {
-  int64_t stride = rows[1] - rows[0];
-  bool even = stride > 0;
-  for (int j = 2; j < 16; ++j) even &= rows[j] - rows[j - 1] == stride;
-  if (even) return {rows[0] + offset, stride};
+inline TileRows<Math> tile_rows(const Math* const* rows, int64_t step, int64_t offset, int64_t n,
+                                Math* spare) {
+  if (step) return {rows[0] + offset, step * 2};
   for (int j = 0; j < 16; ++j) {
     std::memcpy(static_cast<void*>(spare + j * n), rows[j] + offset, static_cast<size_t>(n) * 2);
   }
-  return {spare, n};
-}
-
-// Two rows of values side by side, to line `pair` of each panel of 16 columns. Of 32 columns the
-// first panel gets those that unpack_low takes and the next the others: one instruction a vector;
-// order_columns() puts the sums right.
-template <class Math>
-inline void pack_pair(const Math* a, const Math* b, int64_t dv, Math* to) {
-  int64_t c = 0;
-  for (; c + 32 <= dv; c += 32, to += 2 * kAmxTile) {
-    __m512i x = _mm512_loadu_si512(a + c), y = _mm512_loadu_si512(b + c);
-    _mm512_store_si512(to, _mm512_unpacklo_epi16(x, y));
-    _mm512_store_si512(to + kAmxTile, _mm512_unpackhi_epi16(x, y));
-  }
-  if (c == dv) return;
-  auto words = [c](const Math* row) {
-    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + c)));
-  };
-  _mm512_store_si512(to, _mm512_or_si512(words(a), _mm512_slli_epi32(words(b), 16)));
-}
-
-inline void order_columns(float* sum, int64_t dv) {
-  for (int64_t c = 0; c + 32 <= dv; c += 32) {
-    __m512 x = _mm512_loadu_ps(sum + c), y = _mm512_loadu_ps(sum + c + 16);
-    __m512 low = _mm512_shuffle_f32x4(x, y, _MM_SHUFFLE(1, 0, 1, 0));
-    __m512 high = _mm512_shuffle_f32x4(x, y, _MM_SHUFFLE(3, 2, 3, 2));
-    _mm512_storeu_ps(sum + c, _mm512_shuffle_f32x4(low, low, _MM_SHUFFLE(3, 1, 2, 0)));
-    _mm512_storeu_ps(sum + c + 16, _mm512_shuffle_f32x4(high, high, _MM_SHUFFLE(3, 1, 2, 0)));
-  }
+  return {spare, n * 2};
 }
 
 // Queries (rows, depth) as tile B wants them: pairs of the depth, `columns` queries side by side.
@@ -96,52 +70,58 @@ inline simd::Vec join_columns(simd::Vec x, Join join) {
   return join(x, _mm512_shuffle_f32x4(x, x, _MM_SHUFFLE(2, 3, 0, 1)));
 }
 
-inline __m512i as_halves(bf16, simd::Vec a, simd::Vec b) {
-  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a));
+// Halves, each in the low part of a word.
+inline __m512i as_words(bf16, simd::Vec a) {
+  return _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a)));
 }
-inline __m512i as_halves(fp16, simd::Vec a, simd::Vec b) {
-  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-  return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtps_ph(a, kNearest)),
-                            _mm512_cvtps_ph(b, kNearest), 1);
+inline __m512i as_words(fp16, simd::Vec a) {
+  return _mm512_cvtepu16_epi32(_mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
-// Probabilities to rows of 32 keys. x[i] holds keys 2 n i .. 2 n (i + 1) - 1, n = 16 / kColumns, of
-// kColumns queries.
+constexpr int64_t kTileKeys = 16;  // of values in a tile
+// Words of the probabilities of so many keys: 16 keys a line, lines as store_probabilities()
+// leaves.
+constexpr int64_t kTileWords = 2 * kDecodeRows * kTileKeys;
+
+// Probabilities of 16 keys to tile A of their product with values as they lie in memory. x[i] holds
+// keys n i .. n (i + 1) - 1, n = 16 / kColumns, of kColumns queries. A line of 16 keys for each of
+// `rows` queries with the probability in the low half of a word, then one each with it in the high
+// half: tile B pairs the columns 2 c and 2 c + 1 of a key where it expects two keys, so the first
+// lines gather the even columns and the others the odd ones.
 template <int kColumns>
-inline void store_by_rows(const __m512i (&x)[kColumns], void* p) {
-  // A query's keys of one vector side by side; then pieces of that size change places.
-  constexpr int kKeys = 32 / kColumns;
-  alignas(64) static constexpr auto order = [] {
-    struct {
-      uint16_t of[32] = {};
-    } table;
-    for (int i = 0; i < 32; ++i) table.of[i] = uint16_t(i % kKeys * kColumns + i / kKeys);
-    return table;
-  }();
-  __m512i by = _mm512_load_si512(order.of), y[kColumns];
-#pragma GCC unroll 16
-  for (int i = 0; i < kColumns; ++i) y[i] = _mm512_permutexvar_epi16(by, x[i]);
+inline void store_probabilities(const __m512i (&x)[kColumns], int64_t rows, uint32_t* p) {
+  auto odd = [](__m512i even) { return _mm512_slli_epi32(even, 16); };
   if constexpr (kColumns == 4) {
+    // A query's 4 keys of one vector side by side; then such quarters change places.
+    __m512i by = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), y[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) y[i] = _mm512_permutexvar_epi32(by, x[i]);
     __m512i a = _mm512_shuffle_i32x4(y[0], y[1], 0x44), b = _mm512_shuffle_i32x4(y[2], y[3], 0x44);
     __m512i c = _mm512_shuffle_i32x4(y[0], y[1], 0xee), d = _mm512_shuffle_i32x4(y[2], y[3], 0xee);
-    char* to = static_cast<char*>(p);
-    _mm512_store_si512(to, _mm512_shuffle_i32x4(a, b, 0x88));
-    _mm512_store_si512(to + 64, _mm512_shuffle_i32x4(a, b, 0xdd));
-    _mm512_store_si512(to + 128, _mm512_shuffle_i32x4(c, d, 0x88));
-    _mm512_store_si512(to + 192, _mm512_shuffle_i32x4(c, d, 0xdd));
+    __m512i even[4] = {_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd),
+                       _mm512_shuffle_i32x4(c, d, 0x88), _mm512_shuffle_i32x4(c, d, 0xdd)};
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) _mm512_store_si512(p + i * kTileKeys, even[i]);
+    p += rows * kTileKeys;
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) _mm512_store_si512(p + i * kTileKeys, odd(even[i]));
   } else {
-    const char* rows[16];
-    for (int i = 0; i < 16; ++i) rows[i] = reinterpret_cast<const char*>(y + i);
-    transpose_words(rows, 0, static_cast<char*>(p));
+    const char* lines[16];
+    for (int i = 0; i < 16; ++i) lines[i] = reinterpret_cast<const char*>(x + i);
+    transpose_words(lines, 0, reinterpret_cast<char*>(p));
+    for (int64_t i = 0; i < rows; ++i) {
+      __m512i even = _mm512_load_si512(p + i * kTileKeys);
+      _mm512_store_si512(p + (rows + i) * kTileKeys, odd(even));
+    }
   }
 }
 
-// The softmax of a block's transposed scores: scores (keys, kColumns) to p (rows of 32 keys).
-// maxima and sums are one vector each, of lanes as join_columns() leaves them; sums stay lane by
-// lane. Returns whether earlier sums are to be multiplied by factors.
+// The softmax of a block's transposed scores: scores (keys, kColumns) to p, kTileWords for every 16
+// keys. maxima and sums are one vector each, of lanes as join_columns() leaves them; sums stay lane
+// by lane. Returns whether earlier sums are to be multiplied by factors.
 template <int kColumns, class Math>
-inline bool soften_columns(const float* scores, Math* p, float to_log2, float* maxima, float* sums,
-                           float* factors) {
+inline bool soften_columns(const float* scores, int64_t rows, uint32_t* p, float to_log2,
+                           float* maxima, float* sums, float* factors) {
   using simd::Vec;
   constexpr int kVecs = 2 * kColumns;
   auto larger = [](Vec a, Vec b) { return simd::max(a, b); };
@@ -159,18 +139,18 @@ inline bool soften_columns(const float* scores, Math* p, float to_log2, float* m
     simd::store(maxima, top);
     sum = sum * factor;
   }
-  __m512i halves[kColumns];
   Vec parts[2] = {simd::zero(), simd::zero()};
+  for (int64_t keys = 0; keys < kDecodeBlock; keys += kTileKeys, p += kTileWords) {
+    __m512i words[kColumns];
 #pragma GCC unroll 4
-  for (int i = 0; i < kColumns; ++i) {
-    const float* s = scores + 32 * i;
-    Vec a = simd::exp2<kExpDegree<Math>>(exponent(Math(), simd::load(s), shift, scale));
-    Vec b = simd::exp2<kExpDegree<Math>>(exponent(Math(), simd::load(s + 16), shift, scale));
-    parts[0] = parts[0] + a, parts[1] = parts[1] + b;
-    halves[i] = as_halves(Math(), a, b);
+    for (int i = 0; i < kColumns; ++i, scores += 16) {
+      Vec x = simd::exp2<kExpDegree<Math>>(exponent(Math(), simd::load(scores), shift, scale));
+      parts[i % 2] = parts[i % 2] + x;
+      words[i] = as_words(Math(), x);
+    }
+    store_probabilities<kColumns>(words, rows, p);
   }
   simd::store(sums, sum + plus(parts[0], parts[1]));
-  store_by_rows<kColumns>(halves, p);
   return moved;
 }
 

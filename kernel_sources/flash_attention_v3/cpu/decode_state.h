@@ -2,6 +2,8 @@
 // where its keys lie.
 #pragma once
 
+#include <limits>
+
 #include "flash_attention_v3/cpu/epilogue.h"
 #include "flash_attention_v3/cpu/mask.h"
 #include "flash_attention_v3/cpu/pack.h"
@@ -41,8 +43,9 @@ struct DecodeState {
   // added to.
   struct Block {
     const Element *k[kDecodeBlock], *v[kDecodeBlock];
-    int64_t first;     // the key of row 0
-    int64_t from, to;  // rows that are keys to be seen; the others repeat one of them
+    int64_t k_steps[2], v_steps[2];  // between rows of the first and second half, 0 where uneven
+    int64_t first;                   // the key of row 0
+    int64_t from, to;                // rows that are keys to be seen; the others repeat one of them
   };
   struct Head {
     ScoreScale scale;
@@ -51,14 +54,17 @@ struct DecodeState {
 
   HeadSizes sizes;
   int64_t rows, heads, head_begin;
-  bool in_place;  // whether whole vectors of keys and values can be read where they are
-  Math* q;        // head after head
+  int64_t sum_columns;  // of a row of sums
+  bool in_place;        // whether whole vectors of keys and values can be read where they are
+  Math* q;              // head after head
   float *sums, *spare_row;
   Element* turned;
   float *maxima, *row_sums;  // RowStates: kDecodeRows a head
   Head* head_settings;
   Block* blocks;  // a ring
   int64_t first_key = 0, steps = 0, located = 0;
+  int64_t parts = 1, part = 0;  // of the item; the one that is summed
+  int64_t part_steps = 0, part_end = 0;
   Interval all, seen[kDecodeRows];  // keys that any of the rows sees, and each
 
   template <class Params>
@@ -66,7 +72,8 @@ struct DecodeState {
       : sizes(head_sizes<Math>(params)),
         rows(item.row_end - item.row_begin),
         heads(item.head_end - item.head_begin),
-        head_begin(item.head_begin) {
+        head_begin(item.head_begin),
+        sum_columns(sizes.dv) {
     bool exact = (params.only_qv || params.d == sizes.qk) && params.dv == sizes.dv;
     in_place = kHasLoads && exact && (!params.qv || params.dv == sizes.qv);
   }
@@ -77,7 +84,7 @@ struct DecodeState {
   template <class F>
   void each_state_array(F&& f) {
     int64_t all_rows = heads * rows;
-    f(q, all_rows * sizes.depth), f(sums, all_rows * sizes.dv), f(head_settings, heads);
+    f(q, all_rows * sizes.depth), f(sums, all_rows * sum_columns), f(head_settings, heads);
     f(maxima, heads * kDecodeRows), f(row_sums, heads * kDecodeRows);
     f(spare_row, sizes.depth), f(turned, sizes.depth), f(blocks, kBlocks);
   }
@@ -86,7 +93,6 @@ struct DecodeState {
   template <class Params>
   void load(const Params& params, const Sequence& s, const Item& item) {
     all = {item.key_end, item.key_begin};
-    std::memset(sums, 0, static_cast<size_t>(heads * rows * sizes.dv) * sizeof(float));
     for (int64_t i = 0; i < rows; ++i) {
       seen[i] = visible_keys(params, (item.row_begin + i) / params.group, s.sq, s.sk);
       all.begin = std::min(all.begin, std::max(seen[i].begin, item.key_begin));
@@ -100,13 +106,38 @@ struct DecodeState {
         Math* to = q + (h * rows + i) * sizes.depth;
         load_query(params, s, sizes, head_k, item.row_begin + i, to, spare_row, turned);
       }
-      for (int64_t i = 0; i < kDecodeRows; ++i) {
-        maxima[h * kDecodeRows + i] = -kInfinity, row_sums[h * kDecodeRows + i] = 0.0f;
-      }
     }
     first_key = item.key_begin + (all.begin - item.key_begin) / kDecodeBlock * kDecodeBlock;
     int64_t keys = std::max<int64_t>(0, all.end - first_key);
     steps = (keys + kDecodeBlock - 1) / kDecodeBlock * heads;
+    int64_t item_keys = item.key_end - item.key_begin;
+    parts = std::max<int64_t>(1, (item_keys + item.part_keys - 1) / item.part_keys);
+    part_steps = item.part_keys / kDecodeBlock * heads;
+    part_end = part_steps - (first_key - item.key_begin) / kDecodeBlock * heads;
+    forget();
+  }
+
+  // Starts a part: nothing seen.
+  void forget() {
+    std::memset(sums, 0, static_cast<size_t>(heads * rows * sum_columns) * sizeof(float));
+    std::fill_n(maxima, heads * kDecodeRows, -kInfinity);
+    std::fill_n(row_sums, heads * kDecodeRows, 0.0f);
+  }
+
+  // To be called before each step's softmax, when the values of all earlier steps are added:
+  // write() is called for each part that has ended.
+  template <class Write>
+  void end_parts(int64_t step, Write&& write) {
+    while (step >= part_end && part + 1 < parts) {
+      write();
+      ++part, part_end += part_steps;
+      forget();
+    }
+  }
+  template <class Write>
+  void end_last_parts(Write&& write) {
+    end_parts(std::numeric_limits<int64_t>::max(), write);
+    write();
   }
 
   const Block& block_of(int64_t step) const { return blocks[step / heads % kBlocks]; }
@@ -149,22 +180,34 @@ struct DecodeState {
       block.k[j] = params.only_qv ? nullptr : block.k[from];
       block.v[j] = block.v[from];
     }
+    for (int half = 0; half < 2; ++half) {
+      constexpr int64_t kHalf = kDecodeBlock / 2;
+      block.k_steps[half] = params.only_qv ? 0 : even_step(block.k + half * kHalf, kHalf);
+      block.v_steps[half] = even_step(block.v + half * kHalf, kHalf);
+    }
   }
 
-  // out and lse of an item's row, or its part. `row_sum` is the sum of its probabilities.
+  // Elements from each row to the next, or 0 where that is not the same for all.
+  static int64_t even_step(const Element* const* rows, int64_t count) {
+    int64_t step = rows[1] - rows[0];
+    bool even = step > 0;
+    for (int64_t j = 2; j < count; ++j) even &= rows[j] - rows[j - 1] == step;
+    return even ? step : 0;
+  }
+
+  // out and lse of an item's i-th row, or its part: its sums, and the sum of its probabilities.
   template <class Params>
-  void write(const Params& params, const Sequence& s, const Item& item, const Partials& parts,
-             int64_t i, float row_sum) {
-    const float* sum = sums + i * sizes.dv;
+  void write(const Params& params, const Sequence& s, const Item& item, const Partials& partials,
+             int64_t i, const float* sum, float row_sum) {
     int64_t h = i / rows;
     RowState state{maxima[h * kDecodeRows + i % rows], row_sum};
     if (item.part < 0) {
       return write_row(params, s, item.batch, head_begin + h, item.row_begin + i % rows,
                        head_settings[h].scale, sum, state);
     }
-    std::memcpy(parts.sums + (item.part + i) * sizes.dv, sum,
-                static_cast<size_t>(sizes.dv) * sizeof(float));
-    parts.states[item.part + i] = state;
+    int64_t to = item.part + part * item.part_stride + i;
+    std::memcpy(partials.sums + to * sizes.dv, sum, static_cast<size_t>(sizes.dv) * sizeof(float));
+    partials.states[to] = state;
   }
 };
 

@@ -45,14 +45,15 @@ inline void tile_dot() {
 // The thread's tiles while an item runs; released, as their 8 KiB would be saved at every switch.
 class AmxTiles {
  public:
-  // Tiles 0, 1 and 4 have `rows` rows, the others 16; 3, 6 and 7 have `columns` columns of 4 bytes.
+  // Tiles 0, 1, 2 and 4 have `rows` rows, the others 16; 3, 6 and 7 have `columns` columns of 4
+  // bytes.
   explicit AmxTiles(int64_t rows = 16, int64_t columns = 16) : active_(amx_allowed()) {
     if (!active_) return;
     alignas(64) unsigned char config[64] = {1};  // palette 1
     for (int i = 0; i < 8; ++i) {
       bool narrow = i == 3 || i == 6 || i == 7;
       config[16 + 2 * i] = static_cast<unsigned char>(narrow ? 4 * columns : 64);  // bytes a row
-      config[48 + i] = static_cast<unsigned char>(i < 2 || i == 4 ? rows : 16);
+      config[48 + i] = static_cast<unsigned char>(i < 3 || i == 4 ? rows : 16);
     }
     _tile_loadconfig(config);
   }

@@ -228,15 +228,20 @@ struct Decode : DecodeState<Element, MathOf<Element>> {
   }
 
   template <class Params>
-  void run(const Params& params, const Sequence& s, const Item& item, const Partials& parts) {
+  void run(const Params& params, const Sequence& s, const Item& item, const Partials& partials) {
     this->load(params, s, item);
+    auto write = [&] {
+      for (int64_t i = 0; i < heads * rows; ++i) {
+        this->write(params, s, item, partials, i, sums + i * sizes.dv,
+                    row_sums[i / rows * kDecodeRows + i % rows]);
+      }
+    };
     for (int64_t step = 0; step < this->steps; ++step) {
       ahead = this->look_ahead(params, s, step + kStepsAhead);
+      this->end_parts(step, write);
       attend(params, this->block_of(step), step);
     }
-    for (int64_t i = 0; i < heads * rows; ++i) {
-      this->write(params, s, item, parts, i, row_sums[i / rows * kDecodeRows + i % rows]);
-    }
+    this->end_last_parts(write);
   }
 };
 

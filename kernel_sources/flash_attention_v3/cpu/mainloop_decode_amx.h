@@ -1,10 +1,8 @@
 // The decode of mainloop_decode.h with its products in AMX tiles.
 //
-// A step is a block of 32 keys of one head. What a step's tiles store is read a step later: read at
-// once, transfer and computation did not overlap, as if every store before it, and so memory, had
-// to be waited for. So each round adds the values of one step, softens the scores of the next and
-// makes those of the one after it, while the next one's values are packed and memory is asked for
-// more.
+// A step is a block of 32 keys of one head. Each round softens a step's scores and adds its values,
+// after it has made the scores of the next step, so that none are waited for (2 to 3 %); between
+// the products memory is asked for more.
 #pragma once
 
 #include "flash_attention_v3/cpu/decode_amx.h"
@@ -20,113 +18,157 @@ struct DecodeTiles : DecodeState<Element, Math> {
   using Block = typename State::Block;
   using State::maxima, State::row_sums, State::head_settings, State::seen, State::steps;
   using State::sizes, State::rows, State::heads, State::in_place, State::q, State::sums;
-  static constexpr int64_t kPairs = kDecodeBlock / 2;
+  using State::sum_columns;
+  static constexpr int64_t kPanel = 32;  // columns of values in a tile
+  static constexpr int64_t kStepScores = 16 * kDecodeBlock;
 
-  int64_t columns;             // queries side by side in a tile
-  Math *queries, *p, *packed;  // packed queries by heads; probabilities and values of two steps
-  Math *keys, *values;         // a converted block
-  Math* spare;                 // a converted pair of values, then keys that are not evenly spaced
-  const Math **math_keys, **math_values;
-  float* scores;  // of two steps
+  int64_t columns;       // queries side by side in a tile
+  int64_t value_stride;  // of converted values
+  Math* queries;         // packed, by heads
+  uint32_t* p;           // probabilities of a step
+  float* scores;         // of two steps
+  Math *keys, *values;   // a converted block
+  Math* copies;          // keys or values that are not evenly spaced
+  float* ordered;        // a row of sums
   AmxTiles tiles;
 
   template <class F>
   void each_array(F&& f) {
     this->each_state_array(f);
-    f(queries, heads * columns * sizes.depth), f(p, 2 * 16 * kDecodeBlock);
-    f(packed, 2 * kDecodeBlock * sizes.dv), f(scores, 2 * 16 * kDecodeBlock);
-    f(spare, 2 * sizes.dv + 2 * 16 * std::max(sizes.qk, sizes.qv));
-    f(math_keys, kDecodeBlock), f(math_values, kDecodeBlock);
+    f(queries, heads * columns * sizes.depth), f(p, 2 * kTileWords), f(scores, 2 * kStepScores);
+    f(copies, 2 * 16 * std::max(sizes.qk, value_stride)), f(ordered, sum_columns);
     f(keys, in_place ? 0 : kDecodeBlock * sizes.qk);
-    f(values, in_place ? 0 : kDecodeBlock * this->value_stride());
+    f(values, in_place ? 0 : kDecodeBlock * value_stride);
   }
 
   template <class Params>
   DecodeTiles(const Params& params, const Item& item, Scratch& scratch)
-      : State(params, item), columns(this->rows <= 4 ? 4 : 16), tiles(this->rows, columns) {
+      : State(params, item),
+        columns(this->rows <= 4 ? 4 : 16),
+        tiles(this->rows <= kDecodeRows / 2 ? 2 * this->rows : this->rows, columns) {
+    sum_columns = round_up(sizes.dv, kPanel);
+    value_stride = std::max(sum_columns, sizes.qv);
+    in_place = in_place && sizes.dv >= kPanel;
     take_arrays(*this, scratch);
   }
 
-  // The values of a step on their way into panels, and memory that is asked for meanwhile. A local
-  // of a round, so that it stays in registers.
-  struct Packing {
-    const Element* const* rows;
-    int64_t offset, dv, padded;
-    Math *to, *spare;
-    int64_t share;  // pairs for each product
+  // The keys or values of a step, 16 and 16.
+  struct Halves {
+    TileRows<Math> low, high;
+  };
+  // Memory that is asked for between products.
+  struct Asking {
     Prefetch ahead;
-    int64_t pairs = 0;
+    int64_t share;  // rows for each product
+    int64_t at = 0;
 
-    JIT_KERNEL_INLINE void more(int64_t n) {
-      for (int64_t end = std::min(kPairs, pairs + n); pairs < end; ++pairs) {
-        ahead.until(2 * pairs + 2);
-        const Element *a = rows[2 * pairs] + offset, *b = rows[2 * pairs + 1] + offset;
-        if constexpr (std::is_same<Element, Math>::value) {
-          if (dv == padded) {
-            pack_pair(a, b, dv, to + 32 * pairs);
-            continue;
-          }
-        }
-        convert(a, b);
-        pack_pair(spare, spare + padded, padded, to + 32 * pairs);
-      }
-    }
-    JIT_KERNEL_INLINE void deal() { more(share); }
-    __attribute__((noinline)) void convert(const Element* a, const Element* b) const {
-      convert_row<Math>(a, spare, dv, padded);
-      convert_row<Math>(b, spare + padded, dv, padded);
-    }
+    void rest() { at = ahead.ask(at, kDecodeBlock); }
   };
 
   // Adds to the tiles of scores products over n elements.
-  JIT_KERNEL_INLINE void add_products(Packing& packing, const Math* const* k, int64_t offset,
-                                      const Math* b, int64_t n) {
-    Math* copies = spare + 2 * sizes.dv;
-    TileRows<Math> low = tile_rows(k, offset, n, copies);
-    TileRows<Math> high = tile_rows(k + 16, offset, n, copies + 16 * n);
-    asm volatile("" ::: "memory");
-    for (int64_t i = 0; i < n; i += kDepth) {
-      _tile_loadd(6, b + i * columns, columns * 4);
-      _tile_loadd(5, low.first + i, low.stride * 2);
+  static void add_products(const Halves& k, const Math* b, int64_t columns, int64_t n,
+                           Asking& asking) {
+    int64_t at = asking.at;
+    asm volatile("" ::: "memory");  // what tiles load is written
+    for (int64_t i = 0; i < n; i += kDepth, b += kDepth * columns) {
+      _tile_loadd(6, b, columns * 4);
+      _tile_loadd(5, k.low.first + i, k.low.bytes);
       tile_dot<Math, 3, 5, 6>();
-      packing.deal();
-      _tile_loadd(5, high.first + i, high.stride * 2);
+      at = asking.ahead.ask(at, asking.share);
+      _tile_loadd(5, k.high.first + i, k.high.bytes);
       tile_dot<Math, 7, 5, 6>();
-      packing.deal();
+      at = asking.ahead.ask(at, asking.share);
     }
+    asking.at = at;
+  }
+
+  // Adds P · values to the sums of up to 8 rows: even and odd columns in one tile.
+  static void add_few_rows(const Halves& v, const uint32_t* a, float* sum, int64_t line,
+                           int64_t last, Asking& asking) {
+    int64_t at = asking.at;
+    _tile_loadd(1, a, 64);
+    _tile_loadd(4, a + kTileWords, 64);
+    for (int64_t c = 0;; c = std::min(c + kPanel, last), sum += line) {
+      _tile_loadd(0, sum, 64);
+      _tile_loadd(5, v.low.first + c, v.low.bytes);
+      tile_dot<Math, 0, 1, 5>();
+      at = asking.ahead.ask(at, asking.share);
+      _tile_loadd(5, v.high.first + c, v.high.bytes);
+      tile_dot<Math, 0, 4, 5>();
+      at = asking.ahead.ask(at, asking.share);
+      _tile_stored(0, sum, 64);
+      if (c == last) break;
+    }
+    asking.at = at;
+  }
+
+  // The same of 16 keys and up to 16 rows: a tile for even columns, one for odd ones, which lie
+  // `line` floats further.
+  static void add_many_rows(const TileRows<Math>& v, const uint32_t* a, float* sum, int64_t line,
+                            int64_t last, Asking& asking) {
+    int64_t at = asking.at;
+    _tile_loadd(1, a, 64);
+    _tile_loadd(4, a + line, 64);
+    for (int64_t c = 0;; c = std::min(c + kPanel, last), sum += 2 * line) {
+      _tile_loadd(0, sum, 64);
+      _tile_loadd(2, sum + line, 64);
+      _tile_loadd(5, v.first + c, v.bytes);
+      tile_dot<Math, 0, 1, 5>();
+      tile_dot<Math, 2, 4, 5>();
+      at = asking.ahead.ask(at, asking.share);
+      _tile_stored(0, sum, 64);
+      _tile_stored(2, sum + line, 64);
+      if (c == last) break;
+    }
+    asking.at = at;
   }
 
   template <class Params>
-  JIT_KERNEL_INLINE void score(const Params& params, int64_t step, Packing& packing) {
+  Halves keys_of(const Params& params, int64_t step) {
     const Block& block = this->block_of(step);
-    int64_t k_offset = this->offset(params.k.head, step);
-    int64_t v_offset = this->offset(params.v.head, step);
+    int64_t offset = this->offset(params.k.head, step), n = sizes.qk;
     if constexpr (std::is_same<Element, Math>::value) {
-      if (in_place) return score_rows(packing, step, block.k, k_offset, block.v, v_offset);
+      if (in_place) {
+        return {tile_rows(block.k, block.k_steps[0], offset, n, copies),
+                tile_rows(block.k + 16, block.k_steps[1], offset, n, copies + 16 * n)};
+      }
     }
     for (int64_t j = 0; j < kDecodeBlock; ++j) {
-      math_keys[j] = keys + j * sizes.qk, math_values[j] = values + j * this->value_stride();
-      if (sizes.qk) {
-        convert_row<Math>(block.k[j] + k_offset, keys + j * sizes.qk, params.d, sizes.qk);
-      }
-      if (sizes.qv) {
-        convert_row<Math>(block.v[j] + v_offset, values + j * this->value_stride(), params.dv,
-                          this->value_stride());
-      }
+      convert_row<Math>(block.k[j] + offset, keys + j * n, params.d, n);
     }
-    score_rows(packing, step, math_keys, 0, math_values, 0);
+    return {{keys, n * 2}, {keys + 16 * n, n * 2}};
   }
 
-  JIT_KERNEL_INLINE void score_rows(Packing& packing, int64_t step, const Math* const* k,
-                                    int64_t k_offset, const Math* const* v, int64_t v_offset) {
+  template <class Params>
+  Halves values_of(const Params& params, int64_t step) {
+    const Block& block = this->block_of(step);
+    int64_t offset = this->offset(params.v.head, step), n = value_stride;
+    if constexpr (std::is_same<Element, Math>::value) {
+      if (in_place) {
+        n = sizes.dv;
+        return {tile_rows(block.v, block.v_steps[0], offset, n, copies),
+                tile_rows(block.v + 16, block.v_steps[1], offset, n, copies + 16 * n)};
+      }
+    }
+    for (int64_t j = 0; j < kDecodeBlock; ++j) {
+      convert_row<Math>(block.v[j] + offset, values + j * n, params.dv, n);
+    }
+    return {{values, n * 2}, {values + 16 * n, n * 2}};
+  }
+
+  template <class Params>
+  void score(const Params& params, int64_t step, Asking& asking) {
     const Math* b = queries + step % heads * columns * sizes.depth;
     float mix = head_settings[step % heads].mix;
     _tile_zero(3);
     _tile_zero(7);
-    if (sizes.qk) add_products(packing, k, k_offset, b, sizes.qk);
+    if (sizes.qk) add_products(keys_of(params, step), b, columns, sizes.qk, asking);
     if (mix != 1.0f) amx_scale_scores(columns, mix);
-    if (sizes.qv) add_products(packing, v, v_offset, b + columns * sizes.qk, sizes.qv);
-    float* to = scores + step % 2 * 16 * kDecodeBlock;
+    if (sizes.qv) {
+      b += columns * sizes.qk;
+      add_products(values_of(params, step), b, columns, sizes.qv, asking);
+    }
+    float* to = scores + step % 2 * kStepScores;
     _tile_stored(3, to, columns * 4);
     _tile_stored(7, to + 16 * columns, columns * 4);
     asm volatile("" ::: "memory");
@@ -148,80 +190,112 @@ struct DecodeTiles : DecodeState<Element, Math> {
   void soften(int64_t step) {
     int64_t head = step % heads;
     const ScoreScale& scale = head_settings[head].scale;
-    float *s = scores + step % 2 * 16 * kDecodeBlock, *maximum = maxima + head * kDecodeRows;
-    Math* to = p + step % 2 * 16 * kDecodeBlock;
+    float *s = scores + step % 2 * kStepScores, *maximum = maxima + head * kDecodeRows;
     if (scale.transform) transform_scores(scale, s, kDecodeBlock * columns);
     mask(this->block_of(step), s);
     alignas(64) float factors[16];
     auto work = columns == 4 ? soften_columns<4, Math> : soften_columns<16, Math>;
-    if (!work(s, to, scale.to_log2(), maximum, row_sums + head * kDecodeRows, factors)) return;
+    float* sum = row_sums + head * kDecodeRows;
+    if (!work(s, rows, p, scale.to_log2(), maximum, sum, factors)) return;
     for (int64_t i = 0; i < rows; ++i) {
       if (factors[i] == 1.0f) continue;
-      scale_floats(sums + (head * rows + i) * sizes.dv, sizes.dv, factors[i]);
+      for (int64_t c = 0; c < sum_columns; c += kPanel) {
+        scale_floats(sum_line(head, c, i), 16, factors[i]);
+        scale_floats(sum_line(head, c, rows + i), 16, factors[i]);
+      }
     }
   }
+
+  // Sums lie as tiles leave them: for a panel of 32 columns a line of the even columns of each
+  // query, then one each of the odd columns.
+  float* sum_line(int64_t head, int64_t column, int64_t line) {
+    return sums + head * rows * sum_columns + column * rows + line * 16;
+  }
+
+  // The first column of the last panel: it takes the last 32 columns that there are.
+  int64_t last_column() const { return (in_place ? sizes.dv : sum_columns) - kPanel; }
 
   // The head's sums (rows, dv) += P (rows, 32 keys) · values.
-  JIT_KERNEL_INLINE void add_values(int64_t step, Packing& packing) {
-    const Math* v = packed + step % 2 * kDecodeBlock * sizes.dv;
-    float* sum = sums + step % heads * rows * sizes.dv;
-    int64_t c = 0, stride = sizes.dv * 4;
+  template <class Params>
+  void add_values(const Params& params, int64_t step, Asking& asking) {
+    float* sum = sum_line(step % heads, 0, 0);
+    Halves v = values_of(params, step);
     asm volatile("" ::: "memory");
-    _tile_loadd(4, p + step % 2 * 16 * kDecodeBlock, kDecodeBlock * 2);
-    for (; c + 32 <= sizes.dv; c += 32, v += 2 * kAmxTile) {
-      _tile_loadd(0, sum + c, stride);
-      _tile_loadd(2, v, 64);
-      tile_dot<Math, 0, 4, 2>();
-      packing.deal();
-      _tile_loadd(1, sum + c + 16, stride);
-      _tile_loadd(2, v + kAmxTile, 64);
-      tile_dot<Math, 1, 4, 2>();
-      packing.deal();
-      _tile_stored(0, sum + c, stride);
-      _tile_stored(1, sum + c + 16, stride);
-    }
-    if (c < sizes.dv) {
-      _tile_loadd(0, sum + c, stride);
-      _tile_loadd(2, v, 64);
-      tile_dot<Math, 0, 4, 2>();
-      _tile_stored(0, sum + c, stride);
+    if (rows > kDecodeRows / 2) {
+      add_many_rows(v.low, p, sum, rows * 16, last_column(), asking);
+      add_many_rows(v.high, p + kTileWords, sum, rows * 16, last_column(), asking);
+    } else {
+      add_few_rows(v, p, sum, rows * 32, last_column(), asking);
     }
     asm volatile("" ::: "memory");
   }
 
+  // Puts a row's sums in the order of columns; returns whether all are finite.
+  bool order_row(int64_t head, int64_t row) {
+    __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    __mmask16 wrong = 0;
+    for (int64_t c = 0; c < sum_columns; c += kPanel) {
+      __m512 even = _mm512_load_ps(sum_line(head, c, row));
+      __m512 odd = _mm512_load_ps(sum_line(head, c, rows + row));
+      float* to = ordered + std::min(c, last_column());
+      _mm512_storeu_ps(to, _mm512_permutex2var_ps(even, low, odd));
+      _mm512_storeu_ps(to + 16, _mm512_permutex2var_ps(even, high, odd));
+      __m512 both = _mm512_add_ps(_mm512_sub_ps(even, even), _mm512_sub_ps(odd, odd));
+      wrong |= _mm512_cmp_ps_mask(both, both, _CMP_UNORD_Q);
+    }
+    return wrong == 0;
+  }
+
+  // Writes the part that has ended, and to `wrong` the heads of it whose sums are not all finite.
   template <class Params>
-  void run(const Params& params, const Sequence& s, const Item& item, const Partials& parts) {
+  void write_part(const Params& params, const Sequence& s, const Item& item,
+                  const Partials& partials, std::vector<Item>& wrong) {
+    for (int64_t h = 0; h < heads; ++h) {
+      bool finite = true;
+      for (int64_t r = 0; r < rows; ++r) {
+        finite &= order_row(h, r);
+        this->write(params, s, item, partials, h * rows + r, ordered, row_sum(h * rows + r));
+      }
+      if (finite) continue;
+      Item again = item;
+      again.head_begin = this->head_begin + h, again.head_end = again.head_begin + 1;
+      again.key_begin += this->part * item.part_keys;
+      again.key_end = std::min(again.key_begin + item.part_keys, item.key_end);
+      if (item.part >= 0) again.part += this->part * item.part_stride + h * rows;
+      wrong.push_back(again);
+    }
+  }
+
+  // Returns what is to be done again without tiles, as its sums are not all finite: a value that is
+  // not reaches its neighbour's column here, as 0 · inf is NaN.
+  template <class Params>
+  std::vector<Item> run(const Params& params, const Sequence& s, const Item& item,
+                        const Partials& partials) {
     this->load(params, s, item);
     for (int64_t h = 0; h < heads; ++h) {
       pack_columns(q + h * rows * sizes.depth, rows, sizes.depth, columns,
                    queries + h * columns * sizes.depth);
     }
-    int64_t products = sizes.dv / 32 * 2 + sizes.depth / 16;
-    Packing none{nullptr, 0, 0, 0, nullptr, nullptr, 0, Prefetch(), kPairs};
+    std::vector<Item> wrong;
+    auto write = [&] { write_part(params, s, item, partials, wrong); };
+    int64_t products = sum_columns / 16 + sizes.depth / 16;
+    Asking none{Prefetch(), 0};
     if (steps > 0) {
       this->look_ahead(params, s, 0);
       score(params, 0, none);
     }
     for (int64_t step = 0; step < steps; ++step) {
-      Prefetch ahead = this->look_ahead(params, s, step + kStepsAhead);
-      Packing packing{this->block_of(step).v,
-                      this->offset(params.v.head, step),
-                      params.dv,
-                      sizes.dv,
-                      packed + step % 2 * kDecodeBlock * sizes.dv,
-                      spare,
-                      (kPairs + products - 1) / products,
-                      ahead};
-      if (step > 0) add_values(step - 1, packing);
+      Asking asking{this->look_ahead(params, s, step + kStepsAhead),
+                    (kDecodeBlock + products - 1) / products};
+      this->end_parts(step, write);
+      if (step + 1 < steps) score(params, step + 1, asking);
       soften(step);
-      if (step + 1 < steps) score(params, step + 1, packing);
-      packing.more(kPairs);
+      add_values(params, step, asking);
+      asking.rest();
     }
-    if (steps > 0) add_values(steps - 1, none);
-    for (int64_t i = 0; i < heads * rows; ++i) {
-      order_columns(sums + i * sizes.dv, sizes.dv);
-      this->write(params, s, item, parts, i, row_sum(i));
-    }
+    this->end_last_parts(write);
+    return wrong;
   }
 
   // Lanes of one query, in order.

@@ -1,6 +1,7 @@
 // Software prefetch of keys and values that are read in place.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 namespace jit_kernel {
@@ -22,20 +23,28 @@ class Prefetch {
 
   // Rows up to the i-th, of those not asked for yet.
   void until(int64_t i) {
-    for (; at_ < i && at_ < count_; ++at_) {
-      if (k_) row(static_cast<const char*>(k_[at_]) + offsets_[0], bytes_[0]);
-      row(static_cast<const char*>(v_[at_]) + offsets_[1], bytes_[1]);
-    }
+    if (i > at_) at_ = ask(at_, i - at_);
   }
   void more(int64_t rows) { until(at_ + rows); }
 
+  // Rows from the i-th on; returns the next. For loops that keep i in a register.
+  inline __attribute__((always_inline)) int64_t ask(int64_t i, int64_t rows) const {
+    for (int64_t end = std::min(i + rows, count_); i < end; ++i) {
+      if (k_) row(static_cast<const char*>(k_[i]) + offsets_[0], bytes_[0]);
+      row(static_cast<const char*>(v_[i]) + offsets_[1], bytes_[1]);
+    }
+    return i;
+  }
+
  private:
   static inline __attribute__((always_inline)) void row(const char* from, int64_t bytes) {
-    for (; bytes >= 256; bytes -= 256, from += 256) {
+    const char* end = from + bytes;
+    for (; from + 256 <= end; from += 256) {
 #pragma GCC unroll 4
       for (int i = 0; i < 256; i += 64) __builtin_prefetch(from + i, 0, 2);
     }
-    for (; bytes > 0; bytes -= 64, from += 64) __builtin_prefetch(from, 0, 2);
+#pragma GCC unroll 1
+    for (; from < end; from += 64) __builtin_prefetch(from, 0, 2);
   }
 
   const void *const *k_ = nullptr, *const *v_ = nullptr;
