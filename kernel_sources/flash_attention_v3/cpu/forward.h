@@ -75,7 +75,7 @@ struct Forward {
       for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(i);
     };
     if (threads <= 1) return work();
-    ThreadPool::instance().run(threads, work);
+    ThreadPool::instance().run(threads, p.num_threads, work);
   }
 
   static void append(const Params& p, const Plan& plan) {
@@ -110,15 +110,14 @@ struct Forward {
   }
 
   static void prefill(const Params& p, const Sequence& s, const Item& item, const Partials& parts) {
-    int64_t rows = item.row_end - item.row_begin;
 #ifdef JIT_KERNEL_AMX
     if constexpr (std::is_same<Element, fp16>::value) {
       if (amx_fp16_allowed()) {
-        return Prefill<fp16, fp16>(p, rows, scratch()).run(p, s, item, parts);
+        return Prefill<fp16, fp16>(p, item, scratch()).run(p, s, item, parts);
       }
     }
 #endif
-    Prefill<Element>(p, rows, scratch()).run(p, s, item, parts);
+    Prefill<Element>(p, item, scratch()).run(p, s, item, parts);
   }
 
   static void decode(const Params& p, const Sequence& s, const Item& item, const Partials& parts) {

@@ -72,7 +72,8 @@ class AmxTiles {
 constexpr int64_t kAmxRows = 16;
 constexpr int64_t kAmxTile = 512;  // elements of one tile of B
 
-// Products of 32 rows by 2 panels, or 1: each tile that is loaded serves two of them.
+// Products of 32 rows by 2 panels, or 1: each tile that is loaded serves two of them. B passes L1
+// by (TILELOADDT1): a stream from L2 of which nothing is used twice, it drove out A and C (7 %).
 //
 // The sums of a product are stored while the next one begins, each just before its register is
 // taken for another sum. Stored together at a product's end they keep the tile unit waiting: 107 ns
@@ -80,8 +81,8 @@ constexpr int64_t kAmxTile = 512;  // elements of one tile of B
 template <class Math>
 class TileProducts {
  public:
-  // Panels `panel` and, where there is one, the next; A and C must have 32 rows. between() is
-  // called after each of the last `calls` tile products.
+  // Panels `panel` and, where there is one, the next; A and C must have 32 rows. With two panels
+  // between() is called after every load of a tile of A or B and every product of tiles.
   template <class Between>
   JIT_KERNEL_INLINE void multiply(const GemmArgs<Math>& g, int64_t panel, int64_t panels,
                                   Between&& between) {
@@ -94,7 +95,7 @@ class TileProducts {
   }
 
   // How often two panels of this depth call between().
-  static int64_t calls(int64_t depth) { return 4 * (depth / kDepth) - 3; }
+  static int64_t calls(int64_t depth) { return 8 * (depth / kDepth); }
 
   void finish() {
     if (!sums_) return;
@@ -120,36 +121,46 @@ class TileProducts {
     _tile_zero(tile);                                                \
   }
 
-  // Nothing is called between before the last of the sums before is stored: it may be read.
   template <class Between>
   JIT_KERNEL_INLINE void two_panels(const GemmArgs<Math>& g, int64_t panel, Between&& between) {
-    const Math *a = g.a, *below = a + kAmxRows * g.lda, *b = g.b + panel * g.panel;
+    const Math *a = g.a, *below = a + kAmxRows * g.lda;
+    const Math *b = g.b + panel * g.panel, *right = b + g.panel;
     float* c = g.c + panel * simd::kLanes;
     const int64_t lda = g.lda * 2;
     _tile_loadd(4, a, lda);
-    _tile_loadd(6, b, 64);
+    between();
+    _tile_stream_loadd(6, b, 64);
+    between();
     JIT_KERNEL_NEXT_SUM(0, 0, 0)
     tile_dot<Math, 0, 4, 6>();
-    _tile_loadd(7, b + g.panel, 64);
+    between();
+    _tile_stream_loadd(7, right, 64);
+    between();
     JIT_KERNEL_NEXT_SUM(1, 0, 16)
     tile_dot<Math, 1, 4, 7>();
+    between();
     _tile_loadd(5, below, lda);
+    between();
     JIT_KERNEL_NEXT_SUM(2, kAmxRows, 0)
     tile_dot<Math, 2, 5, 6>();
+    between();
     JIT_KERNEL_NEXT_SUM(3, kAmxRows, 16)
     tile_dot<Math, 3, 5, 7>();
-    const Math* b2 = b + g.panel;
     between();
     for (int64_t k = g.depth - kDepth; k > 0; k -= kDepth) {
-      a += kDepth, below += kDepth, b += kAmxTile, b2 += kAmxTile;
+      a += kDepth, below += kDepth, b += kAmxTile, right += kAmxTile;
       _tile_loadd(4, a, lda);
-      _tile_loadd(6, b, 64);
+      between();
+      _tile_stream_loadd(6, b, 64);
+      between();
       tile_dot<Math, 0, 4, 6>();
       between();
-      _tile_loadd(7, b2, 64);
+      _tile_stream_loadd(7, right, 64);
+      between();
       tile_dot<Math, 1, 4, 7>();
       between();
       _tile_loadd(5, below, lda);
+      between();
       tile_dot<Math, 2, 5, 6>();
       between();
       tile_dot<Math, 3, 5, 7>();

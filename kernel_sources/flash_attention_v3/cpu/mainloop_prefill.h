@@ -1,5 +1,6 @@
 // Many query rows against packed blocks of keys: scores, softmax and P·V of a block while it is in
-// cache.
+// cache. Of blocks that are packed together a tile of rows takes one after the other, so its sums
+// stay in L1; where these are all of the keys, no other tile's are kept.
 #pragma once
 
 #include "flash_attention_v3/cpu/epilogue.h"
@@ -25,15 +26,23 @@ struct Prefill {
   static constexpr bool kTiles = sizeof(Math) == 2;  // fp16 only where amx_fp16_allowed()
 #endif
 
+  enum class TileState : char {
+    kNew,
+    kLoaded,
+    kBegun,
+    kWritten
+  };  // begun: its sums hold something
+
   HeadSizes sizes;
   PrefillTiles tiles;
+  int64_t q_rows, sum_rows;  // held at once: all, or those of two tiles and of one
   Math *q, *keys, *values, *p, *spare;
   float *scores, *sums, *spare_row;
   Element* turned;
   const Element **key_rows_, **value_rows;
   float *maxima, *row_sums;  // each row's RowState
   int64_t *begins, *ends;    // each row's visible keys
-  bool* begun;               // of each tile of rows: whether its sums hold anything
+  TileState* states;         // of each tile of rows
 #ifdef JIT_KERNEL_AMX
   AmxTiles amx;
 #endif
@@ -44,19 +53,26 @@ struct Prefill {
   // Calls f with each array and its length: once to add up sizes, once to take them.
   template <class F>
   void each_array(int64_t rows, F&& f) {
-    int64_t padded = round_up(rows, kDepth) + kTileRows, block = tiles.block;
-    f(q, padded * sizes.depth), f(sums, padded * sizes.dv), f(maxima, padded), f(row_sums, padded);
-    f(begins, padded), f(ends, padded), f(begun, padded / kTileRows + 1);
-    f(keys, block * sizes.depth), f(values, block * sizes.dv);
+    int64_t padded = round_up(rows, kTileRows) + simd::kLanes, block = tiles.block;
+    f(q, q_rows * sizes.depth), f(sums, sum_rows * sizes.dv);
+    f(maxima, padded), f(row_sums, padded), f(begins, padded), f(ends, padded);
+    f(states, padded / kTileRows + 1);
+    f(keys, packed_keys() * sizes.depth), f(values, packed_keys() * sizes.dv);
     f(scores, kTileRows * std::max(score_stride(), 3 * kDepth)), f(p, kTileRows * block);
     f(spare, simd::kLanes * std::max(std::max(sizes.qk, sizes.qv), sizes.dv));
     f(spare_row, sizes.depth), f(turned, sizes.depth);
     f(key_rows_, block), f(value_rows, block);
   }
 
+  int64_t packed_keys() const { return tiles.block * tiles.blocks; }  // at once
+
   template <class Params>
-  Prefill(const Params& params, int64_t rows, Scratch& scratch)
+  Prefill(const Params& params, const Item& item, Scratch& scratch)
       : sizes(head_sizes<Math>(params)), tiles(prefill_tiles<Math>(sizes)) {
+    int64_t rows = item.row_end - item.row_begin;
+    bool once = item.key_end - item.key_begin <= packed_keys();
+    q_rows = once ? 2 * kTileRows : round_up(rows, kTileRows);
+    sum_rows = once ? kTileRows : q_rows;
     size_t bytes = 0;
     each_array(rows, [&](auto*& a, int64_t n) {
       bytes += Scratch::size<std::remove_reference_t<decltype(*a)>>(n);
@@ -67,40 +83,74 @@ struct Prefill {
     });
   }
 
+  Math* q_of(int64_t row) const { return q + row % q_rows * sizes.depth; }
+  float* sums_of(int64_t row) const { return sums + row % sum_rows * sizes.dv; }
+  TileState& state_of(int64_t row) const { return states[row / kTileRows]; }
+
   template <class Params>
-  void load_rows(const Params& params, const Sequence& s, const Item& item) {
-    int64_t rows = item.row_end - item.row_begin, padded = round_up(rows, kDepth);
+  void begin_rows(const Params& params, const Sequence& s, const Item& item) {
+    int64_t rows = item.row_end - item.row_begin;
     for (int64_t i = 0; i < rows; ++i) {
-      int64_t r = item.row_begin + i;
-      load_query(params, s, sizes, item.head_begin, r, q + i * sizes.depth, spare_row, turned);
-      Interval seen = visible_keys(params, r / params.group, s.sq, s.sk);
+      Interval seen = visible_keys(params, (item.row_begin + i) / params.group, s.sq, s.sk);
       begins[i] = std::min(std::max(seen.begin, item.key_begin), item.key_end);
       ends[i] = std::max(begins[i], std::min(seen.end, item.key_end));
       maxima[i] = -kInfinity, row_sums[i] = 0.0f;
     }
+    for (int64_t i = 0; i < rows; i += kTileRows) state_of(i) = TileState::kNew;
+  }
+
+  // The queries of a tile from row `row` on.
+  template <class Params>
+  void load_tile(const Params& params, const Sequence& s, const Item& item, int64_t row) {
+    int64_t rows = std::min(kTileRows, item.row_end - item.row_begin - row);
+    Math* to = q_of(row);
+    for (int64_t i = 0; i < rows; ++i, to += sizes.depth) {
+      load_query(params, s, sizes, item.head_begin, item.row_begin + row + i, to, spare_row,
+                 turned);
+    }
     // Rows that only fill up a tile: zeros, so that no NaN slows them down.
-    std::memset(static_cast<void*>(q + rows * sizes.depth), 0,
-                static_cast<size_t>((padded - rows) * sizes.depth) * sizeof(Math));
-    std::memset(begun, 0, static_cast<size_t>(rows / kTileRows + 1));
+    std::memset(static_cast<void*>(to), 0,
+                static_cast<size_t>((kTileRows - rows) * sizes.depth) * sizeof(Math));
+    state_of(row) = TileState::kLoaded;
+  }
+
+  // What becomes of the sums of a tile from row `row` on.
+  template <class Params>
+  void write_tile(const Params& params, const Sequence& s, const Item& item, const Partials& parts,
+                  const ScoreScale& scale, int64_t row) {
+    int64_t end = std::min(row + kTileRows, item.row_end - item.row_begin);
+    for (int64_t i = row; i < end; ++i) {
+      const float* sum = sums_of(i);
+      RowState state{maxima[i], row_sums[i]};
+      if (item.part < 0) {
+        write_row(params, s, item.batch, item.head_begin, item.row_begin + i, scale, sum, state);
+      } else {
+        std::memcpy(parts.sums + (item.part + i) * sizes.dv, sum,
+                    static_cast<size_t>(sizes.dv) * sizeof(float));
+        parts.states[item.part + i] = state;
+      }
+    }
+    state_of(row) = TileState::kWritten;
   }
 
   template <class Params>
   void pack_block(const Params& params, const Sequence& s, int64_t head_k, int64_t first,
-                  int64_t count) {
+                  int64_t at, int64_t count) {
     int64_t padded = round_up(count, kDepth), panel = simd::kLanes * sizes.depth;
-    key_rows(params, params.v, s, first, count, head_k, value_rows);
+    Math *to_keys = keys + at * sizes.depth, *to_values = values + at * sizes.dv;
+    key_rows(params, params.v, s, first + at, count, head_k, value_rows);
     if (!params.only_qv) {
-      key_rows(params, params.k, s, first, count, head_k, key_rows_);
-      pack_keys(key_rows_, count, params.d, sizes.qk, keys, panel, spare);
-      fill_panels(count, padded, sizes.qk, keys, panel);
+      key_rows(params, params.k, s, first + at, count, head_k, key_rows_);
+      pack_keys(key_rows_, count, params.d, sizes.qk, to_keys, panel, spare);
+      fill_panels(count, padded, sizes.qk, to_keys, panel);
     }
     if (params.qv) {
-      Math* after = keys + simd::kLanes * sizes.qk;
+      Math* after = to_keys + simd::kLanes * sizes.qk;
       pack_keys(value_rows, count, params.dv, sizes.qv, after, panel, spare);
       fill_panels(count, padded, sizes.qv, after, panel);
     }
-    pack_values(value_rows, count, padded, params.dv, sizes.dv, values, simd::kLanes * tiles.block,
-                spare);
+    pack_values(value_rows, count, padded, params.dv, sizes.dv, to_values,
+                simd::kLanes * tiles.block, spare);
   }
 
   // Zeros in the panels that hold no key.
@@ -113,16 +163,20 @@ struct Prefill {
 
   // Rows row .. row + rows - 1 against keys from .. from + columns - 1 of a packed block.
   struct Tile {
-    int64_t row, rows, first, from, columns;  // `first` is the block's first key
+    int64_t row, rows;
+    int64_t first, at;  // the block's first key, and how many are packed before it
+    int64_t from, columns;
     Math* p;
     float factors[kTileRows];  // what the rows' sums are multiplied by before P·V is added
   };
 
-  // The part of a block that the rows see, in whole steps; columns is 0 when they see none of it.
-  void set_tile(int64_t row, int64_t rows, int64_t first, int64_t count, Tile& t) {
-    t.row = row, t.rows = rows, t.first = first;
-    t.from = std::max<int64_t>(0, begins[row] - first) / kDepth * kDepth;
-    int64_t to = round_up(std::min(count, ends[row + rows - 1] - first), kDepth);
+  // The part that the rows from `row` on, of `rows`, see of the block that begins `at` keys after
+  // the first of those that are packed, in whole steps; columns is 0 when they see none of it.
+  void set_tile(int64_t row, int64_t rows, int64_t first, int64_t at, int64_t count, Tile& t) {
+    t.row = row, t.rows = std::min(kTileRows, rows - row), t.first = first + at, t.at = at;
+    t.from = std::max<int64_t>(0, begins[row] - t.first) / kDepth * kDepth;
+    int64_t seen = ends[row + t.rows - 1] - t.first;
+    int64_t to = round_up(std::min(std::min(tiles.block, count - at), seen), kDepth);
     t.columns = std::max<int64_t>(0, to - t.from);
     if constexpr (std::is_same<Math, float>::value) {
       t.p = scores;  // replaced in place
@@ -133,15 +187,9 @@ struct Prefill {
 
   GemmArgs<Math> score_args(const Tile& t) const {
     constexpr int64_t kLanes = simd::kLanes;
-    return {q + t.row * sizes.depth,
-            sizes.depth,
-            keys + t.from * sizes.depth,
-            kLanes * sizes.depth,
-            scores,
-            score_stride(),
-            sizes.depth,
-            false,
-            kScorePiece};
+    return {q_of(t.row),          sizes.depth, keys + (t.at + t.from) * sizes.depth,
+            kLanes * sizes.depth, scores,      score_stride(),
+            sizes.depth,          false,       kScorePiece};
   }
 
   GemmArgs<Math> value_args(const Tile& t) const {
@@ -149,12 +197,12 @@ struct Prefill {
     int64_t stride = std::is_same<Math, float>::value ? score_stride() : tiles.block;
     return {t.p,
             stride,
-            values + t.from * kLanes,
+            values + t.at * sizes.dv + t.from * kLanes,
             kLanes * tiles.block,
-            sums + t.row * sizes.dv,
+            sums_of(t.row),
             sizes.dv,
             t.columns,
-            begun[t.row / kTileRows],
+            state_of(t.row) == TileState::kBegun,
             t.columns};
   }
 
@@ -177,16 +225,15 @@ struct Prefill {
 
   // The values' product to come: what it adds to, and how.
   GemmArgs<Math> begin_values(const Tile& t) {
-    bool& old = begun[t.row / kTileRows];
-    if (old) scale_sums(t);
     GemmArgs<Math> g = value_args(t);
-    old = true;
+    if (g.accumulate) scale_sums(t);
+    state_of(t.row) = TileState::kBegun;
     return g;
   }
 
   void scale_sums(const Tile& t) {
     for (int64_t i = 0; i < t.rows; ++i) {
-      if (t.factors[i] != 1.0f) scale_row(sums + (t.row + i) * sizes.dv, sizes.dv, t.factors[i]);
+      if (t.factors[i] != 1.0f) scale_row(sums_of(t.row + i), sizes.dv, t.factors[i]);
     }
   }
 
@@ -223,46 +270,54 @@ struct Prefill {
     for (int64_t j = 0; j < n; j += simd::kLanes) simd::store(row + j, simd::load(row + j) * by);
   }
 
-  // All rows against the packed block of keys first .. first + count - 1, tile after tile.
-  void packed_tiles(const ScoreScale& scale, int64_t rows, int64_t first, int64_t count) {
+  // All rows against the packed keys first .. first + count - 1, tile after tile. load(row) is
+  // called before a tile is used, write(row) when it has seen these keys.
+  template <class Load, class Write>
+  void packed_tiles(const ScoreScale& scale, int64_t rows, int64_t first, int64_t count,
+                    Load&& load, Write&& write) {
 #ifdef JIT_KERNEL_AMX
     if constexpr (kTiles) {
       if (amx.active() && mix == 1.0f) {
-        return TilePipeline<Prefill, Math>(*this, scale).run(rows, first, count);
+        return TilePipeline<Prefill, Math>(*this, scale).run(rows, first, count, load, write);
       }
     }
 #endif
     Tile t;
     for (int64_t i = 0; i < rows; i += kTileRows) {
-      set_tile(i, std::min(kTileRows, rows - i), first, count, t);
-      if (t.columns > 0) whole_tile(scale, t);
+      load(i);
+      for (int64_t at = 0; at < count; at += tiles.block) {
+        set_tile(i, rows, first, at, count, t);
+        if (t.columns > 0) whole_tile(scale, t);
+      }
+      write(i);
     }
   }
 
   template <class Params>
   void run(const Params& params, const Sequence& s, const Item& item, const Partials& parts) {
     int64_t rows = item.row_end - item.row_begin;
-    load_rows(params, s, item);
+    begin_rows(params, s, item);
     ScoreScale scale = score_scale_of(params, item.batch, item.head_begin);
     mix = qk_factor(params, item.batch, item.head_begin);
     int64_t begin = begins[0], end = ends[rows - 1];
     // Blocks are counted from the item's first key, never from what a row sees first.
     int64_t first = item.key_begin + (begin - item.key_begin) / tiles.block * tiles.block;
-    for (; first < end; first += tiles.block) {
-      int64_t count = std::min(tiles.block, end - first);
-      pack_block(params, s, item.head_begin, first, count);
-      packed_tiles(scale, rows, first, count);
-    }
-    for (int64_t i = 0; i < rows; ++i) {
-      const float* sum = sums + i * sizes.dv;
-      RowState state{maxima[i], row_sums[i]};
-      if (item.part < 0) {
-        write_row(params, s, item.batch, item.head_begin, item.row_begin + i, scale, sum, state);
-      } else {
-        std::memcpy(parts.sums + (item.part + i) * sizes.dv, sum,
-                    static_cast<size_t>(sizes.dv) * sizeof(float));
-        parts.states[item.part + i] = state;
+    auto load = [&](int64_t row) {
+      if (state_of(row) == TileState::kNew) load_tile(params, s, item, row);
+    };
+    for (; first < end; first += packed_keys()) {
+      int64_t count = std::min(packed_keys(), end - first);
+      for (int64_t at = 0; at < count; at += tiles.block) {
+        pack_block(params, s, item.head_begin, first, at, std::min(tiles.block, count - at));
       }
+      const bool last = first + count == end;
+      packed_tiles(scale, rows, first, count, load, [&](int64_t row) {
+        if (last) write_tile(params, s, item, parts, scale, row);
+      });
+    }
+    for (int64_t row = 0; row < rows;
+         row += kTileRows) {  // those that saw nothing of the last keys
+      if (state_of(row) != TileState::kWritten) write_tile(params, s, item, parts, scale, row);
     }
   }
 };

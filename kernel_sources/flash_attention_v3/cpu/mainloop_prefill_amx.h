@@ -1,10 +1,11 @@
 // The prefill of mainloop_prefill.h with its products in AMX tiles.
 //
 // A tile of 32 rows takes a packed block in chunks of 32 keys. While the tile unit makes the scores
-// of a chunk, the vector units turn those of the chunk before into probabilities; when all of a
-// block's are made, the values are added. So scores live in two buffers of 4 KiB: whole rows of
-// them (32 KiB), with P and the stream of packed keys and values, left L1 and took 1.5 times as
-// long.
+// of a chunk, the vector units turn those of the second chunk before it into probabilities: those
+// of the one before are still in tiles, and vectors that wait for them would fill the scheduler, so
+// that tiles wait, too (5 to 15 % of a prefill). When all of a block's are made, the values are
+// added. So scores live in two buffers of 4 KiB: whole rows of them (32 KiB), with P and the stream
+// of packed keys and values, left L1 and took 1.5 times as long.
 //
 // It needs probabilities in one pass, so they are made with the maxima of earlier blocks; a tile's
 // first block with those of its first chunk. Where a probability turns out larger than 2^8, which
@@ -29,23 +30,30 @@ class TilePipeline {
   TilePipeline(Prefill& prefill, const ScoreScale& scale)
       : prefill_(prefill), scale_(scale), to_log2_(simd::set1(scale.to_log2())) {}
 
-  // All rows against the packed block of keys first .. first + count - 1.
-  void run(int64_t rows, int64_t first, int64_t count) {
-    int64_t row = 0;
-    auto find = [&](Tile& t) {  // the next tile that sees any of the block
-      for (; row < rows; row += kRows) {
-        prefill_.set_tile(row, std::min(kRows, rows - row), first, count, t);
-        if (t.columns > 0) return row += kRows, true;
+  // All rows against the packed keys first .. first + count - 1. load(row) is called before a tile
+  // of rows is used, write(row) when it has seen these keys.
+  template <class Load, class Write>
+  void run(int64_t rows, int64_t first, int64_t count, Load&& load, Write&& write) {
+    int64_t row = 0, at = 0;
+    auto find = [&](Tile& t) {  // the next tile that sees any of its block
+      while (row < rows) {
+        prefill_.set_tile(row, rows, first, at, count, t);
+        at += prefill_.tiles.block;
+        if (at >= count) at = 0, row += kRows;
+        if (t.columns > 0) return load(t.row), true;
       }
       return false;
     };
     Tile tiles[2];
     bool found = find(tiles[0]);
     for (int i = 0; found; i ^= 1) {
+      const Tile &t = tiles[i], &next = tiles[i ^ 1];
       found = find(tiles[i ^ 1]);
-      attend(tiles[i], found ? &tiles[i ^ 1] : nullptr);
+      attend(tiles[i], found ? &next : nullptr);
+      if (found && next.row == t.row) continue;
+      products_.finish();
+      write(t.row);
     }
-    products_.finish();
   }
 
  private:
@@ -64,16 +72,21 @@ class TilePipeline {
     std::fill(t.factors, t.factors + kRows, 1.0f);
     bool raised = false;
     if (has_new_row(t)) {
-      Tile head = t;
-      head.columns = kChunk;
-      raise_maxima(head, t);
+      begin_scores(t, nullptr);
+      if (!sees_all(t, 0) || scale_.transform) hide(t, 0);
+      const float* scores = buffer(0);
+      for (int64_t r = 0; r < kRows; ++r, scores += kChunk) {
+        rows_[r].lanes = simd::max(simd::load(scores), simd::load(scores + simd::kLanes));
+      }
+      raise_maxima(t);
       raised = has_new_row(t);  // one that sees nothing of the first chunk
-      if (raised) raise_maxima(t, t);
+      if (raised) largest(t), raise_maxima(t);
     }
     soften(t, next);
     if (!raised && rises(t)) {
-      ready_ = false;  // the scores that are being made are those of `next`
-      raise_maxima(t, t);
+      begun_ = 0;  // the scores that are being made are those of `next`
+      largest(t);
+      raise_maxima(t);
       soften(t, next);
     }
     GemmArgs<Math> g = prefill_.begin_values(t);
@@ -131,13 +144,17 @@ class TilePipeline {
     return high != 0;
   }
 
-  // New maxima after the columns of `seen`, a part of tile t; row sums are scaled to them, and t's
-  // factors tell how the sums are to be.
-  void raise_maxima(const Tile& seen, Tile& t) {
+  // The largest of each row's scores, lane by lane.
+  void largest(const Tile& t) {
     for (int64_t r = 0; r < kRows; ++r) rows_[r].lanes = simd::set1(-kInfinity);
-    each_row(seen, &t, [](Row& row, Vec a, Vec b, Math*) JIT_KERNEL_INLINED {
+    each_row(t, &t, [](Row& row, Vec a, Vec b, Math*) JIT_KERNEL_INLINED {
       row.lanes = simd::max(row.lanes, simd::max(a, b));
     });
+  }
+
+  // New maxima, where the rows' lanes hold larger ones; row sums are scaled to them, and t's
+  // factors tell how the sums are to be.
+  void raise_maxima(Tile& t) {
     for (int64_t i = 0; i < kRows; i += simd::kLanes) {
       float *maxima = prefill_.maxima + t.row + i, *sums = prefill_.row_sums + t.row + i;
       Vec old = simd::load(maxima);
@@ -151,45 +168,59 @@ class TilePipeline {
   }
 
   // Calls work(row, scores, more scores, where its P belongs) for all of a tile, each chunk while
-  // the next one's scores are made: after the last, those of `next`'s first chunk.
+  // the scores of the one after the next are made: after the last, those of `next`'s first chunks.
   template <class Work>
   void each_row(const Tile& t, const Tile* next, Work&& work) {
-    if (!ready_) score(t, 0, [] {});
+    begin_scores(t, next);
+    const int64_t chunks = t.columns / kChunk, ahead = next ? next->columns / kChunk : 0;
     const int64_t calls = TileProducts<Math>::calls(prefill_.sizes.depth);
     const int64_t each = (kRows + calls - 1) / calls, stride = prefill_.tiles.block;
-    for (int64_t column = 0; column < t.columns; column += kChunk) {
-      char *scores = reinterpret_cast<char*>(buffer_), *rows = reinterpret_cast<char*>(rows_);
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const int64_t column = chunk * kChunk;
+      char *scores = reinterpret_cast<char*>(buffer(0)), *rows = reinterpret_cast<char*>(rows_);
       Math* p = t.p + column;
-      buffer_ = buffer_ == prefill_.scores ? prefill_.scores + kRows * kChunk : prefill_.scores;
       int64_t at = 0, end = t.rows * static_cast<int64_t>(sizeof(Row));
       auto one = [&]() JIT_KERNEL_INLINED {
         const float* s = reinterpret_cast<const float*>(scores + at);
         work(*reinterpret_cast<Row*>(rows + at), simd::load(s), simd::load(s + simd::kLanes), p);
         at += sizeof(Row), p += stride;
       };
-      const bool whole = sees_all(t, column) && !scale_.transform;
-      const bool last = column + kChunk == t.columns;
-      if (last && !next) {
-        products_.finish();
-      } else {
-        // What is hidden has to be hidden first: those rows come after the products.
-        const int64_t now = whole ? end : 0;
-        score(last ? *next : t, last ? 0 : column + kChunk, [&]() JIT_KERNEL_INLINED {
-          for (int64_t i = 0; i < each && at < now; ++i) one();
-        });
+      if (!sees_all(t, column) || scale_.transform) hide(t, column);
+      if (chunk + 2 < chunks + ahead) {
+        const bool own = chunk + 2 < chunks;
+        score(own ? t : *next, (own ? chunk + 2 : chunk + 2 - chunks) * kChunk, buffer(0),
+              [&]() JIT_KERNEL_INLINED {
+                for (int64_t i = 0; i < each && at < end; ++i) one();
+              });
+      } else if (chunk + 2 == chunks + ahead) {
+        products_.finish();  // the last chunk's scores
       }
-      if (!whole) hide(t, column, reinterpret_cast<float*>(scores));
       while (at < end) one();
+      odd_ = !odd_, hidden_ = false;
     }
-    ready_ = next != nullptr;
+    begun_ = std::min<int64_t>(ahead, 2);
   }
 
-  // Begins the scores of a chunk, in buffer_.
+  // The first two chunks' scores, as far as they are not begun; the first one's are complete then.
+  void begin_scores(const Tile& t, const Tile* next) {
+    const int64_t chunks = t.columns / kChunk, ahead = next ? next->columns / kChunk : 0;
+    for (; begun_ < std::min<int64_t>(2, chunks + ahead); ++begun_) {
+      const bool own = begun_ < chunks;
+      score(own ? t : *next, (own ? begun_ : begun_ - chunks) * kChunk, buffer(begun_), [] {});
+    }
+    if (chunks + ahead == 1) products_.finish();
+  }
+
+  float* buffer(int64_t chunk) const {
+    return prefill_.scores + ((chunk & 1) != 0 ? !odd_ : odd_) * kRows * kChunk;
+  }
+
+  // Begins the scores of a chunk.
   template <class Between>
-  JIT_KERNEL_INLINE void score(const Tile& t, int64_t column, Between&& between) {
+  JIT_KERNEL_INLINE void score(const Tile& t, int64_t column, float* scores, Between&& between) {
     GemmArgs<Math> g = prefill_.score_args(t);
     g.b += column * prefill_.sizes.depth;
-    g.c = buffer_, g.ldc = kChunk;
+    g.c = scores, g.ldc = kChunk;
     products_.multiply(g, 0, 2, between);
   }
 
@@ -198,8 +229,11 @@ class TilePipeline {
     return prefill_.begins[t.row + t.rows - 1] <= start && prefill_.ends[t.row] >= start + kChunk;
   }
 
-  // A chunk's scores capped, and -inf where a row does not see the key.
-  __attribute__((noinline)) void hide(const Tile& t, int64_t column, float* scores) const {
+  // The scores of the chunk that comes next capped, and -inf where a row does not see the key.
+  __attribute__((noinline)) void hide(const Tile& t, int64_t column) {
+    if (hidden_) return;
+    hidden_ = true;
+    float* scores = buffer(0);
     int64_t start = t.first + t.from + column;
     for (int64_t r = 0; r < t.rows; ++r, scores += kChunk) {
       if (scale_.transform) transform_scores(scale_, scores, kChunk);
@@ -223,8 +257,9 @@ class TilePipeline {
   const ScoreScale& scale_;
   const Vec to_log2_;
   TileProducts<Math> products_;
-  float* buffer_ = prefill_.scores;  // of the two the one that scores are made in next
-  bool ready_ = false;               // whether the first chunk's scores are being made
+  bool odd_ = false;     // which of the two buffers the next chunk's scores are in
+  int64_t begun_ = 0;    // chunks, at most two, whose scores are begun
+  bool hidden_ = false;  // whether the next chunk's scores went through hide()
   // After the two buffers of scores: what is stored of a row and what is loaded of the next ones
   // lie apart modulo a page; the core takes what does not for the same address.
   Row* const rows_ = reinterpret_cast<Row*>(prefill_.scores + 2 * kRows * kChunk);

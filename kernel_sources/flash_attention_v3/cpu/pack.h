@@ -98,19 +98,21 @@ inline void pack_values(const Element* const* rows, int64_t count, int64_t padde
                         int64_t padded, Math* out, int64_t panel, Math* spare) {
   bool in_place = std::is_same<Math, Element>::value && dv == padded;
   constexpr int kTogether = kStep<Math>;
-  for (int64_t j = 0; j < padded_count; j += kTogether) {
+  constexpr int64_t kApart = kStepApart<Math>;
+  for (int64_t step = 0; step < padded_count / kTogether; ++step) {
     const Math* row[kTogether];
     for (int i = 0; i < kTogether; ++i) {
+      int64_t key = step / kApart * kApart * kTogether + step % kApart + i * kApart;
       row[i] = spare + i * padded;
-      if (j + i >= count) {
+      if (key >= count) {
         convert_row<Math>(static_cast<const Element*>(nullptr), spare + i * padded, 0, padded);
       } else if (in_place) {
-        row[i] = reinterpret_cast<const Math*>(rows[j + i]);
+        row[i] = reinterpret_cast<const Math*>(rows[key]);
       } else {
-        convert_row<Math>(rows[j + i], spare + i * padded, dv, padded);
+        convert_row<Math>(rows[key], spare + i * padded, dv, padded);
       }
     }
-    Math* to = out + j * simd::kLanes;
+    Math* to = out + step * kTogether * simd::kLanes;
     for (int64_t column = 0; column < padded; column += simd::kLanes, to += panel) {
       if constexpr (kTogether == 1) {
         simd::store_as(to, simd::load_as_float(row[0] + column));

@@ -29,6 +29,11 @@ inline int64_t round_up(int64_t x, int64_t multiple) {
 template <class Math>
 constexpr int kStep = sizeof(Math) == 2 ? 2 : 1;
 
+// How far apart the keys are whose values are multiplied in one step: bf16 at the same place of two
+// vectors of probabilities, so that these are joined without shuffling (store_probabilities).
+template <class Math>
+constexpr int64_t kStepApart = std::is_same<Math, bf16>::value ? simd::kLanes : 1;
+
 // Keys are taken in multiples of this: an AMX tile's depth, and pairs of vectors everywhere.
 constexpr int64_t kDepth = 32;
 
@@ -77,8 +82,9 @@ constexpr int64_t kTileRowsOf = 48;
 constexpr int64_t kRowStep = 96;  // rows of items are multiples of this: whole tiles of either kind
 
 struct PrefillTiles {
-  int64_t block;  // keys packed at once
-  int64_t rows;   // rows that share a packed block, at most
+  int64_t block;   // keys whose scores and values are taken at once
+  int64_t blocks;  // of them packed at once
+  int64_t rows;    // rows that share what is packed, at most
 };
 
 template <class Math>
@@ -87,14 +93,15 @@ inline PrefillTiles prefill_tiles(const HeadSizes& h) {
   int64_t key_bytes = (h.depth + h.dv) * int64_t{sizeof(Math)};
   t.block = key_bytes <= 1024 ? 256 : key_bytes <= 2048 ? 128 : 64;  // 256 KiB packed
   // Rows of q and out fill the other half of a small L2 (512 KiB). Machines with AMX have 2 MiB,
-  // and products so fast that packing shows: twice the rows.
+  // and products so fast that packing shows: half of it is packed keys, and rows pass by.
 #ifdef JIT_KERNEL_AMX
-  constexpr int64_t kMostRows = 1024, kBytes = 1024 << 10;
+  constexpr int64_t kMostRows = 2048, kRowBytes = 2048 << 10, kPackedBytes = 1024 << 10;
 #else
-  constexpr int64_t kMostRows = 512, kBytes = 512 << 10;
+  constexpr int64_t kMostRows = 512, kRowBytes = 512 << 10, kPackedBytes = 256 << 10;
 #endif
+  t.blocks = std::max<int64_t>(1, kPackedBytes / (t.block * key_bytes));
   int64_t row_bytes = h.depth * int64_t{sizeof(Math)} + h.dv * int64_t{sizeof(float)};
-  t.rows = std::min(kMostRows, kBytes / row_bytes);
+  t.rows = std::min(kMostRows, kRowBytes / row_bytes);
   t.rows = std::max(kRowStep, t.rows / kRowStep * kRowStep);
   return t;
 }

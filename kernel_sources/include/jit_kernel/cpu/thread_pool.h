@@ -1,10 +1,19 @@
 // Threads that are started once and wait for work, and memory that each thread keeps.
 //
-// The pool is the library's own: linking OpenMP would load a second runtime beside torch's, whose
-// workers spin on the same cores. A pool that is busy with another caller's work is not waited for:
-// the second caller does its work alone, as results never depend on the number of threads.
+// Work goes to the threads of the OpenMP runtime that torch runs on: they are awake after torch's
+// operators and spin for milliseconds, in which other threads would have to share their cores (a
+// prefill of 7 ms between two of torch's took 10). The runtime is asked for by its entry in torch's
+// own dependencies; linking OpenMP could load a second one. Where torch has none, and in a forked
+// process, whose runtime would wait for threads that are not there, the library starts its own.
+//
+// Threads that are busy with another caller's work are not waited for: the second caller does its
+// work alone, as results never depend on the number of threads.
 #pragma once
 
+#include <dlfcn.h>
+#ifdef __linux__
+#include <link.h>
+#endif
 #include <pthread.h>
 
 #include <atomic>
@@ -12,6 +21,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <exception>
 #include <mutex>
 #include <new>
@@ -27,23 +37,70 @@ inline void spin_pause() {
 #endif
 }
 
+// Calls work(data) once on each of num_threads threads, the caller included.
+using OpenMpParallel = void (*)(void (*work)(void*), void* data, unsigned num_threads,
+                                unsigned flags);
+
+// GOMP_parallel of the runtime that torch is linked to (GNU's, LLVM's and Intel's have it), or
+// null.
+inline OpenMpParallel torchs_openmp() {
+#ifdef __linux__
+  auto find = [](dl_phdr_info* library, size_t, void* found) {
+    if (!library->dlpi_name || !std::strstr(library->dlpi_name, "libtorch_cpu.so")) return 0;
+    void* torch = dlopen(library->dlpi_name, RTLD_LAZY | RTLD_NOLOAD);
+    if (torch) *static_cast<void**>(found) = dlsym(torch, "GOMP_parallel");
+    return 1;
+  };
+  void* found = nullptr;
+  dl_iterate_phdr(find, &found);
+  return reinterpret_cast<OpenMpParallel>(found);
+#else
+  return nullptr;
+#endif
+}
+
 class ThreadPool {
  public:
   using Work = void (*)(void* context);
 
+  explicit ThreadPool(OpenMpParallel openmp) : openmp_(openmp) {}
+
   static ThreadPool& instance() { return *current().load(std::memory_order_acquire); }
 
-  // Calls work() once on each of up to num_threads threads, the caller included, and returns when
-  // all have ended. The first exception is thrown again here.
+  // Calls work() once on each of several threads, the caller included, and returns when all have
+  // ended: num_threads of the library's own, or a team of OpenMP's, which has as many as torch's
+  // teams: GNU's runtime ends the threads that a smaller one does not need. The first exception is
+  // thrown again here.
   template <class F>
-  void run(int64_t num_threads, F& work) {
+  void run(int64_t num_threads, int64_t team, F& work) {
     std::unique_lock<std::mutex> busy(caller_, std::try_to_lock);
     if (num_threads <= 1 || !busy.owns_lock()) return work();
-    run_on_workers(
-        static_cast<int>(num_threads - 1), [](void* f) { (*static_cast<F*>(f))(); }, &work);
+    Work call = [](void* f) { (*static_cast<F*>(f))(); };
+    if (openmp_) {
+      run_on_openmp(static_cast<unsigned>(team), call, &work);
+    } else {
+      run_on_workers(static_cast<int>(num_threads - 1), call, &work);
+    }
   }
 
  private:
+  void run_on_openmp(unsigned threads, Work work, void* context) {
+    work_ = work;
+    context_ = context;
+    failure_ = nullptr;
+    openmp_([](void* pool) { static_cast<ThreadPool*>(pool)->work_and_catch(); }, this, threads, 0);
+    if (failure_) std::rethrow_exception(failure_);
+  }
+
+  void work_and_catch() {
+    try {
+      work_(context_);
+    } catch (...) {  // handed to the caller, which throws it again
+      std::lock_guard<std::mutex> lock(sleep_);
+      if (!failure_) failure_ = std::current_exception();
+    }
+  }
+
   // Generations count up by 1; a worker whose index is below `wanted_` takes part in each.
   void run_on_workers(int workers, Work work, void* context) {
     grow(workers);
@@ -58,12 +115,7 @@ class ThreadPool {
       generation_.fetch_add(1, std::memory_order_release);
     }
     wake_.notify_all();
-    std::exception_ptr own;
-    try {
-      work(context);
-    } catch (...) {  // the workers still use the caller's stack: wait before it is unwound
-      own = std::current_exception();
-    }
+    work_and_catch();  // the workers use the caller's stack: nothing is thrown before they end
     for (int i = 0; pending_.load(std::memory_order_acquire) != 0; ++i) {
       if (i < kSpins) {
         spin_pause();
@@ -71,7 +123,6 @@ class ThreadPool {
         std::this_thread::yield();
       }
     }
-    if (own) std::rethrow_exception(own);
     if (failure_) std::rethrow_exception(failure_);
   }
 
@@ -92,24 +143,15 @@ class ThreadPool {
       for (int i = 0; i < kSpins && generation_.load(std::memory_order_acquire) == seen; ++i) {
         spin_pause();
       }
-      Work work;
-      void* context;
       bool mine;
       {
         std::unique_lock<std::mutex> lock(sleep_);
         wake_.wait(lock, [&] { return generation_.load(std::memory_order_relaxed) != seen; });
         seen = generation_.load(std::memory_order_relaxed);
-        work = work_;
-        context = context_;
         mine = index < wanted_;
       }
       if (!mine) continue;
-      try {
-        work(context);
-      } catch (...) {  // handed to the caller, which throws it again
-        std::lock_guard<std::mutex> lock(sleep_);
-        if (!failure_) failure_ = std::current_exception();
-      }
+      work_and_catch();  // work_ stays what it is until pending_ is 0
       pending_.fetch_sub(1, std::memory_order_release);
     }
   }
@@ -121,12 +163,13 @@ class ThreadPool {
     return pool;
   }
   static ThreadPool* first() {
-    pthread_atfork(nullptr, nullptr, [] { current().store(new ThreadPool); });
-    return new ThreadPool;
+    pthread_atfork(nullptr, nullptr, [] { current().store(new ThreadPool(nullptr)); });
+    return new ThreadPool(torchs_openmp());
   }
 
   static constexpr int kSpins = 4000;  // about 50 us: a decode step's Python between two calls
 
+  const OpenMpParallel openmp_;
   std::mutex caller_, sleep_;
   std::condition_variable wake_;
   std::atomic<uint64_t> generation_{0};
