@@ -3,7 +3,8 @@
 usage: python benchmarks/cpu_attention.py [--threads 2] [--seconds 3] [--select decode ...] [--target cpu:...]
 
 Ours, torch and the peaks (cpu_peaks.cpp: products in registers, reading memory) take turns, round after round, so that
-what else the machine does falls on all of them; medians are compared. On a machine with AMX there are sections for
+what else the machine does falls on all of them; medians are compared. Ours and torch's change places every round: after
+the peak, threads have to wake and inputs are in no cache. On a machine with AMX there are sections for
 AVX-512-BF16 and plain AVX-512, too, each in a process of its own: our build without the tiles against a torch that is
 kept from them; `--target` runs one section alone. Appends JSON lines to benchmarks/results/cpu_attention.jsonl.
 """
@@ -35,6 +36,7 @@ from jit_kernel import device, flash_attention_v3
 from jit_kernel.fa3 import cpu
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+TURN = 20.0  # GFLOP of a prefill's turn, at least: 10 ms with AMX, which is one call of 2048 tokens or 19 of 512
 # What keeps torch from AMX: its products come from oneDNN (brgemm) or from MKL, and each has a switch of its own.
 WITHOUT_AMX = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16", "MKL_ENABLE_INSTRUCTIONS": "AVX512_E3"}
 
@@ -57,18 +59,22 @@ class Case:
 def prefill(dtype: torch.dtype, tokens: int, d: int, causal: bool, **asked: float) -> Case:
     """8 heads of one sequence against itself."""
     heads = 8
+    work = 4 * heads * tokens * tokens * d * (0.5 if causal else 1) * 1e-9
+    calls = math.ceil(TURN / work)
     q, k, v = (torch.randn(1, tokens, heads, d).to(dtype) for _ in "qkv")
     out = torch.empty_like(q)
     q_peer, k_peer, v_peer = (x.transpose(1, 2).contiguous() for x in (q, k, v))
-    return Case(
-        f"{cpu.DTYPE_NAMES[dtype]} prefill {tokens} d{d}{' causal' if causal else ''}",
-        lambda: flash_attention_v3.flash_attn_func(q, k, v, causal=causal, out=out),
-        lambda: scaled_dot_product_attention(q_peer, k_peer, v_peer, is_causal=causal),
-        4 * heads * tokens * tokens * d * (0.5 if causal else 1) * 1e-9,
-        "products",
-        dtype,
-        **asked,
-    )
+
+    def ours() -> None:
+        for _ in range(calls):
+            flash_attention_v3.flash_attn_func(q, k, v, causal=causal, out=out)
+
+    def peer() -> None:
+        for _ in range(calls):
+            scaled_dot_product_attention(q_peer, k_peer, v_peer, is_causal=causal)
+
+    name = f"{cpu.DTYPE_NAMES[dtype]} prefill {tokens} d{d}{' causal' if causal else ''}"
+    return Case(name, ours, peer, work, "products", dtype, calls, **asked)
 
 
 def decode(dtype: torch.dtype, batch: int, heads: int, heads_k: int, page_size: int = 0, **asked: float) -> Case:
@@ -161,7 +167,8 @@ def measure(case: Case, peaks: cpu_peaks.Peaks, seconds: float) -> dict[str, Any
     bounds: list[dict[str, float]] = []
     began = 0.0
     while len(ours) < 6 or time.perf_counter() - began < seconds:
-        for call, taken in ((case.ours, ours), (case.peer, peer)):
+        turns = [(case.ours, ours), (case.peer, peer)]
+        for call, taken in turns if len(ours) % 2 else reversed(turns):
             if call is not None:
                 start = time.perf_counter()
                 call()

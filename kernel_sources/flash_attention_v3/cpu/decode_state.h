@@ -104,7 +104,8 @@ struct DecodeState {
                           qk_factor(params, item.batch, head_k)};
       for (int64_t i = 0; i < rows; ++i) {
         Math* to = q + (h * rows + i) * sizes.depth;
-        load_query(params, s, sizes, head_k, item.row_begin + i, to, spare_row, turned);
+        QueryRow row(params, head_k, item.row_begin + i);
+        load_query(params, s, sizes, row, to, spare_row, turned);
       }
     }
     first_key = item.key_begin + (all.begin - item.key_begin) / kDecodeBlock * kDecodeBlock;
@@ -202,8 +203,9 @@ struct DecodeState {
     int64_t h = i / rows;
     RowState state{maxima[h * kDecodeRows + i % rows], row_sum};
     if (item.part < 0) {
-      return write_row(params, s, item.batch, head_begin + h, item.row_begin + i % rows,
-                       head_settings[h].scale, sum, state);
+      QueryRow row(params, head_begin + h, item.row_begin + i % rows);
+      return write_row(params, s, item.batch, head_begin + h, row, head_settings[h].scale, sum,
+                       state);
     }
     int64_t to = item.part + part * item.part_stride + i;
     std::memcpy(partials.sums + to * sizes.dv, sum, static_cast<size_t>(sizes.dv) * sizeof(float));

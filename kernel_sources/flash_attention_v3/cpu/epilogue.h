@@ -13,9 +13,10 @@ struct Partials {
 };
 
 template <class Params>
-inline void write_row(const Params& p, const Sequence& s, int64_t batch, int64_t head_k, int64_t r,
-                      const ScoreScale& scale, const float* sum, const RowState& state) {
-  int64_t token = r / p.group, head = head_k * p.group + r % p.group;
+inline void write_row(const Params& p, const Sequence& s, int64_t batch, int64_t head_k,
+                      const QueryRow& row, const ScoreScale& scale, const float* sum,
+                      const RowState& state) {
+  const int64_t token = row.token, head = row.head;
   RowEnd end =
       finish_row(state, scale, p.sinks ? p.sinks[head] : -kInfinity, static_cast<bool>(p.lse));
   auto* out = p.out.at(s.q_batch, s.q_begin + token, head);

@@ -104,7 +104,8 @@ struct Forward {
       for (int64_t r = 0; r < c.rows; ++r) {
         RowState state =
             combine_parts(parts, c.first + r, c.stride, c.count, dv, scale.to_log2(), sum);
-        write_row(p, plan.sequences[c.batch], c.batch, c.head_k, r, scale, sum, state);
+        write_row(p, plan.sequences[c.batch], c.batch, c.head_k, QueryRow(p, c.head_k, r), scale,
+                  sum, state);
       }
     });
   }

@@ -90,8 +90,9 @@ struct Prefill {
   template <class Params>
   void begin_rows(const Params& params, const Sequence& s, const Item& item) {
     int64_t rows = item.row_end - item.row_begin;
-    for (int64_t i = 0; i < rows; ++i) {
-      Interval seen = visible_keys(params, (item.row_begin + i) / params.group, s.sq, s.sk);
+    QueryRow at(params, item.head_begin, item.row_begin);
+    for (int64_t i = 0; i < rows; ++i, at.next()) {
+      Interval seen = visible_keys(params, at.token, s.sq, s.sk);
       begins[i] = std::min(std::max(seen.begin, item.key_begin), item.key_end);
       ends[i] = std::max(begins[i], std::min(seen.end, item.key_end));
       maxima[i] = -kInfinity, row_sums[i] = 0.0f;
@@ -104,9 +105,9 @@ struct Prefill {
   void load_tile(const Params& params, const Sequence& s, const Item& item, int64_t row) {
     int64_t rows = std::min(kTileRows, item.row_end - item.row_begin - row);
     Math* to = q_of(row);
-    for (int64_t i = 0; i < rows; ++i, to += sizes.depth) {
-      load_query(params, s, sizes, item.head_begin, item.row_begin + row + i, to, spare_row,
-                 turned);
+    QueryRow at(params, item.head_begin, item.row_begin + row);
+    for (int64_t i = 0; i < rows; ++i, to += sizes.depth, at.next()) {
+      load_query(params, s, sizes, at, to, spare_row, turned);
     }
     // Rows that only fill up a tile: zeros, so that no NaN slows them down.
     std::memset(static_cast<void*>(to), 0,
@@ -119,11 +120,12 @@ struct Prefill {
   void write_tile(const Params& params, const Sequence& s, const Item& item, const Partials& parts,
                   const ScoreScale& scale, int64_t row) {
     int64_t end = std::min(row + kTileRows, item.row_end - item.row_begin);
-    for (int64_t i = row; i < end; ++i) {
+    QueryRow at(params, item.head_begin, item.row_begin + row);
+    for (int64_t i = row; i < end; ++i, at.next()) {
       const float* sum = sums_of(i);
       RowState state{maxima[i], row_sums[i]};
       if (item.part < 0) {
-        write_row(params, s, item.batch, item.head_begin, item.row_begin + i, scale, sum, state);
+        write_row(params, s, item.batch, item.head_begin, at, scale, sum, state);
       } else {
         std::memcpy(parts.sums + (item.part + i) * sizes.dv, sum,
                     static_cast<size_t>(sizes.dv) * sizeof(float));

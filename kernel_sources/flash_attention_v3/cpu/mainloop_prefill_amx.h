@@ -68,7 +68,7 @@ class TilePipeline {
   };
   static_assert(sizeof(Row) == kChunk * sizeof(float), "one offset for both");
 
-  void attend(Tile& t, const Tile* next) {
+  JIT_KERNEL_INLINE void attend(Tile& t, const Tile* next) {
     std::fill(t.factors, t.factors + kRows, 1.0f);
     bool raised = false;
     if (has_new_row(t)) {
@@ -82,12 +82,13 @@ class TilePipeline {
       raised = has_new_row(t);  // one that sees nothing of the first chunk
       if (raised) largest(t), raise_maxima(t);
     }
-    soften(t, next);
-    if (!raised && rises(t)) {
+    for (;;) {
+      soften(t, next);
+      if (raised || !rises(t)) break;
+      raised = true;
       begun_ = 0;  // the scores that are being made are those of `next`
       largest(t);
       raise_maxima(t);
-      soften(t, next);
     }
     GemmArgs<Math> g = prefill_.begin_values(t);
     const int64_t panels = prefill_.sizes.dv / simd::kLanes;
@@ -116,7 +117,7 @@ class TilePipeline {
   }
 
   // Probabilities with the maxima as they are, and their sums, lane by lane.
-  void soften(const Tile& t, const Tile* next) {
+  JIT_KERNEL_INLINE void soften(const Tile& t, const Tile* next) {
     alignas(64) float shifts[kRows];
     for (int64_t i = 0; i < kRows; i += simd::kLanes) {
       Vec top = simd::load(prefill_.maxima + t.row + i);
@@ -145,7 +146,7 @@ class TilePipeline {
   }
 
   // The largest of each row's scores, lane by lane.
-  void largest(const Tile& t) {
+  __attribute__((noinline)) void largest(const Tile& t) {
     for (int64_t r = 0; r < kRows; ++r) rows_[r].lanes = simd::set1(-kInfinity);
     each_row(t, &t, [](Row& row, Vec a, Vec b, Math*) JIT_KERNEL_INLINED {
       row.lanes = simd::max(row.lanes, simd::max(a, b));
@@ -170,7 +171,7 @@ class TilePipeline {
   // Calls work(row, scores, more scores, where its P belongs) for all of a tile, each chunk while
   // the scores of the one after the next are made: after the last, those of `next`'s first chunks.
   template <class Work>
-  void each_row(const Tile& t, const Tile* next, Work&& work) {
+  JIT_KERNEL_INLINE void each_row(const Tile& t, const Tile* next, Work&& work) {
     begin_scores(t, next);
     const int64_t chunks = t.columns / kChunk, ahead = next ? next->columns / kChunk : 0;
     const int64_t calls = TileProducts<Math>::calls(prefill_.sizes.depth);
@@ -202,7 +203,7 @@ class TilePipeline {
   }
 
   // The first two chunks' scores, as far as they are not begun; the first one's are complete then.
-  void begin_scores(const Tile& t, const Tile* next) {
+  JIT_KERNEL_INLINE void begin_scores(const Tile& t, const Tile* next) {
     const int64_t chunks = t.columns / kChunk, ahead = next ? next->columns / kChunk : 0;
     for (; begun_ < std::min<int64_t>(2, chunks + ahead); ++begun_) {
       const bool own = begun_ < chunks;

@@ -11,7 +11,14 @@ inline void convert_row(const Element* from, Math* to, int64_t n, int64_t padded
                         float factor = 1.0f) {
   int64_t i = 0;
   if (std::is_same<Math, Element>::value && factor == 1.0f) {
-    std::memcpy(static_cast<void*>(to), from, static_cast<size_t>(n) * sizeof(Element));
+    constexpr int64_t kPiece = 2 * simd::kLanes;  // of a fixed size: instructions, not calls
+    for (; i + kPiece <= n; i += kPiece) {
+      std::memcpy(static_cast<void*>(to + i), from + i, kPiece * sizeof(Element));
+    }
+    if (i < n) {
+      std::memcpy(static_cast<void*>(to + i), from + i,
+                  static_cast<size_t>(n - i) * sizeof(Element));
+    }
     i = n;
   }
   for (; i + simd::kLanes <= n; i += simd::kLanes) {

@@ -100,6 +100,23 @@ inline Element* key_row(const Params& p, const Rows<Element>& rows, const Sequen
   return rows.at(page, at % p.page_size, head);
 }
 
+// Query row r of a sequence and key/value head: token r / group of head r % group, so that the
+// heads of a group share every key that is read or packed. next() is without a division.
+struct QueryRow {
+  int64_t token, head, first_head, group;
+
+  template <class Params>
+  QueryRow(const Params& p, int64_t head_k, int64_t r)
+      : token(r / p.group),
+        head(head_k * p.group + r % p.group),
+        first_head(head_k * p.group),
+        group(p.group) {}
+
+  void next() {
+    if (++head == first_head + group) head = first_head, ++token;
+  }
+};
+
 // The rows of keys first .. first + count - 1.
 template <class Element, class Params>
 inline void key_rows(const Params& p, const Rows<Element>& rows, const Sequence& s, int64_t first,

@@ -1,5 +1,4 @@
-// Query rows as the dot products want them. Row r of a sequence and key/value head is token r /
-// group of head r % group: the heads of a group share every key that is read or packed.
+// Query rows as the dot products want them.
 #pragma once
 
 #include "flash_attention_v3/cpu/rotary.h"
@@ -7,11 +6,12 @@
 
 namespace jit_kernel {
 
-// Row r, padded: q (rotated where asked for), then qv. `spare` holds d floats, `turned` d elements.
+// One row, padded: q (rotated where asked for), then qv. `spare` holds d floats, `turned` d
+// elements.
 template <class Math, class Params, class Element>
-inline void load_query(const Params& p, const Sequence& s, const HeadSizes& sizes, int64_t head_k,
-                       int64_t r, Math* to, float* spare, Element* turned) {
-  int64_t token = r / p.group, head = head_k * p.group + r % p.group;
+inline void load_query(const Params& p, const Sequence& s, const HeadSizes& sizes,
+                       const QueryRow& row, Math* to, float* spare, Element* turned) {
+  const int64_t token = row.token, head = row.head;
   if (!p.only_qv) {
     const Element* q = p.q.at(s.q_batch, s.q_begin + token, head);
     if (p.rotary_cos) {
