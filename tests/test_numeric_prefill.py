@@ -1,0 +1,50 @@
+"""Prefills of more keys than are packed at once: how keys and rows are cut shows in no bit of the answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import reference
+import torch
+from test_numeric_decode import answers
+from test_numeric_promises import FLOATS, along, normal
+from torch import Tensor
+
+from jit_kernel import flash_attention_v3 as fa3
+
+# At head size 256 with AMX 1,024 keys are packed at once, without it 256: the last ones come in a second or third turn.
+QUERIES, KEYS, HEADS, D = 1100, 2500, 2, 256
+MASKS: list[dict[str, Any]] = [
+    {},
+    {"causal": True},
+    {"window_size": (300, 0)},  # tiles that see nothing of the first keys, and nothing of the last
+    {"attention_chunk": 700},
+]
+
+
+def late_maxima(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Queries and keys whose scores are largest by far in the second thousand of keys, for every fourth row."""
+    rows = torch.where(torch.arange(QUERIES) % 4 == 0, 1.0, 0.1)
+    sizes = torch.where(torch.arange(KEYS) // 1000 == 1, 40.0, 1.0)
+    return along(rows, HEADS, D, dtype, seed=0), along(sizes, HEADS, D, dtype, seed=1)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("scores", ["even", "late"])
+def test_keys_in_several_turns(dtype: torch.dtype, mask: dict[str, Any], scores: str) -> None:
+    q, k = late_maxima(dtype)
+    if scores == "even":
+        q, k = normal(1, QUERIES, HEADS, D, dtype=dtype), normal(1, KEYS, HEADS, D, dtype=dtype, seed=1)
+    v = normal(1, KEYS, HEADS, D, dtype=dtype, seed=2)
+    scale = {"softmax_scale": D**-0.5 if scores == "even" else 1.0}
+
+    def call() -> tuple[Tensor, Tensor]:
+        return fa3.flash_attn_func(q, k, v, **mask, **scale, num_splits=1, return_softmax_lse=True)
+
+    # One thread takes items of 576 rows, five of 128.
+    (out, lse), *others = answers(call)
+    assert all(torch.equal(out, other[0]) and torch.equal(lse, other[1]) for other in others)
+    problem = reference.Problem([reference.Sequence(q[0], k[0], v[0])], **mask, **scale)
+    assert reference.check([out[0]], [lse[0]], problem).worst <= 1
