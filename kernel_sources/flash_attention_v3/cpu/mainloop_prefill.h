@@ -26,16 +26,14 @@ struct Prefill {
   static constexpr bool kTiles = sizeof(Math) == 2;  // fp16 only where amx_fp16_allowed()
 #endif
 
-  enum class TileState : char {
-    kNew,
-    kLoaded,
-    kBegun,
-    kWritten
-  };  // begun: its sums hold something
+  // Of a tile of rows: its queries are loaded, its sums hold something, they are written.
+  enum class TileState : char { kNew, kLoaded, kBegun, kWritten };
 
   HeadSizes sizes;
   PrefillTiles tiles;
-  int64_t q_rows, sum_rows;  // held at once: all, or those of two tiles and of one
+  // Rows held at once: all, or where all keys are packed at once those of two tiles (the one that
+  // is worked on and the next, whose scores are begun) and of one.
+  int64_t q_rows, sum_rows;
   Math *q, *keys, *values, *p, *spare;
   float *scores, *sums, *spare_row;
   Element* turned;

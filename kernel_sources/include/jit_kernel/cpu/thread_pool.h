@@ -25,6 +25,7 @@
 #include <exception>
 #include <mutex>
 #include <new>
+#include <string>
 #include <thread>
 
 namespace jit_kernel {
@@ -45,15 +46,16 @@ using OpenMpParallel = void (*)(void (*work)(void*), void* data, unsigned num_th
 // null.
 inline OpenMpParallel torchs_openmp() {
 #ifdef __linux__
+  // Only the name is taken inside: the loader's lock is held there, and dlopen() wants another one.
+  std::string name;
   auto find = [](dl_phdr_info* library, size_t, void* found) {
     if (!library->dlpi_name || !std::strstr(library->dlpi_name, "libtorch_cpu.so")) return 0;
-    void* torch = dlopen(library->dlpi_name, RTLD_LAZY | RTLD_NOLOAD);
-    if (torch) *static_cast<void**>(found) = dlsym(torch, "GOMP_parallel");
+    *static_cast<std::string*>(found) = library->dlpi_name;
     return 1;
   };
-  void* found = nullptr;
-  dl_iterate_phdr(find, &found);
-  return reinterpret_cast<OpenMpParallel>(found);
+  if (dl_iterate_phdr(find, &name) == 0) return nullptr;
+  void* torch = dlopen(name.c_str(), RTLD_LAZY | RTLD_NOLOAD);
+  return torch ? reinterpret_cast<OpenMpParallel>(dlsym(torch, "GOMP_parallel")) : nullptr;
 #else
   return nullptr;
 #endif
