@@ -95,6 +95,9 @@ struct Prefill {
       ends[i] = std::max(begins[i], std::min(seen.end, item.key_end));
       maxima[i] = -kInfinity, row_sums[i] = 0.0f;
     }
+    for (int64_t i = rows; i < round_up(rows, kTileRows); ++i) {  // rows that only fill up a tile
+      maxima[i] = row_sums[i] = 0.0f;
+    }
     for (int64_t i = 0; i < rows; i += kTileRows) state_of(i) = TileState::kNew;
   }
 
@@ -278,7 +281,14 @@ struct Prefill {
 #ifdef JIT_KERNEL_AMX
     if constexpr (kTiles) {
       if (amx.active() && mix == 1.0f) {
-        return TilePipeline<Prefill, Math>(*this, scale).run(rows, first, count, load, write);
+        auto run = [&](auto per_call) {
+          constexpr int kPerCall = decltype(per_call)::value;
+          TilePipeline<Prefill, Math, kPerCall>(*this, scale).run(rows, first, count, load, write);
+        };
+        const int64_t calls = TileProducts<Math>::calls(sizes.depth);
+        if (calls == kTileRows) return run(std::integral_constant<int, 1>());      // depth 128
+        if (2 * calls == kTileRows) return run(std::integral_constant<int, 2>());  // depth 64
+        return run(std::integral_constant<int, 0>());
       }
     }
 #endif
