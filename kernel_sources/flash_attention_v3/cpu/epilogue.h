@@ -22,6 +22,8 @@ inline void write_row(const Params& p, const Sequence& s, int64_t batch, int64_t
   auto* out = p.out.at(s.q_batch, s.q_begin + token, head);
   if (end.factor == 0.0f) {  // nothing visible: not 0 times a sum that was never made
     for (int64_t i = 0; i < p.dv; ++i) out[i] = {};
+  } else if (p.stream_out) {
+    simd::stream_from_float(sum, out, p.dv, end.factor * p.v_descale.at(batch, head_k));
   } else {
     simd::convert_from_float(sum, out, p.dv, end.factor * p.v_descale.at(batch, head_k));
   }

@@ -26,11 +26,13 @@ struct Prefill {
   static constexpr bool kTiles = sizeof(Math) == 2;  // fp16 only where amx_fp16_allowed()
 #endif
 
-  // Of a tile of rows: its queries are loaded, its sums hold something, they are written.
-  enum class TileState : char { kNew, kLoaded, kBegun, kWritten };
+  // Of a tile of rows: it is this thread's, its queries are loaded, its sums hold something, they
+  // are written.
+  enum class TileState : char { kNew, kTaken, kLoaded, kBegun, kWritten };
 
   HeadSizes sizes;
   PrefillTiles tiles;
+  bool once;  // whether all keys are packed at once
   // Rows held at once: all, or where all keys are packed at once those of two tiles (the one that
   // is worked on and the next, whose scores are begun) and of one.
   int64_t q_rows, sum_rows;
@@ -41,6 +43,10 @@ struct Prefill {
   float *maxima, *row_sums;  // each row's RowState
   int64_t *begins, *ends;    // each row's visible keys
   TileState* states;         // of each tile of rows
+  Math** queries;            // of each tile that is loaded
+  int64_t loads = 0;
+  const char** next_queries;  // the rows of the tile after the last one that was loaded
+  int64_t asked = kTileRows, query_bytes = 0;  // of them, and what there is of each
 #ifdef JIT_KERNEL_AMX
   AmxTiles amx;
 #endif
@@ -54,7 +60,8 @@ struct Prefill {
     int64_t padded = round_up(rows, kTileRows) + simd::kLanes, block = tiles.block;
     f(q, q_rows * sizes.depth), f(sums, sum_rows * sizes.dv);
     f(maxima, padded), f(row_sums, padded), f(begins, padded), f(ends, padded);
-    f(states, padded / kTileRows + 1);
+    f(states, padded / kTileRows + 1), f(queries, padded / kTileRows + 1);
+    f(next_queries, kTileRows);
     f(keys, packed_keys() * sizes.depth), f(values, packed_keys() * sizes.dv);
     f(scores, kTileRows * std::max(score_stride(), 3 * kDepth)), f(p, kTileRows * block);
     f(spare, simd::kLanes * std::max(std::max(sizes.qk, sizes.qv), sizes.dv));
@@ -68,7 +75,7 @@ struct Prefill {
   Prefill(const Params& params, const Item& item, Scratch& scratch)
       : sizes(head_sizes<Math>(params)), tiles(prefill_tiles<Math>(sizes)) {
     int64_t rows = item.row_end - item.row_begin;
-    bool once = item.key_end - item.key_begin <= packed_keys();
+    once = item.key_end - item.key_begin <= packed_keys();
     q_rows = once ? 2 * kTileRows : round_up(rows, kTileRows);
     sum_rows = once ? kTileRows : q_rows;
     size_t bytes = 0;
@@ -81,7 +88,7 @@ struct Prefill {
     });
   }
 
-  Math* q_of(int64_t row) const { return q + row % q_rows * sizes.depth; }
+  Math* q_of(int64_t row) const { return queries[row / kTileRows]; }
   float* sums_of(int64_t row) const { return sums + row % sum_rows * sizes.dv; }
   TileState& state_of(int64_t row) const { return states[row / kTileRows]; }
 
@@ -105,7 +112,8 @@ struct Prefill {
   template <class Params>
   void load_tile(const Params& params, const Sequence& s, const Item& item, int64_t row) {
     int64_t rows = std::min(kTileRows, item.row_end - item.row_begin - row);
-    Math* to = q_of(row);
+    Math* to = q + (once ? loads++ % 2 * kTileRows : row) * sizes.depth;
+    queries[row / kTileRows] = to;
     QueryRow at(params, item.head_begin, item.row_begin + row);
     for (int64_t i = 0; i < rows; ++i, to += sizes.depth, at.next()) {
       load_query(params, s, sizes, at, to, spare_row, turned);
@@ -114,6 +122,31 @@ struct Prefill {
     std::memset(static_cast<void*>(to), 0,
                 static_cast<size_t>((kTileRows - rows) * sizes.depth) * sizeof(Math));
     state_of(row) = TileState::kLoaded;
+    if (!params.only_qv) find_next(params, s, item, row - kTileRows);
+  }
+
+  // The queries of the tile from row `row` on are to be asked for, where there is one.
+  template <class Params>
+  void find_next(const Params& params, const Sequence& s, const Item& item, int64_t row) {
+    asked = kTileRows;
+    if (row < 0) return;
+    QueryRow at(params, item.head_begin, item.row_begin + row);
+    for (int64_t i = 0; i < kTileRows; ++i, at.next()) {
+      const Element* q = params.q.at(s.q_batch, s.q_begin + at.token, at.head);
+      next_queries[i] = reinterpret_cast<const char*>(q);
+    }
+    asked = 0, query_bytes = params.d * static_cast<int64_t>(sizeof(Element));
+  }
+
+  // Asks for one row more of them.
+  inline __attribute__((always_inline)) void ask_for_queries() {
+    if (asked == kTileRows) return;
+    const char* row = next_queries[asked++];
+    __builtin_prefetch(row, 0, 2), __builtin_prefetch(row + 64, 0, 2);
+#pragma GCC unroll 1
+    for (int64_t i = 128; i < query_bytes; i += 128) {
+      __builtin_prefetch(row + i, 0, 2), __builtin_prefetch(row + i + 64, 0, 2);
+    }
   }
 
   // What becomes of the sums of a tile from row `row` on.
@@ -275,15 +308,16 @@ struct Prefill {
 
   // All rows against the packed keys first .. first + count - 1, tile after tile. load(row) is
   // called before a tile is used, write(row) when it has seen these keys.
-  template <class Load, class Write>
+  template <class Take, class Load, class Write>
   void packed_tiles(const ScoreScale& scale, int64_t rows, int64_t first, int64_t count,
-                    Load&& load, Write&& write) {
+                    Take&& take, Load&& load, Write&& write) {
 #ifdef JIT_KERNEL_AMX
     if constexpr (kTiles) {
       if (amx.active() && mix == 1.0f) {
         auto run = [&](auto per_call) {
           constexpr int kPerCall = decltype(per_call)::value;
-          TilePipeline<Prefill, Math, kPerCall>(*this, scale).run(rows, first, count, load, write);
+          TilePipeline<Prefill, Math, kPerCall>(*this, scale)
+              .run(rows, first, count, take, load, write);
         };
         const int64_t calls = TileProducts<Math>::calls(sizes.depth);
         if (calls == kTileRows) return run(std::integral_constant<int, 1>());      // depth 128
@@ -293,7 +327,7 @@ struct Prefill {
     }
 #endif
     Tile t;
-    for (int64_t i = 0; i < rows; i += kTileRows) {
+    for (int64_t i; (i = take()) >= 0;) {
       load(i);
       for (int64_t at = 0; at < count; at += tiles.block) {
         set_tile(i, rows, first, at, count, t);
@@ -303,9 +337,12 @@ struct Prefill {
     }
   }
 
+  // Of the item's rows those that no other thread takes from the queue.
   template <class Params>
-  void run(const Params& params, const Sequence& s, const Item& item, const Partials& parts) {
-    int64_t rows = item.row_end - item.row_begin;
+  void run(const Params& params, const Sequence& s, const Item& item, const Partials& parts,
+           RowQueue& queue) {
+    int64_t rows = item.row_end - item.row_begin, padded = round_up(rows, kTileRows);
+    if (once) queue.open(padded);
     begin_rows(params, s, item);
     ScoreScale scale = score_scale_of(params, item.batch, item.head_begin);
     mix = qk_factor(params, item.batch, item.head_begin);
@@ -313,21 +350,29 @@ struct Prefill {
     // Blocks are counted from the item's first key, never from what a row sees first.
     int64_t first = item.key_begin + (begin - item.key_begin) / tiles.block * tiles.block;
     auto load = [&](int64_t row) {
-      if (state_of(row) == TileState::kNew) load_tile(params, s, item, row);
+      if (state_of(row) == TileState::kTaken) load_tile(params, s, item, row);
     };
-    for (; first < end; first += packed_keys()) {
+    int64_t left = padded;
+    auto take = [&] {  // the last rows first: with a mask these are the longest
+      int64_t row = once ? queue.take(kTileRows) : left -= kTileRows;
+      if (row >= 0 && state_of(row) == TileState::kNew) state_of(row) = TileState::kTaken;
+      return row;
+    };
+    for (; first < end; first += packed_keys(), left = padded) {
       int64_t count = std::min(packed_keys(), end - first);
       for (int64_t at = 0; at < count; at += tiles.block) {
         pack_block(params, s, item.head_begin, first, at, std::min(tiles.block, count - at));
       }
       const bool last = first + count == end;
-      packed_tiles(scale, rows, first, count, load, [&](int64_t row) {
+      packed_tiles(scale, rows, first, count, take, load, [&](int64_t row) {
         if (last) write_tile(params, s, item, parts, scale, row);
       });
     }
-    for (int64_t row = 0; row < rows;
-         row += kTileRows) {  // those that saw nothing of the last keys
-      if (state_of(row) != TileState::kWritten) write_tile(params, s, item, parts, scale, row);
+    while (take() >= 0) continue;                          // where no row sees any key
+    for (int64_t row = 0; row < rows; row += kTileRows) {  // those that saw no key of the last ones
+      if (state_of(row) != TileState::kNew && state_of(row) != TileState::kWritten) {
+        write_tile(params, s, item, parts, scale, row);
+      }
     }
   }
 };

@@ -32,19 +32,20 @@ class TilePipeline {
   TilePipeline(Prefill& prefill, const ScoreScale& scale)
       : prefill_(prefill), scale_(scale), to_log2_(simd::set1(scale.to_log2())) {}
 
-  // All rows against the packed keys first .. first + count - 1. load(row) is called before a tile
-  // of rows is used, write(row) when it has seen these keys.
-  template <class Load, class Write>
-  void run(int64_t rows, int64_t first, int64_t count, Load&& load, Write&& write) {
-    int64_t row = 0, at = 0;
+  // The rows that take() gives, tile by tile until it is negative, against the packed keys
+  // first .. first + count - 1. load(row) is called before a tile is used, write(row) when it has
+  // seen these keys.
+  template <class Take, class Load, class Write>
+  void run(int64_t rows, int64_t first, int64_t count, Take&& take, Load&& load, Write&& write) {
+    int64_t row = 0, at = count;
     auto find = [&](Tile& t) {  // the next tile that sees any of its block
-      while (row < rows) {
+      for (;;) {
+        if (at >= count) at = 0, row = take();
+        if (row < 0) return false;
         prefill_.set_tile(row, rows, first, at, count, t);
         at += prefill_.tiles.block;
-        if (at >= count) at = 0, row += kRows;
         if (t.columns > 0) return load(t.row), true;
       }
-      return false;
     };
     Tile tiles[2];
     bool found = find(tiles[0]);
@@ -191,6 +192,9 @@ class TilePipeline {
         work(*reinterpret_cast<Row*>(rows + at), simd::load(s), simd::load(s + simd::kLanes), p);
         at += sizeof(Row), p += stride;
       };
+      // A row of the next queries: four lines a chunk cost the tiles nothing, eight as much as they
+      // save (each holds one of 16 line buffers all the way to memory).
+      if constexpr (kBeside) prefill_.ask_for_queries();
       if (!sees_all(t, column) || scale_.transform) hide(t, column);
       if (chunk + 2 < chunks + ahead) {
         const bool own = chunk + 2 < chunks;

@@ -48,6 +48,7 @@ struct ForwardParams {
   int64_t window_left = -1, window_right = -1, attention_chunk = 0;
   int64_t rotary_dim = 0;
   bool rotary_interleaved = false, only_qv = false;
+  bool stream_out = false;  // whether out is written past the caches: its lines are whole ones
   int64_t num_splits = 1, num_threads = 1;
 
   // Whether the query's position matters to what it sees; then rotary positions advance by token.

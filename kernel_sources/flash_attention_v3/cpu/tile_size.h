@@ -81,6 +81,9 @@ constexpr int64_t kTileRowsOf = 48;
 #endif
 constexpr int64_t kRowStep = 96;  // rows of items are multiples of this: whole tiles of either kind
 
+// A thread that joins another's item packs its keys, too, which takes as long as 90 to 180 rows.
+constexpr int64_t kRowsWorthJoining = 256;
+
 struct PrefillTiles {
   int64_t block;   // keys whose scores and values are taken at once
   int64_t blocks;  // of them packed at once

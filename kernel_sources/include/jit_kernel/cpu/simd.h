@@ -54,6 +54,21 @@ inline void convert_to_float(const Element* from, float* to, int64_t n) {
   for (; i < n; ++i) to[i] = to_float(from[i]);
 }
 
+#ifndef JIT_KERNEL_AVX512
+template <class Element>
+inline void stream_as(Element* p, Vec x) {
+  store_as(p, x);
+}
+inline void stream_end() {}
+#endif
+
+// convert_from_float() past the caches: a line that is written whole is not read first. `to` is at
+// a multiple of 64 bytes, n elements are such a multiple; stream_end() before others may read them.
+template <class Element>
+inline void stream_from_float(const float* from, Element* to, int64_t n, float factor) {
+  for (int64_t i = 0; i < n; i += kLanes) stream_as(to + i, load(from + i) * set1(factor));
+}
+
 // n floats times a factor to elements; reads and writes nothing past them.
 template <class Element>
 inline void convert_from_float(const float* from, Element* to, int64_t n, float factor) {

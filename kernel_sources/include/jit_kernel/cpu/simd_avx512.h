@@ -70,24 +70,35 @@ inline Vec load_as_float(const e4m3* p) {
   return _mm512_castsi512_ps(_mm512_or_si512(y, sign));
 }
 
-inline void store_as(f32* p, Vec x) { store(p, x); }
-inline void store_as(fp16* p, Vec x) {
-  __m256i bits = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits);
+inline __m256i rounded_to(fp16, Vec x) {
+  return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-inline void store_as(bf16* p, Vec x) {
+inline __m256i rounded_to(bf16, Vec x) {
 #ifdef __AVX512BF16__
-  __m256i rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x));
+  return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x));
 #else
   __m512i bits = _mm512_castps_si512(x);
   __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
   __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
   up = _mm512_mask_or_epi32(up, nan, bits, _mm512_set1_epi32(0x400000));
-  __m256i rounded = _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16));
 #endif
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded);
 }
+
+inline void store_as(f32* p, Vec x) { store(p, x); }
+template <class Element>
+inline void store_as(Element* p, Vec x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded_to(Element(), x));
+}
+
+// Past the caches, to a multiple of the vector's size; see simd.h.
+inline void stream_as(f32* p, Vec x) { _mm512_stream_ps(p, x); }
+template <class Element>
+inline void stream_as(Element* p, Vec x) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), rounded_to(Element(), x));
+}
+inline void stream_end() { _mm_sfence(); }
 
 #ifdef __AVX512BF16__
 inline __m512bh load_pairs(const bf16* p) {
