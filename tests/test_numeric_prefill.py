@@ -1,4 +1,4 @@
-"""Prefills of more keys than are packed at once: how keys and rows are cut shows in no bit of the answer."""
+"""How a prefill's keys and rows are cut, and which thread takes them, shows in no bit of the answer."""
 
 from __future__ import annotations
 
@@ -48,3 +48,33 @@ def test_keys_in_several_turns(dtype: torch.dtype, mask: dict[str, Any], scores:
     assert all(torch.equal(out, other[0]) and torch.equal(lse, other[1]) for other in others)
     problem = reference.Problem([reference.Sequence(q[0], k[0], v[0])], **mask, **scale)
     assert reference.check([out[0]], [lse[0]], problem).worst <= 1
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_rows_of_one_item_on_several_threads(dtype: torch.dtype, mask: dict[str, Any]) -> None:
+    """Three items, of keys that are packed at once: threads that find none any more join those that are begun."""
+    queries, keys, heads, d = 1500, 500, 3, 64
+    q, k, v = (normal(1, n, heads, d, dtype=dtype, seed=i) for i, n in enumerate((queries, keys, keys)))
+
+    def call() -> tuple[Tensor, Tensor]:
+        return fa3.flash_attn_func(q, k, v, **mask, num_splits=1, return_softmax_lse=True)
+
+    expected, *others = (x for _ in range(4) for x in answers(call))
+    assert all(torch.equal(a, b) for other in others for a, b in zip(expected, other, strict=True))
+    problem = reference.Problem([reference.Sequence(q[0], k[0], v[0])], **mask)
+    assert reference.check([expected[0][0]], [expected[1][0]], problem).worst <= 1
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_out_past_the_caches(dtype: torch.dtype) -> None:
+    """A large out is written past the caches where its rows are whole cache lines: the same bits elsewhere."""
+    q, k, v = (normal(1, 1100, 8, 128, dtype=dtype, seed=s) for s in range(3))
+    whole = fa3.flash_attn_func(q, k, v, causal=True)
+    memory = torch.empty(whole.numel() + 8, dtype=whole.dtype)
+    out = memory[8:].view(whole.shape)
+    assert whole.data_ptr() % 64 == 0
+    assert out.data_ptr() % 64 != 0
+    assert torch.equal(fa3.flash_attn_func(q, k, v, causal=True, out=out), whole)
+    problem = reference.Problem([reference.Sequence(q[0], k[0], v[0])], causal=True)
+    assert reference.check([whole[0]], None, problem).worst <= 1

@@ -91,6 +91,9 @@ inline double visible_count(const Params& p, const Sequence& s, const Item& item
 // How items are cut; none of it changes a result.
 struct Cut {
   int64_t rows;   // of a prefill's item, at most
+  // The same where an item's keys are at most so many, which are packed at once: then threads can
+  // join it, and it need not be small for them to end together.
+  int64_t joined_rows, joined_keys;
   int64_t heads;  // of a decode's item
   int64_t items;  // into which the keys of decodes that are left are cut, about
 };
@@ -122,7 +125,8 @@ inline void plan_sequence(const Params& p, int64_t batch, const Cut& cut, Plan& 
   int64_t last = visible_keys(p, s.sq - 1, s.sq, s.sk).end;
   int64_t keys = std::max<int64_t>(1, keys_per_part(p, rows, s.sk)), first_part = first / keys;
   int64_t parts = std::max<int64_t>(1, (last + keys - 1) / keys - first_part);
-  int64_t row_step = is_decode(rows) ? rows : even_rows(rows, cut.rows),
+  int64_t most_rows = std::min(keys, s.sk) <= cut.joined_keys ? cut.joined_rows : cut.rows;
+  int64_t row_step = is_decode(rows) ? rows : even_rows(rows, most_rows),
           head_step = is_decode(rows) ? cut.heads : 1;
   for (int64_t part = 0, part_step; part < parts; part += part_step) {
     part_step = is_decode(rows) ? parts_of_item(plan, cut, keys, parts - part) : 1;
@@ -151,13 +155,13 @@ inline void plan_sequence(const Params& p, int64_t batch, const Cut& cut, Plan& 
   plan.part_rows += parts * p.heads_k * rows;
 }
 
-// Fills the plan: the longest items first, so that threads end together. `most_rows` bounds the
-// rows of a prefill's item; they are fewer when threads would have nothing to do, and so are a
-// decode's heads.
+// Fills the plan: the longest items first, so that threads end together. `tiles` bound the rows of
+// a prefill's item; they are fewer when threads would have nothing to do, and so are a decode's
+// heads.
 template <class Params>
-inline void make_plan(const Params& p, int64_t most_rows, Plan& plan) {
+inline void make_plan(const Params& p, const PrefillTiles& tiles, Plan& plan) {
   plan.clear();
-  int64_t rows = 0, pieces = 0, wanted = std::max<int64_t>(1, 4 * p.num_threads);
+  int64_t rows = 0, pieces = 0, threads = std::max<int64_t>(1, p.num_threads);
   for (int64_t b = 0; b < p.batch; ++b) {
     plan.sequences.push_back(sequence_of(p, b));
     const Sequence& s = plan.sequences.back();
@@ -167,7 +171,9 @@ inline void make_plan(const Params& p, int64_t most_rows, Plan& plan) {
     plan.decode_keys += s.sk;
   }
   Cut cut;
-  cut.rows = std::min(most_rows, std::max(kRowStep, rows / wanted / kRowStep * kRowStep));
+  cut.rows = std::min(tiles.rows, std::max(kRowStep, rows / (4 * threads) / kRowStep * kRowStep));
+  cut.joined_rows = std::min(tiles.rows, std::max(kRowStep, rows / threads));
+  cut.joined_keys = tiles.block * tiles.blocks;
   // A decode's heads are parted for want of items alone: the longer the run of a token's heads in
   // memory, the faster it is read (2 KiB 1.2 times as fast as 1 KiB, 1.5 times as 512 bytes).
   cut.heads = std::max<int64_t>(1, p.heads_k * pieces / (2 * p.num_threads));
