@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
+import inspect
 from pathlib import Path
 
 import malformed_calls
@@ -74,6 +76,24 @@ def test_errors_do_not_depend_on_earlier_calls():
         assert type(_provoke(case, case.make())) is case.error, str(case)
 
 
+PAGE_CASES = [case for case in INDEX_CASES if case.named.startswith("page_table[")]
+
+
+def _refusal_of_pages(case: Malformed) -> ValueError:
+    """What the checks say of a page table that is not on the CPU, whose kernel looks for itself."""
+    bound = inspect.signature(FUNCTIONS[case.base]).bind(**case.make())
+    bound.apply_defaults()
+    facts = attention_shapes.check(FUNCTIONS[case.base].__name__, bound.arguments)
+    with pytest.raises(ValueError, match="page_table") as caught:
+        index_checks.check(bound.arguments, dataclasses.replace(facts, on_host=False))
+    return caught.value
+
+
+@pytest.mark.parametrize("case", PAGE_CASES, ids=str)
+def test_pages_are_refused_in_the_same_words_everywhere(case):
+    assert str(_refusal_of_pages(case)) == str(_provoke(case, case.make()))
+
+
 def _raises(path: Path) -> set[int]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     return {node.lineno for node in ast.walk(tree) if isinstance(node, ast.Raise)}
@@ -81,8 +101,8 @@ def _raises(path: Path) -> set[int]:
 
 def test_every_message_of_the_checks_was_seen():
     seen: set[tuple[str, int]] = set()
-    for case in CASES:
-        traceback = _provoke(case, case.make()).__traceback__
+    for error in (*(_provoke(case, case.make()) for case in CASES), *map(_refusal_of_pages, PAGE_CASES)):
+        traceback = error.__traceback__
         while traceback is not None:
             seen.add((traceback.tb_frame.f_code.co_filename, traceback.tb_lineno))
             traceback = traceback.tb_next

@@ -237,7 +237,7 @@ struct Decode : DecodeState<Element, MathOf<Element>> {
       }
     };
     for (int64_t step = 0; step < this->steps; ++step) {
-      ahead = this->look_ahead(params, s, step + kStepsAhead);
+      ahead = this->look_ahead(params, s, step);
       this->end_parts(step, write);
       attend(params, this->block_of(step), step);
     }

@@ -282,12 +282,11 @@ struct DecodeTiles : DecodeState<Element, Math> {
     int64_t products = sum_columns / 16 + sizes.depth / 16;
     Asking none{Prefetch(), 0};
     if (steps > 0) {
-      this->look_ahead(params, s, 0);
+      this->locate_until(params, s, 0);
       score(params, 0, none);
     }
     for (int64_t step = 0; step < steps; ++step) {
-      Asking asking{this->look_ahead(params, s, step + kStepsAhead),
-                    (kDecodeBlock + products - 1) / products};
+      Asking asking{this->look_ahead(params, s, step), (kDecodeBlock + products - 1) / products};
       this->end_parts(step, write);
       if (step + 1 < steps) score(params, step + 1, asking);
       soften(step);

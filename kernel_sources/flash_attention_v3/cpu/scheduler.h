@@ -90,7 +90,7 @@ inline double visible_count(const Params& p, const Sequence& s, const Item& item
 
 // How items are cut; none of it changes a result.
 struct Cut {
-  int64_t rows;   // of a prefill's item, at most
+  int64_t rows;  // of a prefill's item, at most
   // The same where an item's keys are at most so many, which are packed at once: then threads can
   // join it, and it need not be small for them to end together.
   int64_t joined_rows, joined_keys;
