@@ -178,7 +178,7 @@ inline void make_plan(const Params& p, const PrefillTiles& tiles, Plan& plan) {
   // memory, the faster it is read (2 KiB 1.2 times as fast as 1 KiB, 1.5 times as 512 bytes).
   cut.heads = std::max<int64_t>(1, p.heads_k * pieces / (2 * p.num_threads));
   cut.heads = std::min(p.heads_k, cut.heads);
-  cut.items = 4 * p.num_threads;
+  cut.items = 2 * p.num_threads;
   for (int64_t b = 0; b < p.batch; ++b) plan_sequence(p, b, cut, plan);
   auto longer = [](const Item& a, const Item& b) { return a.cost > b.cost; };
   if (p.num_threads > 1) std::sort(plan.items.begin(), plan.items.end(), longer);
