@@ -78,3 +78,17 @@ def test_out_past_the_caches(dtype: torch.dtype) -> None:
     assert torch.equal(fa3.flash_attn_func(q, k, v, causal=True, out=out), whole)
     problem = reference.Problem([reference.Sequence(q[0], k[0], v[0])], causal=True)
     assert reference.check([whole[0]], None, problem).worst <= 1
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("window", [(300, 0), (77, 33)], ids=str)
+@pytest.mark.parametrize("d", [64, 128])
+def test_windows_that_tiles_begin_anywhere_in(dtype: torch.dtype, window: tuple[int, int], d: int) -> None:
+    """With other items a row is in another tile, which begins at other keys: its sums are parted at the same ones."""
+    q, k, v = (normal(1, n, HEADS, d, dtype=dtype, seed=i) for i, n in enumerate((QUERIES, KEYS, KEYS)))
+    first, *others = answers(
+        lambda: fa3.flash_attn_func(q, k, v, window_size=window, return_softmax_lse=True), threads=(1, 3, 5, 7)
+    )
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+    problem = reference.Problem([reference.Sequence(q[0], k[0], v[0])], window_size=window)
+    assert reference.check([first[0][0]], [first[1][0]], problem).worst <= 1

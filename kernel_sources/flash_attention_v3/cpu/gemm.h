@@ -41,6 +41,9 @@ struct GemmArgs {
   int64_t depth;
   bool accumulate;  // add to C, else overwrite it
   int64_t piece;    // sums are added to C when they are this deep
+  // Where the depth begins. A long one is parted at multiples of a length counted from there, so
+  // that a row's sums do not depend on what its tile leaves out in front.
+  int64_t offset = 0;
 };
 
 // Every loop over the sums is unrolled, or the compiler keeps them on the stack around the products
@@ -106,13 +109,13 @@ inline void gemm(GemmArgs<Math> g, int64_t rows, int64_t panels) {
   constexpr int kPanels = simd::kRegisters == 32 ? 4 : 2;
   constexpr int64_t kBytes = 32 << 10;
   constexpr int64_t kDeep = kBytes / (kPanels * simd::kLanes * int64_t{sizeof(Math)});
-  for (int64_t left = g.depth; left > 0; left -= kDeep) {
-    g.depth = std::min(left, kDeep);
+  for (int64_t left = g.depth; left > 0; left -= g.depth) {
+    g.depth = std::min(left, kDeep - g.offset % kDeep);
     int64_t j = 0;
     for (; j + kPanels <= panels; j += kPanels) gemm_rows<Math, kPanels>(g, rows, j);
     if (j + 2 <= panels) gemm_rows<Math, 2>(g, rows, j), j += 2;
     for (; j < panels; ++j) gemm_rows<Math, 1>(g, rows, j);
-    g.a += kDeep, g.b += kDeep * simd::kLanes, g.accumulate = true;
+    g.a += g.depth, g.b += g.depth * simd::kLanes, g.offset += g.depth, g.accumulate = true;
   }
 }
 

@@ -239,7 +239,8 @@ struct Prefill {
             sizes.dv,
             t.columns,
             state_of(t.row) == TileState::kBegun,
-            t.columns};
+            t.columns,
+            t.from};
   }
 
   // Up to kLanes rows of a tile from row i on.
