@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from jit_kernel import config, operators
 from jit_kernel.device import VENDORS, detect_device, device_target
@@ -184,7 +185,7 @@ def flash_attn_varlen_func(
         "sinks": sinks,
         "out": out,
     }
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return operators.varlen(call)
     _check_attention("flash_attn_varlen_func", call)
     result: Tensor | tuple[Tensor, Tensor] = _load_fa3_kernels(q.device)["flash_attn_varlen_func"](**call)
@@ -277,7 +278,7 @@ def flash_attn_with_kvcache(
         "sinks": sinks,
         "out": out,
     }
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return operators.kvcache(call)
     _check_attention("flash_attn_with_kvcache", call)
     result: Tensor | tuple[Tensor, Tensor] = _load_fa3_kernels(q.device)["flash_attn_with_kvcache"](**call)
@@ -331,7 +332,7 @@ def flash_attn_func(
         "sinks": sinks,
         "out": out,
     }
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return operators.dense(call)
     _check_attention("flash_attn_func", call)
     result: Tensor | tuple[Tensor, Tensor] = _load_fa3_kernels(q.device)["flash_attn_func"](**call)
@@ -393,7 +394,7 @@ def get_scheduler_metadata(
         "pack_gqa": pack_gqa,
         "sm_margin": sm_margin,
     }
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return operators.metadata(call)
     from jit_kernel.fa3 import scheduler_header
 
@@ -420,7 +421,7 @@ def flash_attn_combine(
         "out": out,
         "out_dtype": out_dtype,
     }
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return operators.combine(call)
     from jit_kernel.fa3 import combine_arguments
 
@@ -444,7 +445,7 @@ def merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> t
         "out_b": out_b,
         "lse_b": lse_b,
     }
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return operators.merge(call)
     from jit_kernel.fa3 import combine_arguments
 

@@ -251,10 +251,19 @@ class TilePipeline {
     int64_t start = t.first + t.from + column;
     for (int64_t r = 0; r < t.rows; ++r, scores += kChunk) {
       if (scale_.transform) transform_scores(scale_, scores, kChunk);
-      int64_t begin = std::min(std::max<int64_t>(0, prefill_.begins[t.row + r] - start), kChunk);
-      int64_t end = std::min(std::max(begin, prefill_.ends[t.row + r] - start), kChunk);
-      mask_scores(scores, begin, end, kChunk);
+      unsigned seen = below(prefill_.ends[t.row + r] - start);
+      seen &= ~below(prefill_.begins[t.row + r] - start);
+      for (int i = 0; i < kChunk; i += simd::kLanes) {
+        __m512 shown = simd::load(scores + i), hidden = simd::set1(-kInfinity);
+        simd::store(scores + i,
+                    _mm512_mask_mov_ps(hidden, static_cast<__mmask16>(seen >> i), shown));
+      }
     }
+  }
+
+  // The lowest n bits: none below 0, all from 32 on.
+  static unsigned below(int64_t n) {
+    return _bzhi_u32(~0u, static_cast<unsigned>(std::min(std::max<int64_t>(0, n), kChunk)));
   }
 
   struct Lanes {

@@ -98,7 +98,8 @@ inline PrefillTiles prefill_tiles(const HeadSizes& h) {
   // Rows of q and out fill the other half of a small L2 (512 KiB). Machines with AMX have 2 MiB,
   // and products so fast that packing shows: half of it is packed keys, and rows pass by.
 #ifdef JIT_KERNEL_AMX
-  constexpr int64_t kMostRows = 2048, kRowBytes = 2048 << 10, kPackedBytes = 1024 << 10;
+  constexpr int64_t kMostRows = 2048, kRowBytes = 2048 << 10,
+                    kPackedBytes = (sizeof(Math) == 4 ? 512 : 1024) << 10;
 #else
   constexpr int64_t kMostRows = 512, kRowBytes = 512 << 10, kPackedBytes = 256 << 10;
 #endif
