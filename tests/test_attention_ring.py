@@ -27,8 +27,9 @@ def test_processes_give_what_one_call_gives(world_size: int, cases: int, tmp_pat
         join=False,
     )
     try:
-        while not context.join(timeout=300):
-            pass
+        ended = False
+        while not ended:  # join() returns as soon as one process has ended
+            ended = context.join(timeout=300)
     except Exception as error:
         told = "\n".join(path.read_text() for path in tmp_path.glob("rank*.txt"))
         raise AssertionError(told or str(error)) from error

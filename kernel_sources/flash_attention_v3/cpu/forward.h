@@ -176,10 +176,11 @@ struct Forward {
     auto join_item = [&] {  // the one with the most rows left, as long as they pay for packing
       auto less = [](const RowQueue& a, const RowQueue& b) { return a.left() < b.left(); };
       auto most = std::max_element(queues.begin(), queues.end(), less);
-      if (most == queues.end() || most->left() < kRowsWorthJoining) return false;
+      const int64_t left = most == queues.end() ? 0 : most->left();
+      if (left < kRowsWorthJoining) return false;
       Item item = plan.items[most - queues.begin()];
-      item.row_end = std::min(item.row_end, item.row_begin + most->left());
-      if (item.row_end > item.row_begin) prefill(p, plan.sequences[item.batch], item, parts, *most);
+      item.row_end = std::min(item.row_end, item.row_begin + left);
+      prefill(p, plan.sequences[item.batch], item, parts, *most);
       return true;
     };
     parallel(p, static_cast<int64_t>(queues.size()), plan.cost, attend_item, join_item);

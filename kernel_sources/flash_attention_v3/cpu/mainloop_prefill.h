@@ -24,6 +24,8 @@ struct Prefill {
 
 #ifdef JIT_KERNEL_AMX
   static constexpr bool kTiles = sizeof(Math) == 2;  // fp16 only where amx_fp16_allowed()
+#else
+  static constexpr bool kTiles = false;
 #endif
 
   // Of a tile of rows: it is this thread's, its queries are loaded, its sums hold something, they
@@ -122,10 +124,11 @@ struct Prefill {
     std::memset(static_cast<void*>(to), 0,
                 static_cast<size_t>((kTileRows - rows) * sizes.depth) * sizeof(Math));
     state_of(row) = TileState::kLoaded;
-    if (!params.only_qv) find_next(params, s, item, row - kTileRows);
+    if (kTiles && !params.only_qv) find_next(params, s, item, row - kTileRows);
   }
 
-  // The queries of the tile from row `row` on are to be asked for, where there is one.
+  // The queries of the tile from row `row` on are to be asked for, where there is one; the AMX
+  // pipeline does that (ask_for_queries).
   template <class Params>
   void find_next(const Params& params, const Sequence& s, const Item& item, int64_t row) {
     asked = kTileRows;
