@@ -31,6 +31,8 @@ Device = torch.device | str | None
 _loaded: dict[torch.device | str, tuple[config.Settings, Kernels]] = {}
 _supported: dict[torch.device | str, tuple[config.Settings, bool]] = {}
 _loading = threading.Lock()
+# Of the CPU, once it is loaded: the settings it was loaded under, and functions that serve plain calls unchecked.
+_plain: tuple[config.Settings | None, Kernels] = (None, {})
 
 
 def _device_of(device: Device) -> torch.device | str:
@@ -79,6 +81,7 @@ def _load_fa3_kernels(device: Device = None) -> Kernels:
     mapping is remembered, for each device. Its functions do not check their arguments. Raises NotImplementedError
     when nothing serves the device, and what `jit.load` raises.
     """
+    global _plain
     if device.__class__ is torch.device:  # as of every tensor: found without a question to torch
         known = _loaded.get(device)
         if known is not None and known[0] is config.settings():
@@ -92,6 +95,9 @@ def _load_fa3_kernels(device: Device = None) -> Kernels:
 
             functions = dispatch.kernels(str(found), device_target(found))
             known = _loaded[found] = (settings, MappingProxyType(dict(functions)))
+            if str(found) == "cpu":
+                plain = dispatch.plain_kernels(device_target(found))
+                _plain = (settings if plain else None, plain)
     return known[1]
 
 
@@ -105,6 +111,15 @@ def _first_check(function: str, call: dict[str, Any]) -> None:
 
 
 _check_attention: Callable[[str, dict[str, Any]], None] = _first_check
+
+
+def _plain_call(function: str, call: dict[str, Any]) -> Tensor | tuple[Tensor, Tensor] | None:
+    """The result of a call that its implementation checks for itself; None where there is none or it declines."""
+    settings, functions = _plain
+    if settings is None or settings is not config.settings():
+        return None
+    result: Tensor | tuple[Tensor, Tensor] | None = functions[function](**call)
+    return result
 
 
 def flash_attn_varlen_func(
@@ -187,8 +202,10 @@ def flash_attn_varlen_func(
     }
     if is_compiling():
         return operators.varlen(call)
-    _check_attention("flash_attn_varlen_func", call)
-    result: Tensor | tuple[Tensor, Tensor] = _load_fa3_kernels(q.device)["flash_attn_varlen_func"](**call)
+    result: Tensor | tuple[Tensor, Tensor] | None = _plain_call("flash_attn_varlen_func", call)
+    if result is None:
+        _check_attention("flash_attn_varlen_func", call)
+        result = _load_fa3_kernels(q.device)["flash_attn_varlen_func"](**call)
     return result
 
 
@@ -280,8 +297,10 @@ def flash_attn_with_kvcache(
     }
     if is_compiling():
         return operators.kvcache(call)
-    _check_attention("flash_attn_with_kvcache", call)
-    result: Tensor | tuple[Tensor, Tensor] = _load_fa3_kernels(q.device)["flash_attn_with_kvcache"](**call)
+    result: Tensor | tuple[Tensor, Tensor] | None = _plain_call("flash_attn_with_kvcache", call)
+    if result is None:
+        _check_attention("flash_attn_with_kvcache", call)
+        result = _load_fa3_kernels(q.device)["flash_attn_with_kvcache"](**call)
     return result
 
 
@@ -334,8 +353,10 @@ def flash_attn_func(
     }
     if is_compiling():
         return operators.dense(call)
-    _check_attention("flash_attn_func", call)
-    result: Tensor | tuple[Tensor, Tensor] = _load_fa3_kernels(q.device)["flash_attn_func"](**call)
+    result: Tensor | tuple[Tensor, Tensor] | None = _plain_call("flash_attn_func", call)
+    if result is None:
+        _check_attention("flash_attn_func", call)
+        result = _load_fa3_kernels(q.device)["flash_attn_func"](**call)
     return result
 
 

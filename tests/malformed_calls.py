@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -110,6 +110,26 @@ def merge() -> Call:
     return {"out_a": a, "lse_a": torch.randn(4, 6), "out_b": b, "lse_b": torch.randn(4, 6)}
 
 
+def plain_dense() -> Call:
+    """What the CPU library checks for itself: the calls above ask for more (sinks, seqused_q, new keys)."""
+    return {name: value for name, value in dense().items() if name != "sinks"}
+
+
+def plain_varlen() -> Call:
+    return {name: value for name, value in varlen().items() if name != "seqused_q"}
+
+
+def plain_cache() -> Call:
+    call = {"q": torch.randn(2, 2, 4, 32), "k_cache": torch.randn(2, 16, 2, 32), "v_cache": torch.randn(2, 16, 2, 32)}
+    return call | {"cache_seqlens": ints(4, 13), "causal": True, "out": torch.randn(2, 2, 4, 32)}
+
+
+def plain_paged_cache() -> Call:
+    call = {"q": torch.randn(3, 4, 32), "k_cache": torch.randn(8, 4, 2, 32), "v_cache": torch.randn(8, 4, 2, 32)}
+    call |= {"cu_seqlens_q": ints(0, 1, 3), "max_seqlen_q": 2, "cache_seqlens": ints(7, 5)}
+    return call | {"page_table": ints(1, 2, 3, 4).reshape(2, 2)}
+
+
 FUNCTIONS: dict[Callable[[], Call], Callable[..., Any]] = {
     dense: jit_kernel.flash_attn_func,
     varlen: jit_kernel.flash_attn_varlen_func,
@@ -123,6 +143,10 @@ FUNCTIONS: dict[Callable[[], Call], Callable[..., Any]] = {
     metadata: jit_kernel.get_scheduler_metadata,
     combine: jit_kernel.flash_attn_combine,
     merge: jit_kernel.merge_state,
+    plain_dense: jit_kernel.flash_attn_func,
+    plain_varlen: jit_kernel.flash_attn_varlen_func,
+    plain_cache: jit_kernel.flash_attn_with_kvcache,
+    plain_paged_cache: jit_kernel.flash_attn_with_kvcache,
 }
 # Arguments that an earlier one answers for: of q's own errors, another argument is named.
 _OWNERS = {"q", "out_partial", "out_a", "cache_seqlens of metadata"}
@@ -186,7 +210,7 @@ def of_tensors() -> Iterator[Malformed]:
 
 def of_numbers() -> Iterator[Malformed]:
     """Numbers of the wrong type, out of range, not finite, huge."""
-    for base in (dense, varlen, cache):
+    for base in (dense, varlen, cache, plain_dense, plain_varlen, plain_cache):
         for name in ("causal", "return_softmax_lse"):
             yield Malformed(base, name, lambda _, name=name: {name: 1}, TypeError, "must be a bool")
         yield Malformed(base, "pack_gqa", lambda _: {"pack_gqa": 0}, TypeError, "must be a bool")
@@ -340,6 +364,47 @@ def of_indices() -> Iterator[Malformed]:
     yield holds(paged_cache, "cache_batch_idx", "a row of page_table", ints(0, 2))
 
 
+def of_plain_calls() -> Iterator[Malformed]:
+    """What malforms a call of dense() or varlen() malforms the plain one, too; and the same for caches."""
+    for plain, full in ((plain_dense, dense), (plain_varlen, varlen)):
+        known = plain()
+        for case in (*of_shapes(), *of_indices()):
+            if case.base is full and case.named in known:
+                yield replace(case, base=plain)
+    for name in ("max_seqlen_q", "max_seqlen_k"):
+        for value in (-1, 0, 1, 4, 2**31):
+            yield _shape(plain_varlen, name, f"is {value};", **{name: value})
+        yield Malformed(plain_varlen, name, lambda _, n=name: {n: 5.0}, TypeError, "must be an int")
+    three = {"q": torch.randn(2, 5, 3, 32), "v": torch.randn(2, 7, 2, 32), "out": None}
+    yield _shape(plain_dense, "q", "multiple of k's 2 heads", **three)
+    yield _shape(plain_dense, "k", "dtype int32", k=torch.ones(2, 7, 2, 32, dtype=torch.int32))
+    yield _shape(plain_dense, "out", "dv", out=torch.randn(2, 4, 4, 16))
+    for sequences in (1, 3):
+        k = torch.randn(sequences, 7, 2, 32)
+        yield _shape(plain_dense, "k", "b = 2", k=k, v=k[..., :16])
+    yield _shape(plain_varlen, "cu_seqlens_k", "with page_table", page_table=torch.zeros(2, 8).int())
+    yield _shape(plain_varlen, "cu_seqlens_k", "must be at most 12", cu_seqlens_k=ints(0, 5, 13), seqused_k=None)
+    yield _shape(plain_varlen, "seqused_k", "(b,)", seqused_k=ints(1, 2, 3))
+    yield _shape(plain_varlen, "cu_seqlens_q", "dtype float32", cu_seqlens_q=torch.tensor([0.0, 4.0, 9.0]))
+    for numbers in (ints(-1, 3), ints(3, 17), ints(INT32_MAX, 3)):
+        yield _shape(plain_cache, "cache_seqlens", "must be between 0 and 16", cache_seqlens=numbers)
+    yield _shape(plain_cache, "cache_seqlens", "(b,)", cache_seqlens=ints(1, 2, 3))
+    yield _shape(plain_cache, "k_cache", "b = 2", k_cache=torch.randn(3, 16, 2, 32))
+    yield _shape(plain_cache, "v_cache", "(b, sk, hk, dv)", v_cache=torch.randn(2, 15, 2, 32))
+    yield _shape(plain_cache, "q", "multiple of k_cache's 2 heads", q=torch.randn(2, 2, 3, 32))
+    for value in (-1, 0, 1, 2**31):
+        yield _shape(plain_cache, "max_seqlen_q", f"is {value};", max_seqlen_q=value)
+    yield _shape(plain_paged_cache, "cache_seqlens", "too narrow", cache_seqlens=ints(9, 0))
+    yield _shape(plain_paged_cache, "cache_seqlens", "with page_table", cache_seqlens=None)
+    yield _shape(plain_paged_cache, "page_table", "max_pages", page_table=ints(1, 2, 3, 4).reshape(1, 4))
+    for page in (-1, 8, INT32_MAX):
+        table = ints(1, page, 3, 4).reshape(2, 2)
+        yield _shape(plain_paged_cache, "page_table[0, 1]", "between 0 and 7", page_table=table)
+    yield _shape(plain_paged_cache, "page_table", "contiguous", page_table=ints(1, 2, 0, 3, 4, 0).reshape(2, 3)[:, :2])
+    yield _shape(plain_paged_cache, "cu_seqlens_q", "decreases", cu_seqlens_q=ints(0, 4, 3))
+    yield _shape(plain_paged_cache, "v_cache", "(pages, page_size, hk, dv)", v_cache=torch.randn(7, 4, 2, 32))
+
+
 def of_gradients() -> Iterator[Malformed]:
     for base in FUNCTIONS:
         for name, value in base().items():
@@ -440,8 +505,10 @@ def of_devices() -> Iterator[Malformed]:
     """What the CPU cannot do."""
     for d, dv in ((513, 16), (16, 520)):
         call = {"q": torch.randn(1, 1, 1, d), "k": torch.randn(1, 1, 1, d), "v": torch.randn(1, 1, 1, dv)}
-        call |= {"out": torch.randn(1, 1, 1, dv), "sinks": None}
-        yield Malformed(dense, f"{d}/{dv}", lambda _, c=call: c, NotImplementedError, "head sizes up to 512")
+        call |= {"out": torch.randn(1, 1, 1, dv)}
+        for base in (dense, plain_dense):
+            without = call | ({"sinks": None} if base is dense else {})
+            yield Malformed(base, f"{d}/{dv}", lambda _, c=without: c, NotImplementedError, "head sizes up to 512")
 
 
 INDEX_CASES = list(of_indices())
@@ -450,6 +517,7 @@ CASES = [
     *of_numbers(),
     *of_shapes(),
     *INDEX_CASES,
+    *of_plain_calls(),
     *of_gradients(),
     *of_metadata(),
     *of_results(),

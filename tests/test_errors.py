@@ -31,6 +31,13 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _every_library_is_loaded():
+    """So that what checks plain calls in Python's place sees the malformed ones."""
+    for base, function in FUNCTIONS.items():
+        function(**base())
+
+
 def _bytes(tensor: Tensor) -> bytes | None:
     """All of the memory behind a tensor, gaps included; None where there is none to read."""
     if tensor.layout is not torch.strided or tensor.device.type == "meta":

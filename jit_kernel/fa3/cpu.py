@@ -15,7 +15,7 @@ from torch import Tensor
 
 from jit_kernel import jit
 from jit_kernel.device import Target, cpu_target
-from jit_kernel.fa3 import scheduler_header
+from jit_kernel.fa3 import cpu_plain, scheduler_header
 from jit_kernel.fa3.attention_shapes import default_scale
 from jit_kernel.fa3.combine_arguments import lse_shape
 from jit_kernel.fa3.variants import DTYPE_NAMES, Accepted, Decision, Features, Rejected, refusal
@@ -96,7 +96,9 @@ def _forward(q: Tensor, v: Tensor) -> Callable[..., None]:
         decision = _decide_sizes(key[1], key[2])
         if isinstance(decision, Rejected):
             raise refusal(f"head sizes {key[1]}/{key[2]} on {cpu_target()}", [(NAME, decision)])
-        forward = _forwards[key] = jit.load(forward_spec(DTYPE_NAMES[q.dtype]), cpu_target()).forward
+        library = jit.load(forward_spec(DTYPE_NAMES[q.dtype]), cpu_target())
+        forward = _forwards[key] = library.forward
+        cpu_plain.serve(q.dtype, library)
     return forward
 
 
@@ -115,10 +117,11 @@ def _results(
     if out is None:
         dtype = torch.bfloat16 if q.dtype == torch.float8_e4m3fn else q.dtype
         shape = (*q.shape[:-1], v.shape[-1])
-        out = torch.zeros(shape, dtype=dtype) if partly else torch.empty(shape, dtype=dtype)
+        make = torch.zeros if partly else torch.empty
+        out = make(shape, dtype=dtype, device="cpu")  # whatever the default device is
     lse = None
     if with_lse:
-        lse = torch.empty(lse_shape(q), dtype=torch.float32)
+        lse = torch.empty(lse_shape(q), dtype=torch.float32, device="cpu")
         if partly:
             lse.fill_(-math.inf)
     return out, lse
@@ -354,16 +357,17 @@ def flash_attn_combine(
 ) -> tuple[Tensor, Tensor]:
     """See `jit_kernel.flash_attention_v3.flash_attn_combine`."""
     if out is None:
-        out = torch.empty(out_partial.shape[1:], dtype=out_partial.dtype if out_dtype is None else out_dtype)
-    lse = torch.empty(out_partial.shape[1:-1], dtype=torch.float32)
+        dtype = out_partial.dtype if out_dtype is None else out_dtype
+        out = torch.empty(out_partial.shape[1:], dtype=dtype, device="cpu")
+    lse = torch.empty(out_partial.shape[1:-1], dtype=torch.float32, device="cpu")
     _combine("combine")(out_partial, lse_partial, out, lse)
     return out, lse
 
 
 def merge_state(*, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """See `jit_kernel.flash_attention_v3.merge_state`."""
-    out = torch.empty(out_a.shape, dtype=out_a.dtype)
-    lse = torch.empty(lse_a.shape, dtype=torch.float32)
+    out = torch.empty(out_a.shape, dtype=out_a.dtype, device="cpu")
+    lse = torch.empty(lse_a.shape, dtype=torch.float32, device="cpu")
     by_token = (x.transpose(-1, -2) for x in (lse_a, lse_b, lse))
     lse_a, lse_b, lse_out = by_token
     _combine("merge_state")(out_a, lse_a, out_b, lse_b, out, lse_out)
@@ -380,3 +384,4 @@ KERNELS: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "merge_state": merge_state,
     }
 )
+PLAIN = cpu_plain.PLAIN

@@ -6,11 +6,9 @@
 #include "flash_attention_v3/cpu/mainloop_decode.h"
 #include "flash_attention_v3/cpu/mainloop_decode_amx.h"
 #include "flash_attention_v3/cpu/mainloop_prefill.h"
-#include "jit_kernel/cpu/ffi_arguments.h"
+#include "flash_attention_v3/cpu/plain_call.h"
 
 namespace jit_kernel {
-
-using MaybeTensor = std::optional<TensorView>;
 
 template <class Element>
 inline Element* data_of(const TensorView& t) {
@@ -222,18 +220,37 @@ struct Forward {
     }
   }
 
+  static void set_tensors(const TensorView& q, const TensorView& k, const TensorView& v,
+                          const TensorView& out, const MaybeTensor& lse, Params& p) {
+    p.q = rows_of<const Element>(q), p.k = rows_of<Element>(k), p.v = rows_of<Element>(v);
+    p.out = rows_of<Output>(out), p.stream_out = streams(out, p.out);
+    if (lse.has_value()) {  // (heads, rows) or (batch, heads, rows)
+      int32_t n = lse->ndim();
+      p.lse = {data_of<float>(*lse), n == 3 ? lse->stride(0) : 0, lse->stride(n - 1),
+               lse->stride(n - 2)};
+    }
+    p.batch = q.size(0), p.heads = q.size(q.ndim() - 2), p.d = q.size(q.ndim() - 1);
+    p.heads_k = k.size(k.ndim() - 2), p.dv = v.size(v.ndim() - 1), p.group = p.heads / p.heads_k;
+    p.rows_q = q.size(q.ndim() - 3), p.rows_k = k.size(k.ndim() - 3);
+  }
+
+  static void set_layout(const MaybeTensor& page_table, const MaybeTensor& cu_seqlens_q,
+                         const MaybeTensor& cu_seqlens_k, const TensorView& k, Params& p) {
+    p.page_table = data_or_null<int32_t>(page_table);
+    p.page_size = page_table.has_value() ? k.size(1) : 0;
+    p.table_width = page_table.has_value() ? page_table->size(1) : 0;
+    p.cu_seqlens_q = data_or_null<int32_t>(cu_seqlens_q);
+    if (cu_seqlens_q.has_value()) p.batch = cu_seqlens_q->size(0) - 1;
+    p.cu_seqlens_k = data_or_null<int32_t>(cu_seqlens_k);
+  }
+
   // From k_new to v_descale, in the order of the call.
   static void read_optional(FfiArguments& a, const TensorView& k, Params& p) {
     MaybeTensor k_new = a.maybe_tensor();
     p.k_new = rows_or_null<Element>(k_new), p.v_new = rows_or_null<Element>(a.maybe_tensor());
     p.rows_new = k_new.has_value() ? k_new->size(k_new->ndim() - 3) : 0;
     MaybeTensor page_table = a.maybe_tensor(), cu_seqlens_q = a.maybe_tensor();
-    p.page_table = data_or_null<int32_t>(page_table);
-    p.page_size = page_table.has_value() ? k.size(1) : 0;
-    p.table_width = page_table.has_value() ? page_table->size(1) : 0;
-    p.cu_seqlens_q = data_or_null<int32_t>(cu_seqlens_q);
-    if (cu_seqlens_q.has_value()) p.batch = cu_seqlens_q->size(0) - 1;
-    p.cu_seqlens_k = data_or_null<int32_t>(a.maybe_tensor());
+    set_layout(page_table, cu_seqlens_q, a.maybe_tensor(), k, p);
     p.cu_seqlens_k_new = data_or_null<int32_t>(a.maybe_tensor());
     p.seqused_q = data_or_null<int32_t>(a.maybe_tensor());
     p.seqused_k = data_or_null<int32_t>(a.maybe_tensor());
@@ -252,41 +269,69 @@ struct Forward {
     p.v_descale = descale_of(a.maybe_tensor());
   }
 
+  static void set_window(bool causal, int64_t left, int64_t right, Params& p) {
+    p.window_left = left, p.window_right = causal ? 0 : right;
+  }
+
   static constexpr int32_t kArguments = 33;
 
   static void call(FfiArguments& a) {
     TensorView q = a.tensor(), k = a.tensor(), v = a.tensor(), out = a.tensor();
-    MaybeTensor lse = a.maybe_tensor();
     Params p;
-    p.q = rows_of<const Element>(q), p.k = rows_of<Element>(k), p.v = rows_of<Element>(v);
-    p.out = rows_of<Output>(out), p.stream_out = streams(out, p.out);
+    set_tensors(q, k, v, out, a.maybe_tensor(), p);
     p.qv = rows_or_null<Element>(a.maybe_tensor());
-    if (lse.has_value()) {  // (heads, rows) or (batch, heads, rows)
-      int32_t n = lse->ndim();
-      p.lse = {data_of<float>(*lse), n == 3 ? lse->stride(0) : 0, lse->stride(n - 1),
-               lse->stride(n - 2)};
-    }
-    p.batch = q.size(0), p.heads = q.size(q.ndim() - 2), p.d = q.size(q.ndim() - 1);
-    p.heads_k = k.size(k.ndim() - 2), p.dv = v.size(v.ndim() - 1), p.group = p.heads / p.heads_k;
-    p.rows_q = q.size(q.ndim() - 3), p.rows_k = k.size(k.ndim() - 3);
     read_optional(a, k, p);
     std::vector<float> sink_memory;
     p.sinks = sinks_as_float<Element>(a.maybe_tensor(), sink_memory);
     p.softmax_scale = static_cast<float>(a.number());
     bool causal = a.boolean();
-    p.window_left = a.integer(), p.window_right = a.integer();
-    if (causal) p.window_right = 0;
+    int64_t left = a.integer();
+    set_window(causal, left, a.integer(), p);
     p.attention_chunk = a.integer(), p.softcap = static_cast<float>(a.number());
     p.rotary_interleaved = a.boolean(), p.only_qv = a.boolean();
     p.num_splits = a.integer(), p.num_threads = a.integer();
     check_pages(p, k.size(0));
     attend(p);
   }
+
+  static constexpr int32_t kPlainArguments = 19;
+
+  // A plain call: checked, computed and true; or nothing at all and false. A page that is none is a
+  // ValueError here, too.
+  static bool plain_call(FfiArguments& a) {
+    TensorView q = a.tensor(), k = a.tensor(), v = a.tensor(), out = a.tensor();
+    MaybeTensor lse = a.maybe_tensor(), page_table = a.maybe_tensor();
+    MaybeTensor cu_seqlens_q = a.maybe_tensor(), cu_seqlens_k = a.maybe_tensor();
+    PlainTensors t{q, k, v, out, page_table, cu_seqlens_q, cu_seqlens_k, a.maybe_tensor()};
+    if (!shapes_fit(t, dtype_of<Element>(), dtype_of<Output>())) return false;
+    PlainNumbers n;
+    n.max_seqlen_q = a.maybe_integer(), n.max_seqlen_k = a.maybe_integer();
+    n.softmax_scale = a.maybe_number().value_or(1.0 / std::sqrt(q.size(q.ndim() - 1)));
+    bool causal = a.boolean();
+    int64_t left = a.integer(), right = a.integer();
+    n.attention_chunk = a.integer(), n.softcap = a.number(), n.num_splits = a.integer();
+    Params p;
+    set_tensors(q, k, v, out, lse, p);
+    set_layout(page_table, cu_seqlens_q, cu_seqlens_k, k, p);
+    p.seqused_k = data_or_null<int32_t>(t.seqused_k);
+    if (!numbers_fit(n) || !lengths_fit(p, n)) return false;
+    set_window(causal, left, right, p);
+    p.softmax_scale = static_cast<float>(n.softmax_scale),
+    p.softcap = static_cast<float>(n.softcap);
+    p.attention_chunk = n.attention_chunk, p.num_splits = n.num_splits;
+    p.num_threads = a.integer();
+    check_pages(p, k.size(0));
+    attend(p);
+    return true;
+  }
 };
 
 }  // namespace jit_kernel
 
 // The element type by its name in jit_kernel: f32, bf16, fp16 or e4m3.
-#define JIT_KERNEL_EXPORT_FORWARD(element, ...)                                        \
-  JIT_KERNEL_EXPORT(forward, ::jit_kernel::Forward<::jit_kernel::element>::kArguments, \
-                    ::jit_kernel::Forward<::jit_kernel::element>::call)
+#define JIT_KERNEL_EXPORT_FORWARD(element, ...)                                             \
+  JIT_KERNEL_EXPORT(forward, ::jit_kernel::Forward<::jit_kernel::element>::kArguments,      \
+                    ::jit_kernel::Forward<::jit_kernel::element>::call)                     \
+  JIT_KERNEL_EXPORT_QUESTION(plain_forward,                                                 \
+                             ::jit_kernel::Forward<::jit_kernel::element>::kPlainArguments, \
+                             ::jit_kernel::Forward<::jit_kernel::element>::plain_call)

@@ -26,14 +26,19 @@ class FfiArguments {
   int64_t integer() { return read<int64_t>("an integer"); }
   bool boolean() { return read<bool>("a bool"); }
 
-  // A tensor, or nothing for None.
-  std::optional<TensorView> maybe_tensor() {
-    if (values_[next_] != nullptr) return tensor();
+  // One of these, or nothing for None.
+  std::optional<TensorView> maybe_tensor() { return maybe(&FfiArguments::tensor); }
+  std::optional<double> maybe_number() { return maybe(&FfiArguments::number); }
+  std::optional<int64_t> maybe_integer() { return maybe(&FfiArguments::integer); }
+
+ private:
+  template <class T>
+  std::optional<T> maybe(T (FfiArguments::*read)()) {
+    if (values_[next_] != nullptr) return (this->*read)();
     ++next_;
     return std::nullopt;
   }
 
- private:
   template <class T>
   __attribute__((noinline)) T read(const char* what) {
     std::optional<T> value = values_[next_].try_cast<T>();
@@ -51,12 +56,23 @@ class FfiArguments {
 
 }  // namespace jit_kernel
 
-// Exports function(FfiArguments&) as `name`, which takes `count` arguments.
+// Exports function(FfiArguments&) as `name`, which takes `count` arguments and returns nothing.
 #define JIT_KERNEL_EXPORT(name, count, function)                                                \
   extern "C" TVM_FFI_DLL_EXPORT int __tvm_ffi_##name(void*, const TVMFFIAny* values, int32_t n, \
                                                      TVMFFIAny*) {                              \
     TVM_FFI_SAFE_CALL_BEGIN();                                                                  \
     ::jit_kernel::FfiArguments arguments(#name, values, n, count);                              \
     function(arguments);                                                                        \
+    TVM_FFI_SAFE_CALL_END();                                                                    \
+  }
+
+// The same for a function that returns a bool.
+#define JIT_KERNEL_EXPORT_QUESTION(name, count, function)                                       \
+  extern "C" TVM_FFI_DLL_EXPORT int __tvm_ffi_##name(void*, const TVMFFIAny* values, int32_t n, \
+                                                     TVMFFIAny* result) {                       \
+    TVM_FFI_SAFE_CALL_BEGIN();                                                                  \
+    ::jit_kernel::FfiArguments arguments(#name, values, n, count);                              \
+    const bool answer = function(arguments);                                                    \
+    result->type_index = kTVMFFIBool, result->zero_padding = 0, result->v_int64 = answer;       \
     TVM_FFI_SAFE_CALL_END();                                                                    \
   }
