@@ -12,7 +12,7 @@ import torch
 import jit_kernel.flash_attention_v3 as fa3
 from jit_kernel import device
 from jit_kernel.device import Target, cpu_target
-from jit_kernel.fa3 import cpu
+from jit_kernel.fa3 import cpu, cpu_plain
 
 FUNCTIONS = {name: getattr(fa3, name) for name in (cases.VARLEN, cases.KVCACHE, cases.DENSE)}
 CASES = 60
@@ -37,6 +37,7 @@ def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     monkeypatch.setattr(cpu, "cpu_target", lambda: wanted)
     monkeypatch.setattr(cpu, "_forwards", {})
     monkeypatch.setattr(cpu, "_combines", {})
+    monkeypatch.setattr(cpu_plain, "_libraries", {})
     return wanted
 
 

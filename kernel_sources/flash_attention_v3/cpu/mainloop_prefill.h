@@ -93,6 +93,7 @@ struct Prefill {
   Math* q_of(int64_t row) const { return queries[row / kTileRows]; }
   float* sums_of(int64_t row) const { return sums + row % sum_rows * sizes.dv; }
   TileState& state_of(int64_t row) const { return states[row / kTileRows]; }
+  bool has_sums(int64_t row) const { return state_of(row) == TileState::kBegun; }
 
   template <class Params>
   void begin_rows(const Params& params, const Sequence& s, const Item& item) {
@@ -241,7 +242,7 @@ struct Prefill {
             sums_of(t.row),
             sizes.dv,
             t.columns,
-            state_of(t.row) == TileState::kBegun,
+            has_sums(t.row),
             t.columns,
             t.from};
   }

@@ -47,12 +47,12 @@ class TilePipeline {
         if (t.columns > 0) return load(t.row), true;
       }
     };
-    Tile tiles[2];
+    Tile tiles[2] = {};
     bool found = find(tiles[0]);
     for (int i = 0; found; i ^= 1) {
-      const Tile &t = tiles[i], &next = tiles[i ^ 1];
+      Tile &t = tiles[i], &next = tiles[i ^ 1];
       found = find(tiles[i ^ 1]);
-      attend(tiles[i], found ? &next : nullptr);
+      attend(t, found ? &next : nullptr);
       if (found && next.row == t.row) continue;
       products_.finish();
       write(t.row);
@@ -71,17 +71,12 @@ class TilePipeline {
   };
   static_assert(sizeof(Row) == kChunk * sizeof(float), "one offset for both");
 
-  JIT_KERNEL_INLINE void attend(Tile& t, const Tile* next) {
+  JIT_KERNEL_INLINE void attend(Tile& t, Tile* next) {
     std::fill(t.factors, t.factors + kRows, 1.0f);
     bool raised = false;
     if (has_new_row(t)) {
       begin_scores(t, nullptr);
-      if (!sees_all(t, 0) || scale_.transform) hide(t, 0);
-      const float* scores = buffer(0);
-      for (int64_t r = 0; r < kRows; ++r, scores += kChunk) {
-        rows_[r].lanes = simd::max(simd::load(scores), simd::load(scores + simd::kLanes));
-      }
-      raise_maxima(t);
+      begin_maxima(t);
       raised = has_new_row(t);  // one that sees nothing of the first chunk
       if (raised) largest(t), raise_maxima(t);
     }
@@ -97,8 +92,21 @@ class TilePipeline {
     const int64_t panels = prefill_.sizes.dv / simd::kLanes;
     for (int64_t j = 0; j < panels; j += 2) {
       products_.multiply(g, j, panels, [] {});
-      if (j == 0) add_row_sums(t);
+      if (j > 0) continue;
+      add_row_sums(t);
+      // While the values are added: 3 % of a prefill of 512 keys.
+      if (next && next->row != t.row && !prefill_.has_sums(next->row)) begin_maxima(*next);
     }
+  }
+
+  // The maxima of a tile's first chunk, whose scores are made.
+  JIT_KERNEL_INLINE void begin_maxima(Tile& t) {
+    if (!sees_all(t, 0) || scale_.transform) hide(t, 0);
+    const float* scores = buffer(0);
+    for (int64_t r = 0; r < kRows; ++r, scores += kChunk) {
+      rows_[r].lanes = simd::max(simd::load(scores), simd::load(scores + simd::kLanes));
+    }
+    raise_maxima(t);
   }
 
   bool has_new_row(const Tile& t) const {
