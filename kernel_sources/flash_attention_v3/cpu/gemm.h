@@ -49,14 +49,14 @@ struct GemmArgs {
 // Every loop over the sums is unrolled, or the compiler keeps them on the stack around the products
 // (5 % of a float32 prefill). Two pointers to A and two to B, which the loop hides from the
 // compiler: left alone it keeps one for each row and panel, more than there are registers, and a
-// tenth of the time goes to the stack. Four steps of the depth, which is a multiple of them, a
-// loop: 6 of 40 instructions are the loop's, and a core whose other thread is busy feels them (2 to
-// 3 %).
+// tenth of the time goes to the stack. Floats take four steps of the depth, which is a multiple
+// of them, a loop: 6 of 40 instructions are the loop's, and a core whose other thread is busy feels
+// them (2 to 3 %).
 template <class Math, int kRows, int kPanels>
 inline void gemm_tile(const GemmArgs<Math>& g, int64_t row, int64_t first_panel) {
   using simd::kLanes;
   constexpr int kUpper = (kRows + 1) / 2, kLeft = (kPanels + 1) / 2;
-  constexpr int64_t kTogether = 4 * kStep<Math>;
+  constexpr int64_t kTogether = std::is_same<Math, float>::value ? 4 : kStep<Math>;
   float* c = g.c + row * g.ldc + first_panel * kLanes;
   const Math *a = g.a + row * g.lda, *lower = a + kUpper * g.lda;
   const Math *b = g.b + first_panel * g.panel, *right = b + kLeft * g.panel;
