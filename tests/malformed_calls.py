@@ -233,7 +233,7 @@ def of_numbers() -> Iterator[Malformed]:
             yield Malformed(base, "window_size", lambda _, w=window: {"window_size": w}, TypeError, "pair")
         for window in ((-2, 0), (0, -2), (2**31, 0), (0, 2**40)):
             yield Malformed(base, "window_size", lambda _, w=window: {"window_size": w}, ValueError, "between -1")
-        for window in ((1.0, 0), (0, None), (True, 1)):
+        for window in ((1.0, 0), (0, None), (True, 1), (-1.0, -1)):
             yield Malformed(base, "window_size", lambda _, w=window: {"window_size": w}, TypeError, "must be an int")
     for base, name in ((varlen, "max_seqlen_q"), (varlen, "max_seqlen_k"), (cache, "max_seqlen_q")):
         for value in (-1, 0, 1, 2**31):

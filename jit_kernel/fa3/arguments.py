@@ -17,7 +17,7 @@ from jit_kernel import config
 from jit_kernel.fa3 import attention_shapes, index_checks
 from jit_kernel.fa3.argument_shapes import FLOAT32_MAX, FLOAT32_MIN, INT32_MAX, MAX_SPLITS, need_present, need_range
 from jit_kernel.fa3.attention_shapes import Facts
-from jit_kernel.fa3.scheduler_header import checked_window
+from jit_kernel.fa3.scheduler_header import checked_window, is_unbounded
 
 _MOST_REMEMBERED = 8192  # a ragged server makes new shapes for ever; the memory of them must not grow so
 
@@ -97,7 +97,7 @@ def check_numbers(call: dict[str, Any]) -> None:
     softcap = call["softcap"]
     if softcap != 0 and not FLOAT32_MIN <= softcap <= FLOAT32_MAX:
         raise ValueError(f"softcap is {softcap}; it must be 0 (off), or positive and finite in float32")
-    if call["window_size"] != (-1, -1) or call["window_size"].__class__ is not tuple:
+    if not is_unbounded(call["window_size"]):
         call["window_size"] = checked_window(call["window_size"])
     chunk = call["attention_chunk"]
     if chunk is None:

@@ -15,11 +15,9 @@ import torch
 from torch import Tensor
 
 from jit_kernel.fa3.combine_arguments import lse_shape
-from jit_kernel.fa3.scheduler_header import checked_window
+from jit_kernel.fa3.scheduler_header import checked_window, is_unbounded
 
 Result = Tensor | tuple[Tensor, Tensor]
-
-_NO_WINDOW = (-1, -1)
 
 # By the inputs' dtype: plain_forward of a library that was loaded, and the dtype of out.
 _libraries: dict[torch.dtype, tuple[Callable[..., bool], torch.dtype]] = {}
@@ -244,35 +242,16 @@ def _attend(
         (q.requires_grad or k.requires_grad or v.requires_grad) or (out is not None and out.requires_grad)
     ):
         return None
-    left = right = -1
-    if window_size.__class__ is not tuple or window_size != _NO_WINDOW:
-        left, right = checked_window(window_size)
+    left, right = window_size if is_unbounded(window_size) else checked_window(window_size)
     forward, out_dtype = library
     if out is None:  # of q's head size: another one is declined
         out = torch.empty(q.shape, dtype=out_dtype, device="cpu")
     lse = torch.empty(lse_shape(q), dtype=torch.float32, device="cpu") if return_softmax_lse else None
+    tensors = (q, k, v, out, lse, page_table, cu_seqlens_q, cu_seqlens_k, seqused_k)
+    lengths = (max_seqlen_q, max_seqlen_k)
+    numbers = (softmax_scale, causal, left, right, attention_chunk, softcap, num_splits, torch.get_num_threads())
     try:
-        served = forward(
-            q,
-            k,
-            v,
-            out,
-            lse,
-            page_table,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            seqused_k,
-            max_seqlen_q,
-            max_seqlen_k,
-            softmax_scale,
-            causal,
-            left,
-            right,
-            attention_chunk,
-            softcap,
-            num_splits,
-            torch.get_num_threads(),
-        )
+        served = forward(*tensors, *lengths, *numbers)
     except (RuntimeError, TypeError):  # no DLPack tensor (sparse, quantized) or no int64: the checks know its name
         return None
     if not served:

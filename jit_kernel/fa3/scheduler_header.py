@@ -94,6 +94,12 @@ def check_parameters(call: dict[str, Any]) -> None:
             need_index(name, call[name], (size,), form, device)
 
 
+def is_unbounded(window: Any) -> bool:
+    """Whether window_size is (-1, -1), in ints: most calls' needs no other check."""
+    ints = window.__class__ is tuple and len(window) == 2 and window[0].__class__ is window[1].__class__ is int
+    return ints and window == (-1, -1)
+
+
 def checked_window(window: Any) -> tuple[int, int]:
     """window_size as a pair of ints, -1 for a side without bound. Raises TypeError or ValueError."""
     if not isinstance(window, (tuple, list)) or len(window) != 2:
