@@ -31,8 +31,8 @@ Device = torch.device | str | None
 _loaded: dict[torch.device | str, tuple[config.Settings, Kernels]] = {}
 _supported: dict[torch.device | str, tuple[config.Settings, bool]] = {}
 _loading = threading.Lock()
-# Of the CPU, once it is loaded: the settings it was loaded under, and functions that serve plain calls unchecked.
-_plain: tuple[config.Settings | None, Kernels] = (None, {})
+# Of the CPU, once it is loaded: the settings it was loaded under, and what serves its plain calls unchecked.
+_plain: tuple[config.Settings | None, Callable[..., Any] | None] = (None, None)
 
 
 def _device_of(device: Device) -> torch.device | str:
@@ -96,8 +96,7 @@ def _load_fa3_kernels(device: Device = None) -> Kernels:
             functions = dispatch.kernels(str(found), device_target(found))
             known = _loaded[found] = (settings, MappingProxyType(dict(functions)))
             if str(found) == "cpu":
-                plain = dispatch.plain_kernels(device_target(found))
-                _plain = (settings if plain else None, plain)
+                _plain = (settings, dispatch.plain_attend(device_target(found)))
     return known[1]
 
 
@@ -115,10 +114,10 @@ _check_attention: Callable[[str, dict[str, Any]], None] = _first_check
 
 def _plain_call(function: str, call: dict[str, Any]) -> Tensor | tuple[Tensor, Tensor] | None:
     """The result of a call that its implementation checks for itself; None where there is none or it declines."""
-    settings, functions = _plain
-    if settings is None or settings is not config.settings():
+    settings, attend = _plain
+    if attend is None or settings is not config.settings():
         return None
-    result: Tensor | tuple[Tensor, Tensor] | None = functions[function](**call)
+    result: Tensor | tuple[Tensor, Tensor] | None = attend(function, call)
     return result
 
 

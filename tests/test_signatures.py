@@ -12,7 +12,7 @@ import pytest
 import jit_kernel
 from jit_kernel import config
 from jit_kernel.device import Target
-from jit_kernel.fa3 import cpu_plain, dispatch
+from jit_kernel.fa3 import dispatch
 from jit_kernel.fa3.dispatcher import Dispatcher
 
 PEERS = json.loads((Path(__file__).parent / "data" / "peer_signatures.json").read_text())
@@ -108,12 +108,6 @@ def test_implementation_has_the_public_signatures(name):
     assert name == module.NAME
     for function, found in signatures(module.KERNELS).items():
         assert found == parameters(getattr(jit_kernel, function)), f"{name}.{function}"
-
-
-def test_functions_for_plain_calls_have_the_public_signatures():
-    assert set(cpu_plain.PLAIN) < set(MAPPED)
-    for function, found in signatures(cpu_plain.PLAIN).items():
-        assert found == parameters(getattr(jit_kernel, function)), function
 
 
 @pytest.mark.parametrize("name", implementations())

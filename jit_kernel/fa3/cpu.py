@@ -384,4 +384,4 @@ KERNELS: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "merge_state": merge_state,
     }
 )
-PLAIN = cpu_plain.PLAIN
+plain_attend = cpu_plain.attend

@@ -94,7 +94,8 @@ class TilePipeline {
       products_.multiply(g, j, panels, [] {});
       if (j > 0) continue;
       add_row_sums(t);
-      // While the values are added: 3 % of a prefill of 512 keys.
+      // While the values are added: 3 % of a prefill of 512 keys. Not where it has sums already,
+      // for which it would have to remember its factors.
       if (next && next->row != t.row && !prefill_.has_sums(next->row)) begin_maxima(*next);
     }
   }
