@@ -68,7 +68,7 @@ struct Prefill {
     f(scores, kTileRows * std::max(score_stride(), 3 * kDepth)), f(p, kTileRows * block);
     f(spare, simd::kLanes * std::max(std::max(sizes.qk, sizes.qv), sizes.dv));
     f(spare_row, sizes.depth), f(turned, sizes.depth);
-    f(key_rows_, block), f(value_rows, block);
+    f(key_rows_, packed_keys()), f(value_rows, packed_keys());
   }
 
   int64_t packed_keys() const { return tiles.block * tiles.blocks; }  // at once
@@ -173,23 +173,31 @@ struct Prefill {
     state_of(row) = TileState::kWritten;
   }
 
+  // The keys first .. first + count - 1, block after block.
   template <class Params>
-  void pack_block(const Params& params, const Sequence& s, int64_t head_k, int64_t first,
-                  int64_t at, int64_t count) {
-    int64_t padded = round_up(count, kDepth), panel = simd::kLanes * sizes.depth;
+  void pack(const Params& params, const Sequence& s, int64_t head_k, int64_t first, int64_t count) {
+    if (!params.only_qv) key_rows(params, params.k, s, first, count, head_k, key_rows_);
+    key_rows(params, params.v, s, first, count, head_k, value_rows);
+    for (int64_t at = 0; at < count; at += tiles.block) pack_block(params, at, count - at);
+  }
+
+  // The block that begins `at` keys after the first of those that are packed, which are `left`
+  // more.
+  template <class Params>
+  void pack_block(const Params& params, int64_t at, int64_t left) {
+    const int64_t count = std::min(tiles.block, left), padded = round_up(count, kDepth);
+    const int64_t panel = simd::kLanes * sizes.depth;
     Math *to_keys = keys + at * sizes.depth, *to_values = values + at * sizes.dv;
-    key_rows(params, params.v, s, first + at, count, head_k, value_rows);
     if (!params.only_qv) {
-      key_rows(params, params.k, s, first + at, count, head_k, key_rows_);
-      pack_keys(key_rows_, count, params.d, sizes.qk, to_keys, panel, spare);
+      pack_keys(key_rows_ + at, count, left, params.d, sizes.qk, to_keys, panel, spare);
       fill_panels(count, padded, sizes.qk, to_keys, panel);
     }
     if (params.qv) {
       Math* after = to_keys + simd::kLanes * sizes.qk;
-      pack_keys(value_rows, count, params.dv, sizes.qv, after, panel, spare);
+      pack_keys(value_rows + at, count, left, params.dv, sizes.qv, after, panel, spare);
       fill_panels(count, padded, sizes.qv, after, panel);
     }
-    pack_values(value_rows, count, padded, params.dv, sizes.dv, to_values,
+    pack_values(value_rows + at, count, left, padded, params.dv, sizes.dv, to_values,
                 simd::kLanes * tiles.block, spare);
   }
 
@@ -400,9 +408,7 @@ struct Prefill {
     };
     for (; first < end; first += packed_keys(), left = padded) {
       int64_t count = std::min(packed_keys(), end - first);
-      for (int64_t at = 0; at < count; at += tiles.block) {
-        pack_block(params, s, item.head_begin, first, at, std::min(tiles.block, count - at));
-      }
+      pack(params, s, item.head_begin, first, count);
       const bool last = first + count == end;
       packed_tiles(scale, rows, first, count, take, load, [&](int64_t row) {
         if (last) write_tile(params, s, item, parts, scale, row);

