@@ -133,6 +133,25 @@ def test_maxima_that_rise_late(dtype: torch.dtype, mask: dict, scores: str) -> N
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("queries", "num_splits"), [(700, 1), (700, 3), (3, 1), (3, 3)])
+def test_a_query_that_is_not_finite_gives_nan(dtype: torch.dtype, value: float, queries: int, num_splits: int) -> None:
+    q = normal(1, queries, 4, 64, dtype=dtype)
+    k, v = (normal(1, 3000, 2, 64, dtype=dtype, seed=s) for s in (1, 2))
+    options = {"causal": True, "num_splits": num_splits, "return_softmax_lse": True}
+    clean, clean_lse = fa3.flash_attn_with_kvcache(q, k, v, **options)[:2]
+    q[0, 2, 1, 7] = value
+    out, lse = fa3.flash_attn_with_kvcache(q, k, v, **options)[:2]
+    assert out[0, 2, 1].isnan().all()
+    assert lse[0, 1, 2].isnan()
+    assert torch.equal(out[:, :, 2:], clean[:, :, 2:])  # the other group's heads
+    others = torch.ones(queries, 4, dtype=torch.bool)
+    others[2, 1] = False
+    assert torch.allclose(out[0, others].float(), clean[0, others].float(), atol=2e-3)
+    assert torch.allclose(lse[0].T[others], clean_lse[0].T[others], atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("key", [3, 300, 610])
 def test_what_is_not_finite_reaches_the_rows_that_see_it(dtype: torch.dtype, value: float, key: int) -> None:
     q, k, v = (normal(1, 700, 2, 64, dtype=dtype, seed=s) for s in range(3))

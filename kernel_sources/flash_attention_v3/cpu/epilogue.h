@@ -38,11 +38,14 @@ inline RowState combine_parts(const Partials& parts, int64_t first, int64_t stri
     all.maximum = std::max(all.maximum, parts.states[first + i * stride].maximum);
   }
   for (int64_t j = 0; j < dv; ++j) sum[j] = 0.0f;
-  if (all.maximum == -kInfinity) return all;
   for (int64_t i = 0; i < count; ++i) {
     const RowState& part = parts.states[first + i * stride];
+    if (part.maximum == -kInfinity) {  // it saw nothing, or nothing but NaN: so is its sum
+      all.sum += part.sum;
+      continue;
+    }
     float factor = std::exp2((part.maximum - all.maximum) * to_log2);
-    if (factor == 0.0f) continue;  // a part that saw nothing
+    if (factor == 0.0f) continue;
     const float* from = parts.sums + (first + i * stride) * dv;
     for (int64_t j = 0; j < dv; ++j) sum[j] += from[j] * factor;
     all.sum += part.sum * factor;

@@ -173,7 +173,9 @@ struct RowEnd {
 // where it is not wanted: a logarithm for each row is 3 % of a short prefill.
 inline RowEnd finish_row(const RowState& state, const ScoreScale& scale, float sink,
                          bool with_lse) {
+  // A row of which no score is a number has no maximum, but its sum is NaN.
   bool seen = state.maximum != -kInfinity, has_sink = sink != -kInfinity;
+  if (!seen && std::isnan(state.sum)) return {state.sum, state.sum};
   if (!seen && !has_sink) return {0.0f, -kInfinity};
   // In double: a float's last bit of a large logit is more than the result may be off.
   double maximum = seen ? static_cast<double>(state.maximum) * scale.natural : -kInfinity;
