@@ -8,6 +8,7 @@ A setting is read from the environment once, when it is first asked for, because
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,7 @@ class Settings:
 
 
 _settings: Settings | None = None
+_on_reload: list[Callable[[], None]] = []
 
 
 def _choice(key: str, choices: tuple[str, ...]) -> str | None:
@@ -87,6 +89,14 @@ def reload() -> None:
     """Forget the settings read so far; the next question reads the environment again."""
     global _settings
     _settings = None
+    for forget in _on_reload:
+        forget()
+
+
+def on_reload(forget: Callable[[], None]) -> None:
+    """Have forget() called whenever the settings are forgotten: for what was chosen under them."""
+    if forget not in _on_reload:
+        _on_reload.append(forget)
 
 
 def strict() -> bool:

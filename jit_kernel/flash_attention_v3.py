@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from jit_kernel import config, operators
 from jit_kernel.device import VENDORS, detect_device, device_target
@@ -31,8 +31,9 @@ Device = torch.device | str | None
 _loaded: dict[torch.device | str, tuple[config.Settings, Kernels]] = {}
 _supported: dict[torch.device | str, tuple[config.Settings, bool]] = {}
 _loading = threading.Lock()
-# Of the CPU, once it is loaded: the settings it was loaded under, and what serves its plain calls unchecked.
-_plain: tuple[config.Settings | None, Callable[..., Any] | None] = (None, None)
+# What serves plain calls of the CPU, unchecked, once it is loaded: None from it sends a call the long way. It is asked
+# before anything else: what a call touches here comes from memory when the call before has used the caches.
+_plain: Callable[..., Tensor | tuple[Tensor, Tensor] | None] | None = None
 
 
 def _device_of(device: Device) -> torch.device | str:
@@ -96,8 +97,16 @@ def _load_fa3_kernels(device: Device = None) -> Kernels:
             functions = dispatch.kernels(str(found), device_target(found))
             known = _loaded[found] = (settings, MappingProxyType(dict(functions)))
             if str(found) == "cpu":
-                _plain = (settings, dispatch.plain_attend(device_target(found)))
+                config.on_reload(_forget_plain)
+                _plain = dispatch.plain_attend(device_target(found))
+                if config.settings() is not settings:  # forgotten since
+                    _plain = None
     return known[1]
+
+
+def _forget_plain() -> None:
+    global _plain
+    _plain = None
 
 
 def _first_check(function: str, call: dict[str, Any]) -> None:
@@ -110,15 +119,6 @@ def _first_check(function: str, call: dict[str, Any]) -> None:
 
 
 _check_attention: Callable[[str, dict[str, Any]], None] = _first_check
-
-
-def _plain_call(function: str, call: dict[str, Any]) -> Tensor | tuple[Tensor, Tensor] | None:
-    """The result of a call that its implementation checks for itself; None where there is none or it declines."""
-    settings, attend = _plain
-    if attend is None or settings is not config.settings():
-        return None
-    result: Tensor | tuple[Tensor, Tensor] | None = attend(function, call)
-    return result
 
 
 def flash_attn_varlen_func(
@@ -171,6 +171,36 @@ def flash_attn_varlen_func(
     query; with return_softmax_lse also lse, float32, natural logarithm, (hq, total_q) or (b, hq, sq). Formulas:
     FlashAttention-3 (Shah et al., 2024), sinks as in gpt-oss.
     """
+    if (
+        not is_dynamo_compiling()
+        and (plain := _plain) is not None
+        and seqused_q is qv is q_descale is k_descale is v_descale is sinks is None
+        and pack_gqa is None
+        and only_qv is False
+        and sm_margin.__class__ is int
+        and sm_margin == 0
+    ):
+        result = plain(
+            q=q,
+            k=k,
+            v=v,
+            page_table=page_table,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            seqused_k=seqused_k,
+            max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            window_size=window_size,
+            attention_chunk=attention_chunk,
+            softcap=softcap,
+            num_splits=num_splits,
+            return_softmax_lse=return_softmax_lse,
+            out=out,
+        )
+        if result is not None:
+            return result
     call = {
         "q": q,
         "k": k,
@@ -201,11 +231,9 @@ def flash_attn_varlen_func(
     }
     if is_compiling():
         return operators.varlen(call)
-    result: Tensor | tuple[Tensor, Tensor] | None = _plain_call("flash_attn_varlen_func", call)
-    if result is None:
-        _check_attention("flash_attn_varlen_func", call)
-        result = _load_fa3_kernels(q.device)["flash_attn_varlen_func"](**call)
-    return result
+    _check_attention("flash_attn_varlen_func", call)
+    made: Tensor | tuple[Tensor, Tensor] = _load_fa3_kernels(q.device)["flash_attn_varlen_func"](**call)
+    return made
 
 
 def flash_attn_with_kvcache(
@@ -259,6 +287,37 @@ def flash_attn_with_kvcache(
 
     The other arguments, the result and its formulas are those of `flash_attn_varlen_func`.
     """
+    if (
+        not is_dynamo_compiling()
+        and (plain := _plain) is not None
+        and k is v is qv is rotary_cos is rotary_sin is rotary_seqlens is cu_seqlens_k_new is None
+        and cache_batch_idx is cache_leftpad is scheduler_metadata is None
+        and q_descale is k_descale is v_descale is sinks is None
+        and pack_gqa is None
+        and only_qv is False
+        and rotary_interleaved.__class__ is bool
+        and sm_margin.__class__ is int
+        and sm_margin == 0
+    ):
+        result = plain(
+            q=q,
+            k=k_cache,
+            v=v_cache,
+            page_table=page_table,
+            cu_seqlens_q=cu_seqlens_q,
+            seqused_k=cache_seqlens,
+            max_seqlen_q=max_seqlen_q,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            window_size=window_size,
+            attention_chunk=attention_chunk,
+            softcap=softcap,
+            num_splits=num_splits,
+            return_softmax_lse=return_softmax_lse,
+            out=out,
+        )
+        if result is not None:
+            return result
     call = {
         "q": q,
         "k_cache": k_cache,
@@ -296,11 +355,9 @@ def flash_attn_with_kvcache(
     }
     if is_compiling():
         return operators.kvcache(call)
-    result: Tensor | tuple[Tensor, Tensor] | None = _plain_call("flash_attn_with_kvcache", call)
-    if result is None:
-        _check_attention("flash_attn_with_kvcache", call)
-        result = _load_fa3_kernels(q.device)["flash_attn_with_kvcache"](**call)
-    return result
+    _check_attention("flash_attn_with_kvcache", call)
+    made: Tensor | tuple[Tensor, Tensor] = _load_fa3_kernels(q.device)["flash_attn_with_kvcache"](**call)
+    return made
 
 
 def flash_attn_func(
@@ -329,6 +386,30 @@ def flash_attn_func(
     deterministic: accepted for FA3's sake; the forward pass always is.
     The other arguments, the result and its formulas are those of `flash_attn_varlen_func`.
     """
+    if (
+        not is_dynamo_compiling()
+        and (plain := _plain) is not None
+        and qv is q_descale is k_descale is v_descale is sinks is None
+        and pack_gqa is None
+        and deterministic.__class__ is bool
+        and sm_margin.__class__ is int
+        and sm_margin == 0
+    ):
+        result = plain(
+            q=q,
+            k=k,
+            v=v,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            window_size=window_size,
+            attention_chunk=attention_chunk,
+            softcap=softcap,
+            num_splits=num_splits,
+            return_softmax_lse=return_softmax_lse,
+            out=out,
+        )
+        if result is not None:
+            return result
     call = {
         "q": q,
         "k": k,
@@ -352,11 +433,9 @@ def flash_attn_func(
     }
     if is_compiling():
         return operators.dense(call)
-    result: Tensor | tuple[Tensor, Tensor] | None = _plain_call("flash_attn_func", call)
-    if result is None:
-        _check_attention("flash_attn_func", call)
-        result = _load_fa3_kernels(q.device)["flash_attn_func"](**call)
-    return result
+    _check_attention("flash_attn_func", call)
+    made: Tensor | tuple[Tensor, Tensor] = _load_fa3_kernels(q.device)["flash_attn_func"](**call)
+    return made
 
 
 def get_scheduler_metadata(

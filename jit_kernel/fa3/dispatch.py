@@ -11,8 +11,8 @@ An implementation is a module of this folder with
     canonical(field, value)     the value of a variant's field that serves a user's value ("96" -> "128")
     variant(target, features, call)   the kernel that serves a call, for `why`; an implementation without kernels of
                                 its own has none
-    plain_attend(function, call)   may be there: the result of a call whose arguments nobody checked, or None where it
-                                has a mistake or asks for more than this serves
+    plain_attend(...)           may be there: the result of a call without its rare arguments, which nobody checked, or
+                                None where it has a mistake or asks for more than this serves
     shortcut(function, chosen)  may be there in the first candidate: `chosen` for the calls that it would get anyway,
                                 without the cost of asking
 It imports neither another implementation nor this module; it is imported when its device is first used.
@@ -27,6 +27,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 from jit_kernel import config
 from jit_kernel.device import Target
@@ -161,11 +162,11 @@ def kernels(device: str, target: Target) -> Mapping[str, Callable[..., object]]:
     return Dispatcher(target, modules).kernels()
 
 
-def plain_attend(target: Target) -> Callable[..., object] | None:
+def plain_attend(target: Target) -> Callable[..., Any] | None:
     """plain_attend of the implementation that serves a target alone; None where several do, or it has none."""
     names = [name for name, decision in supporting(target) if isinstance(decision, Accepted)]
     module = implementation(names[0]) if len(names) == 1 else None
-    attend: Callable[..., object] | None = getattr(module, "plain_attend", None)
+    attend: Callable[..., Any] | None = getattr(module, "plain_attend", None)
     return attend
 
 
