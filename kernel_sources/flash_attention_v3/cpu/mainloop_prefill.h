@@ -47,8 +47,9 @@ struct Prefill {
   TileState* states;         // of each tile of rows
   Math** queries;            // of each tile that is loaded
   int64_t loads = 0;
-  const char** next_queries;  // the rows of the tile after the last one that was loaded
-  int64_t asked = kTileRows, query_bytes = 0;  // of them, and what there is of each
+  const char** next_queries;  // the rows of the tile that begins at next_row, to be loaded next
+  int64_t next_row = -1, asked = kTileRows,
+          query_bytes = 0;  // rows asked for; what there is of each
 #ifdef JIT_KERNEL_AMX
   AmxTiles amx;
 #endif
@@ -117,6 +118,10 @@ struct Prefill {
     int64_t rows = std::min(kTileRows, item.row_end - item.row_begin - row);
     Math* to = q + (once ? loads++ % 2 * kTileRows : row) * sizes.depth;
     queries[row / kTileRows] = to;
+    if (!params.only_qv) {
+      if (row != next_row) find_queries(params, s, item, row);
+      while (asked < kTileRows) ask_for_queries();
+    }
     QueryRow at(params, item.head_begin, item.row_begin + row);
     for (int64_t i = 0; i < rows; ++i, to += sizes.depth, at.next()) {
       load_query(params, s, sizes, at, to, spare_row, turned);
@@ -125,21 +130,23 @@ struct Prefill {
     std::memset(static_cast<void*>(to), 0,
                 static_cast<size_t>((kTileRows - rows) * sizes.depth) * sizeof(Math));
     state_of(row) = TileState::kLoaded;
-    if (kTiles && !params.only_qv) find_next(params, s, item, row - kTileRows);
+    if (kTiles && !params.only_qv) find_queries(params, s, item, row - kTileRows);
   }
 
-  // The queries of the tile from row `row` on are to be asked for, where there is one; the AMX
-  // pipeline does that (ask_for_queries).
+  // The queries of the tile from row `row` on are to be asked for, where there is one: by the AMX
+  // pipeline while it computes, and what is left when they are loaded, all at once. That is 5 to
+  // 8 % of a call of 512 tokens whose inputs come from memory, 2 % of a causal one of 2048.
   template <class Params>
-  void find_next(const Params& params, const Sequence& s, const Item& item, int64_t row) {
-    asked = kTileRows;
+  void find_queries(const Params& params, const Sequence& s, const Item& item, int64_t row) {
+    next_row = row, asked = kTileRows;
     if (row < 0) return;
+    const int64_t rows = std::min(kTileRows, item.row_end - item.row_begin - row);
+    asked = kTileRows - rows, query_bytes = params.d * static_cast<int64_t>(sizeof(Element));
     QueryRow at(params, item.head_begin, item.row_begin + row);
-    for (int64_t i = 0; i < kTileRows; ++i, at.next()) {
+    for (int64_t i = asked; i < kTileRows; ++i, at.next()) {
       const Element* q = params.q.at(s.q_batch, s.q_begin + at.token, at.head);
       next_queries[i] = reinterpret_cast<const char*>(q);
     }
-    asked = 0, query_bytes = params.d * static_cast<int64_t>(sizeof(Element));
   }
 
   // Asks for one row more of them.
