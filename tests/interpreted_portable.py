@@ -142,6 +142,20 @@ def near(out: torch.Tensor, lse: torch.Tensor, outs: torch.Tensor, lses: torch.T
     require(bool(((lse.double() - ref_lse).abs() <= 1e-5)[~empty].all()), "joined lse")
 
 
+def check_not_finite(seed: int) -> None:
+    """A query that is NaN gives NaN in its own row, in one piece and in splits."""
+    random = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(1, n, 2, 32, generator=random).half() for n in (5, 90, 90))
+    q[0, 3, 1, 7] = math.nan
+    rows = torch.zeros(1, 5, 2, dtype=torch.bool)
+    rows[0, 3, 1] = True
+    for splits in (1, 3):
+        out, lse = flash_attention_v3.flash_attn_with_kvcache(q, k, v, num_splits=splits, return_softmax_lse=True)
+        require(torch.equal(out.isnan().all(-1), rows), f"out of a query that is NaN, {splits} splits")
+        require(torch.equal(out.isnan().any(-1), rows), f"out beside a query that is NaN, {splits} splits")
+        require(torch.equal(lse.transpose(1, 2).isnan(), rows), f"lse of a query that is NaN, {splits} splits")
+
+
 def check_batch_invariance(seed: int) -> None:
     """With num_splits = 1 a sequence gives the same bits alone, in company, and whatever max_seqlen is said to be."""
     random = torch.Generator().manual_seed(seed)
@@ -180,6 +194,7 @@ def main(first: int, count: int) -> None:
         print(f"case {seed} {shares.row:.4f} {shares.largest:.4f} {shares.lse:.4f}", flush=True)
     check_joining(first)
     check_batch_invariance(first)
+    check_not_finite(first)
     for name in sorted(set(kernels.launched)):
         print(f"launched {name} {kernels.launched.count(name)}")
 

@@ -101,6 +101,28 @@ def test_a_sequence_alone_is_bitwise_the_one_in_a_batch(sizes: tuple[int, int], 
         assert torch.equal(alone_lse[0], lse[:, rows])
 
 
+@pytest.mark.parametrize("implementation", ["hopper", "portable"])
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_a_query_that_is_nan_gives_nan_in_its_row_alone(
+    implementation: str, d: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JIT_KERNEL_IMPLEMENTATION", implementation)
+    config.reload()
+    try:
+        q, k, v = (randn(1, 300, 2, d) for _ in "qkv")
+        clean, clean_lse = fa3.flash_attn_func(q, k, v, causal=True, return_softmax_lse=True)
+        q[0, 200, 1, 7] = math.nan
+        out, lse = fa3.flash_attn_func(q, k, v, causal=True, return_softmax_lse=True)
+    finally:
+        monkeypatch.undo()
+        config.reload()
+    assert out[0, 200, 1].isnan().all()
+    assert lse[0, 1, 200].isnan()
+    clean[0, 200, 1], clean_lse[0, 1, 200] = out[0, 200, 1], lse[0, 1, 200]
+    assert torch.equal(out.nan_to_num(9.0), clean.nan_to_num(9.0))
+    assert torch.equal(lse.nan_to_num(9.0), clean_lse.nan_to_num(9.0))
+
+
 def test_the_same_call_a_thousand_times_gives_the_same_bits() -> None:
     torch.manual_seed(2)
     lengths = [1, 900, 64, 300, 0, 129]

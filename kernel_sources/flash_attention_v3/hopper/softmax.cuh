@@ -150,7 +150,7 @@ __device__ __forceinline__ RowResult finish_row(float sum, float reference, floa
   sum += __shfl_xor_sync(0xffffffffu, sum, 1);
   sum += __shfl_xor_sync(0xffffffffu, sum, 2);
   const float top = fmaxf(reference, sink_log2);
-  const bool none = top == kMinusInfinity;
+  const bool none = top == kMinusInfinity && sum == sum;  // not where no score is a number
   const float base = none ? 0.f : top;
   const float shift = exp2_fast(reference - base);
   const float total = fmaf(sum, shift, exp2_fast(sink_log2 - base));

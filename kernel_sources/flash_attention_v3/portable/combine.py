@@ -113,8 +113,8 @@ def combine(
             other=float("-inf"),
         )
         part_lse = part_lse * LOG2_E
-        # A split that saw nothing has lse -inf, and its partial may hold anything.
-        seen = part_lse > float("-inf")
+        # A split that saw nothing has lse -inf, and its partial may hold anything; NaN goes on into the sum.
+        seen = part_lse != float("-inf")
         pointers = (
             out_partial
             + (splits * (partial_stride_split * STRIDE_UNIT))[:, None, None]

@@ -34,10 +34,11 @@ def add_sink(acc, row_sum, row_max, sinks, heads, flags):
 
 @triton.jit
 def normalized(acc, row_sum, row_max):
-    """out and natural lse of rows; a row that sees nothing has a sum of 0: out 0 and lse -inf."""
-    out = acc * tl.where(row_sum > 0.0, 1.0 / row_sum, 0.0)[:, None]
+    """out and natural lse of rows; a row that sees nothing has a sum of 0: out 0 and lse -inf. A sum of NaN stays."""
+    nothing = row_sum == 0.0
+    out = acc * tl.where(nothing, 0.0, 1.0 / row_sum)[:, None]
     lse = (row_max + tl.log2(row_sum)) * LN_2
-    return out, tl.where(row_sum > 0.0, lse, float("-inf"))
+    return out, tl.where(nothing, float("-inf"), lse)
 
 
 @triton.jit
