@@ -85,7 +85,7 @@ inline void transpose_panel(const Math* const* rows, int64_t padded, Math* out, 
 // Keys to panels: panel after panel (`panel` elements apart) of kLanes keys.
 // `spare` holds kLanes rows of `padded` elements; keys past `count` become zeros. Of `known` rows
 // each is asked for a panel ahead, in the order of memory: packing 2,048 keys and values of head
-// size 128 takes 160 us instead of 230, as much as reading them does and 40 us more.
+// size 128 takes 160 us instead of 230, where reading them alone takes 110.
 template <class Math, class Element>
 inline void pack_keys(const Element* const* rows, int64_t count, int64_t known, int64_t d,
                       int64_t padded, Math* out, int64_t panel, Math* spare) {
