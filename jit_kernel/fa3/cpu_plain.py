@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, empty, get_num_threads, is_grad_enabled
 
 from jit_kernel.fa3.combine_arguments import lse_shape
-from jit_kernel.fa3.scheduler_header import checked_window
+from jit_kernel.fa3.scheduler_header import checked_window, is_unbounded
 
 Result = Tensor | tuple[Tensor, Tensor]
 
@@ -73,12 +73,7 @@ def attend(
         q.requires_grad or k.requires_grad or v.requires_grad or (out is not None and out.requires_grad)
     ):
         return None
-    if window_size.__class__ is tuple and len(window_size) == 2:
-        left, right = window_size
-        if not (left.__class__ is right.__class__ is int and left == right == -1):
-            left, right = checked_window(window_size)
-    else:
-        left, right = checked_window(window_size)
+    left, right = window_size if is_unbounded(window_size) else checked_window(window_size)
     forward, out_dtype = library
     lse = None
     if return_softmax_lse:

@@ -48,8 +48,8 @@ struct Prefill {
   Math** queries;            // of each tile that is loaded
   int64_t loads = 0;
   const char** next_queries;  // the rows of the tile that begins at next_row, to be loaded next
-  int64_t next_row = -1, asked = kTileRows,
-          query_bytes = 0;  // rows asked for; what there is of each
+  int64_t next_row = -1;
+  int64_t asked = kTileRows, query_bytes = 0;  // of these rows, and what there is of each
 #ifdef JIT_KERNEL_AMX
   AmxTiles amx;
 #endif
