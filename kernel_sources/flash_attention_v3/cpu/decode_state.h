@@ -154,7 +154,10 @@ struct DecodeState {
     const int64_t ahead = std::min(step + kStepsAhead, steps - 1);
     const int64_t next = step / heads + 1, last = (steps - 1) / heads;
     locate_until(params, s, std::min(last, std::max(next, ahead / heads)));
-    if (next <= last) open_pages(params, blocks[next % kBlocks], step % heads);
+    const int64_t rows_of_step = (kDecodeBlock + heads - 1) / heads;
+    if (next <= last) {
+      open_pages(params, blocks[next % kBlocks], step % heads * rows_of_step, rows_of_step);
+    }
     constexpr int64_t kSize = sizeof(Element);
     const Block& b = block_of(ahead);
     auto at = [](const Element* const* p) { return reinterpret_cast<const void* const*>(p); };
@@ -167,13 +170,12 @@ struct DecodeState {
             b.to};
   }
 
-  // Asks for the first line of pages (4 KiB) of the next block, in each step a share of them: what
-  // a core fetches by itself, and its walk to a page's address, begin there. 1 to 2 % of a decode
-  // from pages of 16 tokens.
+  // Asks for the first line of pages (4 KiB) of a block to come, those of `count` rows: what a core
+  // fetches by itself, and its walk to a page's address, begin there. 1 to 2 % of a decode from
+  // pages of 16 tokens.
   template <class Params>
-  void open_pages(const Params& params, const Block& b, int64_t share) const {
+  void open_pages(const Params& params, const Block& b, int64_t first, int64_t count) const {
     auto page = [](const Element* row) { return reinterpret_cast<uintptr_t>(row) >> 12; };
-    const int64_t count = (kDecodeBlock + heads - 1) / heads, first = share * count;
     for (int64_t j = first; j < std::min(kDecodeBlock, first + count); ++j) {
       if (j > 0 && page(b.v[j]) == page(b.v[j - 1])) continue;
       __builtin_prefetch(b.v[j] + head_begin * params.v.head, 0, 2);

@@ -5,6 +5,7 @@
 
 #include "flash_attention_v3/cpu/mainloop_decode.h"
 #include "flash_attention_v3/cpu/mainloop_decode_amx.h"
+#include "flash_attention_v3/cpu/mainloop_decode_pairs.h"
 #include "flash_attention_v3/cpu/mainloop_prefill.h"
 #include "flash_attention_v3/cpu/plain_call.h"
 
@@ -143,6 +144,13 @@ struct Forward {
     Prefill<Element>(p, item, scratch()).run(p, s, item, parts, rows);
   }
 
+#ifdef JIT_KERNEL_BF16_DOT
+  using VectorDecode = std::conditional_t<std::is_same<MathOf<Element>, bf16>::value,
+                                          DecodePairs<Element>, Decode<Element>>;
+#else
+  using VectorDecode = Decode<Element>;
+#endif
+
   static void decode(const Params& p, const Sequence& s, const Item& item, const Partials& parts) {
 #ifdef JIT_KERNEL_AMX
     constexpr bool kIsHalf = std::is_same<Element, fp16>::value;
@@ -151,13 +159,13 @@ struct Forward {
         using TileMath = std::conditional_t<kIsHalf, fp16, bf16>;
         auto wrong = DecodeTiles<Element, TileMath>(p, item, scratch()).run(p, s, item, parts);
         for (const Item& again : wrong) {
-          Decode<Element>(p, again, scratch()).run(p, s, again, parts);
+          VectorDecode(p, again, scratch()).run(p, s, again, parts);
         }
         return;
       }
     }
 #endif
-    Decode<Element>(p, item, scratch()).run(p, s, item, parts);
+    VectorDecode(p, item, scratch()).run(p, s, item, parts);
   }
 
   static void attend_items(const Params& p, const Plan& plan, const Partials& parts) {

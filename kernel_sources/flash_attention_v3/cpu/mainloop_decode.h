@@ -5,33 +5,12 @@
 
 namespace jit_kernel {
 
-// One step of a dot product that runs along the head, a vector at a time: what a query row and a
-// key are loaded as. bf16 pairs go 32 deep, floats kLanes; other keys become floats as they are
-// loaded.
-template <class Math, class Key>
-struct RowDot {
-  static constexpr int64_t kDepthStep = simd::kLanes;
-  static simd::Vec query(const float* q) { return simd::load(q); }
-  static simd::Vec key(const Key* k) { return simd::load_as_float(k); }
-  static simd::Vec add(simd::Vec sum, simd::Vec a, simd::Vec b) { return simd::fma(a, b, sum); }
-};
-#ifdef JIT_KERNEL_BF16_DOT
-template <>
-struct RowDot<bf16, bf16> {
-  static constexpr int64_t kDepthStep = 2 * simd::kLanes;
-  static __m512bh query(const bf16* q) { return simd::load_pairs(q); }
-  static __m512bh key(const bf16* k) { return simd::load_pairs(k); }
-  static simd::Vec add(simd::Vec sum, __m512bh a, __m512bh b) { return simd::dot_pairs(sum, a, b); }
-};
-#endif
-
 // Products of kRows query rows (`stride` apart) and kLanes / kRows keys of n elements, summed; lane
 // i * kKeys + j is row i and key j. A key begins `offset` elements after its pointer: its head's
 // place.
-template <int kRows, class Key, class Math>
-inline simd::Vec dot_keys(const Key* const* keys, int64_t offset, const Math* q, int64_t stride,
+template <int kRows, class Key>
+inline simd::Vec dot_keys(const Key* const* keys, int64_t offset, const float* q, int64_t stride,
                           int64_t n) {
-  using Dot = RowDot<Math, Key>;
   constexpr int kKeys = simd::kLanes / kRows;
   simd::Vec sum[simd::kLanes];
   const Key* k[kKeys];
@@ -39,16 +18,17 @@ inline simd::Vec dot_keys(const Key* const* keys, int64_t offset, const Math* q,
   for (int j = 0; j < simd::kLanes; ++j) sum[j] = simd::zero();
 #pragma GCC unroll 16
   for (int j = 0; j < kKeys; ++j) k[j] = keys[j] + offset;
-  for (int64_t at = 0; at < n; at += Dot::kDepthStep) {
-    decltype(Dot::query(q)) rows[kRows];
+  for (int64_t at = 0; at < n; at += simd::kLanes) {
+    simd::Vec rows[kRows];
 #pragma GCC unroll 4
-    for (int i = 0; i < kRows; ++i) rows[i] = Dot::query(q + i * stride + at);
+    for (int i = 0; i < kRows; ++i) rows[i] = simd::load(q + i * stride + at);
 #pragma GCC unroll 16
     for (int j = 0; j < kKeys; ++j) {
-      auto key = Dot::key(k[j] + at);
+      simd::Vec key = simd::load_as_float(k[j] + at);
 #pragma GCC unroll 4
-      for (int i = 0; i < kRows; ++i)
-        sum[i * kKeys + j] = Dot::add(sum[i * kKeys + j], rows[i], key);
+      for (int i = 0; i < kRows; ++i) {
+        sum[i * kKeys + j] = simd::fma(rows[i], key, sum[i * kKeys + j]);
+      }
     }
   }
   return simd::reduce_each(sum);
@@ -87,17 +67,16 @@ inline void add_values(const Value* const* values, int64_t offset, int64_t count
 }
 
 template <class Element>
-struct Decode : DecodeState<Element, MathOf<Element>> {
-  using Math = MathOf<Element>;
-  using State = DecodeState<Element, Math>;
+struct Decode : DecodeState<Element, float> {
+  using State = DecodeState<Element, float>;
   using Block = typename State::Block;
   using State::maxima, State::row_sums, State::head_settings, State::seen, State::kHasLoads;
   using State::sizes, State::rows, State::heads, State::in_place, State::q, State::sums;
   static constexpr int kVecs = simd::kRegisters == 32 ? 4 : 2;
 
-  Math *keys, *values;  // a converted block
+  float *keys, *values;  // a converted block
   float* scores;
-  const Math **math_keys, **math_values;
+  const float **math_keys, **math_values;
   Prefetch ahead;
 
   template <class F>
@@ -120,7 +99,7 @@ struct Decode : DecodeState<Element, MathOf<Element>> {
                   int64_t head, int64_t row) {
     constexpr int kKeys = simd::kLanes / kRows;
     simd::Vec mix = simd::set1(head_settings[head].mix);
-    const Math* query = q + (head * rows + row) * sizes.depth;
+    const float* query = q + (head * rows + row) * sizes.depth;
     float* to = scores + row * kDecodeBlock;
     for (int64_t j = 0; j < kDecodeBlock; j += kKeys) {
       ahead.more((kKeys + 1) / 2);
@@ -200,11 +179,11 @@ struct Decode : DecodeState<Element, MathOf<Element>> {
   template <class Params>
   void convert_block(const Params& params, const Block& block, int64_t k_offset, int64_t v_offset) {
     for (int64_t j = 0; j < kDecodeBlock; ++j) {
-      Math *k = keys + j * sizes.qk, *v = values + j * this->value_stride();
+      float *k = keys + j * sizes.qk, *v = values + j * this->value_stride();
       math_keys[j] = k, math_values[j] = v;
       if (j < block.from || j >= block.to) continue;  // its scores are masked
-      if (!params.only_qv) convert_row<Math>(block.k[j] + k_offset, k, params.d, sizes.qk);
-      convert_row<Math>(block.v[j] + v_offset, v, params.dv, this->value_stride());
+      if (!params.only_qv) convert_row<float>(block.k[j] + k_offset, k, params.d, sizes.qk);
+      convert_row<float>(block.v[j] + v_offset, v, params.dv, this->value_stride());
     }
   }
 
