@@ -5,7 +5,7 @@
 // word, and a pair of probabilities stands in every lane beside them.
 #pragma once
 
-#include "flash_attention_v3/cpu/decode_state.h"
+#include "flash_attention_v3/cpu/decode_in_order.h"
 #include "flash_attention_v3/cpu/softmax.h"
 
 #ifdef JIT_KERNEL_BF16_DOT
@@ -16,14 +16,6 @@ constexpr int64_t kGroupRows = 4;  // query rows that share a vector of scores
 constexpr int64_t kScoreKeys = 4;  // keys in it
 constexpr int64_t kGroupScores = kGroupRows * kDecodeBlock;
 constexpr int64_t kPanel = 32;  // columns of values in a vector
-
-// Keys whose values are added at once, head after head. Sums are loaded and stored once for them;
-// but with 16 keys memory is read at four fifths of the rate with 8 or 4, as fewer lie side by
-// side.
-constexpr int64_t kValueKeys = 8;
-
-// How many rows later what is asked for a second time lies: 16 KiB where a token has 2 KiB.
-constexpr int64_t kRowsAgain = 8;
 
 // Adds products of n elements of four keys and four rows of q (`stride` apart) to sum[4 i + j] of
 // row i and key j. Asks again for the keys that come kRowsAgain rows later.

@@ -78,7 +78,6 @@ struct DecodeState {
     in_place = kHasLoads && exact && (!params.qv || params.dv == sizes.qv);
   }
 
-  int64_t value_stride() const { return std::max(sizes.dv, sizes.qv); }
   bool is_whole(const Block& b) const { return b.from == 0 && b.to == kDecodeBlock; }
 
   template <class F>

@@ -1,7 +1,8 @@
-// Few query rows against keys in place: each key and value is read from memory once for all rows.
+// Few query rows against keys in place, in floats: each key and value is read from memory once for
+// all rows.
 #pragma once
 
-#include "flash_attention_v3/cpu/decode_state.h"
+#include "flash_attention_v3/cpu/decode_in_order.h"
 
 namespace jit_kernel {
 
@@ -34,24 +35,22 @@ inline simd::Vec dot_keys(const Key* const* keys, int64_t offset, const float* q
   return simd::reduce_each(sum);
 }
 
-// sums (kRows rows, kVecs vectors of columns) += P (rows, keys) · values, keys in order.
+// sums (kRows rows, kVecs vectors of columns) += P (rows, keys) · values of kValueKeys keys, in
+// order.
 template <int kRows, int kVecs, class Value>
-inline void add_values(const Value* const* values, int64_t offset, int64_t count, int64_t column,
-                       const float* p, int64_t p_stride, float* sums, int64_t sum_stride,
-                       Prefetch& prefetch) {
+inline void add_values(const Value* const* values, int64_t offset, const float* p, int64_t p_stride,
+                       float* sums, int64_t sum_stride) {
   simd::Vec sum[kRows][kVecs];
   for (int i = 0; i < kRows; ++i) {
     for (int c = 0; c < kVecs; ++c) {
-      sum[i][c] = simd::load(sums + i * sum_stride + column + c * simd::kLanes);
+      sum[i][c] = simd::load(sums + i * sum_stride + c * simd::kLanes);
     }
   }
-  for (int64_t j = 0; j < count; ++j) {
-    if (j % 2) prefetch.more(1);
+  for (int64_t j = 0; j < kValueKeys; ++j) {
     simd::Vec v[kVecs];
 #pragma GCC unroll 4
-    for (int c = 0; c < kVecs; ++c) {
-      v[c] = simd::load_as_float(values[j] + offset + column + c * simd::kLanes);
-    }
+    for (int c = 0; c < kVecs; ++c)
+      v[c] = simd::load_as_float(values[j] + offset + c * simd::kLanes);
 #pragma GCC unroll 4
     for (int i = 0; i < kRows; ++i) {
       simd::Vec one = simd::set1(p[i * p_stride + j]);
@@ -61,59 +60,57 @@ inline void add_values(const Value* const* values, int64_t offset, int64_t count
   }
   for (int i = 0; i < kRows; ++i) {
     for (int c = 0; c < kVecs; ++c) {
-      simd::store(sums + i * sum_stride + column + c * simd::kLanes, sum[i][c]);
+      simd::store(sums + i * sum_stride + c * simd::kLanes, sum[i][c]);
     }
   }
 }
 
 template <class Element>
-struct Decode : DecodeState<Element, float> {
-  using State = DecodeState<Element, float>;
+struct Decode : DecodeInOrder<Element, float> {
+  using State = DecodeInOrder<Element, float>;
   using Block = typename State::Block;
-  using State::maxima, State::row_sums, State::head_settings, State::seen, State::kHasLoads;
-  using State::sizes, State::rows, State::heads, State::in_place, State::q, State::sums;
+  using Heads = typename State::Heads;
+  using State::ahead, State::key_bytes, State::value_bytes, State::kHasLoads;
+  using State::maxima, State::row_sums, State::head_settings, State::seen;
+  using State::sizes, State::rows, State::heads, State::q, State::sums;
   static constexpr int kVecs = simd::kRegisters == 32 ? 4 : 2;
+  static constexpr int64_t kLanes = simd::kLanes;
 
-  float *keys, *values;  // a converted block
-  float* scores;
-  const float **math_keys, **math_values;
-  Prefetch ahead;
+  float* scores;  // of a block, head after head, row after row
 
   template <class F>
   void each_array(F&& f) {
-    this->each_state_array(f);
-    f(scores, kDecodeRows * kDecodeBlock);
-    f(math_keys, kDecodeBlock), f(math_values, kDecodeBlock);
-    f(keys, in_place ? 0 : kDecodeBlock * sizes.qk);
-    f(values, in_place ? 0 : kDecodeBlock * this->value_stride());
+    this->each_array_in_order(f);
+    f(scores, heads * rows * kDecodeBlock);
   }
 
   template <class Params>
-  Decode(const Params& params, const Item& item, Scratch& scratch) : State(params, item) {
+  Decode(const Params& params, const Item& item, Scratch& scratch) : State(params, item, kLanes) {
     take_arrays(*this, scratch);
   }
 
-  // Scores of kRows rows from `row` on of a head, and all keys of a block.
+  // Scores of kRows rows from `row` on of a head, and `count` keys.
   template <int kRows, class Key>
-  void score_rows(const Key* const* k, int64_t k_offset, const Key* const* v, int64_t v_offset,
-                  int64_t head, int64_t row) {
-    constexpr int kKeys = simd::kLanes / kRows;
+  void score_rows(const Heads& of, int64_t head, int64_t row, int64_t first, int64_t count) {
+    constexpr int64_t kKeys = kLanes / kRows;
     simd::Vec mix = simd::set1(head_settings[head].mix);
     const float* query = q + (head * rows + row) * sizes.depth;
-    float* to = scores + row * kDecodeBlock;
-    for (int64_t j = 0; j < kDecodeBlock; j += kKeys) {
-      ahead.more((kKeys + 1) / 2);
+    float* to = scores + (head * rows + row) * kDecodeBlock;
+    for (int64_t j = first; j < first + count; j += kKeys) {
+      const Key *const *k = this->template keys_from<Key>(j), *const *v =
+                                                                  this->template values_from<Key>(
+                                                                      j);
       simd::Vec s = simd::zero();
-      if (sizes.qk) s = dot_keys<kRows>(k + j, k_offset, query, sizes.depth, sizes.qk) * mix;
+      if (sizes.qk) s = dot_keys<kRows>(k, of.k(head), query, sizes.depth, sizes.qk) * mix;
       if (sizes.qv) {
-        s = s + dot_keys<kRows>(v + j, v_offset, query + sizes.qk, sizes.depth, sizes.qv);
+        s = s + dot_keys<kRows>(v, of.v(head), query + sizes.qk, sizes.depth, sizes.qv);
       }
       if constexpr (kRows == 1) {
         simd::store(to + j, s);
       } else {
-        float lanes[simd::kLanes];
+        float lanes[kLanes];
         simd::store(lanes, s);
-        for (int i = 0; i < kRows; ++i) {
+        for (int64_t i = 0; i < kRows; ++i) {
           std::memcpy(to + i * kDecodeBlock + j, lanes + i * kKeys, kKeys * sizeof(float));
         }
       }
@@ -121,89 +118,76 @@ struct Decode : DecodeState<Element, float> {
   }
 
   template <class Key>
-  void score_block(const Key* const* k, int64_t k_offset, const Key* const* v, int64_t v_offset,
-                   int64_t head) {
-    int64_t i = 0;
-    for (; i + 4 <= rows; i += 4) score_rows<4>(k, k_offset, v, v_offset, head, i);
-    for (; i < rows; ++i) score_rows<1>(k, k_offset, v, v_offset, head, i);
+  void score(const Heads& of, int64_t key, int64_t count) {
+    for (int64_t h = of.begin; h < of.end; ++h) {
+      ahead.ask(count * key_bytes);
+      if (sizes.qk) ask_again(this->template keys_from<Key>(key), of.k(h), count, sizes.qk);
+      int64_t i = 0;
+      for (; i + 4 <= rows; i += 4) score_rows<4, Key>(of, h, i, key, count);
+      for (; i < rows; ++i) score_rows<1, Key>(of, h, i, key, count);
+    }
   }
 
   template <int kRows, class Value>
-  void add_rows(const Value* const* v, int64_t offset, const Block& block, int64_t row,
-                float* sum) {
-    constexpr int64_t kLanes = simd::kLanes;
-    const float* p = scores + row * kDecodeBlock + block.from;
-    int64_t c = 0, count = block.to - block.from;
-    v += block.from, sum += row * sizes.dv;
+  void add_rows(const Value* const* v, int64_t offset, const float* p, float* sum) {
+    int64_t c = 0;
     for (; c + kVecs * kLanes <= sizes.dv; c += kVecs * kLanes) {
-      add_values<kRows, kVecs>(v, offset, count, c, p, kDecodeBlock, sum, sizes.dv, ahead);
+      add_values<kRows, kVecs>(v, offset + c, p, kDecodeBlock, sum + c, sizes.dv);
     }
     for (; c < sizes.dv; c += kLanes) {
-      add_values<kRows, 1>(v, offset, count, c, p, kDecodeBlock, sum, sizes.dv, ahead);
+      add_values<kRows, 1>(v, offset + c, p, kDecodeBlock, sum + c, sizes.dv);
     }
   }
 
+  // Adds the values of kValueKeys keys to a head's sums.
   template <class Value>
-  void add_block(const Value* const* v, int64_t offset, const Block& block, float* sum) {
+  void add_keys(const Heads& of, int64_t head, int64_t key) {
+    const Value* const* v = this->template values_from<Value>(key);
+    const float* p = scores + head * rows * kDecodeBlock + key;
+    float* sum = sums + head * rows * sizes.dv;
+    ahead.ask(kValueKeys * value_bytes);
+    ask_again(v, of.v(head), kValueKeys, sizes.dv);
     int64_t i = 0;
-    for (; i + 4 <= rows; i += 4) add_rows<4>(v, offset, block, i, sum);
-    for (; i < rows; ++i) add_rows<1>(v, offset, block, i, sum);
+    for (; i + 4 <= rows; i += 4) {
+      add_rows<4>(v, of.v(head), p + i * kDecodeBlock, sum + i * sizes.dv);
+    }
+    for (; i < rows; ++i) add_rows<1>(v, of.v(head), p + i * kDecodeBlock, sum + i * sizes.dv);
   }
 
   // Scores to probabilities; the head's sums are scaled to its new maximum.
-  void soften_block(const Block& block, int64_t head) {
-    float* sum = sums + head * rows * sizes.dv;
-    for (int64_t i = 0; i < rows; i += simd::kLanes) {
-      int64_t count = std::min<int64_t>(simd::kLanes, rows - i), state = head * kDecodeRows + i;
+  void soften(const Block& block, int64_t head) {
+    for (int64_t i = 0; i < rows; i += kLanes) {
+      const int64_t count = std::min(kLanes, rows - i), state = head * kDecodeRows + i;
+      float *s = scores + (head * rows + i) * kDecodeBlock,
+            *sum = sums + (head * rows + i) * sizes.dv;
       alignas(64) float factors[simd::kLanes];
-      SoftenArgs<float> a{scores + i * kDecodeBlock,
-                          kDecodeBlock,
-                          scores + i * kDecodeBlock,
-                          kDecodeBlock,
-                          kDecodeBlock,
-                          maxima + state,
-                          row_sums + state,
-                          factors};
+      SoftenArgs<float> a{
+          s,      kDecodeBlock, s, kDecodeBlock, kDecodeBlock, maxima + state, row_sums + state,
+          factors};
       auto visible = [&](int64_t j) {
         return Interval{std::max(block.from, seen[i + j].begin - block.first),
                         std::min(block.to, seen[i + j].end - block.first)};
       };
       soften_rows<6>(a, head_settings[head].scale, count, visible);
       for (int64_t j = 0; j < count; ++j) {
-        if (factors[j] != 1.0f) scale_floats(sum + (i + j) * sizes.dv, sizes.dv, factors[j]);
+        if (factors[j] != 1.0f) scale_floats(sum + j * sizes.dv, sizes.dv, factors[j]);
       }
     }
   }
 
-  // Converts a head's keys and values, for types or sizes that have no loads of their own.
-  template <class Params>
-  void convert_block(const Params& params, const Block& block, int64_t k_offset, int64_t v_offset) {
-    for (int64_t j = 0; j < kDecodeBlock; ++j) {
-      float *k = keys + j * sizes.qk, *v = values + j * this->value_stride();
-      math_keys[j] = k, math_values[j] = v;
-      if (j < block.from || j >= block.to) continue;  // its scores are masked
-      if (!params.only_qv) convert_row<float>(block.k[j] + k_offset, k, params.d, sizes.qk);
-      convert_row<float>(block.v[j] + v_offset, v, params.dv, this->value_stride());
-    }
-  }
-
-  template <class Params>
-  void attend(const Params& params, const Block& block, int64_t step) {
-    int64_t head = step % heads;
-    int64_t k_offset = this->offset(params.k.head, step);
-    int64_t v_offset = this->offset(params.v.head, step);
-    float* sum = sums + head * rows * sizes.dv;
-    if constexpr (kHasLoads) {
-      if (in_place) {
-        score_block(block.k, k_offset, block.v, v_offset, head);
-        soften_block(block, head);
-        return add_block(block.v, v_offset, block, sum);
+  template <class Key>
+  void attend_heads(const Block& block, const Heads& of) {
+    if constexpr (kHasLoads || std::is_same<Key, float>::value) {
+      // Four rows share a vector of scores, one row has it for itself.
+      const int64_t together = rows % 4 == 0 ? kLanes / 4 : kLanes;
+      for (int64_t key = 0; key < kDecodeBlock; key += together) score<Key>(of, key, together);
+      for (int64_t key = 0; key < kDecodeBlock; key += kValueKeys) {
+        for (int64_t h = of.begin; h < of.end; ++h) {
+          if (key == 0) soften(block, h);
+          add_keys<Key>(of, h, key);
+        }
       }
     }
-    convert_block(params, block, k_offset, v_offset);
-    score_block(math_keys, 0, math_values, 0, head);
-    soften_block(block, head);
-    add_block(math_values, 0, block, sum);
   }
 
   template <class Params>
@@ -215,12 +199,7 @@ struct Decode : DecodeState<Element, float> {
                     row_sums[i / rows * kDecodeRows + i % rows]);
       }
     };
-    for (int64_t step = 0; step < this->steps; ++step) {
-      ahead = this->look_ahead(params, s, step);
-      this->end_parts(step, write);
-      attend(params, this->block_of(step), step);
-    }
-    this->end_last_parts(write);
+    this->run_blocks(*this, params, s, write);
   }
 };
 
