@@ -133,14 +133,16 @@ def test_who_waits_is_told_for_whom_and_a_dead_holder_frees_the_lock(tmp_path):
     while "waiting for" not in waiter.stderr() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert f"process {holder.process.pid} on {os.uname().nodename} has been compiling it for" in waiter.stderr()
-    before = cold_call(tmp_path)
+    before = compilations(starts)
     holder.kill()
     freed = time.monotonic()
-    outcome = waiter.outcome()
+    while compilations(starts) == before and time.monotonic() - freed < 20:
+        time.sleep(0.01)
+    # Until its compiler starts, not until it ends: how long one takes changes by half on a machine with neighbours.
     taken = time.monotonic() - freed
+    outcome = waiter.outcome()
     assert outcome.error == "" and outcome.result["right"] and len(outcome.result["compiled"]) == 1
-    cold = max(before, cold_call(tmp_path))
-    assert taken < 1.3 * cold + 0.5, "the dead holder's lock was not taken over at once"
+    assert taken < 1, f"the dead holder's lock was taken over after {taken:.2f} s"
     assert len(list(Store(tmp_path / "store").manifests())) == 1
 
 

@@ -22,8 +22,8 @@ template <class Element>
 inline void ask_again(const Element* const* rows, int64_t offset, int64_t count, int64_t n) {
   for (int64_t j = 0; j < count; ++j) {
     const char* from = reinterpret_cast<const char*>(rows[j + kRowsAgain] + offset);
-    for (int64_t i = 0; i < n * int64_t{sizeof(Element)}; i += 64)
-      __builtin_prefetch(from + i, 0, 2);
+    const int64_t bytes = n * int64_t{sizeof(Element)};
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
   }
 }
 
@@ -33,9 +33,10 @@ struct DecodeInOrder : DecodeState<Element, Math> {
   using Block = typename State::Block;
   using State::blocks, State::kBlocks, State::sum_columns, State::head_begin, State::steps;
   using State::sizes, State::rows, State::heads, State::in_place;
+  static_assert(kBlocks == 3, "a block and two to come: open_pages()");
   static constexpr int64_t kBytesAhead = 32 << 10;
 
-  // Rows of a block's keys, of its values, and of the next block's keys, so that each has one
+  // Rows of a block's keys, of its values, and of what is read next, so that each has one
   // kRowsAgain rows later. Elements in place, or one head converted.
   const void** near;
   Math *keys, *values;  // a head's, converted
@@ -52,7 +53,7 @@ struct DecodeInOrder : DecodeState<Element, Math> {
     int64_t v(int64_t head) const { return v_offset + head * v_head; }
   };
 
-  // `columns` of a row of sums are a multiple of it.
+  // A row of sums has a multiple of `columns` columns.
   template <class Params>
   DecodeInOrder(const Params& params, const Item& item, int64_t columns) : State(params, item) {
     sum_columns = round_up(sizes.dv, columns);
@@ -80,7 +81,7 @@ struct DecodeInOrder : DecodeState<Element, Math> {
   Heads find_heads(const Params& params, const Block& block, const Block& next) {
     std::copy_n(block.k, kDecodeBlock, near);
     std::copy_n(block.v, kDecodeBlock, near + kDecodeBlock);
-    std::copy_n(next.k, kDecodeBlock, near + 2 * kDecodeBlock);
+    std::copy_n(params.only_qv ? next.v : next.k, kDecodeBlock, near + 2 * kDecodeBlock);
     const int64_t k = params.k.head, v = params.v.head;
     return {0, heads, head_begin * k, k, head_begin * v, v};
   }

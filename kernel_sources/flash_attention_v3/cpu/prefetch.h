@@ -7,8 +7,8 @@
 
 namespace jit_kernel {
 
-// How many steps (a block of keys and a head) before its use a row is asked for: of 1 to 8 the best
-// with AMX, and no worse than 1 without.
+// How many steps (a block of keys and a head) before its use a decode in tiles asks for a row: of 1
+// to 8 the best. And how many blocks to come every decode knows the places of.
 constexpr int64_t kStepsAhead = 2;
 
 // Asks for one head's keys and values of a block, a few rows at a time between computations: a core
