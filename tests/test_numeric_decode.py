@@ -60,13 +60,14 @@ def test_however_the_keys_are_cut(dtype: torch.dtype, queries: int, features: di
 @pytest.mark.parametrize("d", [64, 80])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("column", [6, 7, 63])
+@pytest.mark.parametrize("key", [1500, 2976], ids=["inside", "first of a last block of 24 keys"])
 def test_a_value_that_is_not_finite_stays_in_its_column(
-    dtype: torch.dtype, queries: int, d: int, value: float, column: int
+    dtype: torch.dtype, queries: int, d: int, value: float, column: int, key: int
 ) -> None:
     q = normal(1, queries, 8, d, dtype=dtype)
     k, v = (normal(1, 3000, 2, d, dtype=dtype, seed=s) for s in (1, 2))
     clean = fa3.flash_attn_with_kvcache(q, k, v, num_splits=1)
-    v[0, 1500, 1, column] = value
+    v[0, key, 1, column] = value
     outs = answers(lambda: (fa3.flash_attn_with_kvcache(q, k, v, num_splits=1), clean))
     out = outs[0][0]
     assert all(torch.equal(out.nan_to_num(3.0, 5.0), other.nan_to_num(3.0, 5.0)) for other, _ in outs)

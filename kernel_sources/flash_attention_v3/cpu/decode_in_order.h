@@ -32,7 +32,7 @@ struct DecodeInOrder : DecodeState<Element, Math> {
   using State = DecodeState<Element, Math>;
   using Block = typename State::Block;
   using State::blocks, State::kBlocks, State::sum_columns, State::head_begin, State::steps;
-  using State::sizes, State::rows, State::heads, State::in_place;
+  using State::sizes, State::heads, State::in_place;
   static_assert(kBlocks == 3, "a block and two to come: open_pages()");
   static constexpr int64_t kBytesAhead = 32 << 10;
 
