@@ -32,7 +32,11 @@ LAUNCH_METADATA = "launch.json"
 _V3_FLAGS = ("-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mmovbe")
 _V4_FLAGS = (*_V3_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512cd", "-mavx512dq", "-mavx512vl")
 _CPU_FLAGS = {"x86-64-v3": _V3_FLAGS, "x86-64-v4": _V4_FLAGS}
-_FEATURE_FLAGS = {"avx512bf16": ("-mavx512bf16",), "amxbf16": ("-mamx-tile", "-mamx-bf16")}
+_FEATURE_FLAGS = {
+    "avx512bf16": ("-mavx512bf16",),
+    "avx512vnni": ("-mavx512vnni",),
+    "amxbf16": ("-mamx-tile", "-mamx-bf16"),
+}
 _HOST_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-pipe")
 
 # The shell runs the compiler in a process group of its own and reads a pipe whose other end only the

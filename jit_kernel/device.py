@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 VENDORS = ("cpu", "cuda", "musa")
 
 # What a CPU target may name beyond its architecture, and the /proc/cpuinfo flags that it needs.
-CPU_FEATURES = {"avx512bf16": ("avx512_bf16",), "amxbf16": ("amx_bf16", "amx_tile")}
+CPU_FEATURES = {
+    "avx512bf16": ("avx512_bf16",),
+    "avx512vnni": ("avx512_vnni",),
+    "amxbf16": ("amx_bf16", "amx_tile"),
+}
 _V3 = ("avx2", "fma", "f16c", "bmi1", "bmi2", "movbe")
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 

@@ -25,8 +25,8 @@ def plainer_targets() -> list[str]:
     if here.architecture not in PLAINER:
         return ["cpu:generic"]
     fewer = [f"cpu:{name}" for name in PLAINER[: PLAINER.index(here.architecture) + 1]]
-    if "avx512bf16" in here.features:
-        fewer.append(f"cpu:{here.architecture}+avx512bf16")
+    if "amxbf16" in here.features:
+        fewer.append(f"cpu:{here.architecture}+avx512bf16+avx512vnni")
     return [name for name in fewer if name != str(here)]
 
 

@@ -17,16 +17,6 @@ constexpr int64_t kValueKeys = 8;
 // How many rows later lies what is asked for a second time: 16 KiB where a token has 2 KiB.
 constexpr int64_t kRowsAgain = 8;
 
-// Asks again for n elements of what comes kRowsAgain rows after each of `count` rows.
-template <class Element>
-inline void ask_again(const Element* const* rows, int64_t offset, int64_t count, int64_t n) {
-  for (int64_t j = 0; j < count; ++j) {
-    const char* from = reinterpret_cast<const char*>(rows[j + kRowsAgain] + offset);
-    const int64_t bytes = n * int64_t{sizeof(Element)};
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
-  }
-}
-
 template <class Element, class Math>
 struct DecodeInOrder : DecodeState<Element, Math> {
   using State = DecodeState<Element, Math>;

@@ -198,7 +198,7 @@ struct Forward {
     static thread_local Scratch part_memory;
     Plan& plan = plan_memory;
     HeadSizes sizes = head_sizes<Math>(p);
-    make_plan(p, prefill_tiles<Math>(sizes), plan);
+    make_plan(p, prefill_tiles<PackedOf<Element>>(sizes), plan);
     Partials parts;
     if (plan.part_rows) {
       part_memory.reserve(Scratch::size<float>(plan.part_rows * sizes.dv) +

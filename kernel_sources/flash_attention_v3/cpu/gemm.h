@@ -15,6 +15,8 @@ struct Dot;
 template <>
 struct Dot<float> {
   using Operand = simd::Vec;
+  using Sum = simd::Vec;
+  static Sum zero() { return simd::zero(); }
   static Operand broadcast(const float* a) { return simd::set1(*a); }
   static Operand load(const float* b) { return simd::load(b); }
   static simd::Vec add(simd::Vec sum, Operand a, Operand b) { return simd::fma(a, b, sum); }
@@ -24,11 +26,38 @@ struct Dot<float> {
 template <>
 struct Dot<bf16> {
   using Operand = __m512bh;
+  using Sum = simd::Vec;
+  static Sum zero() { return simd::zero(); }
   static Operand broadcast(const bf16* a) { return simd::set1_pair(a); }
   static Operand load(const bf16* b) { return simd::load_pairs(b); }
   static simd::Vec add(simd::Vec sum, Operand a, Operand b) { return simd::dot_pairs(sum, a, b); }
 };
 #endif
+
+#ifdef JIT_KERNEL_I16_DOT
+template <>
+struct Dot<i16> {
+  using Operand = __m512i;
+  using Sum = __m512i;
+  static Sum zero() { return _mm512_setzero_si512(); }
+  static Operand broadcast(const i16* a) {
+    return _mm512_set1_epi32(
+        bit_cast<int32_t>(*reinterpret_cast<const uint32_t __attribute__((may_alias))*>(a)));
+  }
+  static Operand load(const i16* b) { return _mm512_loadu_si512(b); }
+  // Not the intrinsic: around it GCC 12 copies sums from register to register, and to the stack.
+  static Sum add(Sum sum, Operand a, Operand b) {
+    asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
+  }
+};
+#endif
+
+// What sums of i16 are multiplied by: their row's factor, and their column's where there are any.
+struct Factors {
+  const float *rows = nullptr, *columns = nullptr;
+  int64_t next = 0;  // from a piece's factors of rows to those of the next one
+};
 
 template <class Math>
 struct GemmArgs {
@@ -44,7 +73,36 @@ struct GemmArgs {
   // Where the depth begins. A long one is parted at multiples of a length counted from there, so
   // that a row's sums do not depend on what its tile leaves out in front.
   int64_t offset = 0;
+  Factors factors = {};
 };
+
+// What a row of sums stands for is added to C, or written there.
+template <class Math, int kPanels>
+inline __attribute__((always_inline)) void store_sums(const typename Dot<Math>::Sum (&sum)[kPanels],
+                                                      float* c, bool accumulate,
+                                                      const Factors& factors, int64_t row,
+                                                      int64_t column) {
+  simd::Vec x[kPanels];
+#ifdef JIT_KERNEL_I16_DOT
+  if constexpr (std::is_same<Math, i16>::value) {
+    const simd::Vec by = simd::set1(factors.rows[row]);
+#pragma GCC unroll 4
+    for (int j = 0; j < kPanels; ++j) x[j] = _mm512_cvtepi32_ps(sum[j]) * by;
+    if (factors.columns) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kPanels; ++j) {
+        x[j] = x[j] * simd::load(factors.columns + column + j * simd::kLanes);
+      }
+    }
+  }
+#endif
+#pragma GCC unroll 4
+  for (int j = 0; j < kPanels; ++j) {
+    if constexpr (!std::is_same<Math, i16>::value) x[j] = sum[j];
+    float* at = c + j * simd::kLanes;
+    simd::store(at, accumulate ? simd::load(at) + x[j] : x[j]);
+  }
+}
 
 // Every loop over the sums is unrolled, or the compiler keeps them on the stack around the products
 // (5 % of a float32 prefill). Two pointers to A and two to B, which the loop hides from the
@@ -62,12 +120,13 @@ inline void gemm_tile(const GemmArgs<Math>& g, int64_t row, int64_t first_panel)
   const Math *b = g.b + first_panel * g.panel, *right = b + kLeft * g.panel;
   const int64_t ldc = g.ldc;
   bool accumulate = g.accumulate;
+  Factors factors = g.factors;
   for (int64_t left = g.depth; left > 0; left -= g.piece, accumulate = true) {
-    simd::Vec sum[kRows][kPanels];
+    typename Dot<Math>::Sum sum[kRows][kPanels];
 #pragma GCC unroll 6
     for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-      for (int j = 0; j < kPanels; ++j) sum[i][j] = simd::zero();
+      for (int j = 0; j < kPanels; ++j) sum[i][j] = Dot<Math>::zero();
     }
     for (int64_t n = std::min(left, g.piece); n > 0; n -= kTogether) {
 #pragma GCC unroll 4
@@ -93,12 +152,9 @@ inline void gemm_tile(const GemmArgs<Math>& g, int64_t row, int64_t first_panel)
     float* to = c;
 #pragma GCC unroll 6
     for (int i = 0; i < kRows; ++i, to += ldc) {
-#pragma GCC unroll 4
-      for (int j = 0; j < kPanels; ++j) {
-        float* at = to + j * kLanes;
-        simd::store(at, accumulate ? simd::load(at) + sum[i][j] : sum[i][j]);
-      }
+      store_sums<Math, kPanels>(sum[i], to, accumulate, factors, row + i, first_panel * kLanes);
     }
+    factors.rows += factors.next;
   }
 }
 
@@ -124,6 +180,7 @@ inline void gemm(GemmArgs<Math> g, int64_t rows, int64_t panels) {
     if (j + 2 <= panels) gemm_rows<Math, 2>(g, rows, j), j += 2;
     for (; j < panels; ++j) gemm_rows<Math, 1>(g, rows, j);
     g.a += g.depth, g.b += g.depth * simd::kLanes, g.offset += g.depth, g.accumulate = true;
+    g.factors.rows += (g.depth + g.piece - 1) / g.piece * g.factors.next;
   }
 }
 

@@ -7,6 +7,7 @@
 #include "flash_attention_v3/cpu/mainloop_prefill_amx.h"
 #include "flash_attention_v3/cpu/mask.h"
 #include "flash_attention_v3/cpu/pack.h"
+#include "flash_attention_v3/cpu/prefill_i16.h"
 #include "flash_attention_v3/cpu/query.h"
 #include "flash_attention_v3/cpu/scheduler.h"
 #include "jit_kernel/cpu/thread_pool.h"
@@ -57,7 +58,11 @@ struct Prefill {
 #ifdef JIT_KERNEL_AMX
   AmxTiles amx;
 #endif
-  float mix = 1.0f;  // what q·k is multiplied by before qv·v is added
+  Integers<Element, Math> integers;
+  static constexpr bool kI16 = Integers<Element, Math>::kAreUsed;
+  int64_t d, dv;       // not padded; d is 0 where only qv counts
+  int64_t packed = 0;  // keys
+  float mix = 1.0f;    // what q·k is multiplied by before qv·v is added
 
   int64_t score_stride() const { return tiles.block + simd::kLanes; }  // off the powers of two
 
@@ -74,13 +79,18 @@ struct Prefill {
     f(spare, simd::kLanes * std::max(std::max(sizes.qk, sizes.qv), sizes.dv));
     f(spare_row, sizes.depth), f(turned, sizes.depth);
     f(key_rows_, packed_keys()), f(value_rows, packed_keys());
+    if constexpr (kI16) integers.each_array(*this, padded, f);
   }
 
   int64_t packed_keys() const { return tiles.block * tiles.blocks; }  // at once
 
   template <class Params>
   Prefill(const Params& params, const Item& item, Scratch& scratch)
-      : sizes(head_sizes<Math>(params)), tiles(prefill_tiles<Math>(sizes)) {
+      : sizes(head_sizes<Math>(params)),
+        tiles(prefill_tiles<std::conditional_t<kI16, i16, Math>>(sizes)),
+        integers(params, sizes),
+        d(params.only_qv ? 0 : params.d),
+        dv(params.dv) {
     int64_t rows = item.row_end - item.row_begin;
     once = item.key_end - item.key_begin <= packed_keys();
     q_rows = once ? 2 * kTileRows : round_up(rows, kTileRows);
@@ -134,6 +144,9 @@ struct Prefill {
     std::memset(static_cast<void*>(to), 0,
                 static_cast<size_t>((kTileRows - rows) * sizes.depth) * sizeof(Math));
     state_of(row) = TileState::kLoaded;
+    if constexpr (kI16) {
+      if (integers.on) integers.load_tile(*this, row, rows);
+    }
     if (kTiles && !params.only_qv) find_queries(params, s, item, row - kTileRows);
   }
 
@@ -189,26 +202,34 @@ struct Prefill {
   void pack(const Params& params, const Sequence& s, int64_t head_k, int64_t first, int64_t count) {
     if (!params.only_qv) key_rows(params, params.k, s, first, count, head_k, key_rows_);
     key_rows(params, params.v, s, first, count, head_k, value_rows);
-    for (int64_t at = 0; at < count; at += tiles.block) pack_block(params, at, count - at);
+    packed = count;
+    for (int64_t at = 0; at < count; at += tiles.block) {
+      if constexpr (kI16) {
+        if (integers.on) {
+          integers.pack_block(*this, at);
+          continue;
+        }
+      }
+      pack_block(at);
+    }
   }
 
-  // The block that begins `at` keys after the first of those that are packed, which are `left`
-  // more.
-  template <class Params>
-  void pack_block(const Params& params, int64_t at, int64_t left) {
+  // The block that begins `at` keys after the first of those that are packed.
+  void pack_block(int64_t at) {
+    const int64_t left = packed - at;
     const int64_t count = std::min(tiles.block, left), padded = round_up(count, kDepth);
     const int64_t panel = simd::kLanes * sizes.depth;
     Math *to_keys = keys + at * sizes.depth, *to_values = values + at * sizes.dv;
-    if (!params.only_qv) {
-      pack_keys(key_rows_ + at, count, left, params.d, sizes.qk, to_keys, panel, spare);
+    if (sizes.qk) {
+      pack_keys(key_rows_ + at, count, left, d, sizes.qk, to_keys, panel, spare);
       fill_panels(count, padded, sizes.qk, to_keys, panel);
     }
-    if (params.qv) {
+    if (sizes.qv) {
       Math* after = to_keys + simd::kLanes * sizes.qk;
-      pack_keys(value_rows + at, count, left, params.dv, sizes.qv, after, panel, spare);
+      pack_keys(value_rows + at, count, left, dv, sizes.qv, after, panel, spare);
       fill_panels(count, padded, sizes.qv, after, panel);
     }
-    pack_values(value_rows + at, count, left, padded, params.dv, sizes.dv, to_values,
+    pack_values(value_rows + at, count, left, padded, dv, sizes.dv, to_values,
                 simd::kLanes * tiles.block, spare);
   }
 
@@ -233,7 +254,8 @@ struct Prefill {
   // the first of those that are packed, in whole steps; columns is 0 when they see none of it.
   void set_tile(int64_t row, int64_t rows, int64_t first, int64_t at, int64_t count, Tile& t) {
     t.row = row, t.rows = std::min(kTileRows, rows - row), t.first = first + at, t.at = at;
-    t.from = std::max<int64_t>(0, begins[row] - t.first) / kDepth * kDepth;
+    constexpr int64_t kChunk = Integers<Element, Math>::kChunk;
+    t.from = std::max<int64_t>(0, begins[row] - t.first) / kChunk * kChunk;
     int64_t seen = ends[row + t.rows - 1] - t.first;
     int64_t to = round_up(std::min(std::min(tiles.block, count - at), seen), kDepth);
     t.columns = std::max<int64_t>(0, to - t.from);
@@ -266,29 +288,40 @@ struct Prefill {
             t.from};
   }
 
-  // Up to kLanes rows of a tile from row i on.
+  // Of up to kLanes rows of a tile from row i on; p is where the first one's probabilities begin.
+  template <class Kind>
+  SoftenArgs<Kind> soften_args(Tile& t, int64_t i, Kind* first, int64_t p_stride) const {
+    const int64_t row = t.row + i, stride = score_stride();
+    return {scores + i * stride, stride,       first,          p_stride,
+            t.columns,           maxima + row, row_sums + row, t.factors + i};
+  }
+
+  // Which of a tile's columns its row i sees.
+  Interval seen_of(const Tile& t, int64_t i) const {
+    const int64_t start = t.first + t.from;
+    return {begins[t.row + i] - start, ends[t.row + i] - start};
+  }
+
   void soften_tile(const ScoreScale& scale, Tile& t, int64_t i) {
-    int64_t row = t.row + i, start = t.first + t.from;
     int64_t p_stride = std::is_same<Math, float>::value ? score_stride() : tiles.block;
-    SoftenArgs<Math> a{scores + i * score_stride(),
-                       score_stride(),
-                       t.p + i * p_stride,
-                       p_stride,
-                       t.columns,
-                       maxima + row,
-                       row_sums + row,
-                       t.factors + i};
-    soften_rows<kExpDegree<Math>>(
-        a, scale, std::min<int64_t>(simd::kLanes, t.rows - i),
-        [&](int64_t j) { return Interval{begins[row + j] - start, ends[row + j] - start}; });
+    soften_rows<kExpDegree<Math>>(soften_args(t, i, t.p + i * p_stride, p_stride), scale,
+                                  std::min<int64_t>(simd::kLanes, t.rows - i),
+                                  [&](int64_t j) { return seen_of(t, i + j); });
   }
 
   // The values' product to come: what it adds to, and how.
   GemmArgs<Math> begin_values(const Tile& t) {
     GemmArgs<Math> g = value_args(t);
-    if (g.accumulate) scale_sums(t);
-    state_of(t.row) = TileState::kBegun;
+    begin_sums(t);
     return g;
+  }
+
+  // Before values are added to a tile's sums; returns whether there are some.
+  bool begin_sums(const Tile& t) {
+    const bool has_some = has_sums(t.row);
+    if (has_some) scale_sums(t);
+    state_of(t.row) = TileState::kBegun;
+    return has_some;
   }
 
   void scale_sums(const Tile& t) {
@@ -301,7 +334,7 @@ struct Prefill {
   // rows' keys early for a few at a time, with as many keys as they see: 2 % of a causal prefill.
   template <class F>
   void each_part(const Tile& t, F&& f) {
-    constexpr int64_t kRows = 24, kKeys = simd::kLanes * kStep<Math>;
+    constexpr int64_t kRows = 24, kKeys = kI16 ? kDepth : simd::kLanes * kStep<Math>;
     const int64_t start = t.first + t.from;
     if (in_tiles() || ends[t.row] >= start + t.columns) return f(0, t.rows, t.columns);
     for (int64_t i = 0; i < t.rows; i += kRows) {
@@ -355,6 +388,11 @@ struct Prefill {
   }
 
   void whole_tile(const ScoreScale& scale, Tile& t) {
+    if constexpr (kI16) {
+      if (integers.fit(*this, t)) return integers.whole_tile(*this, scale, t);
+      bool& has_floats = integers.has_floats[t.at / tiles.block];
+      if (integers.on && !has_floats) pack_block(t.at), has_floats = true;
+    }
     score(t);
     for (int64_t i = 0; i < t.rows; i += simd::kLanes) soften_tile(scale, t, i);
     add_values(t);

@@ -94,16 +94,16 @@ struct Cut {
   // The same where an item's keys are at most so many, which are packed at once: then threads can
   // join it, and it need not be small for them to end together.
   int64_t joined_rows, joined_keys;
+  int64_t row_multiple;
   int64_t heads;  // of a decode's item
   int64_t items;  // into which the keys of decodes that are left are cut, about
 };
 
 // Rows of an item where `rows` are cut into equal items of about `wanted`: each packs all keys, so
-// none should be small. A multiple of 32, as AMX tiles have so many rows: these must be the same
-// ones however a sequence is cut (see mainloop_prefill_amx.h).
-inline int64_t even_rows(int64_t rows, int64_t wanted) {
+// none should be small.
+inline int64_t even_rows(int64_t rows, int64_t wanted, int64_t multiple) {
   int64_t items = std::max<int64_t>(1, (rows + wanted / 2) / wanted);
-  return round_up((rows + items - 1) / items, kDepth);
+  return round_up((rows + items - 1) / items, multiple);
 }
 
 // How many of the next `parts` of a sequence, `keys` each, one item of a decode takes. Between
@@ -126,7 +126,7 @@ inline void plan_sequence(const Params& p, int64_t batch, const Cut& cut, Plan& 
   int64_t keys = std::max<int64_t>(1, keys_per_part(p, rows, s.sk)), first_part = first / keys;
   int64_t parts = std::max<int64_t>(1, (last + keys - 1) / keys - first_part);
   int64_t most_rows = std::min(keys, s.sk) <= cut.joined_keys ? cut.joined_rows : cut.rows;
-  int64_t row_step = is_decode(rows) ? rows : even_rows(rows, most_rows),
+  int64_t row_step = is_decode(rows) ? rows : even_rows(rows, most_rows, cut.row_multiple),
           head_step = is_decode(rows) ? cut.heads : 1;
   for (int64_t part = 0, part_step; part < parts; part += part_step) {
     part_step = is_decode(rows) ? parts_of_item(plan, cut, keys, parts - part) : 1;
@@ -173,7 +173,7 @@ inline void make_plan(const Params& p, const PrefillTiles& tiles, Plan& plan) {
   Cut cut;
   cut.rows = std::min(tiles.rows, std::max(kRowStep, rows / (4 * threads) / kRowStep * kRowStep));
   cut.joined_rows = std::min(tiles.rows, std::max(kRowStep, rows / threads));
-  cut.joined_keys = tiles.block * tiles.blocks;
+  cut.joined_keys = tiles.block * tiles.blocks, cut.row_multiple = tiles.row_multiple;
   // A decode's heads are parted for want of items alone: the longer the run of a token's heads in
   // memory, the faster it is read (2 KiB 1.2 times as fast as 1 KiB, 1.5 times as 512 bytes).
   cut.heads = std::max<int64_t>(1, p.heads_k * pieces / (2 * p.num_threads));

@@ -77,13 +77,17 @@ struct RowState {
 };
 
 // (x - maximum) * to_log2. For floats the difference comes first: a product with a large maximum
-// would lose its last bits. Beside P in bf16 the shorter product and sum are exact.
+// would lose its last bits. Beside P in 16 bits, bf16 or integers, the shorter product and sum are
+// exact.
 template <class Math>
 inline simd::Vec exponent(Math, simd::Vec x, simd::Vec maximum, simd::Vec to_log2) {
   return (x - maximum) * to_log2;
 }
 inline simd::Vec exponent(bf16, simd::Vec x, simd::Vec maximum, simd::Vec to_log2) {
   return simd::fma(x, to_log2, simd::zero() - maximum * to_log2);
+}
+inline simd::Vec exponent(i16, simd::Vec x, simd::Vec maximum, simd::Vec to_log2) {
+  return exponent(bf16(), x, maximum, to_log2);
 }
 
 // What a row's probabilities are made with after scores whose largest is `top`: the old maximum
@@ -133,10 +137,11 @@ struct SoftenArgs {
 };
 
 // Scores to probabilities of up to kLanes rows. Maxima and sums are made side by side: row by row,
-// the latency of each is longer than a row's work. visible(j) tells which columns row j sees.
-template <int kDegree, class Math, class Visible>
-inline void soften_rows(const SoftenArgs<Math>& a, const ScoreScale& scale, int64_t count,
-                        Visible&& visible) {
+// the latency of each is longer than a row's work. visible(j) tells which columns row j sees;
+// soften(j, shift) makes row j's probabilities and returns their sums lane by lane.
+template <class Math, class Visible, class Soften>
+inline void soften_rows_by(const SoftenArgs<Math>& a, const ScoreScale& scale, int64_t count,
+                           Visible&& visible, Soften&& soften) {
   using simd::Vec;
   Vec lanes[simd::kLanes];
   for (int64_t j = 0; j < simd::kLanes; ++j) lanes[j] = simd::zero();
@@ -157,11 +162,17 @@ inline void soften_rows(const SoftenArgs<Math>& a, const ScoreScale& scale, int6
   simd::store(shifts, shift);
   simd::store(a.factors, factor);
   simd::store(a.maxima, top);
-  for (int64_t j = 0; j < count; ++j) {
-    lanes[j] = soften<kDegree>(a.scores + j * a.score_stride, a.p + j * a.p_stride, a.columns,
-                               scale.to_log2(), shifts[j]);
-  }
+  for (int64_t j = 0; j < count; ++j) lanes[j] = soften(j, shifts[j]);
   simd::store(a.sums, simd::load(a.sums) * factor + simd::reduce_each(lanes));
+}
+
+template <int kDegree, class Math, class Visible>
+inline void soften_rows(const SoftenArgs<Math>& a, const ScoreScale& scale, int64_t count,
+                        Visible&& visible) {
+  soften_rows_by(a, scale, count, visible, [&](int64_t j, float shift) {
+    return soften<kDegree>(a.scores + j * a.score_stride, a.p + j * a.p_stride, a.columns,
+                           scale.to_log2(), shift);
+  });
 }
 
 // What a row's sum becomes when it is finished: out = acc * factor, and lse in natural units.

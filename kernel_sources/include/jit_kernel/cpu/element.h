@@ -1,6 +1,8 @@
-// Element types of tensors, by their C++ names, and their scalar conversions.
+// Element types of tensors, by their C++ names, and their scalar conversions. i16 is none: 16-bit
+// integers that stand for numbers times a factor.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -15,6 +17,9 @@ struct fp16 {
 };
 struct e4m3 {  // float8_e4m3fn: no infinity, 0x7f and 0xff are NaN
   uint8_t bits;
+};
+struct i16 {
+  int16_t value;
 };
 
 template <class To, class From>
@@ -44,6 +49,8 @@ inline float to_float(e4m3 x) {
   float subnormal = static_cast<float>(magnitude) * 0x1p-9f;
   return sign ? -subnormal : subnormal;
 }
+
+inline float to_float(i16 x) { return static_cast<float>(x.value); }
 
 template <class Element>
 Element from_float(float x);
@@ -85,6 +92,11 @@ inline e4m3 from_float<e4m3>(float x) {  // saturates; round to nearest, ties to
   }
   uint32_t rounded = magnitude + 0x7ffffu + (magnitude >> 20 & 1u) - 0x3c000000u;
   return e4m3{static_cast<uint8_t>(sign | rounded >> 20)};
+}
+
+template <>
+inline i16 from_float<i16>(float x) {  // of a magnitude below 2^15; round to nearest, ties to even
+  return i16{static_cast<int16_t>(std::lrint(x))};
 }
 
 // What attention of these inputs gives: the inputs' dtype, and bf16 for e4m3.

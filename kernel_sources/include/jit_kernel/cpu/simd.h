@@ -15,6 +15,9 @@
 #include "jit_kernel/cpu/simd_generic.h"
 #endif
 
+#if defined(JIT_KERNEL_AVX512) && defined(__AVX512VNNI__)
+#define JIT_KERNEL_I16_DOT 1
+#endif
 #if defined(JIT_KERNEL_AVX512) && defined(__AVX512BF16__)
 #define JIT_KERNEL_BF16_DOT 1
 #endif
