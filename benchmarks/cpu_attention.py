@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,11 @@ WITHOUT_AMX = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16", "MKL_ENABLE_INSTRUCTION
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the table. `at_least` is what the project asks of `ratio` (to torch) or of `share` (of the peak)."""
+    """One line of the table.
+
+    `at_least` is what the project asks of `ratio` (to torch) or of `share` (of the peak), `slower_at_most` of our time
+    beside that of `bf16`, the same call in that dtype.
+    """
 
     name: str
     ours: Callable[[], Any]
@@ -54,6 +58,8 @@ class Case:
     calls: int = 1  # that `ours` and `peer` make
     ratio_at_least: float | None = None
     share_at_least: float | None = None
+    bf16: Callable[[], Any] | None = None
+    slower_at_most: float | None = None
 
 
 def prefill(dtype: torch.dtype, tokens: int, d: int, causal: bool, **asked: float) -> Case:
@@ -115,6 +121,11 @@ def decode(dtype: torch.dtype, batch: int, heads: int, heads_k: int, page_size: 
     return Case(name, ours, peer, gigabytes, "memory", dtype, layers, **asked)
 
 
+def beside_bf16(make: Callable[..., Case], *rest: Any) -> Case:
+    """An fp16 case with the bf16 one in the same rounds."""
+    return replace(make(FP16, *rest), bf16=make(BF16, *rest).ours, slower_at_most=0.25)
+
+
 def ragged(lengths: list[int], name: str) -> Case:
     """Self attention of sequences of these lengths in one call, causal, 8 heads, d 128."""
     heads, d = 8, 128
@@ -146,10 +157,14 @@ def cases() -> list[Callable[[], Case]]:
         lambda: prefill(BF16, 512, 128, False, ratio_at_least=2.0),
         lambda: prefill(FP32, 2048, 128, False, ratio_at_least=1.1),
         lambda: prefill(FP32, 2048, 128, True, ratio_at_least=1.4),
-        lambda: prefill(FP16, 2048, 128, False),
+        lambda: beside_bf16(prefill, 2048, 128, False),
+        lambda: beside_bf16(prefill, 2048, 128, True),
+        lambda: beside_bf16(prefill, 2048, 64, True),
+        lambda: beside_bf16(prefill, 512, 128, False),
         lambda: decode(BF16, 1, 32, 32, ratio_at_least=6.0),
         lambda: decode(BF16, 1, 32, 8, ratio_at_least=20.0),
-        lambda: decode(FP16, 1, 32, 8),
+        lambda: beside_bf16(decode, 1, 32, 8),
+        lambda: beside_bf16(decode, 1, 32, 32),
         lambda: decode(BF16, 8, 32, 8, share_at_least=0.85),
         lambda: decode(BF16, 8, 32, 8, page_size=16, ratio_at_least=50.0, share_at_least=0.85),
         lambda: prefill(BF16, 4096, 128, False, share_at_least=0.75),
@@ -161,13 +176,14 @@ def cases() -> list[Callable[[], Case]]:
 
 
 def measure(case: Case, peaks: cpu_peaks.Peaks, seconds: float) -> dict[str, Any]:
-    """Rounds of ours, torch and the peak until the time is up, at least 5."""
+    """Rounds of ours, torch, bf16 and the peak until the time is up, at least 5."""
     ours: list[float] = []
     peer: list[float] = []
+    bf16: list[float] = []
     bounds: list[dict[str, float]] = []
     began = 0.0
     while len(ours) < 6 or time.perf_counter() - began < seconds:
-        turns = [(case.ours, ours), (case.peer, peer)]
+        turns = [(case.ours, ours), (case.peer, peer), (case.bf16, bf16)]
         for call, taken in turns if len(ours) % 2 else reversed(turns):
             if call is not None:
                 start = time.perf_counter()
@@ -188,6 +204,9 @@ def measure(case: Case, peaks: cpu_peaks.Peaks, seconds: float) -> dict[str, Any
     if peer:
         torch_ms = statistics.median(peer[1:]) * 1e3
         line |= {"torch_ms": torch_ms, "torch_min_ms": min(peer[1:]) * 1e3, "ratio": torch_ms / ours_ms}
+    if bf16:
+        bf16_ms = statistics.median(bf16[1:]) * 1e3
+        line |= {"bf16_ms": bf16_ms, "slower": ours_ms / bf16_ms - 1, "slower_at_most": case.slower_at_most}
     line |= {"ratio_at_least": case.ratio_at_least, "share_at_least": case.share_at_least}
     return line
 
@@ -206,6 +225,10 @@ def show(line: dict[str, Any]) -> None:
             of = "share_of_bf16_dot" if key == "share" and "share_of_bf16_dot" in line else key
             reached = "" if line[of] >= asked else ", not reached"
             text += f" ({of.replace('_', ' ', 2)} asked: {asked:g}{reached})"
+    if "slower" in line:
+        reached = "" if line["slower"] <= line["slower_at_most"] else ", not reached"
+        text += f"; {line['slower']:+.0%} of bf16's {line['bf16_ms']:.3f} ms"
+        text += f" (at most {line['slower_at_most']:+.0%} asked{reached})"
     print(text, flush=True)
 
 
@@ -244,7 +267,10 @@ def sections(options: argparse.Namespace) -> list[dict[str, Any]]:
     here = device.cpu_target()
     targets = [options.target or here]
     if options.target is None and "amxbf16" in here.features:
-        targets += [device.Target.parse(f"cpu:{here.architecture}{more}") for more in ("+avx512bf16", "")]
+        targets += [
+            device.Target("cpu", here.architecture, tuple(x for x in here.features if x != "amxbf16")),
+            device.Target("cpu", here.architecture),
+        ]
     lines: list[dict[str, Any]] = []
     for target in targets:
         without = "amxbf16" in here.features and "amxbf16" not in target.features

@@ -101,6 +101,18 @@ double bf16_piece() {
 }
 #endif
 
+#ifdef __AVX512VNNI__
+double i16_piece() {
+  __m512i b{}, c{};
+  __m512i x0{}, x1{}, x2{}, x3{}, x4{}, x5{}, x6{}, x7{}, x8{}, x9{};
+#define ONE_I16_DOT(x) asm volatile("vpdpwssd %2, %1, %0" : "+v"(x) : "v"(b), "v"(c))
+  for (int i = 0; i < kRounds; ++i) {
+    TEN(ONE_I16_DOT);
+  }
+  return 10.0 * kRounds * 64 * 1e-9;
+}
+#endif
+
 #ifdef __AMX_BF16__
 // TDPFP16PS by its bytes, as older compilers know no such instruction: F2 where TDPBF16PS has F3.
 #define TILE_DOT_FP16(sum, a, b)                  \
@@ -175,6 +187,14 @@ double peak_fma(int threads, double seconds) {  // GFLOP/s
 double peak_bf16_dot(int threads, double seconds) {  // GFLOP/s of VDPBF16PS
 #ifdef __AVX512BF16__
   return rate(threads, seconds, [](int) { return bf16_piece(); });
+#else
+  return 0.0;
+#endif
+}
+
+double peak_i16_dot(int threads, double seconds) {  // 1e9 operations a second of VPDPWSSD
+#ifdef __AVX512VNNI__
+  return rate(threads, seconds, [](int) { return i16_piece(); });
 #else
   return 0.0;
 #endif

@@ -13,7 +13,7 @@ import torch
 from jit_kernel import compiler, device
 
 PEAK_SECONDS = 0.02  # a peak's share of each round
-LOOPS = ("peak_fma", "peak_bf16_dot", "peak_amx", "peak_amx_fp16")
+LOOPS = ("peak_fma", "peak_bf16_dot", "peak_i16_dot", "peak_amx", "peak_amx_fp16")
 
 
 class Peaks:
@@ -26,7 +26,7 @@ class Peaks:
         present = [name for name in LOOPS if self._rate(self._ours, name) > 0]
         best = {
             torch.bfloat16: ("peak_amx", "peak_bf16_dot"),
-            torch.float16: ("peak_amx_fp16",),
+            torch.float16: ("peak_amx_fp16", "peak_i16_dot"),
             torch.float32: (),
         }
         self._best = {x: next((n for n in names if n in present), "peak_fma") for x, names in best.items()}

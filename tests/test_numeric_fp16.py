@@ -36,10 +36,10 @@ def shares(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> reference.Shares:
 def test_sums_as_large_as_they_become(d: int, value: float, largest_score: float) -> None:
     """Queries along their keys, all probabilities the same, all values the same: no product has another sign."""
     element = math.sqrt(largest_score / math.sqrt(d))
-    q, k = (torch.full((n, 1, d), element, dtype=HALF) for n in (100, 600))
-    v = torch.full((600, 1, d), value, dtype=HALF)
+    q, k = (torch.full((n, 1, d), element, dtype=HALF) for n in (100, 640))
+    v = torch.full((640, 1, d), value, dtype=HALF)
     out = fa3.flash_attn_func(q[None], k[None], v[None])
-    assert torch.allclose(out.float(), v[:1].float(), rtol=2**-10)
+    assert torch.equal(out[0], v[:100])
     assert shares(q, -k, v).worst <= 1
 
 
@@ -92,7 +92,7 @@ def test_keys_that_are_not_finite(count: int) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("key", [300, 330, 511])
+@pytest.mark.parametrize("key", [300, 340, 511])
 def test_a_value_that_is_not_finite_beside_rows_that_do_not_see_it(value: float, key: int) -> None:
     """In the same tile of rows or 32 keys; rows of other tiles keep their bits."""
     q, k, v = (normal(600, 1, 64, seed=i).half() for i in range(3))
@@ -112,6 +112,7 @@ def of_both_kinds() -> list[Tensor]:
     q[100:130] *= 8
     q[700, 1] *= 30
     k[1000:1010] *= 20
+    k[1700:1702] *= 20
     v[2000, 0, 5] = math.inf
     return [q.half(), k.half(), v.half()]
 

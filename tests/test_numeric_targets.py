@@ -53,7 +53,9 @@ def test_random_cases_on_another_target(target: Target, dtype: torch.dtype, say:
     ("vendor", "more", "target"),
     [
         ("AuthenticAMD", (), "cpu:x86-64-v4+avx512bf16"),
+        ("AuthenticAMD", ("avx512_vnni",), "cpu:x86-64-v4+avx512bf16+avx512vnni"),
         ("GenuineIntel", (), "cpu:x86-64-v4"),
+        ("GenuineIntel", ("avx512_vnni",), "cpu:x86-64-v4+avx512vnni"),
         ("GenuineIntel", ("amx_bf16", "amx_tile"), "cpu:x86-64-v4+amxbf16+avx512bf16"),
     ],
 )
