@@ -6,7 +6,6 @@ On a CPU without such products (AVX-512 VNNI) the same cases run in floats.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -143,7 +142,7 @@ INTEGERS = "avx512vnni"
 
 
 @pytest.fixture
-def floats_too(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def floats_too(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Calls a function for a target with integers and for one without."""
     here = cpu_target()
 
@@ -157,7 +156,7 @@ def floats_too(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
             found.append(call())
         return found
 
-    yield both
+    return both
 
 
 @pytest.mark.skipif(INTEGERS not in cpu_target().features, reason=f"this CPU has no {INTEGERS}")
