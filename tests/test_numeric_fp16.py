@@ -15,6 +15,7 @@ from test_numeric_decode import answers
 from test_numeric_promises import normal
 from torch import Tensor
 
+from jit_kernel import device
 from jit_kernel import flash_attention_v3 as fa3
 from jit_kernel.device import Target, cpu_target
 from jit_kernel.fa3 import cpu, cpu_plain
@@ -159,7 +160,7 @@ def floats_too(monkeypatch: pytest.MonkeyPatch) -> Any:
     return both
 
 
-@pytest.mark.skipif(INTEGERS not in cpu_target().features, reason=f"this CPU has no {INTEGERS}")
+@pytest.mark.skipif("avx512_vnni" not in device._cpu_flags(), reason="this CPU has no AVX-512 VNNI")
 def test_where_integers_are_used(floats_too: Any) -> None:
     """As bits of the answer tell: beside those of floats they differ, or are the same."""
     q, k, v = (normal(1, 500, 2, 128, seed=i).half() for i in range(3))

@@ -57,9 +57,15 @@ def test_random_cases_on_another_target(target: Target, dtype: torch.dtype, say:
         ("GenuineIntel", (), "cpu:x86-64-v4"),
         ("GenuineIntel", ("avx512_vnni",), "cpu:x86-64-v4+avx512vnni"),
         ("GenuineIntel", ("amx_bf16", "amx_tile"), "cpu:x86-64-v4+amxbf16+avx512bf16"),
+        ("GenuineIntel", ("amx_bf16", "amx_tile", "avx512_vnni"), "cpu:x86-64-v4+amxbf16+avx512bf16+avx512vnni"),
+        (
+            "GenuineIntel",
+            ("amx_bf16", "amx_tile", "amx_fp16", "avx512_vnni"),
+            "cpu:x86-64-v4+amxbf16+avx512bf16",
+        ),
     ],
 )
-def test_the_target_names_bf16_products_where_they_pay(
+def test_the_target_names_what_pays(
     vendor: str, more: tuple[str, ...], target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = frozenset((vendor, *device._V4, "avx512_bf16", *more))
