@@ -288,7 +288,7 @@ struct Prefill {
             t.from};
   }
 
-  // Of up to kLanes rows of a tile from row i on; p is where the first one's probabilities begin.
+  // Of up to kLanes rows of a tile from row i on; the first one's probabilities begin at `first`.
   template <class Kind>
   SoftenArgs<Kind> soften_args(Tile& t, int64_t i, Kind* first, int64_t p_stride) const {
     const int64_t row = t.row + i, stride = score_stride();

@@ -138,7 +138,7 @@ inline void pack_values(const Element* const* rows, int64_t count, int64_t known
       if constexpr (kTogether == 1) {
         simd::store_as(to, simd::load_as_float(row[0] + column));
       } else {
-#ifdef JIT_KERNEL_AVX512
+#ifdef JIT_KERNEL_BF16_DOT
         auto words = [&](int i) {
           auto* p = reinterpret_cast<const __m256i*>(row[i] + column);
           return _mm512_cvtepu16_epi32(_mm256_loadu_si256(p));

@@ -38,12 +38,10 @@ inline int64_t round_up(int64_t x, int64_t multiple) {
 template <class Math>
 constexpr int kStep = sizeof(Math) == 2 ? 2 : 1;
 
-// How far apart the keys are whose values are multiplied in one step: bf16 and i16 at the same
-// place of two vectors of probabilities, so that these are joined without shuffling
-// (store_probabilities).
+// How far apart the keys are whose values are multiplied in one step: bf16 at the same place of two
+// vectors of probabilities, so that these are joined without shuffling (store_probabilities).
 template <class Math>
-constexpr int64_t kStepApart =
-    std::is_same<Math, bf16>::value || std::is_same<Math, i16>::value ? simd::kLanes : 1;
+constexpr int64_t kStepApart = std::is_same<Math, bf16>::value ? simd::kLanes : 1;
 
 // Keys are taken in multiples of this: an AMX tile's depth, and pairs of vectors everywhere.
 constexpr int64_t kDepth = 32;
@@ -130,8 +128,10 @@ inline PrefillTiles prefill_tiles(const HeadSizes& h) {
   int64_t row_bytes = h.depth * int64_t{sizeof(Packed)} + h.dv * int64_t{sizeof(float)};
   t.rows = std::min(kMostRows, kRowBytes / row_bytes);
   t.rows = std::max(kRowStep, t.rows / kRowStep * kRowStep);
-  // fp16 may become AMX tiles or those of other products.
-  t.row_multiple = kI16 ? kRowStep : kTileRowsOf<Packed>;
+  t.row_multiple = kTileRowsOf<Packed>;
+#ifdef JIT_KERNEL_AMX
+  if (kFloat || kI16) t.row_multiple = kRowStep;  // fp16 may become tiles of either kind
+#endif
   return t;
 }
 
