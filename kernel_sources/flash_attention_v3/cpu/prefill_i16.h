@@ -239,7 +239,7 @@ struct Integers<fp16, float> {
     f(values, packed * dv), f(value_factors, packed), f(has_floats, packed / block);
     f(p, Host::kTileRows * block), f(p_factors, Host::kTileRows * kI16Chunks);
     f(odd_counts, packed / block), f(odd_keys, packed / block * kMostOddKeys);
-    f(odd_key, host.sizes.depth), f(spare, kDepth * depth);
+    f(odd_key, host.sizes.depth), f(spare, simd::kLanes * depth);
     f(halves, kDepth * std::max(depth, dv));
   }
 
@@ -274,17 +274,17 @@ struct Integers<fp16, float> {
   void pack_block(const Host& host, int64_t at) {
     const int64_t block = host.tiles.block, end = std::min(host.packed, at + block);
     const fp16* rows[kDepth];
-    const i16* integers[kDepth];
+    const i16* integers[simd::kLanes];
     odd_counts[at / block] = 0, has_floats[at / block] = false;
-    for (int64_t j = 0; j < kDepth; ++j) integers[j] = spare + j * depth;
+    for (int64_t j = 0; j < simd::kLanes; ++j) integers[j] = spare + j * depth;
     for (int64_t i = at; i < end; i += kDepth) {
       find_rows(host.key_rows_ + i, end - i, host.packed - i, host.d, depth, rows);
       for (int64_t j = 0; j < kDepth; j += simd::kLanes) {
         auto load = [&](int64_t row, int64_t n) { return simd::load_as_float(rows[j + row] + n); };
-        simd::Vec norms = rows_to_integers(load, depth, spare + j * depth, key_factors + i + j);
+        simd::Vec norms = rows_to_integers(load, depth, spare, key_factors + i + j);
         simd::store(key_norms + i + j, take_odd_keys(norms, at / block, i + j));
+        transpose_panel(integers, depth, keys + (i + j) * depth, [](int64_t) {});
       }
-      pack_keys(integers, kDepth, 0, depth, depth, keys + i * depth, simd::kLanes * depth, spare);
     }
     for (int64_t i = at; i < end; i += kDepth) {
       find_rows(host.value_rows + i, end - i, host.packed - i, host.dv, dv, rows);

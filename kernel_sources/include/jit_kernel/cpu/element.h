@@ -2,7 +2,6 @@
 // integers that stand for numbers times a factor.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -50,8 +49,6 @@ inline float to_float(e4m3 x) {
   return sign ? -subnormal : subnormal;
 }
 
-inline float to_float(i16 x) { return static_cast<float>(x.value); }
-
 template <class Element>
 Element from_float(float x);
 
@@ -92,11 +89,6 @@ inline e4m3 from_float<e4m3>(float x) {  // saturates; round to nearest, ties to
   }
   uint32_t rounded = magnitude + 0x7ffffu + (magnitude >> 20 & 1u) - 0x3c000000u;
   return e4m3{static_cast<uint8_t>(sign | rounded >> 20)};
-}
-
-template <>
-inline i16 from_float<i16>(float x) {  // of a magnitude below 2^15; round to nearest, ties to even
-  return i16{static_cast<int16_t>(std::lrint(x))};
 }
 
 // What attention of these inputs gives: the inputs' dtype, and bf16 for e4m3.

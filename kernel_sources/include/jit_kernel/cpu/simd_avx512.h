@@ -70,11 +70,6 @@ inline Vec load_as_float(const e4m3* p) {
   return _mm512_castsi512_ps(_mm512_or_si512(y, sign));
 }
 
-inline Vec load_as_float(const i16* p) {
-  __m256i values = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(values));
-}
-
 inline __m256i rounded_to(fp16, Vec x) {
   return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
@@ -90,8 +85,6 @@ inline __m256i rounded_to(bf16, Vec x) {
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16));
 #endif
 }
-
-inline __m256i rounded_to(i16, Vec x) { return _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x)); }
 
 inline void store_as(f32* p, Vec x) { store(p, x); }
 template <class Element>
