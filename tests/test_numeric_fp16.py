@@ -58,6 +58,12 @@ def test_values_of_very_different_sizes(causal: bool) -> None:
     q, k, v = (normal(n, 2, 128, seed=i) for i, n in enumerate((300, 800, 800)))
     v *= torch.exp2(12 * normal(800, 1, 1, seed=3).clamp(-1, 1))
     assert shares(q.half(), k.half(), v.half(), causal=causal).worst <= 1
+    # Large values beside those that rows attend to.
+    q, k, v = 0.3 * q, 0.3 * k, normal(800, 2, 128, seed=2)
+    is_large = torch.arange(800) % 4 == 0
+    q[:, :, 0], k[:, :, 0] = 12.0, torch.where(is_large, -8.0, 8.0).view(-1, 1)
+    v[is_large] *= 4096
+    assert shares(q.half(), k.half(), v.half(), causal=causal).worst <= 1
 
 
 @pytest.mark.parametrize("size", [6e-8, 1e-5, 100.0])
