@@ -40,7 +40,7 @@ test-gpu:
 sanitize-gpu:
 	for tool in memcheck initcheck racecheck synccheck; do \
 		PYTHONPATH=.:$$PYTHONPATH compute-sanitizer --tool $$tool --error-exitcode 9 \
-			$(PYTHON) tests/sanitized_calls.py || exit; done
+			$(PYTHON) tests/support/sanitized_calls.py || exit; done
 
 bench-gpu:
 	$(PYTHON) benchmarks/hopper_prefill.py

@@ -25,16 +25,9 @@ import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
 from jit_kernel import flash_attention_v3
-from jit_kernel.attention import (
-    AttentionLayer,
-    all_gather_attention,
-    backend_name,
-    communication,
-    plan_ring,
-    ring,
-    ring_attention,
-    shard,
-)
+from jit_kernel.attention import AttentionLayer, all_gather_attention, backend_name, plan_ring, ring_attention, shard
+from jit_kernel.attention.parallel import exchange as communication
+from jit_kernel.attention.parallel import ring
 
 
 def timed(call: Callable[[], Any], device: torch.device, repeats: int, together: bool) -> float:

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from jit_kernel import compiler, device
+from jit_kernel import device
+from jit_kernel.engine import compiler
 
 PEAK_SECONDS = 0.02  # a peak's share of each round
 LOOPS = ("peak_fma", "peak_bf16_dot", "peak_i16_dot", "peak_amx", "peak_amx_fp16")

@@ -161,8 +161,9 @@ def features(rounds: int) -> list[Line]:
 
 def compile_times() -> list[Line]:
     """NVRTC's time for one variant of each head size, without its own cache, and a first call end to end."""
-    from jit_kernel import config, nvrtc
-    from jit_kernel.fa3 import hopper_kernels
+    from jit_kernel import config
+    from jit_kernel.engine import nvrtc
+    from jit_kernel.fa3.hopper import kernels as hopper_kernels
 
     sources = config.kernel_sources_dir()
     lines: list[Line] = []

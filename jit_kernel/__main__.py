@@ -9,14 +9,14 @@ import sys
 from collections.abc import Sequence
 
 from jit_kernel import config
-from jit_kernel.cache import CacheError, Entry, Store
+from jit_kernel.engine.store import CacheError, Entry, Store
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one of the commands; answers with its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["why"]:
-        from jit_kernel import why
+        from jit_kernel.commands import why
 
         return why.main(words[1:])
     parser = argparse.ArgumentParser(prog="python -m jit_kernel", description=__doc__)
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _doctor(as_json: bool) -> int:
-    from jit_kernel import doctor
+    from jit_kernel.commands import doctor
 
     facts = doctor.report()
     print(json.dumps(facts, indent=1) if as_json else doctor.text(facts))

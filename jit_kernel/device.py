@@ -161,7 +161,7 @@ def get_device_capability(device: torch.device | str | None = None) -> tuple[int
         major, minor = torch.cuda.get_device_capability(name)
         return int(major), int(minor)
     if kind == "musa":
-        from jit_kernel import musa
+        from jit_kernel import moore_threads as musa
 
         return musa.capability(int(index) if index else None)
     return None
@@ -169,7 +169,7 @@ def get_device_capability(device: torch.device | str | None = None) -> tuple[int
 
 def is_musa() -> bool:
     """Whether a Moore Threads GPU and the software to drive it are present."""
-    from jit_kernel import musa
+    from jit_kernel import moore_threads as musa
 
     return musa.probe().usable
 

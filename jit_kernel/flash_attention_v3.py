@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling, is_dynamo_compiling
 
-from jit_kernel import config, operators
+from jit_kernel import config
 from jit_kernel.device import VENDORS, detect_device, device_target
+from jit_kernel.fa3 import torch_operators as operators
 
 Kernels = Mapping[str, Callable[..., Any]]
 Device = torch.device | str | None
@@ -112,7 +113,7 @@ def _forget_plain() -> None:
 def _first_check(function: str, call: dict[str, Any]) -> None:
     """Import the checks at the first call and from then on call them straight: importing them takes 12 ms."""
     global _check_attention
-    from jit_kernel.fa3.arguments import check_attention
+    from jit_kernel.fa3.checks.call import check_attention
 
     _check_attention = check_attention
     check_attention(function, call)
@@ -495,7 +496,7 @@ def get_scheduler_metadata(
     }
     if is_compiling():
         return operators.metadata(call)
-    from jit_kernel.fa3 import scheduler_header
+    from jit_kernel.fa3.checks import metadata as scheduler_header
 
     scheduler_header.check_parameters(call)
     made: Tensor = _load_fa3_kernels(cache_seqlens.device)["get_scheduler_metadata"](**call)
@@ -522,7 +523,7 @@ def flash_attn_combine(
     }
     if is_compiling():
         return operators.combine(call)
-    from jit_kernel.fa3 import combine_arguments
+    from jit_kernel.fa3.checks import combine as combine_arguments
 
     combine_arguments.check_combine(call)
     result: tuple[Tensor, Tensor] = _load_fa3_kernels(out_partial.device)["flash_attn_combine"](**call)
@@ -546,7 +547,7 @@ def merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> t
     }
     if is_compiling():
         return operators.merge(call)
-    from jit_kernel.fa3 import combine_arguments
+    from jit_kernel.fa3.checks import combine as combine_arguments
 
     combine_arguments.check_merge(call)
     result: tuple[Tensor, Tensor] = _load_fa3_kernels(out_a.device)["merge_state"](**call)

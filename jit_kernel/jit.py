@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jit_kernel import builds, compiler
-from jit_kernel.builds import Event, KernelSpec
 from jit_kernel.device import Target
+from jit_kernel.engine import build as builds
+from jit_kernel.engine import compiler
+from jit_kernel.engine.build import Event, KernelSpec
 
 __all__ = ["Cubin", "Event", "KernelSpec", "build", "events", "is_stored", "load", "load_cubin"]
 

@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 
-from jit_kernel import compiler, config, jit, progress
-from jit_kernel.cache import CacheError
+from jit_kernel import config, jit
 from jit_kernel.device import Target, cpu_count, detect_device, device_target
+from jit_kernel.engine import compiler, progress
+from jit_kernel.engine.store import CacheError
 from jit_kernel.fa3 import dispatch
 from jit_kernel.jit import KernelSpec
 

@@ -11,31 +11,31 @@ _ROOMS = {
     "FlashAttentionBackend": "backend",
     "ForwardMetadata": "metadata",
     "AttentionLayer": "metadata",
-    "GraphMetadata": "scheduler_metadata",
-    "Half": "context_parallel",
-    "forward_zigzag": "context_parallel",
-    "all_gather_attention": "context_parallel",
-    "ring_attention": "ring",
-    "plan_ring": "ring",
-    "backend_name": "communication",
-    "shard": "zigzag",
-    "unshard": "zigzag",
-    "select_backend": "selection",
-    "Selection": "selection",
-    "DiffusionAttention": "diffusion",
+    "GraphMetadata": "plan",
+    "Half": "parallel.all_gather",
+    "forward_zigzag": "parallel.all_gather",
+    "all_gather_attention": "parallel.all_gather",
+    "ring_attention": "parallel.ring",
+    "plan_ring": "parallel.ring",
+    "backend_name": "parallel.exchange",
+    "shard": "parallel.zigzag",
+    "unshard": "parallel.zigzag",
+    "select_backend": "dense.selection",
+    "Selection": "dense.selection",
+    "DiffusionAttention": "dense.diffusion",
 }
 __all__ = sorted(_ROOMS)
 
 if TYPE_CHECKING:
     from jit_kernel.attention.backend import FlashAttentionBackend
-    from jit_kernel.attention.communication import backend_name
-    from jit_kernel.attention.context_parallel import Half, all_gather_attention, forward_zigzag
-    from jit_kernel.attention.diffusion import DiffusionAttention
+    from jit_kernel.attention.dense.diffusion import DiffusionAttention
+    from jit_kernel.attention.dense.selection import Selection, select_backend
     from jit_kernel.attention.metadata import AttentionLayer, ForwardMetadata
-    from jit_kernel.attention.ring import plan_ring, ring_attention
-    from jit_kernel.attention.scheduler_metadata import GraphMetadata
-    from jit_kernel.attention.selection import Selection, select_backend
-    from jit_kernel.attention.zigzag import shard, unshard
+    from jit_kernel.attention.parallel.all_gather import Half, all_gather_attention, forward_zigzag
+    from jit_kernel.attention.parallel.exchange import backend_name
+    from jit_kernel.attention.parallel.ring import plan_ring, ring_attention
+    from jit_kernel.attention.parallel.zigzag import shard, unshard
+    from jit_kernel.attention.plan import GraphMetadata
 
 
 def __getattr__(name: str) -> object:

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jit_kernel import flash_attention_v3, musa
-from jit_kernel.attention import context as contexts
-from jit_kernel.attention import scheduler_metadata as scheduling
+from jit_kernel import flash_attention_v3
+from jit_kernel import moore_threads as musa
+from jit_kernel.attention import plan as scheduling
+from jit_kernel.attention import step as contexts
 from jit_kernel.attention.cascade import merged
-from jit_kernel.attention.context import ForwardContext
 from jit_kernel.attention.metadata import AttentionLayer, ForwardMetadata
-from jit_kernel.attention.scheduler_metadata import GraphMetadata
+from jit_kernel.attention.plan import GraphMetadata
+from jit_kernel.attention.step import ForwardContext
 
 Result = Tensor | tuple[Tensor, Tensor]
 VERSIONS = (3,)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from jit_kernel.attention.metadata import AttentionLayer, ForwardMetadata
-from jit_kernel.attention.scheduler_metadata import retagged
+from jit_kernel.attention.plan import retagged
 
 if TYPE_CHECKING:
     from jit_kernel.attention.backend import FlashAttentionBackend

@@ -31,7 +31,7 @@ from typing import Any
 
 from jit_kernel import config
 from jit_kernel.device import Target
-from jit_kernel.fa3.variants import Accepted, Decision, Features, Rejected, refusal
+from jit_kernel.fa3.features import Accepted, Decision, Features, Rejected, refusal
 from jit_kernel.jit import KernelSpec
 
 log = logging.getLogger("jit_kernel")
@@ -157,7 +157,7 @@ def kernels(device: str, target: Target) -> Mapping[str, Callable[..., object]]:
     if len(modules) == 1 and modules[0].NAME in REFUSE_THEMSELVES:
         only: Mapping[str, Callable[..., object]] = modules[0].KERNELS
         return only
-    from jit_kernel.fa3.dispatcher import Dispatcher
+    from jit_kernel.fa3.seam import Dispatcher
 
     return Dispatcher(target, modules).kernels()
 

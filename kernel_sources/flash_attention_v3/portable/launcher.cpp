@@ -11,7 +11,7 @@
 #include <string>
 #include <utility>
 
-#include "jit_kernel/cuda_driver.h"
+#include "jit_kernel/cuda/driver.h"
 
 namespace jit_kernel::portable {
 

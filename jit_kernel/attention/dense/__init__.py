@@ -1,0 +1,1 @@
+"""Attention without a cache: the choice of implementation, SageAttention, diffusion models."""

@@ -1,0 +1,305 @@
+"""The checks of an attention call that look at types, shapes, strides, dtypes and devices alone.
+
+Letters as in the public docstrings: b sequences; hq query and hk key/value heads; d and dv the head sizes of
+q/k and v; sq, sk lengths. `Facts` is what the other checks and the defaults need to know of the shapes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jit_kernel.fa3.checks.values import (
+    INPUT_DTYPES,
+    described,
+    need_absent,
+    need_bool,
+    need_contiguous,
+    need_device,
+    need_dims,
+    need_dtype,
+    need_index,
+    need_integer,
+    need_number,
+    need_present,
+    need_shape,
+    need_tensor,
+    need_unit_stride,
+    need_writable,
+)
+
+_BOOLS = ("causal", "rotary_interleaved", "only_qv", "deterministic", "return_softmax_lse")
+_INTEGERS = ("num_splits", "sm_margin")
+_QV_HEAD_DIM, _QV_HEAD_DIMS_V = 64, (256, 512)  # MLA in its absorbed form
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The sizes of a call whose shapes fit together."""
+
+    batch: int
+    q_rows: int  # total_q with cu_seqlens_q, else sq
+    k_rows: int  # total_k with cu_seqlens_k; else the most keys that one sequence may have
+    page_size: int  # 0: not paged
+    pages: int
+    cache_rows: int  # what cache_batch_idx may name: rows of the cache, or of the page table
+    new_rows: int  # total_new with cu_seqlens_k_new, else s_new; 0 without new keys
+    rotary_rows: int  # positions that the rotary tables hold
+    scale: float  # the default softmax_scale
+    scale_of_qv: float | None  # the same with only_qv; None without qv
+    indexed: bool  # some index tensor was given
+    on_host: bool
+
+
+def check(function: str, call: Mapping[str, Any]) -> Facts:
+    """Check the types and shapes of one call's arguments, by name. Raises TypeError or ValueError."""
+    k_name, v_name = ("k_cache", "v_cache") if "k_cache" in call else ("k", "v")
+    _check_types(call)
+    q, k, v = (need_tensor(name, call[name]) for name in ("q", k_name, v_name))
+    need_dtype("q", q, INPUT_DTYPES)
+    for name, tensor in ((k_name, k), (v_name, v)):
+        need_dtype(name, tensor, (q.dtype,), ", the dtype of q")
+        need_device(name, tensor, q.device)
+    batch = _check_queries(call, q)
+    _check_heads(q, k, v, k_name, v_name)
+    k_rows, cache_rows = _check_keys(call, q, k, v, batch, k_name, v_name)
+    _check_used(call, q, batch)
+    new_rows = _check_append(call, q, k, v, batch) if k_name == "k_cache" else 0
+    rotary_rows = _check_rotary(call, q, batch) if k_name == "k_cache" else 0
+    _check_qv(call, q, v)
+    _check_extras(call, q, k, v, batch)
+    paged = call.get("page_table") is not None
+    qv = call["qv"]
+    return Facts(
+        batch=batch,
+        q_rows=q.shape[0] if call.get("cu_seqlens_q") is not None else q.shape[1],
+        k_rows=k_rows,
+        page_size=k.shape[1] if paged else 0,
+        pages=k.shape[0] if paged else 0,
+        cache_rows=cache_rows,
+        new_rows=new_rows,
+        rotary_rows=rotary_rows,
+        scale=default_scale(q, qv, only_qv=False),
+        scale_of_qv=None if qv is None else default_scale(q, qv, only_qv=True),
+        indexed=any(call.get(name) is not None for name in _INDEX_NAMES),
+        on_host=q.device.type == "cpu",
+    )
+
+
+_INDEX_NAMES = (
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+    "seqused_q",
+    "seqused_k",
+    "cache_seqlens",
+    "cache_batch_idx",
+    "cache_leftpad",
+    "page_table",
+    "cu_seqlens_k_new",
+    "rotary_seqlens",
+)
+
+
+def default_scale(q: Tensor, qv: Tensor | None, *, only_qv: bool) -> float:
+    """1/sqrt(d), with qv 1/sqrt(d + dv), with only_qv 1/sqrt(dv)."""
+    size = 0 if qv is None else qv.shape[-1]
+    return 1.0 / math.sqrt(size if only_qv else q.shape[-1] + size)
+
+
+def _check_types(call: Mapping[str, Any]) -> None:
+    for name in _BOOLS:
+        if name in call:
+            need_bool(name, call[name])
+    for name in _INTEGERS:
+        need_integer(name, call[name])
+    for name in ("max_seqlen_q", "max_seqlen_k", "attention_chunk"):
+        if call.get(name) is not None:
+            need_integer(name, call[name])
+    if call["softmax_scale"] is not None:
+        need_number("softmax_scale", call["softmax_scale"])
+    need_number("softcap", call["softcap"])
+    if call["pack_gqa"] is not None:
+        need_bool("pack_gqa", call["pack_gqa"])
+    window = call["window_size"]
+    if not isinstance(window, (tuple, list)):
+        raise TypeError(f"window_size is {described(window)}; it must be a pair of ints (left, right)")
+
+
+def _check_queries(call: Mapping[str, Any], q: Tensor) -> int:
+    """q and cu_seqlens_q; returns the batch size."""
+    cu_seqlens_q = call.get("cu_seqlens_q")
+    if cu_seqlens_q is None:
+        need_dims("q", q, "(b, sq, hq, d)")
+    else:
+        need_dims("q", q, "(total_q, hq, d)")
+        _need_offsets("cu_seqlens_q", cu_seqlens_q, None, q.device)
+    need_unit_stride("q", q)
+    return int(q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1)
+
+
+def _need_offsets(name: str, value: object, batch: int | None, device: torch.device) -> None:
+    tensor = need_index(name, value, None if batch is None else (batch + 1,), "(b + 1,)", device)
+    if tensor.shape[0] < 1:
+        raise ValueError(f"{name} has shape (0,); it must be (b + 1,), which holds at least one number")
+
+
+def _check_heads(q: Tensor, k: Tensor, v: Tensor, k_name: str, v_name: str) -> None:
+    for name, tensor in (("q", q), (k_name, k), (v_name, v)):
+        if tensor.dim() < 3 or 0 in tensor.shape[-2:]:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}; it must end in (heads, head size), both at least 1"
+            )
+    heads, kv_heads = q.shape[-2], k.shape[-2]
+    if heads % kv_heads:
+        raise ValueError(f"q has {heads} heads; it must be a multiple of {k_name}'s {kv_heads} heads")
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"{k_name} has head size {k.shape[-1]}; it must be q's, {q.shape[-1]}")
+    if v.shape[-2] != kv_heads:
+        raise ValueError(f"{v_name} has {v.shape[-2]} heads; it must have as many as {k_name}, {kv_heads}")
+
+
+def _check_keys(
+    call: Mapping[str, Any], q: Tensor, k: Tensor, v: Tensor, batch: int, k_name: str, v_name: str
+) -> tuple[int, int]:
+    """k and v in their three layouts; returns the most keys of a sequence and the rows of the cache."""
+    page_table, cu_seqlens_k = call.get("page_table"), call.get("cu_seqlens_k")
+    batch_idx = call.get("cache_batch_idx")
+    if page_table is not None:
+        need_absent("cu_seqlens_k", cu_seqlens_k, "with page_table: pages have lengths in seqused_k")
+        lengths = "cache_seqlens" if k_name == "k_cache" else "seqused_k"
+        need_present(lengths, call[lengths], "with page_table")
+        form = "(pages, page_size, hk, {})"
+        need_dims(k_name, k, form.format("d"))
+        rows = None if batch_idx is not None else batch
+        table = need_index("page_table", page_table, None, "(b, max_pages)", q.device)
+        if rows is not None:
+            need_shape("page_table", table, (rows, table.shape[1]), "(b, max_pages)")
+        if k.shape[1] < 1:
+            raise ValueError(f"{k_name} has shape {tuple(k.shape)}; its page_size must be at least 1")
+        found = table.shape[1] * k.shape[1], table.shape[0]
+    elif cu_seqlens_k is not None:
+        form = "(total_k, hk, {})"
+        need_dims(k_name, k, form.format("d"))
+        _need_offsets("cu_seqlens_k", cu_seqlens_k, batch, q.device)
+        found = k.shape[0], 0
+    else:
+        form = "(b_cache, sk, hk, {})" if batch_idx is not None else "(b, sk, hk, {})"
+        need_dims(k_name, k, form.format("d"))
+        if batch_idx is None and k.shape[0] != batch:
+            raise ValueError(
+                f"{k_name} has shape {tuple(k.shape)}; it must be {form.format('d')} with b = {batch}, as q has"
+            )
+        found = k.shape[1], k.shape[0]
+    need_shape(v_name, v, (*k.shape[:-1], v.shape[-1]), form.format("dv"))
+    need_unit_stride(k_name, k)
+    need_unit_stride(v_name, v)
+    return found
+
+
+def _check_used(call: Mapping[str, Any], q: Tensor, batch: int) -> None:
+    """Every index tensor that holds one number a sequence."""
+    for name in ("seqused_q", "seqused_k", "cache_seqlens", "cache_batch_idx", "cache_leftpad", "rotary_seqlens"):
+        value = call.get(name)
+        if name == "cache_seqlens" and value is not None and not isinstance(value, Tensor):
+            need_integer("cache_seqlens", value)
+        elif value is not None:
+            need_index(name, value, (batch,), "(b,)", q.device)
+
+
+def _check_append(call: Mapping[str, Any], q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: int) -> int:
+    """New keys and values; returns how many rows they have."""
+    offsets = call["cu_seqlens_k_new"]
+    if offsets is not None:
+        # Serving engines pass it with every call: without new keys it has no meaning, as in FA3.
+        _need_offsets("cu_seqlens_k_new", offsets, batch, q.device)
+    if call["k"] is None:
+        need_absent("v", call["v"], "without k")
+        return 0
+    need_present("v", call["v"], "with k: new keys and values are appended together")
+    need_present("cache_seqlens", call["cache_seqlens"], "with k: it says where new keys are appended")
+    k, v = need_tensor("k", call["k"]), need_tensor("v", call["v"])
+    form = "(b, s_new, hk, {})" if offsets is None else "(total_new, hk, {})"
+    for name, new, cache, size in (("k", k, k_cache, "d"), ("v", v, v_cache, "dv")):
+        need_dtype(name, new, (q.dtype,), ", the dtype of q")
+        need_device(name, new, q.device)
+        need_dims(name, new, form.format(size))
+        lead = new.shape[:1] if offsets is not None else (batch, new.shape[1])
+        need_shape(name, new, (*lead, *cache.shape[-2:]), form.format(size))
+        need_unit_stride(name, new)
+    if v.shape[:-2] != k.shape[:-2]:
+        raise ValueError(f"v has shape {tuple(v.shape)}; it must have as many rows as k, {tuple(k.shape)}")
+    need_writable("k_cache", k_cache)
+    need_writable("v_cache", v_cache)
+    return int(k.shape[0] if offsets is not None else k.shape[1])
+
+
+def _check_rotary(call: Mapping[str, Any], q: Tensor, batch: int) -> int:
+    """The rotary tables; returns how many positions they hold."""
+    if call["rotary_cos"] is None:
+        need_absent("rotary_sin", call["rotary_sin"], "without rotary_cos")
+        need_absent("rotary_seqlens", call["rotary_seqlens"], "without rotary_cos")
+        return 0
+    need_present("rotary_sin", call["rotary_sin"], "with rotary_cos")
+    need_present("k", call["k"], "with rotary_cos: the rotation applies to q and to new keys")
+    cos, sin = need_tensor("rotary_cos", call["rotary_cos"]), need_tensor("rotary_sin", call["rotary_sin"])
+    for name, table in (("rotary_cos", cos), ("rotary_sin", sin)):
+        need_dtype(name, table, (q.dtype,), ", the dtype of q")
+        need_device(name, table, q.device)
+        need_dims(name, table, "(max_pos, rotary_dim / 2)")
+        need_unit_stride(name, table)
+    need_shape("rotary_sin", sin, cos.shape, "rotary_cos's shape")
+    rotary_dim = 2 * cos.shape[1]
+    if rotary_dim % 16 or not 16 <= rotary_dim <= q.shape[-1]:
+        raise ValueError(
+            f"rotary_cos has shape {tuple(cos.shape)}, a rotary_dim of {rotary_dim}; "
+            f"rotary_dim must be a multiple of 16 and at most d = {q.shape[-1]}"
+        )
+    return int(cos.shape[0])
+
+
+def _check_qv(call: Mapping[str, Any], q: Tensor, v: Tensor) -> None:
+    if call["qv"] is None:
+        return
+    qv = need_tensor("qv", call["qv"])
+    need_dtype("qv", qv, (q.dtype,), ", the dtype of q")
+    need_device("qv", qv, q.device)
+    need_shape("qv", qv, (*q.shape[:-1], v.shape[-1]), "q's shape with dv in the last place")
+    need_unit_stride("qv", qv)
+    if q.shape[-1] != _QV_HEAD_DIM or v.shape[-1] not in _QV_HEAD_DIMS_V:
+        raise ValueError(
+            f"qv is given with head sizes d = {q.shape[-1]} and dv = {v.shape[-1]}; "
+            f"it must be d = {_QV_HEAD_DIM} and dv = 256 or 512"
+        )
+
+
+def _check_extras(call: Mapping[str, Any], q: Tensor, k: Tensor, v: Tensor, batch: int) -> None:
+    """Descales, sinks, scheduler_metadata and out."""
+    for name in ("q_descale", "k_descale", "v_descale"):
+        if call[name] is not None:
+            if q.dtype != torch.float8_e4m3fn:
+                need_absent(name, call[name], f"for inputs of dtype {str(q.dtype)[6:]}: it scales float8_e4m3fn")
+            descale = need_tensor(name, call[name])
+            need_dtype(name, descale, (torch.float32,))
+            need_device(name, descale, q.device)
+            need_shape(name, descale, (batch, k.shape[-2]), "(b, hk)")
+    if call["sinks"] is not None:
+        sinks = need_tensor("sinks", call["sinks"])
+        need_dtype("sinks", sinks, (torch.float32, q.dtype))
+        need_device("sinks", sinks, q.device)
+        need_shape("sinks", sinks, (q.shape[-2],), "(hq,)")
+        need_contiguous("sinks", sinks)
+    if call.get("scheduler_metadata") is not None:
+        need_index("scheduler_metadata", call["scheduler_metadata"], None, "(n,)", q.device)
+    if call["out"] is not None:
+        out = need_tensor("out", call["out"])
+        dtype = torch.bfloat16 if q.dtype == torch.float8_e4m3fn else q.dtype
+        need_dtype("out", out, (dtype,), ", the dtype of the result")
+        need_device("out", out, q.device)
+        need_shape("out", out, (*q.shape[:-1], v.shape[-1]), "q's shape with dv in the last place")
+        need_unit_stride("out", out)
+        need_writable("out", out)

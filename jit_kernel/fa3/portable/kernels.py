@@ -1,0 +1,216 @@
+"""The portable kernels as things to compile, to load and to launch."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from jit_kernel import jit
+from jit_kernel.device import Target
+from jit_kernel.fa3.features import Rejected, refusal
+from jit_kernel.fa3.portable import tiles as portable_tiles
+from jit_kernel.fa3.portable.tiles import padded
+from jit_kernel.jit import KernelSpec
+
+Scalar = str | int | bool
+
+FOLDER = "flash_attention_v3/portable"
+# Host code, kept with the GPU target whose warm-up builds it.
+LAUNCHER = KernelSpec(
+    FOLDER, '#include "flash_attention_v3/portable/launcher.cpp"\n', "host", (("function", "launcher"),)
+)
+DTYPES = ("bf16", "fp16")
+# What warm-up compiles; any other pair up to 256 compiles at its first call.
+WARM_HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
+
+MAX_HEAD_DIM = 256
+
+APPEND_ROWS = 16
+COMBINE_SPLITS = (2, 8)  # partials in flight at once: a row's loads then wait for memory once, not eight times
+
+
+def unserved(dtype: str, head_dim: int, head_dim_v: int) -> str | None:
+    """Why no kernel here serves a dtype and head sizes; None when one does."""
+    if dtype not in DTYPES:
+        return f"dtype {dtype}: it computes in bf16 and fp16"
+    if max(head_dim, head_dim_v) > MAX_HEAD_DIM:
+        return f"head sizes {head_dim}/{head_dim_v}: it serves head sizes up to {MAX_HEAD_DIM}"
+    return None
+
+
+def combine_rows(head_dim_v: int, splits: int) -> int:
+    """Rows of a combine tile: `splits` of them take 32 registers (8) or 64 (2) of each of 128 threads."""
+    return max(1, (512 if splits > 2 else 4096) // padded(head_dim_v))
+
+
+def forward_spec(
+    architecture: str,
+    dtype: str,
+    head_dim: int,
+    head_dim_v: int,
+    kind: str,
+    paged: bool,
+    local: bool,
+    softcap: bool,
+    aligned: bool,
+) -> KernelSpec:
+    """The attention kernel of one variant; `kind` names its tile."""
+    tile = portable_tiles.tile(architecture, head_dim, head_dim_v, kind)
+    constants = {
+        "HEAD_DIM": head_dim,
+        "HEAD_DIM_V": head_dim_v,
+        "HEAD_DIM_PADDED": padded(head_dim),
+        "HEAD_DIM_V_PADDED": padded(head_dim_v),
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "PAGED": paged,
+        "LOCAL": local,
+        "SOFTCAP": softcap,
+        "STRIDE_UNIT": 8 if aligned else 1,
+        "INTERPRETED": False,
+    }
+    variant: dict[str, Scalar] = {
+        "function": "forward",
+        "dtype": dtype,
+        "head_dim": head_dim,
+        "head_dim_v": head_dim_v,
+        "tile": kind,
+        "paged": paged,
+        "local": local,
+        "softcap": softcap,
+        "aligned": aligned,
+    }
+    return _spec("forward", variant, {"element": dtype}, constants, tile.num_warps, tile.num_stages)
+
+
+def combine_spec(partial: str, dtype: str, head_dim_v: int, aligned: bool, splits: int) -> KernelSpec:
+    """The kernel that joins partial results of dtype `partial` into rows of `dtype`, `splits` of them at once."""
+    constants = {
+        "HEAD_DIM_V": head_dim_v,
+        "HEAD_DIM_V_PADDED": padded(head_dim_v),
+        "BLOCK_M": combine_rows(head_dim_v, splits),
+        "BLOCK_SPLITS": splits,
+        "STRIDE_UNIT": 8 if aligned else 1,
+    }
+    variant: dict[str, Scalar] = {
+        "function": "combine",
+        "partial": partial,
+        "dtype": dtype,
+        "head_dim_v": head_dim_v,
+        "aligned": aligned,
+        "splits": splits,
+    }
+    return _spec("combine", variant, {"element": dtype, "partial": partial}, constants, 4, 1)
+
+
+def append_spec(dtype: str, head_dim: int, head_dim_v: int, aligned: bool) -> KernelSpec:
+    """The kernel that puts new keys and values into the cache and rotates queries."""
+    constants = {
+        "HEAD_DIM": head_dim,
+        "HEAD_DIM_V": head_dim_v,
+        "HEAD_DIM_PADDED": padded(head_dim),
+        "HEAD_DIM_V_PADDED": padded(head_dim_v),
+        "BLOCK_M": APPEND_ROWS,
+        "STRIDE_UNIT": 8 if aligned else 1,
+    }
+    variant: dict[str, Scalar] = {
+        "function": "append",
+        "dtype": dtype,
+        "head_dim": head_dim,
+        "head_dim_v": head_dim_v,
+        "aligned": aligned,
+    }
+    return _spec("append", variant, {"element": dtype}, constants, 4, 1)
+
+
+_MAKERS: dict[str, Callable[..., KernelSpec]] = {
+    "forward": forward_spec,
+    "combine": combine_spec,
+    "append": append_spec,
+}
+
+
+def _spec(
+    function: str,
+    variant: dict[str, Scalar],
+    types: dict[str, str],
+    constants: dict[str, int],
+    num_warps: int,
+    num_stages: int,
+) -> KernelSpec:
+    unit = {
+        "module": function,
+        "function": function,
+        "types": types,
+        "constants": constants,
+        "aligned": constants["STRIDE_UNIT"] > 1,
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+    }
+    return KernelSpec(FOLDER, json.dumps(unit, indent=1), "triton", tuple(variant.items()))
+
+
+def all_specs(target: Target) -> Iterator[KernelSpec]:
+    """What warm-up compiles for a GPU: the launcher, and each kernel of the usual head sizes on aligned rows."""
+    yield LAUNCHER
+    for dtype in DTYPES:
+        for head_dim, head_dim_v in WARM_HEAD_DIMS:
+            for kind in ("prefill", *portable_tiles.ROWS):
+                for bits in range(8):
+                    flags = (bool(bits & 1), bool(bits & 2), bool(bits & 4))
+                    yield forward_spec(target.architecture, dtype, head_dim, head_dim_v, kind, *flags, True)
+            yield append_spec(dtype, head_dim, head_dim_v, True)
+        for head_dim_v in sorted({pair[1] for pair in WARM_HEAD_DIMS}):
+            for splits in COMBINE_SPLITS:
+                yield combine_spec("fp32", dtype, head_dim_v, True, splits)
+            yield combine_spec(dtype, dtype, head_dim_v, True, COMBINE_SPLITS[0])  # merge_state's
+
+
+class DeviceKernels:
+    """The kernels of one GPU: compiled or loaded at first use, then a handle of the launcher's."""
+
+    def __init__(self, index: int, target: Target) -> None:
+        self.target = target
+        self.plans: dict[object, Any] = {}
+        self._index = index
+        self._handles: dict[tuple[Any, ...], int] = {}
+        if not jit.is_stored(LAUNCHER, target):
+            # 2 s of g++, beside the first kernel's compilation: who needs the launcher waits for it.
+            threading.Thread(target=self._build_launcher, name="jit_kernel-launcher", daemon=True).start()
+
+    def _build_launcher(self) -> None:
+        with contextlib.suppress(Exception):  # whoever needs the launcher asks again and gets the error
+            jit.load(LAUNCHER, self.target)
+
+    def _launcher(self) -> Any:
+        return jit.load(LAUNCHER, self.target)
+
+    @functools.cached_property
+    def launch(self) -> Callable[..., None]:
+        """launch(handle, grid, tensors and scalars...) on the tensors' current stream."""
+        function: Callable[..., None] = self._launcher()["launch"]
+        return function
+
+    @functools.cached_property
+    def multiprocessors(self) -> int:
+        """How many multiprocessors the device has."""
+        return int(self._launcher()["multiprocessors"](self._index))
+
+    def handle(self, key: tuple[Any, ...]) -> int:
+        """The handle of a variant; `key` is the function's name and its spec's arguments."""
+        handle = self._handles.get(key)
+        if handle is None:
+            reason = None if key[0] == "combine" else unserved(*key[1:4])
+            if reason is not None:
+                raise refusal(f"this call on {self.target}", [("portable", Rejected(reason, claimed=False))])
+            spec = _MAKERS[key[0]](*((self.target.architecture,) if key[0] == "forward" else ()), *key[1:])
+            cubin = jit.load_cubin(spec, self.target)
+            launch = cubin.metadata
+            load_kernel = self._launcher()["load_kernel"]
+            handle = int(load_kernel(cubin.image, launch["name"], launch["types"], launch["threads"], launch["shared"]))
+            self._handles[key] = handle
+        return handle

@@ -1,0 +1,207 @@
+"""What a kind of call launches: variant, grid and scalar arguments, from shapes, strides and settings alone.
+
+A plan holds no tensor and depends on no value in one, so it is made once and remembered by the tuple it was made of.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from jit_kernel.fa3.features import Rejected, refusal
+from jit_kernel.fa3.portable import tiles as portable_tiles
+from jit_kernel.fa3.portable.kernels import COMBINE_SPLITS, DeviceKernels, combine_rows, unserved
+
+# Bits of the kernels' `flags`, as in kernel_sources/flash_attention_v3/portable/sequence.py.
+CU_SEQLENS_Q, CU_SEQLENS_K, CU_SEQLENS_K_NEW = 1, 2, 4
+SEQUSED_Q, SEQUSED_K, CACHE_BATCH_IDX, CACHE_LEFTPAD = 8, 16, 32, 64
+LSE, SINKS, SINKS_ARE_FLOAT32, PAGE_TABLE = 128, 256, 512, 1024
+ROTARY, ROTARY_INTERLEAVED, ROTARY_SEQLENS, ROTATE_QUERY_BY_TOKEN = 2048, 4096, 8192, 16384
+ZERO_REST = 32768
+
+# A wider token stride would overflow the 32-bit offsets inside a tile of at most 128 keys.
+_NARROW = 2**31 // 256
+# Less work than this in a block is less than joining it costs: 1 x 8k in 16 to 32 parts 1200 GB/s, in 64 800.
+_LEAST_KEYS_PER_SPLIT = 256
+
+Strides = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A tensor of a call: its shape, and its strides in elements."""
+
+    shape: tuple[int, ...]
+    strides: Strides
+
+    @property
+    def rows(self) -> Strides:
+        """Strides of (batch, token, head); a ragged tensor, (tokens, heads, d), has one batch entry."""
+        return (0, *self.strides[:2]) if len(self.shape) == 3 else self.strides[:3]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The scalars of a call that decide how it is launched; softmax_scale and softcap's value do not."""
+
+    dtype: str
+    batch: int
+    max_seqlen_q: int
+    max_seqlen_k: int | None
+    seqlen_k_new: int
+    table_width: int  # pages a sequence may have; 0: not paged
+    window: tuple[int, int]  # causal is a right bound of 0
+    chunk: int
+    softcap: bool
+    num_splits: int
+    pack_gqa: bool | None
+    sm_margin: int
+    flags: int
+    aligned_pointers: bool  # q, k, v and out start at multiples of 16 bytes
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch but for its tensors: the kernel's handle, the grid and the scalar arguments behind the tensors."""
+
+    handle: int
+    grid: int
+    scalars: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The launches of one kind of call; `combine` and `partial_shape` where the keys are split."""
+
+    forward: Launch
+    combine: Launch | None
+    partial_shape: tuple[int, int, int, int]
+
+
+def make(kernels: DeviceKernels, q: Layout, k: Layout, v: Layout, out: Layout, call: Settings) -> Plan:
+    """The plan of a call with at least one query row; compiles or loads its kernels.
+
+    Raises NotImplementedError for a dtype or head sizes that no kernel here serves.
+    """
+    reason = unserved(call.dtype, q.shape[-1], v.shape[-1])
+    if reason is not None:
+        raise refusal(f"this call on {kernels.target}", [("portable", Rejected(reason, claimed=False))])
+    ragged = call.flags & CU_SEQLENS_Q != 0
+    heads, head_dim, head_dim_v = q.shape[-2], q.shape[-1], v.shape[-1]
+    group = heads // k.shape[-2]
+    total_rows = q.shape[0] if ragged else call.batch * q.shape[1]
+    seqlen_q = q.shape[0] if ragged else q.shape[1]
+    page_size = k.shape[1] if call.table_width else 1
+    capacity = page_size * call.table_width or (k.shape[0] if len(k.shape) == 3 else k.shape[1])
+
+    strides = (*q.rows, *k.rows, *v.rows, *out.rows)
+    narrow = max(k.rows[1], v.rows[1]) < _NARROW
+    aligned = call.aligned_pointers and narrow and not any(stride & 7 for stride in strides)
+    if aligned:
+        strides = tuple(stride >> 3 for stride in strides)
+
+    kind = tile_kind(call.num_splits, call.max_seqlen_q * group, aligned)
+    tile = portable_tiles.tile(kernels.target.architecture, head_dim, head_dim_v, kind)
+    local = call.window[0] >= 0 or call.chunk > 0
+    variant = (call.dtype, head_dim, head_dim_v, kind, call.table_width > 0, local, call.softcap, aligned)
+    packed = group if packs(call.pack_gqa, call.max_seqlen_q, group, tile.block_m, kind) else 1
+    row_tiles = -(-call.max_seqlen_q * packed // tile.block_m)
+    programs = row_tiles * (heads // packed) * call.batch
+    num_splits = call.num_splits
+    if num_splits == 0:
+        slots = max(1, kernels.multiprocessors - call.sm_margin) * tile.residents
+        num_splits = best_splits(programs, slots, _longest(call, capacity))
+    lse_strides = (0, total_rows) if ragged else (heads * seqlen_q, seqlen_q)
+    scalars = (
+        *strides, *lse_strides, call.table_width, total_rows, seqlen_q, capacity, call.seqlen_k_new, page_size,
+        heads, packed, group, row_tiles, num_splits, *call.window, call.chunk, call.flags,
+    )  # fmt: skip
+    forward = Launch(kernels.handle(("forward", *variant)), programs * num_splits, scalars)
+    partial_shape = (num_splits, total_rows, heads, head_dim_v)
+    if num_splits == 1:
+        return Plan(forward, None, partial_shape)
+    rows = 0 if ragged else seqlen_q
+    combine = combine_launch(
+        kernels, "fp32", call.dtype, out.shape, call.aligned_pointers,
+        (total_rows * heads * head_dim_v, rows * heads * head_dim_v, heads * head_dim_v, head_dim_v),
+        (total_rows * heads, rows * heads, heads, 1), out.rows, (lse_strides[0], 1, lse_strides[1]),
+        call.batch, seqlen_q, call.max_seqlen_q, num_splits, call.flags,
+    )  # fmt: skip
+    return Plan(forward, combine, partial_shape)
+
+
+def tile_kind(num_splits: int, rows: int, aligned: bool) -> str:
+    """The kind of tile for `rows` packed rows of a sequence. Without splits it never depends on lengths."""
+    if num_splits != 1 and rows <= portable_tiles.ROWS["decode"]:
+        return "decode"
+    if not aligned:
+        return "unaligned"
+    return "short" if num_splits != 1 and rows <= portable_tiles.ROWS["short"] else "prefill"
+
+
+def packs(pack_gqa: bool | None, max_seqlen_q: int, group: int, block_m: int, kind: str) -> bool:
+    """Whether the query heads of a group share a tile: where they fill it better than tokens do."""
+    if group == 1:
+        return False
+    if kind in portable_tiles.ROWS:
+        return True  # the tile was chosen for packed rows
+    if pack_gqa is not None:
+        return pack_gqa
+    alone = group * math.ceil(max_seqlen_q / block_m)
+    return math.ceil(max_seqlen_q * group / block_m) < 0.9 * alone
+
+
+def _longest(call: Settings, capacity: int) -> int:
+    """An upper bound of the keys that one query tile sees."""
+    longest = capacity if call.max_seqlen_k is None else min(capacity, call.max_seqlen_k)
+    left, right = call.window
+    return longest if left < 0 else min(longest, left + max(right, 0) + call.max_seqlen_q)
+
+
+def best_splits(programs: int, slots: int, keys: int) -> int:
+    """Into how many parts the keys are cut: the least that fills its last wave within 15 % of the best.
+
+    `slots` blocks run at once. The rule and its 85 % are FlashAttention's (hopper/heuristics.h).
+    """
+    most = min(128, keys // _LEAST_KEYS_PER_SPLIT)
+    if most <= 1 or programs >= 0.8 * slots:
+        return 1
+    fill = []
+    for splits in range(1, most + 1):
+        waves = programs * splits / slots
+        fill.append(waves / math.ceil(waves))
+    enough = 0.85 * max(fill)
+    return next(splits for splits, share in enumerate(fill, 1) if share >= enough)
+
+
+def combine_launch(
+    kernels: DeviceKernels,
+    partial_dtype: str,
+    dtype: str,
+    out_shape: tuple[int, ...],
+    aligned_pointers: bool,
+    partial: Strides,
+    lse_partial: Strides,
+    out: Strides,
+    lse: Strides,
+    batch: int,
+    seqlen_q: int,
+    max_seqlen_q: int,
+    num_splits: int,
+    flags: int,
+) -> Launch:
+    """Joining partials: strides of (split, batch, token, head), for out and lse of (batch, token, head)."""
+    heads, head_dim_v = out_shape[-2:]
+    aligned = aligned_pointers and not any(stride & 7 for stride in (*partial, *out))
+    if aligned:
+        partial, out = tuple(s >> 3 for s in partial), tuple(s >> 3 for s in out)
+    # Two long partial results want large tiles: 2 x 16384 x 32 rows took 2.6 ms in tiles of 4 rows.
+    few, many = COMBINE_SPLITS
+    rows = batch * max_seqlen_q * heads
+    fills = rows >= kernels.multiprocessors * combine_rows(head_dim_v, few)
+    splits = few if num_splits <= few and fills else many
+    item_tiles = -(-max_seqlen_q * heads // combine_rows(head_dim_v, splits))
+    flags &= CU_SEQLENS_Q | SEQUSED_Q | SINKS | SINKS_ARE_FLOAT32 | LSE
+    scalars = (*partial, *lse_partial, *out, *lse, seqlen_q, heads, item_tiles, num_splits, flags)
+    handle = kernels.handle(("combine", partial_dtype, dtype, head_dim_v, aligned, splits))
+    return Launch(handle, item_tiles * batch, scalars)

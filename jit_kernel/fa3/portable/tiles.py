@@ -1,0 +1,104 @@
+"""Tile sizes of the portable kernels: one table, by architecture and head size, with reasons.
+
+A tile is a pure function of architecture, head sizes and kind of tile: never of the batch or of a sequence's length,
+so that with num_splits = 1 (always the "prefill" tile) a sequence's result does not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jit_kernel.engine import triton_compiler
+
+
+@dataclass(frozen=True)
+class Tile:
+    """block_m (token, head) rows against block_n keys at a time; num_stages key tiles are in flight.
+
+    residents: blocks that a multiprocessor holds at once, by registers and shared memory; the choice of splits asks.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    residents: int = 1
+
+
+# Rows of a tile by kind. "decode" is the least that the matrix unit takes, for one token of a packed group of up to
+# 16 heads; "short" serves speculative tokens; both only where keys may be split, "prefill" everywhere.
+ROWS = {"decode": 16, "short": 64}
+
+# Rows of keys that are not 16-byte aligned load 2 bytes at a time through registers: a small tile leaves room for them.
+_UNALIGNED = {("unaligned", size): Tile(32, 32, 4, 1, residents=2) for size in (64, 128, 256)}
+
+# Head sizes are classed by the larger padded one. Measured on an H200, bf16, in TFLOP/s (prefill: 16,384 tokens, hidden
+# size 2048, 4k and 16k, without and with causal mask) and GB/s (decode: 64 x 8k, 32/8 heads, pages of 64):
+# prefill 64: 418 356 431 412; of 8 warps and 128 keys 340 294 362 355.
+# prefill 128: 457 382 488 487; 64 keys 442 382 466 465; 2 stages 437 361 434 428.
+# prefill 256: 469 386 (4k); 64 keys and 2 stages 478 404, but see below; 64 rows 271 242.
+# decode 128: 4226 of 4270 that a copy reaches; 64 keys and 4 warps 3250: small blocks keep more loads in flight.
+# decode 64: 3985; 128 keys and 4 warps 3134. decode 256: 4137; 4 warps and 64 keys 3343.
+# short 128 (32 x 8k, 4 tokens, 64/8 heads): 3291; 128 keys 1863; 32 rows 2895.
+# No 2 stages where wgmma works (64 rows and 4 warps upwards): with one buffer the matrix descriptors do not change in
+# the loop, and ptxas 12.8 makes them of an unset uniform register where many are live. Seen in the unaligned variant of
+# head sizes 40/24; "unaligned" tiles, whose loads cannot be pipelined at all, have 32 rows and so use mma.sync.
+_SM_90 = {
+    ("prefill", 64): Tile(128, 64, 4, 3, residents=2),
+    ("prefill", 128): Tile(128, 128, 8, 3),
+    ("prefill", 256): Tile(128, 32, 8, 3),
+    ("short", 64): Tile(64, 64, 4, 3, residents=2),
+    ("short", 128): Tile(64, 64, 4, 3, residents=2),
+    ("short", 256): Tile(64, 32, 4, 3),
+    ("decode", 64): Tile(16, 64, 2, 4, residents=4),
+    ("decode", 128): Tile(16, 32, 2, 3, residents=4),
+    ("decode", 256): Tile(16, 32, 2, 2, residents=4),
+    **_UNALIGNED,
+}
+# 163 KiB of shared memory and mma.sync, whose operands pass through registers: fewer keys at a time than wgmma, or they
+# spill. Not measured: chosen by the compiler's report (at most 400 bytes of spills, for a head size of 256).
+_SM_80 = {
+    ("prefill", 64): Tile(128, 64, 4, 3, residents=2),
+    ("prefill", 128): Tile(128, 64, 8, 3),
+    ("prefill", 256): Tile(64, 32, 4, 2, residents=2),
+    ("short", 64): Tile(64, 64, 4, 3, residents=2),
+    ("short", 128): Tile(64, 64, 4, 2, residents=2),
+    ("short", 256): Tile(64, 32, 4, 2, residents=2),
+    ("decode", 64): Tile(16, 64, 2, 3, residents=4),
+    ("decode", 128): Tile(16, 32, 2, 3, residents=4),
+    ("decode", 256): Tile(16, 32, 2, 2, residents=4),
+    **_UNALIGNED,
+}
+# sm_86, sm_89, sm_120: as sm_80 with 99 KiB, so fewer keys where a stage of them is large.
+_SMALL = _SM_80 | {
+    ("prefill", 64): Tile(128, 64, 4, 3),
+    ("prefill", 128): Tile(128, 32, 8, 3),
+    ("prefill", 256): Tile(64, 32, 4, 2),
+    ("short", 256): Tile(64, 32, 4, 2),
+    ("decode", 64): Tile(16, 64, 2, 3, residents=2),
+    ("decode", 128): Tile(16, 32, 2, 3, residents=2),
+    ("decode", 256): Tile(16, 32, 2, 2, residents=2),
+}
+# tcgen05 wants 128 rows as wgmma does, and shared memory is the same.
+TILES = {"sm_80": _SM_80, "small": _SMALL, "sm_90": _SM_90, "sm_100": _SM_90}
+
+
+def family(architecture: str) -> str:
+    """Which column of the table serves an architecture; an unknown one gets the smallest tiles."""
+    capability = triton_compiler.capability(architecture)
+    if capability == 90:
+        return "sm_90"
+    if 100 <= capability < 120 and capability in triton_compiler.SHARED_LIMITS:
+        return "sm_100"
+    return "sm_80" if capability in (80, 87) else "small"
+
+
+def padded(head_dim: int) -> int:
+    """The power of two, at least 16, that a head size is padded to inside a kernel."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def tile(architecture: str, head_dim: int, head_dim_v: int, kind: str) -> Tile:
+    """The tile of a kind ("prefill", "short", "decode", "unaligned") for an architecture and head sizes up to 256."""
+    size = max(64, padded(head_dim), padded(head_dim_v))
+    return TILES[family(architecture)][kind, size]

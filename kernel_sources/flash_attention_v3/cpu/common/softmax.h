@@ -1,0 +1,204 @@
+// The online softmax of one row: scores to probabilities, with the maximum and the sum so far.
+//
+// Raw scores s are products q·k, or capped scores: p = 2^((s - maximum) * to_log2).
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "flash_attention_v3/cpu/common/mask.h"
+#include "flash_attention_v3/cpu/common/tile_size.h"
+
+namespace jit_kernel {
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// P rounded to bf16 is off by 2^-9, to fp16 by 2^-12: beside that a polynomial of degree 3
+// (2^-13.7) is hardly seen, and 3 % of an AMX prefill faster than one of degree 4.
+template <class Math>
+constexpr int kExpDegree = std::is_same<Math, float>::value ? 6 : 3;
+
+struct ScoreScale {
+  float softcap;   // 0: none
+  float inner;     // what scores are multiplied by before the cap
+  float natural;   // raw scores times this are in units of e; positive
+  bool transform;  // whether scores need a pass of their own before the maximum is taken
+
+  float to_log2() const { return natural * kLog2e; }
+};
+
+// The cap, or a scale that would turn the order round, is applied before the mask.
+inline ScoreScale score_scale(float scale, float softcap) {
+  if (softcap > 0.0f) return {softcap, scale / softcap, 1.0f, true};
+  if (scale <= 0.0f) return {0.0f, scale, 1.0f, true};
+  return {0.0f, 1.0f, scale, false};
+}
+
+inline void transform_scores(const ScoreScale& scale, float* s, int64_t n) {
+  for (int64_t i = 0; i < n; i += simd::kLanes) {
+    simd::Vec x = simd::load(s + i) * simd::set1(scale.inner);
+    if (scale.softcap > 0.0f) x = simd::tanh(x) * simd::set1(scale.softcap);
+    simd::store(s + i, x);
+  }
+}
+
+inline void mask_scores(float* s, int64_t begin, int64_t end, int64_t n) {
+  for (int64_t i = 0; i < begin; ++i) s[i] = -kInfinity;
+  for (int64_t i = end; i < n; ++i) s[i] = -kInfinity;
+}
+
+inline void store_probabilities(float* p, simd::Vec a, simd::Vec b) {
+  simd::store(p, a);
+  simd::store(p + simd::kLanes, b);
+}
+#ifdef JIT_KERNEL_AVX512
+inline void store_probabilities(fp16* p, simd::Vec a, simd::Vec b) {
+  simd::store_as(p, a);
+  simd::store_as(p + simd::kLanes, b);
+}
+#endif
+#ifdef JIT_KERNEL_BF16_DOT
+// Each of a's beside one of b's, the lower half of b's words, as pack.h pairs values. Probabilities
+// are rounded to nearest by adding half a last place: all of it runs beside AMX on a port of its
+// own, where VCVTNE2PS2BF16 takes the one for multiplications 2.4 times (0.76 ns).
+inline void store_probabilities(bf16* p, simd::Vec a, simd::Vec b) {
+  __m512i half = _mm512_set1_epi32(0x8000), low_words = _mm512_set1_epi32(0xffff);
+  __m512i low = _mm512_add_epi32(_mm512_castps_si512(a), half);
+  __m512i high = _mm512_add_epi32(_mm512_castps_si512(b), half);
+  low = _mm512_bsrli_epi128(low, 2);
+  _mm512_storeu_si512(p, _mm512_ternarylogic_epi32(low_words, low, high, 0xca));
+}
+#endif
+
+// The maximum so far of a row's raw scores, and the sum of its probabilities.
+struct RowState {
+  float maximum = -kInfinity, sum = 0.0f;
+};
+
+// (x - maximum) * to_log2. For floats the difference comes first: a product with a large maximum
+// would lose its last bits. Beside P in 16 bits, bf16 or integers, the shorter product and sum are
+// exact.
+template <class Math>
+inline simd::Vec exponent(Math, simd::Vec x, simd::Vec maximum, simd::Vec to_log2) {
+  return (x - maximum) * to_log2;
+}
+inline simd::Vec exponent(bf16, simd::Vec x, simd::Vec maximum, simd::Vec to_log2) {
+  return simd::fma(x, to_log2, simd::zero() - maximum * to_log2);
+}
+inline simd::Vec exponent(i16, simd::Vec x, simd::Vec maximum, simd::Vec to_log2) {
+  return exponent(bf16(), x, maximum, to_log2);
+}
+
+// What a row's probabilities are made with after scores whose largest is `top`: the old maximum
+// where that makes none larger than 2^8. Sums so far rarely have to be scaled then, and neither
+// bf16, fp16 nor floats lose a bit by it.
+inline simd::Vec kept_maximum(simd::Vec old, simd::Vec top, simd::Vec to_log2) {
+  return simd::where_less(simd::set1(8.0f), (top - old) * to_log2, top, old);
+}
+
+// Lane by lane, the largest of n scores (a multiple of kDepth).
+inline simd::Vec largest_lanes(const float* s, int64_t n) {
+  simd::Vec a = simd::load(s), b = simd::load(s + simd::kLanes);
+  for (int64_t i = 2 * simd::kLanes; i < n; i += 2 * simd::kLanes) {
+    a = simd::max(a, simd::load(s + i));
+    b = simd::max(b, simd::load(s + i + simd::kLanes));
+  }
+  return simd::max(a, b);
+}
+
+// n scores (masked ones are -inf) to probabilities p, which may be s itself; returns their sums
+// lane by lane. `shift` is the maximum, or any finite number where nothing is visible.
+template <int kDegree, class Math>
+inline simd::Vec soften(const float* s, Math* p, int64_t n, float to_log2, float shift) {
+  using simd::Vec;
+  Vec scale = simd::set1(to_log2), top = simd::set1(shift), sum_a = simd::zero(), sum_b = sum_a;
+  for (int64_t i = 0; i < n; i += 2 * simd::kLanes) {
+    Vec a = simd::exp2<kDegree>(exponent(Math(), simd::load(s + i), top, scale));
+    Vec b = simd::exp2<kDegree>(exponent(Math(), simd::load(s + i + simd::kLanes), top, scale));
+    sum_a = sum_a + a;
+    sum_b = sum_b + b;
+    store_probabilities(p + i, a, b);
+  }
+  return sum_a + sum_b;
+}
+
+// Where the rows of soften_rows lie: row j's scores and probabilities are j strides after the
+// first's.
+template <class Math>
+struct SoftenArgs {
+  float* scores;
+  int64_t score_stride;
+  Math* p;  // may be scores
+  int64_t p_stride;
+  int64_t columns;
+  float *maxima, *sums;  // of the rows so far; kLanes of each are read and written
+  float* factors;        // kLanes: what was summed before is to be multiplied by these
+};
+
+// Scores to probabilities of up to kLanes rows. Maxima and sums are made side by side: row by row,
+// the latency of each is longer than a row's work. visible(j) tells which columns row j sees;
+// soften(j, shift) makes row j's probabilities and returns their sums lane by lane.
+template <class Math, class Visible, class Soften>
+inline void soften_rows_by(const SoftenArgs<Math>& a, const ScoreScale& scale, int64_t count,
+                           Visible&& visible, Soften&& soften) {
+  using simd::Vec;
+  Vec lanes[simd::kLanes];
+  for (int64_t j = 0; j < simd::kLanes; ++j) lanes[j] = simd::zero();
+  for (int64_t j = 0; j < count; ++j) {
+    float* row = a.scores + j * a.score_stride;
+    if (scale.transform) transform_scores(scale, row, a.columns);
+    Interval seen = visible(j);
+    int64_t begin = std::min(a.columns, std::max<int64_t>(0, seen.begin));
+    mask_scores(row, begin, std::max(begin, std::min(a.columns, seen.end)), a.columns);
+    lanes[j] = largest_lanes(row, a.columns);
+  }
+  Vec to_log2 = simd::set1(scale.to_log2()), old = simd::load(a.maxima);
+  Vec top = kept_maximum(old, simd::reduce_max_each(lanes), to_log2);
+  // Rows that have seen nothing yet: any finite number keeps -inf - -inf from being NaN.
+  Vec shift = simd::where_less(simd::set1(-kInfinity), top, top, simd::zero());
+  Vec factor = simd::exp2<6>((old - shift) * to_log2);
+  alignas(64) float shifts[simd::kLanes];
+  simd::store(shifts, shift);
+  simd::store(a.factors, factor);
+  simd::store(a.maxima, top);
+  for (int64_t j = 0; j < count; ++j) lanes[j] = soften(j, shifts[j]);
+  simd::store(a.sums, simd::load(a.sums) * factor + simd::reduce_each(lanes));
+}
+
+template <int kDegree, class Math, class Visible>
+inline void soften_rows(const SoftenArgs<Math>& a, const ScoreScale& scale, int64_t count,
+                        Visible&& visible) {
+  soften_rows_by(a, scale, count, visible, [&](int64_t j, float shift) {
+    return soften<kDegree>(a.scores + j * a.score_stride, a.p + j * a.p_stride, a.columns,
+                           scale.to_log2(), shift);
+  });
+}
+
+// What a row's sum becomes when it is finished: out = acc * factor, and lse in natural units.
+struct RowEnd {
+  float factor, lse;
+};
+
+// sink: one more logit (natural units) without a value; -inf where there is none. lse is left out
+// where it is not wanted: a logarithm for each row is 3 % of a short prefill.
+inline RowEnd finish_row(const RowState& state, const ScoreScale& scale, float sink,
+                         bool with_lse) {
+  // A row of which no score is a number has no maximum, but its sum is NaN.
+  bool seen = state.maximum != -kInfinity, has_sink = sink != -kInfinity;
+  if (!seen && std::isnan(state.sum)) return {state.sum, state.sum};
+  if (!seen && !has_sink) return {0.0f, -kInfinity};
+  // In double: a float's last bit of a large logit is more than the result may be off.
+  double maximum = seen ? static_cast<double>(state.maximum) * scale.natural : -kInfinity;
+  double kept = 1.0, sum = state.sum;
+  if (has_sink) {
+    double logit = maximum;
+    maximum = std::max(logit, static_cast<double>(sink));
+    kept = std::exp(logit - maximum);
+    sum = state.sum * kept + std::exp(sink - maximum);
+  }
+  double lse = with_lse ? maximum + std::log(sum) : 0.0;
+  return {static_cast<float>(kept / sum), static_cast<float>(lse)};
+}
+
+}  // namespace jit_kernel

@@ -1,0 +1,239 @@
+// What both decode kernels keep of an item: its query rows, their softmax states and sums, and
+// where its keys lie.
+#pragma once
+
+#include <limits>
+
+#include "flash_attention_v3/cpu/common/epilogue.h"
+#include "flash_attention_v3/cpu/common/mask.h"
+#include "flash_attention_v3/cpu/common/prefetch.h"
+#include "flash_attention_v3/cpu/common/query.h"
+#include "flash_attention_v3/cpu/common/scheduler.h"
+#include "flash_attention_v3/cpu/prefill/pack.h"
+#include "jit_kernel/cpu/thread_pool.h"
+
+namespace jit_kernel {
+
+inline void scale_floats(float* row, int64_t n, float factor) {
+  simd::Vec by = simd::set1(factor);
+  for (int64_t j = 0; j < n; j += simd::kLanes) simd::store(row + j, simd::load(row + j) * by);
+}
+
+// Takes every array that `kernel.each_array` names from scratch memory.
+template <class Kernel>
+inline void take_arrays(Kernel& kernel, Scratch& scratch) {
+  size_t bytes = 0;
+  kernel.each_array([&](auto*& a, int64_t n) {
+    bytes += Scratch::size<std::remove_reference_t<decltype(*a)>>(n);
+  });
+  scratch.reserve(bytes);
+  kernel.each_array(
+      [&](auto*& a, int64_t n) { a = scratch.take<std::remove_reference_t<decltype(*a)>>(n); });
+}
+
+// A block of keys passes all heads before the next: a token's heads lie side by side in memory, so
+// that pages (4 KiB) are opened once. One block and one head are a step; steps count from 0.
+template <class Element, class Math>
+struct DecodeState {
+  // e4m3 has no loads that are cheap enough to repeat for every row.
+  static constexpr bool kHasLoads = !std::is_same<Element, e4m3>::value;
+  static constexpr int64_t kBlocks = kStepsAhead + 1;  // located at once
+
+  // The row pointers of a block of keys: those of head 0, which the offsets of other heads are
+  // added to.
+  struct Block {
+    const Element *k[kDecodeBlock], *v[kDecodeBlock];
+    int64_t k_steps[2], v_steps[2];  // between rows of the first and second half, 0 where uneven
+    int64_t first;                   // the key of row 0
+    int64_t from, to;                // rows that are keys to be seen; the others repeat one of them
+  };
+  struct Head {
+    ScoreScale scale;
+    float mix;  // what q·k is multiplied by before qv·v is added
+  };
+
+  HeadSizes sizes;
+  int64_t rows, heads, head_begin;
+  int64_t sum_columns;  // of a row of sums
+  bool in_place;        // whether whole vectors of keys and values can be read where they are
+  Math* q;              // head after head
+  float *sums, *spare_row;
+  Element* turned;
+  float *maxima, *row_sums;  // RowStates: kDecodeRows a head
+  Head* head_settings;
+  Block* blocks;  // a ring
+  int64_t first_key = 0, steps = 0, located = 0;
+  int64_t parts = 1, part = 0;  // of the item; the one that is summed
+  int64_t part_steps = 0, part_end = 0;
+  Interval all, seen[kDecodeRows];  // keys that any of the rows sees, and each
+
+  template <class Params>
+  DecodeState(const Params& params, const Item& item)
+      : sizes(head_sizes<Math>(params)),
+        rows(item.row_end - item.row_begin),
+        heads(item.head_end - item.head_begin),
+        head_begin(item.head_begin),
+        sum_columns(sizes.dv) {
+    bool exact = (params.only_qv || params.d == sizes.qk) && params.dv == sizes.dv;
+    in_place = kHasLoads && exact && (!params.qv || params.dv == sizes.qv);
+  }
+
+  bool is_whole(const Block& b) const { return b.from == 0 && b.to == kDecodeBlock; }
+
+  template <class F>
+  void each_state_array(F&& f) {
+    int64_t all_rows = heads * rows;
+    f(q, all_rows * sizes.depth), f(sums, all_rows * sum_columns), f(head_settings, heads);
+    f(maxima, heads * kDecodeRows), f(row_sums, heads * kDecodeRows);
+    f(spare_row, sizes.depth), f(turned, sizes.depth), f(blocks, kBlocks);
+  }
+
+  // The item's query rows, settings and keys.
+  template <class Params>
+  void load(const Params& params, const Sequence& s, const Item& item) {
+    all = {item.key_end, item.key_begin};
+    for (int64_t i = 0; i < rows; ++i) {
+      seen[i] = visible_keys(params, (item.row_begin + i) / params.group, s.sq, s.sk);
+      all.begin = std::min(all.begin, std::max(seen[i].begin, item.key_begin));
+      all.end = std::max(all.end, std::min(seen[i].end, item.key_end));
+    }
+    for (int64_t h = 0; h < heads; ++h) {
+      int64_t head_k = item.head_begin + h;
+      head_settings[h] = {score_scale_of(params, item.batch, head_k),
+                          qk_factor(params, item.batch, head_k)};
+      for (int64_t i = 0; i < rows; ++i) {
+        Math* to = q + (h * rows + i) * sizes.depth;
+        QueryRow row(params, head_k, item.row_begin + i);
+        load_query(params, s, sizes, row, to, spare_row, turned);
+      }
+    }
+    first_key = item.key_begin + (all.begin - item.key_begin) / kDecodeBlock * kDecodeBlock;
+    int64_t keys = std::max<int64_t>(0, all.end - first_key);
+    steps = (keys + kDecodeBlock - 1) / kDecodeBlock * heads;
+    int64_t item_keys = item.key_end - item.key_begin;
+    parts = std::max<int64_t>(1, (item_keys + item.part_keys - 1) / item.part_keys);
+    part_steps = item.part_keys / kDecodeBlock * heads;
+    part_end = part_steps - (first_key - item.key_begin) / kDecodeBlock * heads;
+    forget();
+  }
+
+  // Starts a part: nothing seen.
+  void forget() {
+    std::memset(sums, 0, static_cast<size_t>(heads * rows * sum_columns) * sizeof(float));
+    std::fill_n(maxima, heads * kDecodeRows, -kInfinity);
+    std::fill_n(row_sums, heads * kDecodeRows, 0.0f);
+  }
+
+  // To be called before each step's softmax, when the values of all earlier steps are added:
+  // write() is called for each part that has ended.
+  template <class Write>
+  void end_parts(int64_t step, Write&& write) {
+    while (step >= part_end && part + 1 < parts) {
+      write();
+      ++part, part_end += part_steps;
+      forget();
+    }
+  }
+  template <class Write>
+  void end_last_parts(Write&& write) {
+    end_parts(std::numeric_limits<int64_t>::max(), write);
+    write();
+  }
+
+  const Block& block_of(int64_t step) const { return blocks[step / heads % kBlocks]; }
+  // From head 0 of a key or value to the head of a step.
+  int64_t offset(int64_t head_stride, int64_t step) const {
+    return (head_begin + step % heads) * head_stride;
+  }
+
+  // Locates the blocks of a step and the next one, and what is asked for while the step runs; tells
+  // what of it is left to ask for.
+  template <class Params>
+  Prefetch look_ahead(const Params& params, const Sequence& s, int64_t step) {
+    const int64_t ahead = std::min(step + kStepsAhead, steps - 1);
+    const int64_t next = step / heads + 1, last = (steps - 1) / heads;
+    locate_until(params, s, std::min(last, std::max(next, ahead / heads)));
+    const int64_t rows_of_step = (kDecodeBlock + heads - 1) / heads;
+    if (next <= last) {
+      open_pages(params, blocks[next % kBlocks], step % heads * rows_of_step, rows_of_step);
+    }
+    constexpr int64_t kSize = sizeof(Element);
+    const Block& b = block_of(ahead);
+    auto at = [](const Element* const* p) { return reinterpret_cast<const void* const*>(p); };
+    return {params.only_qv ? nullptr : at(b.k),
+            offset(params.k.head, ahead) * kSize,
+            params.d * kSize,
+            at(b.v),
+            offset(params.v.head, ahead) * kSize,
+            params.dv * kSize,
+            b.to};
+  }
+
+  // Asks for the first line of pages (4 KiB) of a block to come, those of `count` rows: what a core
+  // fetches by itself, and its walk to a page's address, begin there. 1 to 2 % of a decode from
+  // pages of 16 tokens.
+  template <class Params>
+  void open_pages(const Params& params, const Block& b, int64_t first, int64_t count) const {
+    auto page = [](const Element* row) { return reinterpret_cast<uintptr_t>(row) >> 12; };
+    for (int64_t j = first; j < std::min(kDecodeBlock, first + count); ++j) {
+      if (j > 0 && page(b.v[j]) == page(b.v[j - 1])) continue;
+      __builtin_prefetch(b.v[j] + head_begin * params.v.head, 0, 2);
+      if (!params.only_qv) __builtin_prefetch(b.k[j] + head_begin * params.k.head, 0, 2);
+    }
+  }
+
+  template <class Params>
+  void locate_until(const Params& params, const Sequence& s, int64_t last) {
+    for (; located <= last; ++located) {
+      int64_t at = first_key + located * kDecodeBlock;
+      locate(params, s, at, std::max<int64_t>(0, all.begin - at),
+             std::min(kDecodeBlock, all.end - at), blocks[located % kBlocks]);
+    }
+  }
+
+  // Row pointers of keys first + from .. first + to - 1.
+  template <class Params>
+  void locate(const Params& params, const Sequence& s, int64_t first, int64_t from, int64_t to,
+              Block& block) {
+    block.first = first, block.from = from, block.to = to;
+    int64_t key = first + from, count = to - from;
+    key_rows(params, params.v, s, key, count, 0, block.v + from);
+    if (!params.only_qv) key_rows(params, params.k, s, key, count, 0, block.k + from);
+    for (int64_t j = 0; j < kDecodeBlock; ++j) {  // masked keys point at one that may be read
+      if (j >= from && j < to) continue;
+      block.k[j] = params.only_qv ? nullptr : block.k[from];
+      block.v[j] = block.v[from];
+    }
+    for (int half = 0; half < 2; ++half) {
+      constexpr int64_t kHalf = kDecodeBlock / 2;
+      block.k_steps[half] = params.only_qv ? 0 : even_step(block.k + half * kHalf, kHalf);
+      block.v_steps[half] = even_step(block.v + half * kHalf, kHalf);
+    }
+  }
+
+  // Elements from each row to the next, or 0 where that is not the same for all.
+  static int64_t even_step(const Element* const* rows, int64_t count) {
+    int64_t step = rows[1] - rows[0];
+    bool even = step > 0;
+    for (int64_t j = 2; j < count; ++j) even &= rows[j] - rows[j - 1] == step;
+    return even ? step : 0;
+  }
+
+  // out and lse of an item's i-th row, or its part: its sums, and the sum of its probabilities.
+  template <class Params>
+  void write(const Params& params, const Sequence& s, const Item& item, const Partials& partials,
+             int64_t i, const float* sum, float row_sum) {
+    int64_t h = i / rows;
+    RowState state{maxima[h * kDecodeRows + i % rows], row_sum};
+    if (item.part < 0) {
+      QueryRow row(params, head_begin + h, item.row_begin + i % rows);
+      return write_row(params, s, item.batch, head_begin + h, row, head_settings[h].scale, sum,
+                       state);
+    }
+    int64_t to = item.part + part * item.part_stride + i;
+    std::memcpy(partials.sums + to * sizes.dv, sum, static_cast<size_t>(sizes.dv) * sizeof(float));
+    partials.states[to] = state;
+  }
+};
+
+}  // namespace jit_kernel

@@ -1,0 +1,311 @@
+// The decode of mainloop_decode.h with its products in AMX tiles.
+//
+// A step is a block of 32 keys of one head. Each round softens a step's scores and adds its values,
+// after it has made the scores of the next step, so that none are waited for (2 to 3 %); between
+// the products memory is asked for more.
+#pragma once
+
+#include "flash_attention_v3/cpu/decode/decode_amx.h"
+#include "flash_attention_v3/cpu/decode/decode_state.h"
+
+#ifdef JIT_KERNEL_AMX
+
+namespace jit_kernel {
+
+template <class Element, class Math>
+struct DecodeTiles : DecodeState<Element, Math> {
+  using State = DecodeState<Element, Math>;
+  using Block = typename State::Block;
+  using State::maxima, State::row_sums, State::head_settings, State::seen, State::steps;
+  using State::sizes, State::rows, State::heads, State::in_place, State::q, State::sums;
+  using State::sum_columns;
+  static constexpr int64_t kPanel = 32;  // columns of values in a tile
+  static constexpr int64_t kStepScores = 16 * kDecodeBlock;
+
+  int64_t columns;       // queries side by side in a tile
+  int64_t value_stride;  // of converted values
+  Math* queries;         // packed, by heads
+  uint32_t* p;           // probabilities of a step
+  float* scores;         // of two steps
+  Math *keys, *values;   // a converted block
+  Math* copies;          // keys or values that are not evenly spaced
+  float* ordered;        // a row of sums
+  AmxTiles tiles;
+
+  template <class F>
+  void each_array(F&& f) {
+    this->each_state_array(f);
+    f(queries, heads * columns * sizes.depth), f(p, 2 * kTileWords), f(scores, 2 * kStepScores);
+    f(copies, 2 * 16 * std::max(sizes.qk, value_stride)), f(ordered, sum_columns);
+    f(keys, in_place ? 0 : kDecodeBlock * sizes.qk);
+    f(values, in_place ? 0 : kDecodeBlock * value_stride);
+  }
+
+  template <class Params>
+  DecodeTiles(const Params& params, const Item& item, Scratch& scratch)
+      : State(params, item),
+        columns(this->rows <= 4 ? 4 : 16),
+        tiles(this->rows <= kDecodeRows / 2 ? 2 * this->rows : this->rows, columns) {
+    sum_columns = round_up(sizes.dv, kPanel);
+    value_stride = std::max(sum_columns, sizes.qv);
+    in_place = in_place && sizes.dv >= kPanel;
+    take_arrays(*this, scratch);
+  }
+
+  // The keys or values of a step, 16 and 16.
+  struct Halves {
+    TileRows<Math> low, high;
+  };
+  // Memory that is asked for between products.
+  struct Asking {
+    Prefetch ahead;
+    int64_t share;  // rows for each product
+    int64_t at = 0;
+
+    void rest() { at = ahead.ask(at, kDecodeBlock); }
+  };
+
+  // Adds to the tiles of scores products over n elements.
+  static void add_products(const Halves& k, const Math* b, int64_t columns, int64_t n,
+                           Asking& asking) {
+    int64_t at = asking.at;
+    asm volatile("" ::: "memory");  // what tiles load is written
+    for (int64_t i = 0; i < n; i += kDepth, b += kDepth * columns) {
+      _tile_loadd(6, b, columns * 4);
+      _tile_loadd(5, k.low.first + i, k.low.bytes);
+      tile_dot<Math, 3, 5, 6>();
+      at = asking.ahead.ask(at, asking.share);
+      _tile_loadd(5, k.high.first + i, k.high.bytes);
+      tile_dot<Math, 7, 5, 6>();
+      at = asking.ahead.ask(at, asking.share);
+    }
+    asking.at = at;
+  }
+
+  // Adds P · values to the sums of up to 8 rows: even and odd columns in one tile.
+  static void add_few_rows(const Halves& v, const uint32_t* a, float* sum, int64_t line,
+                           int64_t last, Asking& asking) {
+    int64_t at = asking.at;
+    _tile_loadd(1, a, 64);
+    _tile_loadd(4, a + kTileWords, 64);
+    for (int64_t c = 0;; c = std::min(c + kPanel, last), sum += line) {
+      _tile_loadd(0, sum, 64);
+      _tile_loadd(5, v.low.first + c, v.low.bytes);
+      tile_dot<Math, 0, 1, 5>();
+      at = asking.ahead.ask(at, asking.share);
+      _tile_loadd(5, v.high.first + c, v.high.bytes);
+      tile_dot<Math, 0, 4, 5>();
+      at = asking.ahead.ask(at, asking.share);
+      _tile_stored(0, sum, 64);
+      if (c == last) break;
+    }
+    asking.at = at;
+  }
+
+  // The same of 16 keys and up to 16 rows: a tile for even columns, one for odd ones, which lie
+  // `line` floats further.
+  static void add_many_rows(const TileRows<Math>& v, const uint32_t* a, float* sum, int64_t line,
+                            int64_t last, Asking& asking) {
+    int64_t at = asking.at;
+    _tile_loadd(1, a, 64);
+    _tile_loadd(4, a + line, 64);
+    for (int64_t c = 0;; c = std::min(c + kPanel, last), sum += 2 * line) {
+      _tile_loadd(0, sum, 64);
+      _tile_loadd(2, sum + line, 64);
+      _tile_loadd(5, v.first + c, v.bytes);
+      tile_dot<Math, 0, 1, 5>();
+      tile_dot<Math, 2, 4, 5>();
+      at = asking.ahead.ask(at, asking.share);
+      _tile_stored(0, sum, 64);
+      _tile_stored(2, sum + line, 64);
+      if (c == last) break;
+    }
+    asking.at = at;
+  }
+
+  template <class Params>
+  Halves keys_of(const Params& params, int64_t step) {
+    const Block& block = this->block_of(step);
+    int64_t offset = this->offset(params.k.head, step), n = sizes.qk;
+    if constexpr (std::is_same<Element, Math>::value) {
+      if (in_place) {
+        return {tile_rows(block.k, block.k_steps[0], offset, n, copies),
+                tile_rows(block.k + 16, block.k_steps[1], offset, n, copies + 16 * n)};
+      }
+    }
+    for (int64_t j = 0; j < kDecodeBlock; ++j) {
+      convert_row<Math>(block.k[j] + offset, keys + j * n, params.d, n);
+    }
+    return {{keys, n * 2}, {keys + 16 * n, n * 2}};
+  }
+
+  template <class Params>
+  Halves values_of(const Params& params, int64_t step) {
+    const Block& block = this->block_of(step);
+    int64_t offset = this->offset(params.v.head, step), n = value_stride;
+    if constexpr (std::is_same<Element, Math>::value) {
+      if (in_place) {
+        n = sizes.dv;
+        return {tile_rows(block.v, block.v_steps[0], offset, n, copies),
+                tile_rows(block.v + 16, block.v_steps[1], offset, n, copies + 16 * n)};
+      }
+    }
+    for (int64_t j = 0; j < kDecodeBlock; ++j) {
+      convert_row<Math>(block.v[j] + offset, values + j * n, params.dv, n);
+    }
+    return {{values, n * 2}, {values + 16 * n, n * 2}};
+  }
+
+  template <class Params>
+  void score(const Params& params, int64_t step, Asking& asking) {
+    const Math* b = queries + step % heads * columns * sizes.depth;
+    float mix = head_settings[step % heads].mix;
+    _tile_zero(3);
+    _tile_zero(7);
+    if (sizes.qk) add_products(keys_of(params, step), b, columns, sizes.qk, asking);
+    if (mix != 1.0f) amx_scale_scores(columns, mix);
+    if (sizes.qv) {
+      b += columns * sizes.qk;
+      add_products(values_of(params, step), b, columns, sizes.qv, asking);
+    }
+    float* to = scores + step % 2 * kStepScores;
+    _tile_stored(3, to, columns * 4);
+    _tile_stored(7, to + 16 * columns, columns * 4);
+    asm volatile("" ::: "memory");
+  }
+
+  void mask(const Block& block, float* s) {
+    int64_t end = block.first + kDecodeBlock;
+    if (this->is_whole(block) && seen[0].end >= end && seen[rows - 1].begin <= block.first) return;
+    for (int64_t i = 0; i < rows; ++i) {
+      int64_t from = std::max(block.from, seen[i].begin - block.first);
+      int64_t to = std::min(block.to, seen[i].end - block.first);
+      for (int64_t j = 0; j < kDecodeBlock; ++j) {
+        if (j < from || j >= to) s[j * columns + i] = -kInfinity;
+      }
+    }
+  }
+
+  // Scores to probabilities; the head's sums are scaled to its new maximum.
+  void soften(int64_t step) {
+    int64_t head = step % heads;
+    const ScoreScale& scale = head_settings[head].scale;
+    float *s = scores + step % 2 * kStepScores, *maximum = maxima + head * kDecodeRows;
+    if (scale.transform) transform_scores(scale, s, kDecodeBlock * columns);
+    mask(this->block_of(step), s);
+    alignas(64) float factors[16];
+    auto work = columns == 4 ? soften_columns<4, Math> : soften_columns<16, Math>;
+    float* sum = row_sums + head * kDecodeRows;
+    if (!work(s, rows, p, scale.to_log2(), maximum, sum, factors)) return;
+    for (int64_t i = 0; i < rows; ++i) {
+      if (factors[i] == 1.0f) continue;
+      for (int64_t c = 0; c < sum_columns; c += kPanel) {
+        scale_floats(sum_line(head, c, i), 16, factors[i]);
+        scale_floats(sum_line(head, c, rows + i), 16, factors[i]);
+      }
+    }
+  }
+
+  // Sums lie as tiles leave them: for a panel of 32 columns a line of the even columns of each
+  // query, then one each of the odd columns.
+  float* sum_line(int64_t head, int64_t column, int64_t line) {
+    return sums + head * rows * sum_columns + column * rows + line * 16;
+  }
+
+  // The first column of the last panel: it takes the last 32 columns that there are.
+  int64_t last_column() const { return (in_place ? sizes.dv : sum_columns) - kPanel; }
+
+  // The head's sums (rows, dv) += P (rows, 32 keys) · values.
+  template <class Params>
+  void add_values(const Params& params, int64_t step, Asking& asking) {
+    float* sum = sum_line(step % heads, 0, 0);
+    Halves v = values_of(params, step);
+    asm volatile("" ::: "memory");
+    if (rows > kDecodeRows / 2) {
+      add_many_rows(v.low, p, sum, rows * 16, last_column(), asking);
+      add_many_rows(v.high, p + kTileWords, sum, rows * 16, last_column(), asking);
+    } else {
+      add_few_rows(v, p, sum, rows * 32, last_column(), asking);
+    }
+    asm volatile("" ::: "memory");
+  }
+
+  // Puts a row's sums in the order of columns; returns whether all are finite.
+  bool order_row(int64_t head, int64_t row) {
+    __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    __mmask16 wrong = 0;
+    for (int64_t c = 0; c < sum_columns; c += kPanel) {
+      __m512 even = _mm512_load_ps(sum_line(head, c, row));
+      __m512 odd = _mm512_load_ps(sum_line(head, c, rows + row));
+      float* to = ordered + std::min(c, last_column());
+      _mm512_storeu_ps(to, _mm512_permutex2var_ps(even, low, odd));
+      _mm512_storeu_ps(to + 16, _mm512_permutex2var_ps(even, high, odd));
+      __m512 both = _mm512_add_ps(_mm512_sub_ps(even, even), _mm512_sub_ps(odd, odd));
+      wrong |= _mm512_cmp_ps_mask(both, both, _CMP_UNORD_Q);
+    }
+    return wrong == 0;
+  }
+
+  // Writes the part that has ended, and to `wrong` the heads of it whose sums are not all finite.
+  template <class Params>
+  void write_part(const Params& params, const Sequence& s, const Item& item,
+                  const Partials& partials, std::vector<Item>& wrong) {
+    for (int64_t h = 0; h < heads; ++h) {
+      bool finite = true;
+      for (int64_t r = 0; r < rows; ++r) {
+        finite &= order_row(h, r);
+        this->write(params, s, item, partials, h * rows + r, ordered, row_sum(h * rows + r));
+      }
+      if (finite) continue;
+      Item again = item;
+      again.head_begin = this->head_begin + h, again.head_end = again.head_begin + 1;
+      again.key_begin += this->part * item.part_keys;
+      again.key_end = std::min(again.key_begin + item.part_keys, item.key_end);
+      if (item.part >= 0) again.part += this->part * item.part_stride + h * rows;
+      wrong.push_back(again);
+    }
+  }
+
+  // Returns what is to be done again without tiles, as its sums are not all finite: a value that is
+  // not reaches its neighbour's column here, as 0 · inf is NaN.
+  template <class Params>
+  std::vector<Item> run(const Params& params, const Sequence& s, const Item& item,
+                        const Partials& partials) {
+    this->load(params, s, item);
+    for (int64_t h = 0; h < heads; ++h) {
+      pack_columns(q + h * rows * sizes.depth, rows, sizes.depth, columns,
+                   queries + h * columns * sizes.depth);
+    }
+    std::vector<Item> wrong;
+    auto write = [&] { write_part(params, s, item, partials, wrong); };
+    int64_t products = sum_columns / 16 + sizes.depth / 16;
+    Asking none{Prefetch(), 0};
+    if (steps > 0) {
+      this->locate_until(params, s, 0);
+      score(params, 0, none);
+    }
+    for (int64_t step = 0; step < steps; ++step) {
+      Asking asking{this->look_ahead(params, s, step), (kDecodeBlock + products - 1) / products};
+      this->end_parts(step, write);
+      if (step + 1 < steps) score(params, step + 1, asking);
+      soften(step);
+      add_values(params, step, asking);
+      asking.rest();
+    }
+    this->end_last_parts(write);
+    return wrong;
+  }
+
+  // Lanes of one query, in order.
+  float row_sum(int64_t i) const {
+    const float* lanes = row_sums + i / rows * kDecodeRows + i % rows;
+    float sum = 0.0f;
+    for (int64_t j = 0; i % rows + j < kDecodeRows; j += columns) sum += lanes[j];
+    return sum;
+  }
+};
+
+}  // namespace jit_kernel
+
+#endif  // JIT_KERNEL_AMX

@@ -1,0 +1,63 @@
+// Everything that is fixed when a variant is compiled, and where things lie in shared memory. No
+// device code: the launcher reads it too.
+#pragma once
+
+#include "flash_attention_v3/hopper/prefill/params.h"
+#include "flash_attention_v3/hopper/prefill/tile_size.h"
+
+namespace jit_kernel::hopper {
+
+constexpr int kRowsPerWarpgroup = 64;
+constexpr int kTileSlots = 2;
+constexpr int kMaxSorted = 1024;  // longest batch whose sequences are put in order of length
+
+// What the scheduler tells the producer and the consumers about a tile; batch -1 ends them.
+struct TileInfo {
+  int batch, head, row;  // row: first query of the tile, within its sequence
+  int len_q, len_k, offset_q;
+  int block_begin, block_end;  // blocks of keys, walked from the last to the first
+};
+
+template <class Element_, int kHeadDim_, int kHeadDimV_, bool kMasked_, bool kSoftcap_, class Tile>
+struct Config {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kHeadDimV = kHeadDimV_;
+  static constexpr bool kMasked = kMasked_;
+  static constexpr bool kSoftcap = kSoftcap_;
+  static constexpr int kKeys = Tile::kKeys;  // keys of a block
+  static constexpr int kWarpgroups = Tile::kWarpgroups;
+  static constexpr int kRows = kWarpgroups * kRowsPerWarpgroup;
+  static constexpr int kThreads = (kWarpgroups + 1) * 128;
+  static constexpr int kStagesQ = Tile::kStagesQ;
+  static constexpr int kStages = Tile::kStages;
+  static constexpr bool kOverlap = Tile::kOverlap;
+  static constexpr bool kPingPong = Tile::kPingPong;
+  static constexpr int kQuerySteps = Tile::kQuerySteps;
+  static constexpr bool kQueriesInRegisters = kQuerySteps * 16 == kHeadDim;  // all of them
+  // Registers a thread; together no more than the block has at its start.
+  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : kWarpgroups == 3 ? 56 : 32;
+  static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 232 : kWarpgroups == 3 ? 152 : 112;
+
+  // A tile lies in panels of one swizzle width of columns each.
+  static constexpr int kPanel = kHeadDim % 64 == 0 ? 64 : 32;
+  static constexpr int kPanelV = kHeadDimV % 64 == 0 ? 64 : 32;
+  static constexpr int kBytesQ = kRowsPerWarpgroup * kHeadDim * 2;  // of one warpgroup
+  static constexpr int kBytesK = kKeys * kHeadDim * 2;
+  static constexpr int kBytesV = kKeys * kHeadDimV * 2;
+  static constexpr int kOffsetK = kStagesQ * kWarpgroups * kBytesQ;
+  static constexpr int kOffsetV = kOffsetK + kStages * kBytesK;
+  static constexpr int kOffsetOrder = kOffsetV + kStages * kBytesV;
+  static constexpr int kOffsetTile = kOffsetOrder + kMaxSorted * 2;
+  static constexpr int kOffsetBarriers = kOffsetTile + kTileSlots * int(sizeof(TileInfo));
+  static constexpr int kBarriers = 2 * kStagesQ * kWarpgroups + 4 * kStages + 2 * kTileSlots + 1;
+  static constexpr int kSharedBytes = kOffsetBarriers + kBarriers * 8;
+
+  static_assert(kWarpgroups >= 2 && kWarpgroups <= 4, "two to four consumer warpgroups");
+  static_assert(kKeys % 16 == 0 && kKeys <= 256, "a block of keys is a multiple of wgmma's k");
+  static_assert(kHeadDim % 32 == 0 && kHeadDimV % 32 == 0, "head sizes are padded to a panel");
+  static_assert(kQuerySteps >= 0 && kQuerySteps <= kHeadDim / 16, "steps of the head size");
+  static_assert(kSharedBytes <= 227 * 1024, "a block of sm_90 has 227 KiB of shared memory");
+};
+
+}  // namespace jit_kernel::hopper

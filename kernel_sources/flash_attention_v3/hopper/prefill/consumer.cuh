@@ -1,0 +1,296 @@
+// A consumer warpgroup: 64 queries of each tile, scores and output in registers.
+//
+// With overlap, a step issues the scores of the next block of keys and then the output of this one,
+// and works on the scores while the second product runs. Without, a block's two products follow
+// each other and the other warpgroups keep the tensor cores busy; that takes fewer registers. At a
+// tile's end the next tile's first scores are issued before the output is stored.
+#pragma once
+
+#include "flash_attention_v3/hopper/common/mask.cuh"
+#include "flash_attention_v3/hopper/prefill/epilogue.cuh"
+#include "jit_kernel/cuda/warpgroup.cuh"
+
+namespace jit_kernel::hopper {
+
+constexpr int kPingPongBarrier = 1;  // named barriers 1 to 3; 0 is the block's
+
+template <class C>
+struct Consumer {
+  using Element = typename C::Element;
+
+  const ForwardParams& params;
+  Shared<C> shared;
+  const int warpgroup;
+  const u32 q_low, k_low, v_low;  // descriptors of stage 0
+  RingPosition<C::kStagesQ> q_at;
+  RingPosition<C::kStages> k_at, v_at;
+  RingPosition<kTileSlots> tile_at;
+  Softmax softmax;
+  int every_low, every_high;   // keys that every row of the warpgroup sees
+  int block_begin, block_end;  // blocks that some row of the warpgroup sees
+  float scores[C::kKeys / 2];
+  float output[C::kHeadDimV / 2];
+  u32 probabilities[C::kKeys / 4];
+  u32 queries[C::kQuerySteps > 0 ? 4 * C::kQuerySteps : 1];
+
+  __device__ __forceinline__ Consumer(const ForwardParams& params, const Shared<C>& shared,
+                                      int warpgroup)
+      : params(params),
+        shared(shared),
+        warpgroup(warpgroup),
+        q_low(wgmma_descriptor_low(shared.q(0, warpgroup), 16)),
+        k_low(wgmma_descriptor_low(shared.k(0), 16)),
+        v_low(wgmma_descriptor_low(shared.v(0), C::kKeys * C::kPanelV * 2)) {}
+
+  __device__ __forceinline__ void release(u32 barrier) {
+    mbarrier_arrive_if(barrier, threadIdx.x % 32 == 0);
+  }
+
+  __device__ __forceinline__ void issue_scores() {
+    constexpr int kSteps = C::kPanel / 16;  // of k in a panel
+    constexpr int kSwizzle = 2 * C::kPanel;
+    const u32 q = q_low + q_at.stage() * (C::kWarpgroups * C::kBytesQ >> 4);
+    const u32 k = k_low + k_at.stage() * (C::kBytesK >> 4);
+    pin_registers(scores);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < C::kHeadDim / 16; ++i) {
+      const int inside = i % kSteps * 32;
+      const int of_q = i / kSteps * kRowsPerWarpgroup * kSwizzle + inside;
+      const int of_k = i / kSteps * C::kKeys * kSwizzle + inside;
+      const u64 keys = wgmma_descriptor<kSwizzle>(k + (of_k >> 4));
+      if constexpr (C::kQuerySteps > 0) {
+        if (i < C::kQuerySteps) {
+          wgmma_rs<Element, false>(scores, queries[4 * i], queries[4 * i + 1], queries[4 * i + 2],
+                                   queries[4 * i + 3], keys, i != 0);
+          continue;
+        }
+      }
+      wgmma_ss<Element>(scores, wgmma_descriptor<kSwizzle>(q + (of_q >> 4)), keys, i != 0);
+    }
+    wgmma_commit();
+  }
+
+  __device__ __forceinline__ void issue_output(int accumulate, bool values_are_here = false) {
+    if (!values_are_here) mbarrier_wait(shared.v_full(v_at.stage()), v_at.parity());
+    const u32 v = v_low + v_at.stage() * (C::kBytesV >> 4);
+    pin_registers(output);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < C::kKeys / 16; ++i) {
+      wgmma_rs<Element, true>(output, probabilities[4 * i], probabilities[4 * i + 1],
+                              probabilities[4 * i + 2], probabilities[4 * i + 3],
+                              wgmma_descriptor<2 * C::kPanelV>(v + (i * 16 * C::kPanelV * 2 >> 4)),
+                              i == 0 ? accumulate : 1);
+    }
+    wgmma_commit();
+  }
+
+  // Waits for the scheduler's tile. False: there are no more.
+  __device__ __forceinline__ bool open_tile() {
+    mbarrier_wait(shared.tile_full(tile_at.stage()), tile_at.parity());
+    const TileInfo& tile = *shared.tile(tile_at.stage());
+    const int first = tile.row + warpgroup * kRowsPerWarpgroup;
+    const int last = max(tile.row, min(first + kRowsPerWarpgroup, tile.len_q) - 1);
+    const KeyInterval of_first = visible_keys<C::kMasked>(params, first, tile.len_q, tile.len_k);
+    const KeyInterval of_last = visible_keys<C::kMasked>(params, last, tile.len_q, tile.len_k);
+    every_low = uniform(of_last.low);
+    every_high = uniform(of_first.high);
+    block_begin = uniform(tile.block_begin);
+    block_end = uniform(tile.block_end);
+    if constexpr (C::kMasked && !C::kPingPong) {
+      // Rows of other warpgroups may see more blocks; taking turns needs equal numbers of steps.
+      // Keys are skipped before the values behind them are given back, so no more of them than the
+      // ring of values lets the producer run ahead, over the end of one tile and the start of the
+      // next.
+      constexpr int kMostLast = C::kStages / 2, kMostFirst = C::kStages - kMostLast;
+      const int tile_begin = block_begin;
+      const int end = uniform((of_last.high + C::kKeys - 1) / C::kKeys);
+      const int begin = uniform(of_first.low / C::kKeys);
+      block_end = min(block_end, max(max(tile_begin + 1, block_end - kMostFirst), end));
+      block_begin = max(tile_begin, min(min(block_end - 1, tile_begin + kMostLast), begin));
+    }
+    return uniform(tile.batch) >= 0;
+  }
+
+  // Blocks of the tile before and behind those of this warpgroup.
+  __device__ __forceinline__ int skipped_first() {
+    if constexpr (!C::kMasked || C::kPingPong) return 0;
+    return uniform(shared.tile(tile_at.stage())->block_end) - block_end;
+  }
+  __device__ __forceinline__ int skipped_last() {
+    if constexpr (!C::kMasked || C::kPingPong) return 0;
+    return block_begin - uniform(shared.tile(tile_at.stage())->block_begin);
+  }
+
+  // Only blocks at the mask's edge come here, so the rows' intervals are not kept in registers.
+  template <bool kHigh>
+  __device__ __forceinline__ void mask_block(int column) {
+    const TileInfo& tile = *shared.tile(tile_at.stage());
+    const int row = tile.row + warpgroup * kRowsPerWarpgroup + threadIdx.x % 128 / 32 * 16 +
+                    threadIdx.x % 32 / 4;
+    const KeyInterval rows[2] = {
+        visible_keys<C::kMasked>(params, row, tile.len_q, tile.len_k),
+        visible_keys<C::kMasked>(params, row + 8, tile.len_q, tile.len_k),
+    };
+    mask_scores<kHigh>(scores, rows, column + threadIdx.x % 4 * 2);
+  }
+
+  __device__ __forceinline__ void work_on_scores(int block) {
+    if constexpr (C::kSoftcap) {
+#pragma unroll
+      for (float& score : scores) score = tanh_fast(score * params.softcap_scale);
+    }
+    const int column = block * C::kKeys;
+    if (column + C::kKeys > every_high) mask_block<true>(column);
+    if (C::kMasked && column < every_low) mask_block<false>(column);
+    softmax_step(scores, softmax, params.scale_log2);
+  }
+
+  // After the scores of a block have arrived; with those of the last block the queries are done
+  // with.
+  __device__ __forceinline__ void release_scores(bool last) {
+    pin_registers(scores);
+    release(shared.k_empty(k_at.stage()));
+    k_at.advance();
+    if (last && !C::kQueriesInRegisters) release_queries();
+  }
+
+  __device__ __forceinline__ void release_queries() {
+    release(shared.q_empty(q_at.stage(), warpgroup));
+    q_at.advance();
+  }
+
+  __device__ __forceinline__ void release_output() {
+    pin_registers(output);
+    release(shared.v_empty(v_at.stage()));
+    v_at.advance();
+  }
+
+  __device__ __forceinline__ void wait_keys() {
+    mbarrier_wait(shared.k_full(k_at.stage()), k_at.parity());
+  }
+
+  // Blocks that no row of this warpgroup sees.
+  __device__ __forceinline__ void skip_keys(int blocks) {
+    for (int i = 0; i < blocks; ++i) {
+      wait_keys();
+      release(shared.k_empty(k_at.stage()));
+      k_at.advance();
+    }
+  }
+
+  __device__ __forceinline__ void skip_values(int blocks) {
+    for (int i = 0; i < blocks; ++i) {
+      mbarrier_wait(shared.v_full(v_at.stage()), v_at.parity());
+      release(shared.v_empty(v_at.stage()));
+      v_at.advance();
+    }
+  }
+
+  // All blocks but the output of the last one; the first one's scores have arrived. Returns whether
+  // there is an output to add to.
+  __device__ __forceinline__ bool run_overlapped() {
+    int block = block_end - 1;
+    release_scores(block == block_begin);
+    work_on_scores(block);
+    bool pending = false;
+    while (true) {
+      // The loop's edge keeps this wait below the exponentials: within one basic block ptxas moves
+      // it above them, and they no longer overlap the product (12 % of all stalls were here).
+      wgmma_wait<0>();
+      if (pending) {
+        release_output();
+        rescale_output(output, softmax);
+      }
+      // Asked for early, the answers are back when they are needed.
+      const bool keys_are_here = mbarrier_test(shared.k_full(k_at.stage()), k_at.parity());
+      const bool values_are_here = mbarrier_test(shared.v_full(v_at.stage()), v_at.parity());
+      pack_probabilities<Element>(scores, probabilities);
+      if (--block < block_begin) return pending;
+      if constexpr (C::kPingPong) named_barrier_sync(kPingPongBarrier + warpgroup, 256);
+      if (!keys_are_here) wait_keys();
+      issue_scores();
+      issue_output(pending, values_are_here);
+      if constexpr (C::kPingPong) {
+        named_barrier_arrive(kPingPongBarrier + (warpgroup + 1) % C::kWarpgroups, 256);
+      }
+      pending = true;
+      wgmma_wait<1>();
+      release_scores(block == block_begin);
+      work_on_scores(block);
+    }
+  }
+
+  __device__ __forceinline__ bool run_in_turn() {
+    int block = block_end - 1;
+    bool pending = false;
+    while (true) {
+      release_scores(block == block_begin);
+      work_on_scores(block);
+      const bool values_are_here = mbarrier_test(shared.v_full(v_at.stage()), v_at.parity());
+      const bool keys_are_here = mbarrier_test(shared.k_full(k_at.stage()), k_at.parity());
+      if (pending) rescale_output(output, softmax);
+      pack_probabilities<Element>(scores, probabilities);
+      if (--block < block_begin) return pending;
+      if constexpr (C::kPingPong) named_barrier_sync(kPingPongBarrier + warpgroup, 256);
+      issue_output(pending, values_are_here);
+      pending = true;
+      if (!keys_are_here) wait_keys();
+      wgmma_wait<0>();
+      release_output();
+      issue_scores();
+      if constexpr (C::kPingPong) {
+        named_barrier_arrive(kPingPongBarrier + (warpgroup + 1) % C::kWarpgroups, 256);
+      }
+      wgmma_wait<0>();
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+    if (C::kPingPong && warpgroup == C::kWarpgroups - 1)
+      named_barrier_arrive(kPingPongBarrier, 256);
+    if (!open_tile()) return;
+    wait_queries();
+    issue_scores();
+    wgmma_wait<0>();
+    while (true) {
+      start_row(softmax);
+      skip_values(skipped_first());
+      const bool pending = C::kOverlap ? run_overlapped() : run_in_turn();
+      const int skipped = skipped_last();
+      issue_output(pending);
+      if constexpr (!C::kOverlap) wgmma_wait<0>();
+      skip_keys(skipped);
+      const TileInfo& tile = *shared.tile(tile_at.stage());
+      RingPosition<kTileSlots> this_at = tile_at;
+      tile_at.advance();
+      const bool more = open_tile();
+      if (more) wait_queries();
+      // After the last tile this multiplies what lies in shared memory, and nobody looks at the
+      // result: a branch between the two products would make ptxas serialise them.
+      issue_scores();
+      wgmma_wait<1>();
+      release_output();
+      store_tile<C>(params, tile, output, softmax, warpgroup);
+      mbarrier_arrive(shared.tile_empty(this_at.stage()));  // every lane has read the tile
+      wgmma_wait<0>();
+      skip_values(skipped);
+      if (!more) return;
+    }
+  }
+
+  // The first product of an opened tile can be issued.
+  __device__ __forceinline__ void wait_queries() {
+    mbarrier_wait(shared.q_full(q_at.stage(), warpgroup), q_at.parity());
+    load_fragments<C::kQuerySteps, C::kPanel>(queries, shared.q(q_at.stage(), warpgroup));
+    if (C::kQueriesInRegisters) {
+      __syncwarp();  // every lane has read its queries
+      release_queries();
+    }
+    skip_keys(skipped_first());
+    wait_keys();
+  }
+};
+
+}  // namespace jit_kernel::hopper

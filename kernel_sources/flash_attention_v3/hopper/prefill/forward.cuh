@@ -1,0 +1,81 @@
+// Forward attention for sm_90a: a producer and a scheduler warp, two or three consumer
+// warpgroups, persistent blocks.
+#pragma once
+
+#include "flash_attention_v3/hopper/prefill/consumer.cuh"
+#include "flash_attention_v3/hopper/prefill/producer.cuh"
+#include "flash_attention_v3/hopper/prefill/tile_scheduler.cuh"
+
+namespace jit_kernel::hopper {
+
+template <class C>
+__device__ __forceinline__ void initialise_barriers(const Shared<C>& shared) {
+  for (int stage = 0; stage < C::kStagesQ; ++stage) {
+    for (int warpgroup = 0; warpgroup < C::kWarpgroups; ++warpgroup) {
+      mbarrier_init(shared.q_full(stage, warpgroup), 1);
+      mbarrier_init(shared.q_empty(stage, warpgroup), 4);
+    }
+  }
+  for (int stage = 0; stage < C::kStages; ++stage) {
+    mbarrier_init(shared.k_full(stage), 1);
+    mbarrier_init(shared.k_empty(stage), 4 * C::kWarpgroups);
+    mbarrier_init(shared.v_full(stage), 1);
+    mbarrier_init(shared.v_empty(stage), 4 * C::kWarpgroups);
+  }
+  for (int slot = 0; slot < kTileSlots; ++slot) {
+    mbarrier_init(shared.tile_full(slot), 1);
+    mbarrier_init(shared.tile_empty(slot), 1 + 128 * C::kWarpgroups);
+  }
+  mbarrier_init(shared.claim(), 1);
+  mbarrier_init_fence();
+}
+
+template <class C>
+__device__ __forceinline__ void forward(const ForwardParams& params, char* base) {
+  const Shared<C> shared{base};
+  if (threadIdx.x == 0) {
+    tma_prefetch_descriptor(&params.q.map);
+    tma_prefetch_descriptor(&params.k.map);
+    tma_prefetch_descriptor(&params.v.map);
+    initialise_barriers<C>(shared);
+  }
+  if (is_sorted(params)) {
+    sort_sequences(params, reinterpret_cast<int*>(base), shared.order());
+    // The copy engine writes next where the lengths lay.
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  }
+  __syncthreads();
+  if (threadIdx.x < 128) {
+    lower_registers<C::kProducerRegisters>();
+    if (threadIdx.x == 0) {
+      produce<C>(params, shared);
+    } else if (threadIdx.x < 32) {
+      // The producer is one thread.
+    } else if (threadIdx.x < 64) {
+      schedule<C>(params, shared);
+    } else if (threadIdx.x < 96 && params.clear_rest) {
+      clear_rest(params);
+    }
+  } else {
+    raise_registers<C::kConsumerRegisters>();
+    Consumer<C> consumer(params, shared, uniform(threadIdx.x / 128 - 1));
+    consumer.run();
+  }
+}
+
+}  // namespace jit_kernel::hopper
+
+// The kernel of a variant. `tile` is a jit_kernel::hopper::Tile; the second macro takes the tuned
+// one.
+#define JIT_KERNEL_EXPORT_FORWARD_TILE(element, head_dim, head_dim_v, masked, softcap, ...)   \
+  using ForwardConfig = jit_kernel::hopper::Config<jit_kernel::element, head_dim, head_dim_v, \
+                                                   masked, softcap, __VA_ARGS__>;             \
+  extern "C" __global__ void __launch_bounds__(ForwardConfig::kThreads, 1)                    \
+      forward(const __grid_constant__ jit_kernel::hopper::ForwardParams params) {             \
+    extern __shared__ __align__(1024) char shared_memory[];                                   \
+    jit_kernel::hopper::forward<ForwardConfig>(params, shared_memory);                        \
+  }
+
+#define JIT_KERNEL_EXPORT_FORWARD(element, head_dim, head_dim_v, masked, softcap) \
+  JIT_KERNEL_EXPORT_FORWARD_TILE(element, head_dim, head_dim_v, masked, softcap,  \
+                                 jit_kernel::hopper::TileFor<head_dim, head_dim_v, masked>)

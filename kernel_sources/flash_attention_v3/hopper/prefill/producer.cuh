@@ -1,0 +1,154 @@
+// The producer warp: keeps the rings of queries, keys and values full, tile after tile.
+#pragma once
+
+#include "flash_attention_v3/hopper/prefill/shared_memory.cuh"
+#include "jit_kernel/cuda/tma.cuh"
+
+namespace jit_kernel::hopper {
+
+// The next tile is claimed when so many blocks of keys of the present one are still to be loaded:
+// early enough to be found in time (5,000 cycles), and so late that who has long tiles does not
+// also hold others back. Claims a whole tile ahead left the blocks 447,000 to 648,000 cycles of
+// work (d 256, 4096, causal).
+constexpr int kClaimBlocks = 2;
+
+__device__ __forceinline__ bool has_lengths(const ForwardParams& params) {
+  return params.cu_seqlens_q != nullptr || params.cu_seqlens_k != nullptr ||
+         params.seqused_q != nullptr || params.seqused_k != nullptr;
+}
+
+// Tiles of one length are as well claimed at once: waiting cost 1 % there.
+template <class C>
+__device__ __forceinline__ bool claims_late(const ForwardParams& params) {
+  return C::kMasked || has_lengths(params);
+}
+
+// Coordinates of a sequence in a tensor's map; row is added to `row`.
+struct MapPlace {
+  int row, place;
+};
+
+__device__ __forceinline__ MapPlace map_place(const TensorRows& rows, const int* cu_seqlens,
+                                              int batch, int length) {
+  const int offset = cu_seqlens != nullptr ? cu_seqlens[batch] : 0;
+  return {
+      rows.bound > 0 ? rows.bound - length : 0,
+      (cu_seqlens != nullptr ? 0 : batch * rows.batch_step) + (offset + length) * rows.row_step};
+}
+
+// Copies `kRows` rows of all columns, panel by panel.
+template <int kColumns, int kPanel, int kRows>
+__device__ __forceinline__ void load_rows(u32 destination, const TensorRows& rows, u32 barrier,
+                                          u64 policy, const MapPlace& at, int row, int head) {
+#pragma unroll
+  for (int panel = 0; panel < kColumns / kPanel; ++panel) {
+    tma_load(destination + panel * kRows * kPanel * 2, &rows.map, barrier, policy, panel * kPanel,
+             at.row + row, head, at.place, rows.wrap);
+  }
+}
+
+// Where queries stay in their one stage to the tile's end, the next ones are loaded late, and
+// should then be in the L2 cache: 2 % at d 256 without a mask; with one it costs 1 to 3 %.
+template <class C>
+constexpr bool kPrefetches = !C::kMasked && C::kStagesQ == 1 && !C::kQueriesInRegisters;
+
+template <class C>
+__device__ __forceinline__ void prefetch_queries(const ForwardParams& params,
+                                                 const TileInfo& tile) {
+  const MapPlace at = map_place(params.q, params.cu_seqlens_q, tile.batch, tile.len_q);
+#pragma unroll 1
+  for (int i = 0; i < C::kWarpgroups * (C::kHeadDim / C::kPanel); ++i) {
+    tma_prefetch(&params.q.map, i / C::kWarpgroups * C::kPanel,
+                 at.row + tile.row + i % C::kWarpgroups * kRowsPerWarpgroup, tile.head, at.place,
+                 params.q.wrap);
+  }
+}
+
+template <class C>
+struct Producer {
+  const ForwardParams& params;
+  Shared<C> shared;
+  RingPosition<C::kStagesQ> q_at;
+  RingPosition<C::kStages> k_at, v_at;
+  MapPlace v_place = {};  // of the tile whose last values are still to be loaded
+  int v_head = 0, v_block = -1;
+
+  __device__ __forceinline__ void load_q(const TileInfo& tile, const MapPlace& at, int warpgroup) {
+    mbarrier_wait(shared.q_empty(q_at.stage(), warpgroup), q_at.parity() ^ 1);
+    const u32 full = shared.q_full(q_at.stage(), warpgroup);
+    mbarrier_arrive_expect(full, C::kBytesQ);
+    load_rows<C::kHeadDim, C::kPanel, kRowsPerWarpgroup>(
+        shared.q(q_at.stage(), warpgroup), params.q, full, kEvictFirst, at,
+        tile.row + warpgroup * kRowsPerWarpgroup, tile.head);
+  }
+
+  __device__ __forceinline__ void load_k(const MapPlace& at, int block, int head) {
+    mbarrier_wait(shared.k_empty(k_at.stage()), k_at.parity() ^ 1);
+    const u32 full = shared.k_full(k_at.stage());
+    mbarrier_arrive_expect(full, C::kBytesK);
+    load_rows<C::kHeadDim, C::kPanel, C::kKeys>(shared.k(k_at.stage()), params.k, full, kEvictLast,
+                                                at, block * C::kKeys, head);
+    k_at.advance();
+  }
+
+  __device__ __forceinline__ void load_v(const MapPlace& at, int block, int head) {
+    mbarrier_wait(shared.v_empty(v_at.stage()), v_at.parity() ^ 1);
+    const u32 full = shared.v_full(v_at.stage());
+    mbarrier_arrive_expect(full, C::kBytesV);
+    load_rows<C::kHeadDimV, C::kPanelV, C::kKeys>(shared.v(v_at.stage()), params.v, full,
+                                                  kEvictLast, at, block * C::kKeys, head);
+    v_at.advance();
+  }
+
+  __device__ __forceinline__ void load_queries(const TileInfo& tile) {
+    const MapPlace at = map_place(params.q, params.cu_seqlens_q, tile.batch, tile.len_q);
+#pragma unroll 1
+    for (int warpgroup = 0; warpgroup < C::kWarpgroups; ++warpgroup) load_q(tile, at, warpgroup);
+    q_at.advance();
+  }
+
+  // Loads in the order of use: each block's keys before the values of the block before it, also
+  // from one tile to the next.
+  __device__ __forceinline__ void load_tile(const TileInfo& tile) {
+    const MapPlace k = map_place(params.k, params.cu_seqlens_k, tile.batch, tile.len_k);
+    const int head = tile.head / params.group;
+    load_k(k, tile.block_end - 1, head);
+    // With one stage the queries wait for the last product of the tile before, its values must not.
+    if constexpr (C::kStagesQ == 1) load_last_values();
+    load_queries(tile);
+    if constexpr (C::kStagesQ > 1) load_last_values();
+    v_place = map_place(params.v, params.cu_seqlens_k, tile.batch, tile.len_k);
+    v_head = head;
+    const int claim_at =
+        claims_late<C>(params) ? min(tile.block_end - 2, tile.block_begin + kClaimBlocks) : -1;
+    if (claims_late<C>(params) && claim_at < tile.block_begin) mbarrier_arrive(shared.claim());
+    for (int block = tile.block_end - 2; block >= tile.block_begin; --block) {
+      if (block == claim_at) mbarrier_arrive(shared.claim());
+      load_k(k, block, head);
+      load_v(v_place, block + 1, head);
+    }
+    v_block = tile.block_begin;
+  }
+
+  __device__ __forceinline__ void load_last_values() {
+    if (v_block >= 0) load_v(v_place, v_block, v_head);
+  }
+};
+
+// One thread.
+template <class C>
+__device__ __forceinline__ void produce(const ForwardParams& params, const Shared<C>& shared) {
+  Producer<C> producer{params, shared};
+  RingPosition<kTileSlots> at;
+  while (true) {
+    mbarrier_wait(shared.tile_full(at.stage()), at.parity());
+    const TileInfo& tile = *shared.tile(at.stage());  // read as needed: registers are few
+    if (tile.batch < 0) break;
+    producer.load_tile(tile);
+    mbarrier_arrive(shared.tile_empty(at.stage()));
+    at.advance();
+  }
+  producer.load_last_values();
+}
+
+}  // namespace jit_kernel::hopper

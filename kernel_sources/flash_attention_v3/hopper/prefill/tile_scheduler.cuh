@@ -1,0 +1,197 @@
+// Order of the tiles: which block of queries of which sequence and head is the n-th.
+//
+// Sequences, longest first, are taken in windows whose keys and values fit the L2 cache together; a
+// sequence too large for it is a window of its own, cut into sections of heads. With a mask, tiles
+// of a window go from the last block of queries to the first, over all its sequences and heads, so
+// that long tiles come first and short ones fill the end. Blocks take tiles in this order from one
+// counter.
+#pragma once
+
+#include "flash_attention_v3/hopper/common/mask.cuh"
+#include "flash_attention_v3/hopper/prefill/producer.cuh"
+
+namespace jit_kernel::hopper {
+
+__device__ __forceinline__ int sequence_length(int batch, int dense, const int* cu_seqlens,
+                                               const int* seqused) {
+  if (seqused != nullptr) return max(0, seqused[batch]);
+  return cu_seqlens != nullptr ? max(0, cu_seqlens[batch + 1] - cu_seqlens[batch]) : dense;
+}
+
+__device__ __forceinline__ bool is_sorted(const ForwardParams& params) {
+  return has_lengths(params) && params.batch > 1 && params.batch <= kMaxSorted;
+}
+
+// Ranks the sequences by number of keys, all threads of the block together. `scratch` holds batch
+// ints.
+__device__ __forceinline__ void sort_sequences(const ForwardParams& params, int* scratch,
+                                               unsigned short* order) {
+  for (int i = threadIdx.x; i < params.batch; i += blockDim.x) {
+    scratch[i] = sequence_length(i, params.seqlen_k, params.cu_seqlens_k, params.seqused_k);
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < params.batch; i += blockDim.x) {
+    const int key = scratch[i];
+    int rank = 0;
+    for (int j = 0; j < params.batch; ++j) {
+      rank += scratch[j] > key || (scratch[j] == key && j < i);
+    }
+    order[rank] = static_cast<unsigned short>(i);
+  }
+}
+
+// Walks the order forwards; all lanes of one warp together, one sequence of the window each. What
+// can be computed again is not kept: this warp has few registers.
+template <class C>
+class TileScheduler {
+ public:
+  __device__ TileScheduler(const ForwardParams& params, const unsigned short* order)
+      : params_(params), order_(order) {
+    open_window(0);
+  }
+
+  // Finds the tile of a linear index that is not below that of the call before. False past the end.
+  __device__ bool seek(int index, TileInfo& info) {
+    int tiles = __reduce_add_sync(0xffffffffu, blocks_);
+    while (index - base_ >= tiles * heads()) {
+      base_ += tiles * heads();
+      if (!advance()) return false;
+      tiles = __reduce_add_sync(0xffffffffu, blocks_);
+    }
+    int source, head, block;
+    locate(index - base_, tiles, source, head, block);
+    const int len_q = __shfl_sync(0xffffffffu, len_q_, source);
+    const int len_k = __shfl_sync(0xffffffffu, len_k_, source);
+    const int batch = __shfl_sync(0xffffffffu, batch_, source);
+    if (lane() == 0) write(info, batch, first_head_ + head, block * C::kRows, len_q, len_k);
+    return true;
+  }
+
+ private:
+  // Tiles of different length need many of them to even out, and 8 heads at a time still share each
+  // read from memory 16 times: 8 heads of 16384 keys, d 256, took 12 % longer in sections of two
+  // heads.
+  static constexpr int kLeastHeads = C::kMasked ? 8 : 1;
+
+  __device__ static int lane() { return threadIdx.x % 32; }
+  __device__ int heads() const { return min(section_, params_.heads_q - first_head_); }
+
+  // The place of a tile in its section: the lane of its sequence, head of the section, block of
+  // queries.
+  __device__ void locate(int offset, int tiles, int& source, int& head, int& block) const {
+    if (width_ == 1) {
+      source = 0;
+      head = C::kMasked ? offset % heads() : offset / tiles;
+      block = tiles - 1 - (C::kMasked ? offset / heads() : offset % tiles);
+      return;
+    }
+    block = __reduce_max_sync(0xffffffffu, blocks_);
+    u32 alive = 0;
+    do {  // sequences of the window differ in length, so this is a walk
+      offset -= __popc(alive) * heads();
+      alive = __ballot_sync(0xffffffffu, --block < blocks_);
+    } while (offset >= __popc(alive) * heads());
+    const int rank = offset / heads();
+    head = offset % heads();
+    const bool chosen = block < blocks_ && __popc(alive & ((1u << lane()) - 1)) == rank;
+    source = __ffs(__ballot_sync(0xffffffffu, chosen)) - 1;
+  }
+
+  // One lane. At least one block of keys, which may be masked as a whole.
+  __device__ void write(TileInfo& info, int batch, int head, int row, int len_q, int len_k) const {
+    info.batch = batch;
+    info.head = head;
+    info.row = row;
+    info.len_q = len_q;
+    info.len_k = len_k;
+    info.offset_q = params_.cu_seqlens_q != nullptr ? params_.cu_seqlens_q[batch] : 0;
+    const int last_row = min(row + C::kRows, len_q) - 1;
+    const int high = visible_keys<C::kMasked>(params_, last_row, len_q, len_k).high;
+    const int low = visible_keys<C::kMasked>(params_, row, len_q, len_k).low;
+    const int block_end = max(1, (max(0, high) + C::kKeys - 1) / C::kKeys);
+    info.block_end = block_end;
+    info.block_begin = min(max(0, low) / C::kKeys, block_end - 1);
+  }
+
+  __device__ void open_window(int first) {
+    first_ = first;
+    first_head_ = 0;
+    const int place = first + lane();
+    const bool exists = place < params_.batch;
+    batch_ = !exists ? 0 : is_sorted(params_) ? order_[place] : place;
+    len_q_ =
+        exists ? sequence_length(batch_, params_.seqlen_q, params_.cu_seqlens_q, params_.seqused_q)
+               : 0;
+    len_k_ =
+        exists ? sequence_length(batch_, params_.seqlen_k, params_.cu_seqlens_k, params_.seqused_k)
+               : 0;
+    const int kMany = 1 << 24;  // sums below cannot overflow
+    int tokens = min(len_k_, kMany);
+    for (int step = 1; step < 32; step *= 2) {
+      const int below = __shfl_up_sync(0xffffffffu, tokens, step);
+      if (lane() >= step) tokens = min(tokens + below, kMany);
+    }
+    const int heads_k = params_.heads_q / params_.group;
+    const bool fits =
+        tokens <= params_.l2_tokens / heads_k || (lane() + 1) * heads_k <= kLeastHeads;
+    width_ = __popc(__ballot_sync(0xffffffffu, exists && fits));
+    section_ = params_.heads_q;
+    if (width_ == 0) {
+      width_ = 1;
+      const int first_len = __shfl_sync(0xffffffffu, max(1, len_k_), 0);
+      section_ = max(kLeastHeads, params_.l2_tokens / first_len) * params_.group;
+    }
+    blocks_ = lane() < width_ ? (len_q_ + C::kRows - 1) / C::kRows : 0;
+  }
+
+  __device__ bool advance() {
+    if (first_head_ + section_ < params_.heads_q) {
+      first_head_ += section_;
+      return true;
+    }
+    if (first_ + width_ >= params_.batch) return false;
+    open_window(first_ + width_);
+    return true;
+  }
+
+  const ForwardParams& params_;
+  const unsigned short* order_;
+  int base_ = 0;                        // linear index of the section's first tile
+  int first_, width_;                   // the window's sequences
+  int batch_, len_q_, len_k_, blocks_;  // this lane's sequence, blocks of queries
+  int first_head_, section_;            // first query head of the section, heads of a whole one
+};
+
+// The scheduler warp: finds the next tile while the producer and the consumers work on the present
+// one, so that finding it is never waited for.
+template <class C>
+__device__ __forceinline__ void schedule(const ForwardParams& params, const Shared<C>& shared) {
+  const bool leader = threadIdx.x % 32 == 0;
+  TileScheduler<C> scheduler(params, shared.order());
+  RingPosition<kTileSlots> at;
+  int index = blockIdx.x;
+  u32 claims = 0;
+  bool found;
+  do {
+    TileInfo& tile = *shared.tile(at.stage());
+    mbarrier_wait(shared.tile_empty(at.stage()), at.parity() ^ 1);
+    found = scheduler.seek(index, tile);
+    if (leader) {
+      if (!found) tile.batch = -1;
+      mbarrier_arrive(shared.tile_full(at.stage()));
+      if (found) {
+        if constexpr (kPrefetches<C>) prefetch_queries<C>(params, tile);
+        if (claims_late<C>(params)) mbarrier_wait(shared.claim(), claims++ % 2);
+        index = atomicAdd(params.progress, 1) + gridDim.x;
+      }
+    }
+    at.advance();
+    index = uniform(index);
+  } while (found);
+  if (leader && atomicAdd(params.progress + 1, 1) == gridDim.x - 1) {
+    params.progress[0] = 0;
+    params.progress[1] = 0;
+  }
+}
+
+}  // namespace jit_kernel::hopper

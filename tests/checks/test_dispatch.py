@@ -1,0 +1,382 @@
+"""Which implementation serves a call. The second implementation here is a real module in a folder of its own, put
+before the CPU's: it hands calls on to the CPU's functions and is choosy about which."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+
+import jit_kernel
+from jit_kernel import config, flash_attention_v3
+from jit_kernel.commands import why
+from jit_kernel.device import Target, cpu_target
+from jit_kernel.fa3 import cpu, dispatch
+from jit_kernel.fa3.features import Accepted, Rejected
+
+CHOOSY = """
+from jit_kernel.fa3 import cpu
+from jit_kernel.fa3.features import Accepted, Rejected
+
+NAME = "choosy"
+KERNELS = {name: f for name, f in cpu.KERNELS.items() if name != "merge_state"}
+asked, prepared = [], []
+
+def supports(target):
+    return Accepted() if target.vendor == "cpu" else Rejected("it serves CPUs", claimed=False)
+
+def decide(target, features):
+    asked.append(features)
+    if features.dtype != "fp32":
+        return Rejected("it claims fp32 alone", claimed=False)
+    if features.head_dim > 512:
+        return Rejected("its registers hold 512 numbers a row", claimed=False)
+    if features.group > 1:
+        return Rejected("grouped heads are too much for it today")
+    if features.softcap:
+        return Rejected("softcap is too much for it today")
+    return Accepted()
+
+def prepare(device):
+    prepared.append(device)
+
+def all_variants(target):
+    return cpu.all_variants(target)[:1]
+
+def canonical(field, value):
+    return value
+"""
+
+PLAIN = why.explain("flash_attn_func", *(torch.empty(1, 2, 4, 64) for _ in range(3)), device="cpu").features
+
+
+@pytest.fixture
+def choosy(tmp_path, monkeypatch):
+    """The choosy implementation before the CPU's, in a world without memory of earlier decisions."""
+    import jit_kernel.fa3 as family
+
+    (tmp_path / "choosy.py").write_text(CHOOSY)
+    monkeypatch.setattr(family, "__path__", [*family.__path__, str(tmp_path)])
+    monkeypatch.setattr(dispatch, "CANDIDATES", {**dispatch.CANDIDATES, "cpu": ("choosy", "cpu")})
+    monkeypatch.setattr(dispatch, "_said", set())
+    monkeypatch.setattr(config, "IMPLEMENTATIONS", (*config.IMPLEMENTATIONS, "choosy"))
+    config.reload()
+    yield dispatch.implementation("choosy")
+    del sys.modules["jit_kernel.fa3.choosy"]
+    monkeypatch.undo()
+    config.reload()
+
+
+@pytest.fixture
+def setting(monkeypatch):
+    """Sets an environment variable that jit_kernel reads again at once."""
+
+    def put(name: str, value: str) -> None:
+        monkeypatch.setenv(name, value)
+        config.reload()
+
+    yield put
+    monkeypatch.undo()
+    config.reload()
+
+
+def tensors(heads: int = 4, kv_heads: int = 4, dtype: torch.dtype = torch.float32, d: int = 32):
+    torch.manual_seed(0)
+    return [torch.randn(1, 5, h, d).to(dtype) for h in (heads, kv_heads, kv_heads)]
+
+
+def warnings(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+
+def test_the_best_one_that_accepts_serves(choosy, caplog):
+    q, k, v = tensors()
+    out = jit_kernel.flash_attn_func(q, k, v)
+    assert torch.equal(out, cpu.flash_attn_func(q=q, k=k, v=v))
+    assert len(choosy.asked) == 1
+    assert warnings(caplog) == []
+
+
+def test_a_decision_is_remembered_per_kind_of_call(choosy):
+    for length in (5, 6, 7):
+        q = torch.randn(2, length, 4, 32)
+        jit_kernel.flash_attn_func(q, q, q)
+    assert len(choosy.asked) == 1
+    jit_kernel.flash_attn_func(q, q, q, causal=True)
+    assert len(choosy.asked) == 2
+    assert choosy.asked[1] == replace(choosy.asked[0], causal=True)
+
+
+def test_every_function_reaches_an_implementation(choosy):
+    q, k, v = tensors()
+    flat, offsets = q[0], torch.tensor([0, 5], dtype=torch.int32)
+    out, lse = jit_kernel.flash_attn_varlen_func(flat, flat, flat, offsets, offsets, return_softmax_lse=True)
+    lengths = torch.tensor([3], dtype=torch.int32)
+    plan = jit_kernel.get_scheduler_metadata(1, 5, 5, 4, 4, 32, lengths, qkv_dtype=torch.float32)
+    jit_kernel.flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, scheduler_metadata=plan)
+    merged, _ = jit_kernel.merge_state(out, lse, out, lse)
+    torch.testing.assert_close(merged, out)
+    combined, _ = jit_kernel.flash_attn_combine(out[None], lse.T[None])
+    torch.testing.assert_close(combined, out)
+    assert {(f.ragged_q, f.metadata) for f in choosy.asked} == {(True, False), (False, True)}
+
+
+def test_a_tracer_changes_nothing(choosy):
+    """A debugger looks at the locals of every frame, which up to Python 3.12 writes them anew."""
+    q, k, v = tensors()
+    expected = jit_kernel.flash_attn_with_kvcache(q, k, v, cache_seqlens=3)
+
+    def trace(frame, event, argument):
+        assert frame.f_locals is not None
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        found = jit_kernel.flash_attn_with_kvcache(q, k, v, cache_seqlens=3, attention_chunk=None, window_size=[-1, -1])
+    finally:
+        sys.settrace(before)
+    assert torch.equal(found, expected)
+
+
+def test_a_claimed_feature_that_is_rejected_warns_once_per_reason(choosy, caplog):
+    q, k, v = tensors(heads=8)
+    out = jit_kernel.flash_attn_func(q, k, v)
+    assert torch.equal(out, cpu.flash_attn_func(q=q, k=k, v=v))
+    assert len(warnings(caplog)) == 1
+    for part in ("choosy does not serve flash_attn_func", "grouped heads", "group=2", "cpu takes it"):
+        assert part in warnings(caplog)[0]
+    jit_kernel.flash_attn_func(q, k, v, causal=True)
+    jit_kernel.flash_attn_varlen_func(q, k, v, None, None)
+    assert len(warnings(caplog)) == 1
+    jit_kernel.flash_attn_func(*tensors(), softcap=5.0)
+    assert len(warnings(caplog)) == 2
+    assert "softcap is too much" in warnings(caplog)[1]
+
+
+def test_what_is_not_claimed_is_the_next_ones_by_right(choosy, caplog, setting):
+    setting("JIT_KERNEL_STRICT", "1")
+    jit_kernel.flash_attn_func(*tensors(dtype=torch.bfloat16))
+    assert [f.dtype for f in choosy.asked] == ["bf16"]
+    assert warnings(caplog) == []
+
+
+def test_strict_makes_the_warning_an_error(choosy, caplog, setting):
+    setting("JIT_KERNEL_STRICT", "1")
+    q, k, v = tensors(heads=8)
+    out = torch.full_like(q, torch.nan)
+    with pytest.raises(NotImplementedError, match=r"grouped heads.*cpu would take it \(JIT_KERNEL_STRICT is set\)"):
+        jit_kernel.flash_attn_func(q, k, v, out=out)
+    assert out.isnan().all()
+    assert warnings(caplog) == []
+    setting("JIT_KERNEL_STRICT", "0")
+    jit_kernel.flash_attn_func(q, k, v, out=out)
+    assert not out.isnan().any()
+
+
+def test_when_all_reject_every_reason_is_listed(choosy):
+    q, k, v = tensors(d=600)
+    with pytest.raises(NotImplementedError) as caught:
+        jit_kernel.flash_attn_func(q, k, v)
+    text = str(caught.value)
+    assert "no implementation serves flash_attn_func" in text
+    assert "head_dim=600/600" in text
+    assert "choosy: its registers hold 512 numbers a row" in text
+    assert "cpu: head sizes 600/600: the CPU kernel serves head sizes up to 512" in text
+
+
+@pytest.mark.parametrize(("name", "asked"), [("choosy", 1), ("cpu", 0)])
+def test_one_implementation_can_be_forced(choosy, setting, name, asked):
+    setting("JIT_KERNEL_IMPLEMENTATION", name)
+    jit_kernel.flash_attn_func(*tensors())
+    assert len(choosy.asked) == asked
+
+
+def test_a_forced_one_is_never_replaced(choosy, setting):
+    setting("JIT_KERNEL_IMPLEMENTATION", "choosy")
+    with pytest.raises(NotImplementedError, match="choosy: it claims fp32 alone"):
+        jit_kernel.flash_attn_func(*tensors(dtype=torch.bfloat16))
+
+
+def test_a_forced_one_of_another_device_is_an_error(setting):
+    setting("JIT_KERNEL_IMPLEMENTATION", "portable")
+    with pytest.raises(NotImplementedError, match="JIT_KERNEL_IMPLEMENTATION is 'portable', which does not serve cpu"):
+        jit_kernel.flash_attn_func(*tensors())
+    assert not jit_kernel._is_fa3_supported("cpu")
+    setting("JIT_KERNEL_IMPLEMENTATION", "cpu")
+    assert jit_kernel._is_fa3_supported("cpu")
+
+
+def test_an_unknown_implementation_is_an_error(setting):
+    setting("JIT_KERNEL_IMPLEMENTATION", "quick")
+    with pytest.raises(config.ConfigError, match="JIT_KERNEL_IMPLEMENTATION is 'quick'"):
+        jit_kernel.flash_attn_func(*tensors())
+
+
+def test_an_implementation_that_this_version_lacks_says_so(monkeypatch):
+    monkeypatch.setattr(dispatch, "CANDIDATES", {**dispatch.CANDIDATES, "cpu": ("amx",)})
+    with pytest.raises(NotImplementedError, match=r"amx: this version of jit_kernel has no jit_kernel/fa3/amx\.py"):
+        dispatch.kernels("cpu", cpu_target())
+    with pytest.raises(NotImplementedError, match="amx: this version"):
+        dispatch.resolve(cpu_target(), PLAIN, "flash_attn_func")
+
+
+@pytest.mark.parametrize("architecture", ["sm_75", "sm_80", "sm_86", "sm_90a", "sm_100", "sm_120"])
+def test_cuda_decisions_without_a_gpu(architecture):
+    """The real implementations: bf16 is served from sm_80 on, fp32 nowhere, and each says why."""
+    target = Target.parse(f"cuda:{architecture}")
+    served = dispatch.choose(target, replace(PLAIN, dtype="bf16"), "flash_attn_func", ask_all=True)
+    assert [name for name, _ in served.decisions] == list(dispatch.CANDIDATES["cuda"])
+    assert (served.name is None) == (architecture == "sm_75")
+    refused = dispatch.choose(target, PLAIN, "flash_attn_func")
+    assert refused.name is None
+    assert all(isinstance(decision, Rejected) and decision.reason for _, decision in refused.decisions)
+    with pytest.raises(NotImplementedError) as caught:
+        dispatch.resolve(target, PLAIN, "flash_attn_func")
+    assert all(f"{name}: " in str(caught.value) for name in dispatch.CANDIDATES["cuda"])
+
+
+def test_devices():
+    assert jit_kernel._is_fa3_supported("cpu")
+    assert jit_kernel._is_fa3_supported(torch.device("cpu"))
+    assert jit_kernel._is_fa3_supported() or torch.cuda.is_available()
+    assert not jit_kernel._is_fa3_supported("cuda:99")
+    assert not jit_kernel._is_fa3_supported("meta")
+    assert not jit_kernel._is_fa3_supported("musa:99")
+    with pytest.raises(ValueError, match="device is 'toaster'; it must be"):
+        jit_kernel._is_fa3_supported("toaster")
+    with pytest.raises(ValueError, match="device is"):
+        jit_kernel._load_fa3_kernels(1.5)  # type: ignore[arg-type]
+    with pytest.raises(NotImplementedError, match=r"cuda:99.*no such device is present"):
+        jit_kernel._load_fa3_kernels("cuda:99")
+    with pytest.raises(NotImplementedError, match=r"musa:99.*no such device is present"):
+        jit_kernel._load_fa3_kernels("musa:99")
+    q = torch.empty(1, 1, 1, 64, device="meta")
+    with pytest.raises(NotImplementedError, match=r"meta.*serves cpu, cuda and musa"):
+        jit_kernel.flash_attn_func(q, q, q)
+
+
+def test_kernels_are_loaded_once_per_device_however_many_ask(choosy):
+    meeting = threading.Barrier(8)
+
+    def ask(_: int):
+        meeting.wait()
+        return flash_attention_v3._load_fa3_kernels("cpu")
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask, range(8)))
+    assert all(answer is answers[0] for answer in answers)
+    assert answers[0] is jit_kernel._load_fa3_kernels(torch.device("cpu"))
+    assert choosy.prepared == ["cpu"]
+
+
+def test_selecting_variants():
+    target = cpu_target()
+    everything = dispatch.all_variants(target)
+    assert {dict(spec.variant).get("dtype") for spec in everything} == {"fp32", "bf16", "fp16", "e4m3", None}
+    chosen = dispatch.select_variants(target, {"head_dim": "96", "dtype": "bf16"})
+    assert cpu.forward_spec("bf16") in chosen
+    assert not {cpu.forward_spec(dtype) for dtype in ("fp32", "fp16", "e4m3")} & set(chosen)
+    with pytest.raises(ValueError, match="has a field 'color'"):
+        dispatch.select_variants(target, {"color": "red"})
+
+
+def test_explain_names_the_kernel_that_the_call_takes():
+    q, k, v = tensors(heads=8, kv_heads=2, dtype=torch.bfloat16)
+    found = why.explain("flash_attn_func", q, k, v, causal=True)
+    assert found.implementation == "cpu"
+    assert found.kernel == str(cpu.forward_spec("bf16"))
+    assert found.features == replace(PLAIN, dtype="bf16", head_dim=32, head_dim_v=32, group=4, causal=True)
+    assert isinstance(dict(found.decisions)["cpu"], Accepted)
+    assert "cpu: serves it, kernel flash_attention_v3/cpu" in str(found)
+
+
+def test_explain_refuses_what_the_call_would():
+    q, k, v = tensors(heads=3, kv_heads=2)
+    with pytest.raises(ValueError, match="multiple of k's 2 heads"):
+        why.explain("flash_attn_func", q, k, v)
+    with pytest.raises(ValueError, match="function is 'attention'"):
+        why.explain("attention", q, k, v)
+
+
+def test_why_command(capsys):
+    shapes = ["--q", "bf16[2,4096,32,128]", "--k", "bf16[2,4096,8,128]", "--causal"]
+    assert why.main([*shapes, "--device", "cpu"]) == 0
+    text = capsys.readouterr().out
+    assert "flash_attn_func on cpu:" in text
+    assert "bf16 head_dim=128/128 group=4 causal" in text
+    assert why.main([*shapes, "--device", "cuda:sm_90a", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["target"] == "cuda:sm_90a"
+    assert list(record["decisions"]) == ["hopper", "portable"]
+    assert record["decisions"][record["implementation"]] == "Accepted"
+    assert why.main(["--q", "fp32[2,4,32,600]", "--k", "fp32[2,4,32,600]", "--device", "cpu"]) == 1
+    assert "cpu: rejected: head sizes 600/600" in capsys.readouterr().out
+
+
+RAGGED = "--q bf16[9,4,64] --k bf16[9,4,64] --cu-seqlens-q i32[3] --cu-seqlens-k i32[3]"
+PAGED = "--q bf16[2,1,4,64] --k-cache bf16[8,16,4,64] --page-table i32[2,4] --cache-seqlens i32[2] --no-causal"
+
+
+@pytest.mark.parametrize(
+    ("words", "function", "features"),
+    [
+        (RAGGED, "flash_attn_varlen_func", {"ragged_q": True, "ragged_k": True, "page_size": 0}),
+        (f"{PAGED} --window-size 7,0", "flash_attn_with_kvcache", {"page_size": 16, "window": True, "split": True}),
+    ],
+)
+def test_why_finds_the_function_and_the_features(words, function, features, capsys):
+    assert why.main([*words.split(), "--json", "--device", "cpu"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["function"] == function
+    assert {name: value for name, value in record["features"].items() if name in features} == features
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--q", "bf16[2,4,3,64]", "--k", "bf16[2,4,2,64]"], "multiple of k's 2 heads"),
+        (["--q", "bf16[2,4,2,64]", "--k", "bf16[2,4,2,64]", "--device", "toaster"], "device is 'toaster'"),
+        (["--q", "bf16[2,4,2,64]", "--k", "bf16[2,4,2,64]", "--device", "cuda:99"], "no such device is present"),
+        (["--k", "bf16[2,4,2,64]"], "missing a required argument: 'q'"),
+        (["--q", "int4[2]"], "must be dtype[shape]"),
+        (["--window-size", "wide"], "must be left,right"),
+    ],
+)
+def test_why_says_what_is_wrong(words, says, capsys):
+    try:
+        status = why.main(words)
+    except SystemExit as left:  # as argparse leaves
+        status = left.code
+    assert status == 2
+    assert says in capsys.readouterr().err
+
+
+def test_hopper_stands_before_portable_and_both_are_compiled_ahead():
+    target = Target.parse("cuda:sm_90a")
+    assert dispatch.candidates(target) == ("hopper", "portable")
+    assert isinstance(dispatch.supports("hopper", target), Accepted)
+    kernels = [spec.kernel for spec in dispatch.all_variants(target)]
+    assert list(dict.fromkeys(kernels)) == ["flash_attention_v3/hopper", "flash_attention_v3/portable"]
+
+
+@pytest.mark.parametrize(
+    ("words", "kernel"),
+    [
+        ("--q bf16[2,4096,32,128] --k bf16[2,4096,8,128] --causal", "tile=prefill, paged=False, local=False"),
+        (f"{PAGED} --window-size 7,0", "tile=decode, paged=True, local=True"),
+    ],
+)
+def test_why_names_the_variant_of_a_gpu(capsys, words, kernel):
+    """The kernel that a call on a GPU would launch, one of those that warm-up compiles for it."""
+    assert why.main([*words.split(), "--device", "cuda:sm_80"]) == 0
+    text = capsys.readouterr().out
+    assert "portable: serves it, kernel flash_attention_v3/portable (function=forward, dtype=bf16" in text
+    assert kernel in text
+    assert any(str(spec) in text for spec in dispatch.all_variants(Target.parse("cuda:sm_80")))

@@ -1,0 +1,243 @@
+"""The portable implementation without a GPU: interpreted, compiled ahead for every architecture, and its host side."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from jit_kernel import config, device, jit
+from jit_kernel.device import Target
+from jit_kernel.engine import compiler, triton_compiler
+from jit_kernel.fa3 import portable
+from jit_kernel.fa3.features import Accepted, Rejected
+from jit_kernel.fa3.portable import kernels as portable_kernels
+from jit_kernel.fa3.portable import planning as portable_plan
+from jit_kernel.fa3.portable import tiles as portable_tiles
+from jit_kernel.jit import KernelSpec
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parents[2]
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
+CASES, PROCESSES = 160, 2
+
+
+def test_random_cases_under_the_interpreter(say: list[str]) -> None:
+    share = CASES // PROCESSES
+    children = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-W",
+                "ignore",
+                str(ROOT / "tests" / "support" / "interpreted_portable.py"),
+                str(i * share),
+                str(share),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(PROCESSES)
+    ]
+    worst, launched = [0.0, 0.0, 0.0], {"forward": 0, "combine": 0, "append": 0}
+    count = 0
+    for child in children:
+        out, err = child.communicate(timeout=1200)
+        assert child.returncode == 0, err[-6000:]
+        for line in out.splitlines():
+            if line.startswith("case "):
+                count += 1
+                worst = [max(a, float(b)) for a, b in zip(worst, line.split()[2:], strict=True)]
+            elif line.startswith("launched "):
+                launched[line.split()[1]] += int(line.split()[2])
+    assert count == CASES
+    assert max(worst) <= 1
+    assert min(launched.values()) > CASES // 10
+    say.append(f"portable kernels interpreted: {count} random cases, worst shares (row, maximum, lse) {worst}")
+
+
+# For each architecture the tile that needs most shared memory, and for each family a paged one with every branch.
+AHEAD = [(architecture, 256, "prefill", False) for architecture in ARCHITECTURES] + [
+    ("sm_80", 128, "prefill", True),
+    ("sm_86", 256, "decode", True),
+    ("sm_90a", 128, "prefill", True),
+    ("sm_90a", 128, "short", True),
+]
+
+
+def _compiled(what: tuple[str, int, str, bool]) -> tuple[bytes, dict[str, Any]]:
+    architecture, head_dim, kind, every = what
+    spec = portable_kernels.forward_spec(architecture, "bf16", head_dim, head_dim, kind, every, every, every, True)
+    return _compile(spec, architecture)
+
+
+def _compile(spec: KernelSpec, architecture: str) -> tuple[bytes, dict[str, Any]]:
+    folder = config.kernel_sources_dir() / spec.kernel
+    image, metadata, _ = triton_compiler.compile_unit(spec.unit, folder, Target("cuda", architecture))
+    return image, metadata
+
+
+@pytest.fixture(scope="module")
+def ahead() -> Iterator[dict[tuple[str, int, str, bool], tuple[bytes, dict[str, Any]]]]:
+    with ThreadPoolExecutor(2) as pool:
+        yield dict(zip(AHEAD, pool.map(_compiled, AHEAD), strict=True))
+
+
+@pytest.mark.parametrize("what", AHEAD, ids=str)
+def test_compiled_ahead_within_the_architecture(what: Any, ahead: Any, tmp_path: Path) -> None:
+    image, metadata = ahead[what]
+    tile = portable_tiles.tile(what[0], what[1], what[1], what[2])
+    assert 0 < metadata["shared"] <= triton_compiler.shared_limit(what[0])
+    assert metadata["threads"] == 32 * tile.num_warps
+    assert len(metadata["types"]) == len(metadata["arguments"]) <= 64
+    registers, stack = _resources(image, tmp_path)
+    assert registers * metadata["threads"] <= 65536
+    assert registers <= 255
+    assert stack <= 512, "the kernel spills"
+
+
+def _resources(image: bytes, folder: Path) -> tuple[int, int]:
+    """Registers and bytes of stack of a cubin's kernel, as the disassembler that Triton carries reads them."""
+    import triton
+
+    path = folder / "kernel.cubin"
+    path.write_bytes(image)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    done = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout)
+    assert found, done.stdout
+    return int(found[1]), int(found[2])
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        portable_kernels.combine_spec("fp32", "fp16", 96, False, 8),
+        portable_kernels.append_spec("bf16", 40, 24, True),
+        portable_kernels.forward_spec("sm_80", "fp16", 192, 128, "decode", False, True, False, False),
+        portable_kernels.forward_spec("sm_90a", "bf16", 40, 24, "unaligned", False, True, False, False),
+    ],
+    ids=["combine", "append", "forward of two head sizes", "forward of unaligned rows"],
+)
+def test_kernels_of_odd_sizes_compile(spec: KernelSpec) -> None:
+    image, metadata = _compile(spec, "sm_80")
+    assert image[:4] == b"\x7fELF"
+    assert metadata["name"] == dict(spec.variant)["function"]
+    assert str(ROOT).encode() not in image, "a cubin must not depend on where the sources lie"
+
+
+def test_the_compiler_leaves_the_users_triton_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    users = tmp_path / "users"
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(users))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    image, _ = _compile(portable_kernels.combine_spec("fp32", "bf16", 64, True, 2), "sm_90a")
+    assert image
+    assert not users.exists()
+    assert os.environ["TRITON_INTERPRET"] == "1"
+
+
+def test_a_refusal_keeps_the_compilers_words() -> None:
+    spec = portable_kernels.combine_spec("fp32", "bf16", 64, True, 2)
+    folder = config.kernel_sources_dir() / spec.kernel
+    unit = json.loads(spec.unit) | {"function": "nothing"}
+    with pytest.raises(triton_compiler.TritonError, match="no attribute 'nothing'") as caught:
+        triton_compiler.compile_unit(json.dumps(unit), folder, Target("cuda", "sm_80"))
+    assert "Traceback" in caught.value.log
+
+
+def test_a_block_that_is_too_large_is_refused() -> None:
+    unit = json.loads(portable_kernels.forward_spec(*("sm_90a", "bf16", 128, 128, "prefill"), *[False] * 3, True).unit)
+    folder = config.kernel_sources_dir() / portable_kernels.FOLDER
+    with pytest.raises(triton_compiler.TritonError, match="bytes of shared memory"):
+        triton_compiler.compile_unit(json.dumps(unit), folder, Target("cuda", "sm_86"))
+
+
+def test_every_architecture_and_size_has_a_tile() -> None:
+    for architecture in (*ARCHITECTURES, "sm_87", "sm_103", "sm_110", "sm_121", "sm_130"):
+        for head_dim in (1, 16, 64, 65, 128, 129, 256):
+            for kind in ("prefill", "unaligned", *portable_tiles.ROWS):
+                tile = portable_tiles.tile(architecture, head_dim, 16, kind)
+                assert tile.block_m >= portable_tiles.ROWS.get(kind, 16)
+                # Rows of keys and values of the stages that are loading, at the least.
+                held = tile.block_n * 2 * 2 * portable_tiles.padded(head_dim) * (tile.num_stages - 1)
+                assert held <= triton_compiler.shared_limit(architecture)
+
+
+def test_without_splits_the_tile_knows_no_length() -> None:
+    assert {portable_plan.tile_kind(1, rows, True) for rows in (1, 16, 17, 64, 65, 10**6)} == {"prefill"}
+    assert {portable_plan.tile_kind(1, rows, False) for rows in (1, 16, 17, 64, 65, 10**6)} == {"unaligned"}
+    kinds = [portable_plan.tile_kind(0, rows, True) for rows in (1, 16, 17, 64, 65)]
+    assert kinds == ["decode", "decode", "short", "short", "prefill"]
+
+
+def test_no_matrix_descriptor_is_loop_invariant() -> None:
+    for architecture in ("sm_90a", "sm_100"):
+        for (kind, size), tile in portable_tiles.TILES[portable_tiles.family(architecture)].items():
+            takes_wgmma = tile.block_m >= 64 and tile.num_warps % 4 == 0
+            assert not takes_wgmma or tile.num_stages >= 3, (architecture, kind, size)
+
+
+@pytest.mark.parametrize(
+    ("programs", "slots", "keys", "least", "most"),
+    [
+        (512, 528, 8192, 1, 1),  # the device is full
+        (8, 528, 8192, 28, 32),  # few programs, long keys: as many parts as there is work for
+        (8, 528, 300, 1, 1),  # too few keys to share
+        (128, 528, 8192, 4, 4),
+        (1, 10**6, 10**9, 109, 128),
+    ],
+)
+def test_splits_fill_the_device(programs: int, slots: int, keys: int, least: int, most: int) -> None:
+    assert least <= portable_plan.best_splits(programs, slots, keys) <= most
+
+
+def test_who_is_served() -> None:
+    assert isinstance(portable.supports(Target("cuda", "sm_80")), Accepted)
+    for target in (Target("cuda", "sm_75"), Target("musa", "mp_31"), device.cpu_target()):
+        assert isinstance(portable.supports(target), Rejected)
+    assert portable_kernels.unserved("bf16", 256, 17) is None
+    assert "257" in str(portable_kernels.unserved("fp16", 64, 257))
+    assert "fp32" in str(portable_kernels.unserved("fp32", 64, 64))
+
+
+@pytest.fixture(scope="module")
+def launcher() -> Any:
+    try:
+        compiler.require("host")
+    except compiler.CompilerNotFoundError as error:
+        pytest.skip(str(error))
+    return jit.load(portable_kernels.LAUNCHER, device.cpu_target())
+
+
+def test_the_launcher_builds_without_a_driver_and_refuses_bad_launches(launcher: Any) -> None:
+    launch = launcher["launch"]
+    handle = launcher["load_kernel"](b"no cubin", "kernel", "pilf", 128, 0)
+    with pytest.raises(TypeError, match="argument 0 is a tensor that is not on CUDA"):
+        launch(handle, 1, torch.zeros(2), 1, 2, 0.5)
+    with pytest.raises(TypeError, match="3 kernel arguments; it must be 4"):
+        launch(handle, 1, None, 1, 2)
+    with pytest.raises(TypeError, match="argument 1 is an int that 32 bits cannot hold"):
+        launch(handle, 1, None, 2**31, 1, 0.5)
+    with pytest.raises(TypeError, match="argument 3 is of another type"):
+        launch(handle, 1, None, 1, 1, 1)
+    with pytest.raises(ValueError, match="no kernel has handle"):
+        launch(10**6, 1)
+    with pytest.raises(ValueError, match="at most 2\\^31 - 1"):
+        launch(handle, 2**31, None, 1, 2, 0.5)
+    with pytest.raises(ValueError, match="32 to 1024 threads"):
+        launcher["load_kernel"](b"", "kernel", "", 5000, 0)
+    assert launch(handle, 0, None, 1, 2, 0.5) is None
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match=r"libcuda\.so\.1|CUDA_ERROR"):
+            launcher["multiprocessors"](0)

@@ -1,0 +1,205 @@
+"""The portable kernels under Triton's interpreter, on the CPU: run as a program with seeds, print one line a case.
+
+`InterpretedKernels` stands in for a GPU that this machine has not, as a double named so: everything else, from the
+public signature down to the argument list of each kernel, is the implementation's own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "kernel_sources"), str(ROOT)]
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from flash_attention_v3.portable.append import append  # noqa: E402
+from flash_attention_v3.portable.combine import combine  # noqa: E402
+from flash_attention_v3.portable.forward import forward  # noqa: E402
+from triton.runtime import interpreter  # noqa: E402
+
+from jit_kernel import flash_attention_v3  # noqa: E402
+from jit_kernel.device import Target  # noqa: E402
+from jit_kernel.fa3 import portable  # noqa: E402
+from jit_kernel.fa3.portable import forward as portable_forward  # noqa: E402
+from jit_kernel.fa3.portable import kernels as portable_kernels  # noqa: E402
+from jit_kernel.fa3.portable import tiles as portable_tiles  # noqa: E402
+from jit_kernel.fa3.portable.tiles import Tile, padded  # noqa: E402
+from tests.support import case_run, cases  # noqa: E402
+
+FEATURES = cases.FEATURES - {"qv", "only_qv", "descale_expanded"}
+SPACE = cases.Space(
+    "portable-interpreted",
+    dtypes=(torch.bfloat16, torch.float16),
+    any_head_dim=256,
+    features=FEATURES,
+    head_dims=((64, 64), (32, 32), (96, 96), (40, 24), (192, 128)),
+    lengths=(24, 50, 90),
+    max_heads=6,
+    max_batch=3,
+)
+# Small, so that a small case has full, masked and partly empty tiles on both sides.
+TILES = {"prefill": Tile(32, 16, 1, 1), "short": Tile(64, 32, 1, 1), "decode": Tile(16, 16, 1, 1)}
+TILES["unaligned"] = TILES["prefill"]
+FUNCTIONS = {"forward": forward, "combine": combine, "append": append}
+
+
+class InterpretedKernels:
+    """Double of DeviceKernels: a handle is a function and its constants, a launch interprets the grid."""
+
+    target = Target("cuda", "sm_80")
+    multiprocessors = 4
+
+    def __init__(self) -> None:
+        self.plans: dict[object, Any] = {}
+        self.launched: list[str] = []
+
+    def handle(self, key: tuple[Any, ...]) -> tuple[str, dict[str, Any]]:
+        name, *fields = key
+        if name == "forward":
+            _, d, dv, kind, paged, local, softcap, aligned = fields
+            tile = TILES[kind]
+            constants = _sizes(d, dv) | {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "PAGED": paged}
+            constants |= {"LOCAL": local, "SOFTCAP": softcap, "INTERPRETED": True}
+        elif name == "append":
+            _, d, dv, aligned = fields
+            constants = _sizes(d, dv) | {"BLOCK_M": portable_kernels.APPEND_ROWS}
+        else:
+            _, _, dv, aligned, splits = fields
+            constants = {"HEAD_DIM_V": dv, "HEAD_DIM_V_PADDED": padded(dv)}
+            constants |= {"BLOCK_M": portable_kernels.combine_rows(dv, splits), "BLOCK_SPLITS": min(splits, 4)}
+        return name, constants | {"STRIDE_UNIT": 8 if aligned else 1}
+
+    def launch(self, handle: tuple[str, dict[str, Any]], grid: int, *arguments: Any) -> None:
+        name, constants = handle
+        self.launched.append(name)
+        # The interpreter has no null pointer; a flag keeps an absent tensor from being read.
+        given = [torch.zeros(1, dtype=torch.int32) if value is None else value for value in arguments]
+        FUNCTIONS[name][(grid,)](*given, **constants)
+
+
+def _sizes(d: int, dv: int) -> dict[str, int]:
+    return {"HEAD_DIM": d, "HEAD_DIM_V": dv, "HEAD_DIM_PADDED": padded(d), "HEAD_DIM_V_PADDED": padded(dv)}
+
+
+def _mend_interpreter() -> None:
+    """Two faults of Triton 3.6's interpreter: it truncates float32 to bf16, where every GPU rounds to nearest, and it
+    makes an int of an array of one element, which NumPy 2.4 refuses."""
+    convert, patch = interpreter._convert_float, interpreter._patch_lang_tensor
+
+    def rounded(data: Any, source: Any, target: Any, mode: Any) -> Any:
+        if str(source) == "fp32" and str(target) == "bf16":
+            values = torch.from_numpy(np.ascontiguousarray(data))
+            return values.bfloat16().view(torch.int16).numpy().view(np.uint16)
+        return convert(data, source, target, mode)
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._convert_float, interpreter._patch_lang_tensor = rounded, patched
+
+
+def install() -> InterpretedKernels:
+    """Let the public functions, which check their arguments, reach the interpreted kernels."""
+    _mend_interpreter()
+    kernels = InterpretedKernels()
+    portable_forward.kernels_of = lambda device: kernels  # type: ignore[assignment, return-value]
+    portable_tiles.tile = lambda architecture, d, dv, kind: TILES[kind]
+    flash_attention_v3._load_fa3_kernels = lambda device=None: portable.KERNELS
+    return kernels
+
+
+def check_joining(seed: int) -> None:
+    """flash_attn_combine and merge_state against the formula in float64; a part over no key may hold NaN."""
+    random = torch.Generator().manual_seed(seed)
+    for lead in ((5, 3), (2, 5, 3), (200, 3)):  # the last: enough rows for the tiles of two long partial results
+        for splits, dtype in ((2, torch.bfloat16), (11, torch.float32)):
+            outs = torch.randn(splits, *lead, 24, generator=random).to(dtype)
+            lses = torch.randn(splits, *lead, generator=random) * 9
+            empty = torch.rand(splits, *lead, generator=random) < 0.3
+            outs[empty], lses[empty] = math.nan, -math.inf
+            near(*flash_attention_v3.flash_attn_combine(outs, lses), outs, lses)
+            if splits == 2:
+                by_head = lses.transpose(-1, -2)
+                out, lse = flash_attention_v3.merge_state(outs[0], by_head[0], outs[1], by_head[1])
+                near(out, lse.transpose(-1, -2), outs, lses)
+
+
+def near(out: torch.Tensor, lse: torch.Tensor, outs: torch.Tensor, lses: torch.Tensor) -> None:
+    """Within one rounding of the joined value."""
+    ref_lse = torch.logsumexp(lses.double(), 0)
+    weights = torch.exp(lses.double() - ref_lse).nan_to_num(nan=0.0)
+    ref = (weights[..., None] * outs.double().nan_to_num()).sum(0)
+    slack = (2.0**-8 if out.dtype == torch.bfloat16 else 1e-6) * (ref.abs() + 1)
+    require(bool(((out.double() - ref).abs() <= slack).all()), "joined out")
+    empty = ref_lse == -math.inf
+    require(torch.equal(lse == -math.inf, empty), "joined lse of nothing")
+    require(bool(((lse.double() - ref_lse).abs() <= 1e-5)[~empty].all()), "joined lse")
+
+
+def check_not_finite(seed: int) -> None:
+    """A query that is NaN gives NaN in its own row, in one piece and in splits."""
+    random = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(1, n, 2, 32, generator=random).half() for n in (5, 90, 90))
+    q[0, 3, 1, 7] = math.nan
+    rows = torch.zeros(1, 5, 2, dtype=torch.bool)
+    rows[0, 3, 1] = True
+    for splits in (1, 3):
+        out, lse = flash_attention_v3.flash_attn_with_kvcache(q, k, v, num_splits=splits, return_softmax_lse=True)
+        require(torch.equal(out.isnan().all(-1), rows), f"out of a query that is NaN, {splits} splits")
+        require(torch.equal(out.isnan().any(-1), rows), f"out beside a query that is NaN, {splits} splits")
+        require(torch.equal(lse.transpose(1, 2).isnan(), rows), f"lse of a query that is NaN, {splits} splits")
+
+
+def check_batch_invariance(seed: int) -> None:
+    """With num_splits = 1 a sequence gives the same bits alone, in company, and whatever max_seqlen is said to be."""
+    random = torch.Generator().manual_seed(seed)
+    lengths = [(7, 61), (40, 40), (1, 33)]
+    q, k, v = ([torch.randn(n[i > 0], (4, 2)[i > 0], 32, generator=random).half() for n in lengths] for i in range(3))
+    for settings in ({"causal": True}, {"window_size": (20, 3)}, {"attention_chunk": 24, "softcap": 9.0}):
+        together = varlen(q, k, v, 64, settings)
+        for i, (sq, _) in enumerate(lengths):
+            alone = varlen(q[i : i + 1], k[i : i + 1], v[i : i + 1], sq, settings)
+            require(torch.equal(alone[0], together[i]), f"sequence {i} with {settings} depends on its neighbours")
+
+
+def varlen(q: list, k: list, v: list, max_seqlen_q: int, settings: dict[str, Any]) -> list[torch.Tensor]:
+    """Ragged attention over lists of sequences."""
+
+    def starts(tensors: list) -> torch.Tensor:
+        return torch.tensor([0, *itertools.accumulate(len(x) for x in tensors)], dtype=torch.int32)
+
+    out = flash_attention_v3.flash_attn_varlen_func(
+        torch.cat(q), torch.cat(k), torch.cat(v), starts(q), starts(k), max_seqlen_q, 64, num_splits=1, **settings
+    )
+    return list(out.split([len(x) for x in q]))
+
+
+def require(holds: bool, what: str) -> None:
+    if not holds:
+        raise AssertionError(what)
+
+
+def main(first: int, count: int) -> None:
+    kernels = install()
+    functions = {name: getattr(flash_attention_v3, name) for name in SPACE.functions}
+    torch.set_num_threads(1)
+    for seed in range(first, first + count):
+        shares = case_run.judge(cases.draw(seed, SPACE), functions)
+        print(f"case {seed} {shares.row:.4f} {shares.largest:.4f} {shares.lse:.4f}", flush=True)
+    check_joining(first)
+    check_batch_invariance(first)
+    check_not_finite(first)
+    for name in sorted(set(kernels.launched)):
+        print(f"launched {name} {kernels.launched.count(name)}")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))

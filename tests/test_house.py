@@ -1,0 +1,101 @@
+"""The house stands: a file imports only from lower floors, and importing anything does no work."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jit_kernel import config
+from tests.support import house
+
+PACKAGE = config.package_dir()
+
+# Low to high, by the first parts of a file's dotted name below jit_kernel. A file imports from lower floors, and from
+# its own; that no circle arises there is a test of its own.
+FLOORS: list[set[str]] = [
+    {"config"},
+    {"moore_threads"},
+    {"device"},
+    {"engine"},
+    {"jit"},
+    {"fa3.features"},
+    {"fa3.checks"},
+    {"fa3.cpu", "fa3.hopper", "fa3.portable", "fa3.musa"},
+    {"fa3.dispatch", "fa3.seam"},
+    {"fa3.torch_operators"},
+    {"flash_attention_v3"},
+    {"", "fa3"},  # the packages' own __init__, which only names what stands below
+    {"attention", "integrations", "warmup", "commands"},
+    {"__main__"},
+]
+# Implementations stand side by side and do not know each other.
+APART = {"fa3.cpu", "fa3.hopper", "fa3.portable", "fa3.musa"}
+
+
+def room_of(name: str) -> tuple[int, str]:
+    """The floor of a file and the room that gives it."""
+    inner = name.removeprefix("jit_kernel").removeprefix(".")
+    for number, rooms in enumerate(FLOORS):
+        for room in rooms:
+            if inner == room or (room and inner.startswith(room + ".") and room != "fa3"):
+                return number, room
+    raise AssertionError(f"{name} stands on no floor: give it one in {Path(__file__).name}")
+
+
+GRAPH = house.imports(house.ROOT)
+
+
+@pytest.mark.parametrize("name", GRAPH)
+def test_imports_go_downwards(name):
+    floor, room = room_of(name)
+    for target in GRAPH[name]:
+        below, other = room_of(target)
+        assert below <= floor, f"{name} imports {target}, which stands above it"
+        assert other == room or not {room, other} <= APART, f"{name} imports {target}: they must not know each other"
+
+
+FRESH = """
+import sys, os
+before = set(os.listdir('.'))
+import jit_kernel
+assert not [name for name in ('torch', 'tvm_ffi', 'triton', 'numpy', 'filelock') if name in sys.modules]
+assert jit_kernel.__version__
+assert 'flash_attn_varlen_func' in dir(jit_kernel)
+assert set(os.listdir('.')) == before
+"""
+
+
+def test_importing_the_package_does_nothing(tmp_path):
+    """No torch, no files: not in the working folder, the home folder or the store."""
+    environment = {
+        "HOME": str(tmp_path / "home"),
+        "JIT_KERNEL_CACHE_DIR": str(tmp_path / "store"),
+        "PYTHONPATH": str(PACKAGE.parent),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    subprocess.run([sys.executable, "-c", FRESH], cwd=tmp_path, env=environment, check=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+PUBLIC = """
+import torch, tvm_ffi, time
+started = time.perf_counter()
+from jit_kernel import flash_attn_varlen_func
+print(time.perf_counter() - started)
+"""
+
+
+def test_the_public_names_import_quickly(tmp_path):
+    """With torch and tvm_ffi imported, a public name costs at most 20 ms."""
+    environment = {"PYTHONPATH": str(PACKAGE.parent), "HOME": str(tmp_path), "PATH": ""}
+    times = []
+    for _ in range(5):
+        answer = subprocess.run(
+            [sys.executable, "-c", PUBLIC], env=environment, capture_output=True, text=True, check=True
+        )
+        times.append(float(answer.stdout))
+    print(f"import of a public name: {min(times) * 1e3:.1f} ms")
+    assert min(times) <= 0.020
