@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CUDA_COMPILERS = ("nvrtc", "nvcc")
-IMPLEMENTATIONS = ("cpu", "hopper", "portable", "musa")
+# By vendor, the best first.
+IMPLEMENTATIONS = {"cpu": ("cpu",), "cuda": ("hopper", "portable"), "musa": ("musa",)}
 LOG_LEVELS = ("quiet", "info", "debug")
 
 _TRUE = ("1", "true", "yes", "on")
@@ -75,7 +76,7 @@ def settings() -> Settings:
     if _settings is None:
         _settings = Settings(
             cache_dir=_folder("JIT_KERNEL_CACHE_DIR"),
-            implementation=_choice("JIT_KERNEL_IMPLEMENTATION", IMPLEMENTATIONS),
+            implementation=_choice("JIT_KERNEL_IMPLEMENTATION", sum(IMPLEMENTATIONS.values(), ())),
             strict=_flag("JIT_KERNEL_STRICT"),
             check_indices=_flag("JIT_KERNEL_CHECK_INDICES"),
             cuda_compiler=_choice("JIT_KERNEL_CUDA_COMPILER", CUDA_COMPILERS) or "nvrtc",

@@ -183,6 +183,28 @@ def detect_device() -> str:
     return "musa" if is_musa() else "cpu"
 
 
+def stream_of(device: torch.device) -> int:
+    """The current stream of a device as a number; 0 on the CPU."""
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.current_stream(device).cuda_stream)
+    if device.type == "musa":
+        return int(torch.musa.current_stream(device).musa_stream)  # type: ignore[attr-defined]
+    return 0
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether the current stream of a device is being captured into a graph."""
+    import torch
+
+    if device.type == "cuda":
+        return bool(torch.cuda.is_current_stream_capturing())
+    if device.type == "musa":
+        return bool(torch.musa.is_current_stream_capturing())  # type: ignore[attr-defined]
+    return False
+
+
 def cpu_count() -> int:
     """Processors that this process may run on."""
     if hasattr(os, "sched_getaffinity"):

@@ -2,39 +2,32 @@
 
 Letters in the docstrings: b sequences; hq query heads and hk key/value heads, hq % hk == 0; d the head size of q
 and k, dv that of v; sq and sk lengths; total_q and total_k the rows of all sequences, laid end to end. Index tensors
-are int32, contiguous and on q's device.
+are int32, contiguous and on q's device. UNBOUNDED is (-1, -1).
 
-Bad shapes, dtypes, devices, strides and values raise ValueError or TypeError that name the argument, before anything
-is launched or written. What a device cannot do raises NotImplementedError with every implementation's reason.
-
-Each call is passed on as a dict that names every argument: torch 2.10 and 2.11 cannot compile `locals()`.
+Each function passes its arguments on in the canonical order (jit_kernel/fa3/call.py), as a plain tuple because nothing
+is cheaper, as far as the function has any; tests/checks/test_call.py holds the positions.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.compiler import is_compiling
 
 from jit_kernel import config
 from jit_kernel.device import VENDORS, detect_device, device_target
-from jit_kernel.fa3 import torch_operators as operators
+from jit_kernel.fa3 import dispatch, seam, torch_operators
+from jit_kernel.fa3.call import DENSE, KVCACHE, UNBOUNDED, VARLEN, MetadataParameters
+from jit_kernel.fa3.decision import Accepted
 
 Kernels = Mapping[str, Callable[..., Any]]
 Device = torch.device | str | None
 
-# By device: the settings that it was loaded under, and its functions. config.reload() makes new settings.
-_loaded: dict[torch.device | str, tuple[config.Settings, Kernels]] = {}
+# By device: the settings that it was asked under, and the answer. config.reload() makes new settings.
 _supported: dict[torch.device | str, tuple[config.Settings, bool]] = {}
-_loading = threading.Lock()
-# What serves plain calls of the CPU, unchecked, once it is loaded: None from it sends a call the long way. It is asked
-# before anything else: what a call touches here comes from memory when the call before has used the caches.
-_plain: Callable[..., Tensor | tuple[Tensor, Tensor] | None] | None = None
 
 
 def _device_of(device: Device) -> torch.device | str:
@@ -67,59 +60,22 @@ def _is_fa3_supported(device: Device = None) -> bool:
 
 
 def _ask_support(device: torch.device | str) -> bool:
-    from jit_kernel.fa3 import dispatch
-
     try:
         answers = dispatch.supporting(device_target(device))
     except NotImplementedError:  # a device that is absent, of a kind that nothing serves, or ruled out by a setting
         return False
-    return any(isinstance(decision, dispatch.Accepted) for _, decision in answers)
+    return any(isinstance(decision, Accepted) for _, decision in answers)
 
 
 def _load_fa3_kernels(device: Device = None) -> Kernels:
     """The functions that serve a device, by public name, keyword-only; without one, the detected device's.
 
-    Compiles or loads what the device's family needs, its launcher; variants follow call by call. The immutable
-    mapping is remembered, for each device. Its functions do not check their arguments. Raises NotImplementedError
-    when nothing serves the device, and what `jit.load` raises.
+    Compiles or loads what the device's family needs, its launcher; variants follow call by call. The mapping is
+    immutable and the same for every device; what was loaded is remembered, for each device. Raises
+    NotImplementedError when nothing serves the device, and what `jit_kernel.jit.load` raises.
     """
-    global _plain
-    if device.__class__ is torch.device:  # as of every tensor: found without a question to torch
-        known = _loaded.get(device)
-        if known is not None and known[0] is config.settings():
-            return known[1]
-    found = _device_of(device)
-    with _loading:
-        known = _loaded.get(found)
-        settings = config.settings()
-        if known is None or known[0] is not settings:
-            from jit_kernel.fa3 import dispatch
-
-            functions = dispatch.kernels(str(found), device_target(found))
-            known = _loaded[found] = (settings, MappingProxyType(dict(functions)))
-            if str(found) == "cpu":
-                config.on_reload(_forget_plain)
-                _plain = dispatch.plain_attend(device_target(found))
-                if config.settings() is not settings:  # forgotten since
-                    _plain = None
-    return known[1]
-
-
-def _forget_plain() -> None:
-    global _plain
-    _plain = None
-
-
-def _first_check(function: str, call: dict[str, Any]) -> None:
-    """Import the checks at the first call and from then on call them straight: importing them takes 12 ms."""
-    global _check_attention
-    from jit_kernel.fa3.checks.call import check_attention
-
-    _check_attention = check_attention
-    check_attention(function, call)
-
-
-_check_attention: Callable[[str, dict[str, Any]], None] = _first_check
+    dispatch.dispatcher(_device_of(device))
+    return seam.FUNCTIONS
 
 
 def flash_attn_varlen_func(
@@ -139,8 +95,8 @@ def flash_attn_varlen_func(
     q_descale: Tensor | None = None,
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
-    window_size: tuple[int, int] = (-1, -1),
-    attention_chunk: int = 0,
+    window_size: tuple[int, int] = UNBOUNDED,
+    attention_chunk: int | None = 0,
     softcap: float = 0.0,
     num_splits: int = 1,
     pack_gqa: bool | None = None,
@@ -172,69 +128,12 @@ def flash_attn_varlen_func(
     query; with return_softmax_lse also lse, float32, natural logarithm, (hq, total_q) or (b, hq, sq). Formulas:
     FlashAttention-3 (Shah et al., 2024), sinks as in gpt-oss.
     """
-    if (
-        not is_dynamo_compiling()
-        and (plain := _plain) is not None
-        and seqused_q is qv is q_descale is k_descale is v_descale is sinks is None
-        and pack_gqa is None
-        and only_qv is False
-        and sm_margin.__class__ is int
-        and sm_margin == 0
-    ):
-        result = plain(
-            q=q,
-            k=k,
-            v=v,
-            page_table=page_table,
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k,
-            seqused_k=seqused_k,
-            max_seqlen_q=max_seqlen_q,
-            max_seqlen_k=max_seqlen_k,
-            softmax_scale=softmax_scale,
-            causal=causal,
-            window_size=window_size,
-            attention_chunk=attention_chunk,
-            softcap=softcap,
-            num_splits=num_splits,
-            return_softmax_lse=return_softmax_lse,
-            out=out,
-        )
-        if result is not None:
-            return result
-    call = {
-        "q": q,
-        "k": k,
-        "v": v,
-        "cu_seqlens_q": cu_seqlens_q,
-        "cu_seqlens_k": cu_seqlens_k,
-        "max_seqlen_q": max_seqlen_q,
-        "max_seqlen_k": max_seqlen_k,
-        "seqused_q": seqused_q,
-        "seqused_k": seqused_k,
-        "page_table": page_table,
-        "softmax_scale": softmax_scale,
-        "causal": causal,
-        "qv": qv,
-        "q_descale": q_descale,
-        "k_descale": k_descale,
-        "v_descale": v_descale,
-        "window_size": window_size,
-        "attention_chunk": attention_chunk,
-        "softcap": softcap,
-        "num_splits": num_splits,
-        "pack_gqa": pack_gqa,
-        "only_qv": only_qv,
-        "sm_margin": sm_margin,
-        "return_softmax_lse": return_softmax_lse,
-        "sinks": sinks,
-        "out": out,
-    }
-    if is_compiling():
-        return operators.varlen(call)
-    _check_attention("flash_attn_varlen_func", call)
-    made: Tensor | tuple[Tensor, Tensor] = _load_fa3_kernels(q.device)["flash_attn_varlen_func"](**call)
-    return made
+    call = (
+        VARLEN, q, k, v, softmax_scale, causal, window_size, attention_chunk, softcap, num_splits, return_softmax_lse,
+        out, sinks, qv, q_descale, k_descale, v_descale, pack_gqa, sm_margin, False, only_qv,
+        cu_seqlens_q, max_seqlen_q, seqused_k, page_table, cu_seqlens_k, max_seqlen_k, seqused_q,
+    )  # fmt: skip
+    return torch_operators.attend(call) if is_compiling() else seam.attend(call)
 
 
 def flash_attn_with_kvcache(
@@ -259,8 +158,8 @@ def flash_attn_with_kvcache(
     v_descale: Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    attention_chunk: int = 0,
+    window_size: tuple[int, int] = UNBOUNDED,
+    attention_chunk: int | None = 0,
     softcap: float = 0.0,
     rotary_interleaved: bool = True,
     scheduler_metadata: Tensor | None = None,
@@ -288,77 +187,14 @@ def flash_attn_with_kvcache(
 
     The other arguments, the result and its formulas are those of `flash_attn_varlen_func`.
     """
-    if (
-        not is_dynamo_compiling()
-        and (plain := _plain) is not None
-        and k is v is qv is rotary_cos is rotary_sin is rotary_seqlens is cu_seqlens_k_new is None
-        and cache_batch_idx is cache_leftpad is scheduler_metadata is None
-        and q_descale is k_descale is v_descale is sinks is None
-        and pack_gqa is None
-        and only_qv is False
-        and rotary_interleaved.__class__ is bool
-        and sm_margin.__class__ is int
-        and sm_margin == 0
-    ):
-        result = plain(
-            q=q,
-            k=k_cache,
-            v=v_cache,
-            page_table=page_table,
-            cu_seqlens_q=cu_seqlens_q,
-            seqused_k=cache_seqlens,
-            max_seqlen_q=max_seqlen_q,
-            softmax_scale=softmax_scale,
-            causal=causal,
-            window_size=window_size,
-            attention_chunk=attention_chunk,
-            softcap=softcap,
-            num_splits=num_splits,
-            return_softmax_lse=return_softmax_lse,
-            out=out,
-        )
-        if result is not None:
-            return result
-    call = {
-        "q": q,
-        "k_cache": k_cache,
-        "v_cache": v_cache,
-        "k": k,
-        "v": v,
-        "qv": qv,
-        "rotary_cos": rotary_cos,
-        "rotary_sin": rotary_sin,
-        "cache_seqlens": cache_seqlens,
-        "cache_batch_idx": cache_batch_idx,
-        "cache_leftpad": cache_leftpad,
-        "page_table": page_table,
-        "cu_seqlens_q": cu_seqlens_q,
-        "cu_seqlens_k_new": cu_seqlens_k_new,
-        "max_seqlen_q": max_seqlen_q,
-        "rotary_seqlens": rotary_seqlens,
-        "q_descale": q_descale,
-        "k_descale": k_descale,
-        "v_descale": v_descale,
-        "softmax_scale": softmax_scale,
-        "causal": causal,
-        "window_size": window_size,
-        "attention_chunk": attention_chunk,
-        "softcap": softcap,
-        "rotary_interleaved": rotary_interleaved,
-        "scheduler_metadata": scheduler_metadata,
-        "num_splits": num_splits,
-        "pack_gqa": pack_gqa,
-        "only_qv": only_qv,
-        "sm_margin": sm_margin,
-        "return_softmax_lse": return_softmax_lse,
-        "sinks": sinks,
-        "out": out,
-    }
-    if is_compiling():
-        return operators.kvcache(call)
-    _check_attention("flash_attn_with_kvcache", call)
-    made: Tensor | tuple[Tensor, Tensor] = _load_fa3_kernels(q.device)["flash_attn_with_kvcache"](**call)
-    return made
+    call = (
+        KVCACHE, q, k_cache, v_cache, softmax_scale, causal, window_size, attention_chunk, softcap, num_splits,
+        return_softmax_lse, out, sinks, qv, q_descale, k_descale, v_descale, pack_gqa, sm_margin, False, only_qv,
+        cu_seqlens_q, max_seqlen_q, cache_seqlens, page_table, None, None, None,
+        k, v, cu_seqlens_k_new, cache_batch_idx, cache_leftpad,
+        rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved, scheduler_metadata,
+    )  # fmt: skip
+    return torch_operators.attend(call) if is_compiling() else seam.attend(call)
 
 
 def flash_attn_func(
@@ -371,8 +207,8 @@ def flash_attn_func(
     q_descale: Tensor | None = None,
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
-    window_size: tuple[int, int] = (-1, -1),
-    attention_chunk: int = 0,
+    window_size: tuple[int, int] = UNBOUNDED,
+    attention_chunk: int | None = 0,
     softcap: float = 0.0,
     num_splits: int = 1,
     pack_gqa: bool | None = None,
@@ -387,56 +223,11 @@ def flash_attn_func(
     deterministic: accepted for FA3's sake; the forward pass always is.
     The other arguments, the result and its formulas are those of `flash_attn_varlen_func`.
     """
-    if (
-        not is_dynamo_compiling()
-        and (plain := _plain) is not None
-        and qv is q_descale is k_descale is v_descale is sinks is None
-        and pack_gqa is None
-        and deterministic.__class__ is bool
-        and sm_margin.__class__ is int
-        and sm_margin == 0
-    ):
-        result = plain(
-            q=q,
-            k=k,
-            v=v,
-            softmax_scale=softmax_scale,
-            causal=causal,
-            window_size=window_size,
-            attention_chunk=attention_chunk,
-            softcap=softcap,
-            num_splits=num_splits,
-            return_softmax_lse=return_softmax_lse,
-            out=out,
-        )
-        if result is not None:
-            return result
-    call = {
-        "q": q,
-        "k": k,
-        "v": v,
-        "softmax_scale": softmax_scale,
-        "causal": causal,
-        "qv": qv,
-        "q_descale": q_descale,
-        "k_descale": k_descale,
-        "v_descale": v_descale,
-        "window_size": window_size,
-        "attention_chunk": attention_chunk,
-        "softcap": softcap,
-        "num_splits": num_splits,
-        "pack_gqa": pack_gqa,
-        "deterministic": deterministic,
-        "sm_margin": sm_margin,
-        "return_softmax_lse": return_softmax_lse,
-        "sinks": sinks,
-        "out": out,
-    }
-    if is_compiling():
-        return operators.dense(call)
-    _check_attention("flash_attn_func", call)
-    made: Tensor | tuple[Tensor, Tensor] = _load_fa3_kernels(q.device)["flash_attn_func"](**call)
-    return made
+    call = (
+        DENSE, q, k, v, softmax_scale, causal, window_size, attention_chunk, softcap, num_splits, return_softmax_lse,
+        out, sinks, qv, q_descale, k_descale, v_descale, pack_gqa, sm_margin, deterministic,
+    )  # fmt: skip
+    return torch_operators.attend(call) if is_compiling() else seam.attend(call)
 
 
 def get_scheduler_metadata(
@@ -455,8 +246,8 @@ def get_scheduler_metadata(
     page_size: int | None = None,
     max_seqlen_k_new: int = 0,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    attention_chunk: int = 0,
+    window_size: tuple[int, int] = UNBOUNDED,
+    attention_chunk: int | None = 0,
     has_softcap: bool = False,
     num_splits: int = 0,
     pack_gqa: bool | None = None,
@@ -471,36 +262,12 @@ def get_scheduler_metadata(
     into a static buffer for graph replay. It serves the implementation that made it and opens with the parameters,
     which the call verifies: on the CPU always, elsewhere under JIT_KERNEL_CHECK_INDICES=1.
     """
-    call = {
-        "batch_size": batch_size,
-        "max_seqlen_q": max_seqlen_q,
-        "max_seqlen_k": max_seqlen_k,
-        "num_heads_q": num_heads_q,
-        "num_heads_kv": num_heads_kv,
-        "headdim": headdim,
-        "cache_seqlens": cache_seqlens,
-        "qkv_dtype": qkv_dtype,
-        "headdim_v": headdim_v,
-        "cu_seqlens_q": cu_seqlens_q,
-        "cu_seqlens_k_new": cu_seqlens_k_new,
-        "cache_leftpad": cache_leftpad,
-        "page_size": page_size,
-        "max_seqlen_k_new": max_seqlen_k_new,
-        "causal": causal,
-        "window_size": window_size,
-        "attention_chunk": attention_chunk,
-        "has_softcap": has_softcap,
-        "num_splits": num_splits,
-        "pack_gqa": pack_gqa,
-        "sm_margin": sm_margin,
-    }
-    if is_compiling():
-        return operators.metadata(call)
-    from jit_kernel.fa3.checks import metadata as scheduler_header
-
-    scheduler_header.check_parameters(call)
-    made: Tensor = _load_fa3_kernels(cache_seqlens.device)["get_scheduler_metadata"](**call)
-    return made
+    parameters = MetadataParameters(
+        batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim, cache_seqlens, qkv_dtype, headdim_v,
+        cu_seqlens_q, cu_seqlens_k_new, cache_leftpad, page_size, max_seqlen_k_new, causal, window_size,
+        attention_chunk, has_softcap, num_splits, pack_gqa, sm_margin,
+    )  # fmt: skip
+    return torch_operators.plan(parameters) if is_compiling() else seam.plan(parameters)
 
 
 def flash_attn_combine(
@@ -515,19 +282,9 @@ def flash_attn_combine(
     Returns (out, lse): lse = log(sum over parts of exp(lse_partial)), out = sum of exp(lse_partial - lse) *
     out_partial; 0 and -inf where every part is -inf. lse has out's shape without dv.
     """
-    call = {
-        "out_partial": out_partial,
-        "lse_partial": lse_partial,
-        "out": out,
-        "out_dtype": out_dtype,
-    }
     if is_compiling():
-        return operators.combine(call)
-    from jit_kernel.fa3.checks import combine as combine_arguments
-
-    combine_arguments.check_combine(call)
-    result: tuple[Tensor, Tensor] = _load_fa3_kernels(out_partial.device)["flash_attn_combine"](**call)
-    return result
+        return torch_operators.combine(out_partial, lse_partial, out, out_dtype)
+    return seam.flash_attn_combine(out_partial=out_partial, lse_partial=lse_partial, out=out, out_dtype=out_dtype)
 
 
 def merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -539,31 +296,6 @@ def merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> t
     Returns (out, lse) of the same shapes, out in out_a's dtype; 0 and -inf where both are -inf. A sink must be in one
     of the two alone.
     """
-    call = {
-        "out_a": out_a,
-        "lse_a": lse_a,
-        "out_b": out_b,
-        "lse_b": lse_b,
-    }
     if is_compiling():
-        return operators.merge(call)
-    from jit_kernel.fa3.checks import combine as combine_arguments
-
-    combine_arguments.check_merge(call)
-    result: tuple[Tensor, Tensor] = _load_fa3_kernels(out_a.device)["merge_state"](**call)
-    return result
-
-
-operators.implement(
-    {
-        function.__name__: function
-        for function in (
-            flash_attn_varlen_func,
-            flash_attn_with_kvcache,
-            flash_attn_func,
-            get_scheduler_metadata,
-            flash_attn_combine,
-            merge_state,
-        )
-    }
-)
+        return torch_operators.merge(out_a, lse_a, out_b, lse_b)
+    return seam.merge_state(out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)

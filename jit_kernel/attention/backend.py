@@ -13,10 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jit_kernel import flash_attention_v3
-from jit_kernel import moore_threads as musa
-from jit_kernel.attention import plan as scheduling
-from jit_kernel.attention import step as contexts
+from jit_kernel import flash_attention_v3, moore_threads
+from jit_kernel.attention import step as steps
 from jit_kernel.attention.cascade import merged
 from jit_kernel.attention.metadata import AttentionLayer, ForwardMetadata
 from jit_kernel.attention.plan import GraphMetadata
@@ -60,7 +58,7 @@ class FlashAttentionBackend:
         self._kvcache: Callable[..., Any] = flash_attention_v3.flash_attn_with_kvcache
         self._merge: Callable[..., tuple[Tensor, Tensor]] = flash_attention_v3.merge_state
         plans = self.device.type == "musa" if plan_ahead is None else plan_ahead
-        self._maker = scheduling.maker_for(flash_attention_v3.get_scheduler_metadata) if plans else None
+        self._maker = flash_attention_v3.get_scheduler_metadata if plans else None
         self._owner = next(_owners)
 
     def step(self, graph: GraphMetadata | None = None) -> AbstractContextManager[ForwardContext]:
@@ -69,7 +67,7 @@ class FlashAttentionBackend:
         With `graph`, metadata lies in static memory: run the step once, capture it, and before each replay call
         `graph.refresh`. Steps may nest (a draft inside a target's) and run in threads and tasks.
         """
-        return contexts.entered(self._owner, self.device, graph)
+        return steps.entered(self._owner, self.device, graph)
 
     def forward_extend(
         self,
@@ -102,11 +100,8 @@ class FlashAttentionBackend:
             q=q,
             k=k,
             v=v,
-            cu_seqlens_q=metadata.cu_seqlens_q,
-            cu_seqlens_k=metadata.cu_seqlens_q if metadata.cu_seqlens_k is None else metadata.cu_seqlens_k,
-            max_seqlen_q=metadata.max_seqlen_q,
-            max_seqlen_k=metadata.max_seqlen_q if metadata.cu_seqlens_k is None else metadata.max_seqlen_k,
-            **_layer_arguments(layer),
+            **metadata.raw_arguments(),
+            **layer.arguments(),
             num_splits=self.num_splits,
             return_softmax_lse=return_softmax_lse,
             out=out,
@@ -157,7 +152,10 @@ class FlashAttentionBackend:
         layer says. Together they are one call over prefix + suffix. A part of length 0 adds nothing; sinks count once.
         Raises NotImplementedError with a window or an attention chunk, whose bounds run across both parts.
         """
-        return merged(self, q, k_cache, v_cache, prefix, suffix, layer or AttentionLayer(), return_softmax_lse)
+        out, lse = merged(
+            self.forward_decode, self.merge, q, k_cache, v_cache, prefix, suffix, layer or AttentionLayer()
+        )
+        return (out, lse) if return_softmax_lse else out
 
     def merge(self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
         """`merge_state` as chosen for this backend."""
@@ -178,9 +176,9 @@ class FlashAttentionBackend:
         plan = None
         # With new keys the lengths that count are known only inside the call.
         if self._maker is not None and new is None and qv is None:
-            context = contexts.current(self._owner)
-            key = scheduling.key_for(context, metadata, layer, q, k_cache, v_cache, self.num_splits)
-            plan = scheduling.obtain(context, key, metadata, self._maker, q.device)
+            context = steps.current(self._owner)
+            key = steps.key_for(context, metadata, layer, q, k_cache, v_cache, self.num_splits)
+            plan = steps.obtain(context, key, metadata, self._maker, q.device)
         k, v = (None, None) if new is None else new
         result: Result = self._kvcache(
             q=q,
@@ -189,31 +187,14 @@ class FlashAttentionBackend:
             k=k,
             v=v,
             qv=qv,
-            cache_seqlens=metadata.cache_seqlens,
-            cache_batch_idx=metadata.cache_batch_idx,
-            cache_leftpad=metadata.cache_leftpad,
-            page_table=metadata.page_table,
-            cu_seqlens_q=metadata.cu_seqlens_q,
-            max_seqlen_q=metadata.max_seqlen_q if metadata.cu_seqlens_q is not None else None,
-            **_layer_arguments(layer),
+            **metadata.cache_arguments(),
+            **layer.arguments(),
             scheduler_metadata=plan,
             num_splits=self.num_splits,
             return_softmax_lse=return_softmax_lse,
             out=out,
         )
         return result
-
-
-def _layer_arguments(layer: AttentionLayer) -> dict[str, Any]:
-    return {
-        "softmax_scale": layer.softmax_scale,
-        "causal": layer.causal,
-        "window_size": layer.window_size,
-        "attention_chunk": layer.attention_chunk,
-        "softcap": layer.softcap,
-        "pack_gqa": layer.pack_gqa,
-        "sinks": layer.sinks,
-    }
 
 
 def _need_caches(k_cache: Tensor | None, v_cache: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -225,8 +206,8 @@ def _need_caches(k_cache: Tensor | None, v_cache: Tensor | None) -> tuple[Tensor
 def resolved_device(device: torch.device | str | None) -> torch.device:
     """The device to serve. Raises NotImplementedError with what is missing for MUSA on a machine without it."""
     name = flash_attention_v3.detect_device() if device is None else str(device)
-    if name.partition(":")[0] == "musa" and not musa.probe().usable:
-        lines = "\n  ".join(str(part) for part in musa.probe().missing)
+    if name.partition(":")[0] == "musa" and not moore_threads.probe().usable:
+        lines = "\n  ".join(str(part) for part in moore_threads.probe().missing)
         raise NotImplementedError(f"device is {name!r}, and no Moore Threads GPU can be used here:\n  {lines}")
     try:
         found = torch.device(name)

@@ -6,29 +6,30 @@ a softmax over a union of keys is the denominator-weighted mean of the softmaxes
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import Tensor
 
 from jit_kernel.attention.metadata import AttentionLayer, ForwardMetadata
 from jit_kernel.attention.plan import retagged
 
-if TYPE_CHECKING:
-    from jit_kernel.attention.backend import FlashAttentionBackend
-
 
 def merged(
-    backend: FlashAttentionBackend,
+    decode: Callable[..., Any],
+    merge: Callable[..., tuple[Tensor, Tensor]],
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     prefix: ForwardMetadata,
     suffix: ForwardMetadata,
     layer: AttentionLayer,
-    return_softmax_lse: bool,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """See `FlashAttentionBackend.forward_cascade`. Each part has scheduler metadata under a tag of its own."""
+) -> tuple[Tensor, Tensor]:
+    """out and lse of `FlashAttentionBackend.forward_cascade`, by its decode and merge.
+
+    Each part has scheduler metadata under a tag of its own.
+    """
     if layer.window_size[0] >= 0 or layer.window_size[1] > 0 or layer.attention_chunk > 0:
         raise NotImplementedError(
             f"cascade attention with window_size {layer.window_size} and attention_chunk {layer.attention_chunk}: "
@@ -39,9 +40,6 @@ def merged(
     # Every prefix key precedes every query, and the sink must enter the denominator once: with the suffix.
     shared = replace(layer, causal=False, window_size=(-1, -1), sinks=None)
     own = replace(layer, causal=layer.causal or layer.window_size[1] == 0, window_size=(-1, -1))
-    out_a, lse_a = backend.forward_decode(
-        q, k_cache, v_cache, retagged(prefix, "prefix"), shared, return_softmax_lse=True
-    )
-    out_b, lse_b = backend.forward_decode(q, k_cache, v_cache, retagged(suffix, "suffix"), own, return_softmax_lse=True)
-    out, lse = backend.merge(out_a, lse_a, out_b, lse_b)
-    return (out, lse) if return_softmax_lse else out
+    out_a, lse_a = decode(q, k_cache, v_cache, retagged(prefix, "prefix"), shared, return_softmax_lse=True)
+    out_b, lse_b = decode(q, k_cache, v_cache, retagged(suffix, "suffix"), own, return_softmax_lse=True)
+    return merge(out_a, lse_a, out_b, lse_b)

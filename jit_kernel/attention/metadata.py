@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from torch import Tensor
 
@@ -36,6 +37,27 @@ class ForwardMetadata:
     def has_cache(self) -> bool:
         return self.cache_seqlens is not None
 
+    def raw_arguments(self) -> dict[str, Any]:
+        """The lengths for `flash_attn_varlen_func` over raw keys, which lie as the queries do by default."""
+        own = self.cu_seqlens_k is not None
+        return {
+            "cu_seqlens_q": self.cu_seqlens_q,
+            "cu_seqlens_k": self.cu_seqlens_k if own else self.cu_seqlens_q,
+            "max_seqlen_q": self.max_seqlen_q,
+            "max_seqlen_k": self.max_seqlen_k if own else self.max_seqlen_q,
+        }
+
+    def cache_arguments(self) -> dict[str, Any]:
+        """The lengths and tables for `flash_attn_with_kvcache`."""
+        return {
+            "cache_seqlens": self.cache_seqlens,
+            "cache_batch_idx": self.cache_batch_idx,
+            "cache_leftpad": self.cache_leftpad,
+            "page_table": self.page_table,
+            "cu_seqlens_q": self.cu_seqlens_q,
+            "max_seqlen_q": self.max_seqlen_q if self.cu_seqlens_q is not None else None,
+        }
+
 
 @dataclass(frozen=True)
 class AttentionLayer:
@@ -48,3 +70,7 @@ class AttentionLayer:
     softcap: float = 0.0
     sinks: Tensor | None = None
     pack_gqa: bool | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Each by its name in the public functions."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}

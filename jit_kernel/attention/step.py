@@ -11,12 +11,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from jit_kernel.attention.plan import GraphMetadata
+from jit_kernel import config
+from jit_kernel.attention.metadata import AttentionLayer, ForwardMetadata
+from jit_kernel.attention.plan import (
+    GraphMetadata,
+    Maker,
+    MetadataKey,
+    SchedulerMetadata,
+    batch_of,
+    capacity,
+    identity_of,
+    made_for,
+)
+from jit_kernel.device import is_capturing, stream_of
+from jit_kernel.fa3.call import MetadataParameters
 
 _numbers = itertools.count(1)
 
@@ -30,7 +42,7 @@ class ForwardContext:
     stream: int
     step: int
     graph: GraphMetadata | None
-    made: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    made: dict[MetadataKey, SchedulerMetadata] = field(default_factory=dict, compare=False, repr=False)
 
 
 _stack: ContextVar[tuple[ForwardContext, ...]] = ContextVar("jit_kernel_forward_contexts", default=())
@@ -52,19 +64,73 @@ def entered(owner: int, device: torch.device, graph: GraphMetadata | None) -> It
         _stack.reset(token)
 
 
-def stream_of(device: torch.device) -> int:
-    """The current stream of a device as a number; 0 on the CPU."""
-    if device.type == "cuda":
-        return int(torch.cuda.current_stream(device).cuda_stream)
-    if device.type == "musa":
-        return int(torch.musa.current_stream(device).musa_stream)  # type: ignore[attr-defined]
-    return 0
+def key_for(
+    context: ForwardContext | None,
+    metadata: ForwardMetadata,
+    layer: AttentionLayer,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    num_splits: int,
+) -> MetadataKey:
+    """The key of one call. max_seqlen_k is bounded by what the cache or table holds, else the last keys are lost."""
+    graph = None if context is None else context.graph
+    lengths = (metadata.cache_seqlens, metadata.cu_seqlens_q, metadata.cache_leftpad)
+    parameters = MetadataParameters(
+        batch_size=batch_of(metadata),
+        max_seqlen_q=metadata.max_seqlen_q if metadata.cu_seqlens_q is not None else int(q.shape[1]),
+        max_seqlen_k=min(metadata.max_seqlen_k, capacity(k_cache, metadata.page_table)),
+        num_heads_q=q.shape[-2],
+        num_heads_kv=k_cache.shape[-2],
+        headdim=q.shape[-1],
+        cache_seqlens=metadata.cache_seqlens,  # type: ignore[arg-type]  # batch_of has seen that it is there
+        qkv_dtype=q.dtype,
+        headdim_v=v_cache.shape[-1],
+        cu_seqlens_q=metadata.cu_seqlens_q,
+        cache_leftpad=metadata.cache_leftpad,
+        page_size=None if metadata.page_table is None else k_cache.shape[1],
+        causal=layer.causal,
+        window_size=layer.window_size,
+        attention_chunk=layer.attention_chunk,
+        has_softcap=layer.softcap > 0,
+        num_splits=num_splits,
+        pack_gqa=layer.pack_gqa,
+    )
+    return MetadataKey(
+        device=str(q.device),
+        stream_or_graph=stream_of(q.device) if graph is None else graph.name,
+        step=0 if context is None or graph is not None else context.step,
+        tag=metadata.tag,
+        parameters=parameters,
+        lengths=tuple(identity_of(tensor, static=graph is not None) for tensor in lengths),
+    )
 
 
-def is_capturing(device: torch.device) -> bool:
-    """Whether the device's current stream is being captured into a graph."""
-    if device.type == "cuda":
-        return torch.cuda.is_current_stream_capturing()
-    if device.type == "musa":
-        return bool(torch.musa.is_current_stream_capturing())  # type: ignore[attr-defined]
-    return False
+def obtain(
+    context: ForwardContext | None, key: MetadataKey, metadata: ForwardMetadata, maker: Maker, device: torch.device
+) -> Tensor:
+    """The metadata for `key`: what this step or graph has already made for it, else newly made.
+
+    Raises RuntimeError while a graph is captured without metadata made for it before: none is made or taken then.
+    """
+    graph = None if context is None else context.graph
+    if is_capturing(device):
+        found = None if graph is None else graph.find(key)
+        if found is None:
+            raise RuntimeError(
+                f"tag {metadata.tag!r}: no scheduler metadata was made for this graph before its capture; run the step "
+                "once inside backend.step(graph=...) with the same GraphMetadata, then capture it"
+            )
+        return found.tensor
+    known = None if context is None else graph.find(key) if graph is not None else context.made.get(key)
+    if known is not None and graph is None and not config.force_metadata_update():
+        return known.tensor
+    made = SchedulerMetadata(key, made_for(key, metadata, maker))
+    if graph is not None:
+        if known is not None:  # the memory that the graph reads stays; only its numbers are new
+            known.tensor.copy_(made.tensor)
+            return known.tensor
+        graph.add(made, maker)
+    elif context is not None:
+        context.made[key] = made
+    return made.tensor

@@ -14,6 +14,7 @@ from jit_kernel.device import Target, cpu_target, device_target, get_device_capa
 from jit_kernel.engine import compiler
 from jit_kernel.engine.store import CacheError, Store
 from jit_kernel.fa3 import dispatch
+from jit_kernel.fa3.decision import Decision, Rejected
 
 _PACKAGES = (
     *("torch", "apache-tvm-ffi", "triton", "filelock", "nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12"),
@@ -117,18 +118,18 @@ def _implementations() -> dict[str, dict[str, str]]:
     answers: dict[str, dict[str, str]] = {}
     for name, target in targets.items():
         answers[name] = {
-            implementation: _words(dispatch.supports(implementation, target))
-            for implementation in dispatch.CANDIDATES[target.vendor]
+            implementation: _answer(dispatch.supports(implementation, target))
+            for implementation in config.IMPLEMENTATIONS[target.vendor]
         }
-    for vendor in dispatch.CANDIDATES:
+    for vendor in config.IMPLEMENTATIONS:
         if not any(target.vendor == vendor for target in targets.values()):
             absent = f"Rejected: no {vendor} device is present"
-            answers[vendor] = dict.fromkeys(dispatch.CANDIDATES[vendor], absent)
+            answers[vendor] = dict.fromkeys(config.IMPLEMENTATIONS[vendor], absent)
     return answers
 
 
-def _words(decision: dispatch.Decision) -> str:
-    return f"Rejected: {decision.reason}" if isinstance(decision, dispatch.Rejected) else "Accepted"
+def _answer(decision: Decision) -> str:
+    return f"Rejected: {decision.reason}" if isinstance(decision, Rejected) else "Accepted"
 
 
 def text(facts: dict[str, Any]) -> str:

@@ -22,11 +22,13 @@ from torch import Tensor
 
 from jit_kernel import flash_attention_v3
 from jit_kernel.device import Target, detect_device, device_target
+from jit_kernel.fa3 import call as calls
 from jit_kernel.fa3 import dispatch
-from jit_kernel.fa3.checks import call as arguments
-from jit_kernel.fa3.checks import shapes as attention_shapes
-from jit_kernel.fa3.dispatch import Accepted, Decision
-from jit_kernel.fa3.features import Features, plain_features
+from jit_kernel.fa3.call import Call
+from jit_kernel.fa3.checks import shapes
+from jit_kernel.fa3.checks.call import check_numbers
+from jit_kernel.fa3.decision import Accepted, Decision
+from jit_kernel.fa3.features import Features, features_of
 
 _DTYPES = {
     "fp32": torch.float32,
@@ -91,9 +93,9 @@ def explain(function: str, *args: Any, device: torch.device | str | Target | Non
     """
     call = _call_of(function, *args, **kwargs)
     if device is None:
-        device = detect_device() if call["q"].device.type == "meta" else call["q"].device
+        device = detect_device() if call.q.device.type == "meta" else call.q.device
     target = _target(device)
-    features = Features(*plain_features(call))  # type: ignore[arg-type]
+    features = features_of(call)
     choice = dispatch.choose(target, features, function, ask_all=True)
     kernel = None
     if choice.name is not None:
@@ -102,15 +104,15 @@ def explain(function: str, *args: Any, device: torch.device | str | Target | Non
     return Explanation(function, target, features, choice.name, kernel, choice.decisions)
 
 
-def _call_of(function: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """Every argument by name, defaults too, checked but for the numbers in tensors."""
+def _call_of(function: str, *args: Any, **kwargs: Any) -> Call:
+    """The call with its defaults, checked but for the numbers in tensors."""
     if function not in _FUNCTIONS:
         raise ValueError(f"function is {function!r}; it must be one of {', '.join(_FUNCTIONS)}")
     bound = inspect.signature(_FUNCTIONS[function]).bind(*args, **kwargs)
     bound.apply_defaults()
-    call = dict(bound.arguments)
-    attention_shapes.check(function, call)
-    arguments.check_numbers(call)
+    call = Call(*calls.of(function, bound.arguments))
+    shapes.check(call)
+    check_numbers(call)
     return call
 
 

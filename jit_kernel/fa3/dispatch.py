@@ -1,20 +1,25 @@
 """Which implementation serves a call: the best one for the device first, decided once per kind of call.
 
-An implementation is a module of this folder with
+An implementation is a package of this folder with
     NAME                        its name here, in JIT_KERNEL_IMPLEMENTATION and in every text
+    FUNCTIONS                   the public attention functions whose calls `attend` takes
     supports(target)            Accepted or Rejected for a device as a whole (architecture, versions)
     decide(target, features)    Accepted or Rejected for one kind of call on a device that it supports
-    KERNELS                     the public functions it has, keyword-only, by name; values arrive checked:
-                                attention_chunk, max_seqlen_*, softmax_scale and cache_seqlens are resolved
+    attend(call)                the result of a checked call. Alone on a device it raises NotImplementedError for what
+                                it does not serve, so that no features need be gathered: 5 us a call
     prepare(device)             compiles or loads what the device needs before any variant (a launcher)
     all_variants(target)        what warm-up compiles for a target, as jit.KernelSpec with named fields
     canonical(field, value)     the value of a variant's field that serves a user's value ("96" -> "128")
-    variant(target, features, call)   the kernel that serves a call, for `why`; an implementation without kernels of
-                                its own has none
-    plain_attend(...)           may be there: the result of a call without its rare arguments, which nobody checked, or
-                                None where it has a mistake or asks for more than this serves
-    shortcut(function, chosen)  may be there in the first candidate: `chosen` for the calls that it would get anyway,
-                                without the cost of asking
+and, where it has them,
+    combine(out_partial, lse_partial, out, lse)
+    merge(out_a, lse_a, out_b, lse_b, out, lse)
+    plan(parameters)            scheduler metadata for checked parameters
+    variant(target, features, call)   the kernel that serves a call, for `why`
+    try_known(call)             the result of a checked call that `decide` would accept, by a faster way, or None: it
+                                declines what asks for a feature of the table that `decide` reads (features.ARGUMENTS)
+                                and that it does not claim
+    try_unchecked(arguments)    the same for the fields of a call that nobody has checked, asked before the checks: it
+                                declines whatever they would refuse
 It imports neither another implementation nor this module; it is imported when its device is first used.
 """
 
@@ -27,20 +32,17 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+
+import torch
 
 from jit_kernel import config
-from jit_kernel.device import Target
-from jit_kernel.fa3.features import Accepted, Decision, Features, Rejected, refusal
+from jit_kernel.device import Target, device_target
+from jit_kernel.fa3.call import Arguments, Call, MetadataParameters, Result
+from jit_kernel.fa3.decision import Accepted, Decision, Rejected, refusal
+from jit_kernel.fa3.features import Features, plain_features, planned_features
 from jit_kernel.jit import KernelSpec
 
 log = logging.getLogger("jit_kernel")
-
-# By vendor, best first.
-CANDIDATES = {"cpu": ("cpu",), "cuda": ("hopper", "portable"), "musa": ("musa",)}
-
-# These raise for a call that they do not serve, so alone on a device they need no dispatcher: 5 us a call.
-REFUSE_THEMSELVES = ("cpu", "portable", "musa")
 
 _said: set[tuple[str, str]] = set()
 _said_guard = threading.Lock()
@@ -54,20 +56,14 @@ class Choice:
     decisions: tuple[tuple[str, Decision], ...]
 
 
-def implementation(name: str) -> ModuleType | None:
-    """The module of an implementation, imported at the first question; None if this version lacks it."""
-    module = f"jit_kernel.fa3.{name}"
-    if importlib.util.find_spec(module) is None:
-        return None
-    return importlib.import_module(module)
+def implementation(name: str) -> ModuleType:
+    """The package of an implementation, imported when it is first asked for."""
+    return importlib.import_module(f"jit_kernel.fa3.{name}")
 
 
 def supports(name: str, target: Target) -> Decision:
     """Whether an implementation serves a target at all."""
-    module = implementation(name)
-    if module is None:
-        return Rejected(f"this version of jit_kernel has no jit_kernel/fa3/{name}.py", claimed=False)
-    decision: Decision = module.supports(target)
+    decision: Decision = implementation(name).supports(target)
     return decision
 
 
@@ -76,7 +72,7 @@ def candidates(target: Target) -> tuple[str, ...]:
 
     Raises NotImplementedError when JIT_KERNEL_IMPLEMENTATION names one that never serves its vendor.
     """
-    names = CANDIDATES[target.vendor]
+    names = config.IMPLEMENTATIONS[target.vendor]
     forced = config.implementation()
     if forced is None:
         return names
@@ -93,6 +89,14 @@ def supporting(target: Target) -> tuple[tuple[str, Decision], ...]:
     return tuple((name, supports(name, target)) for name in candidates(target))
 
 
+# The module's function that serves a public function.
+_SERVING = {"get_scheduler_metadata": "plan", "flash_attn_combine": "combine", "merge_state": "merge"}
+
+
+def _has(module: ModuleType, function: str) -> bool:
+    return hasattr(module, _SERVING[function]) if function in _SERVING else function in module.FUNCTIONS
+
+
 def choose(target: Target, features: Features, function: str, *, ask_all: bool = False) -> Choice:
     """Ask the candidates, best first, until one accepts; with `ask_all` the rest answer too."""
     name = None
@@ -102,8 +106,8 @@ def choose(target: Target, features: Features, function: str, *, ask_all: bool =
             break
         decision = supports(candidate, target)
         if isinstance(decision, Accepted):
-            module = importlib.import_module(f"jit_kernel.fa3.{candidate}")
-            if function in module.KERNELS:
+            module = implementation(candidate)
+            if _has(module, function):
                 decision = module.decide(target, features)
             else:
                 decision = Rejected(f"it has no {function}", claimed=False)
@@ -113,10 +117,10 @@ def choose(target: Target, features: Features, function: str, *, ask_all: bool =
     return Choice(name, tuple(decisions))
 
 
-def resolve(target: Target, features: Features, function: str) -> Callable[..., object]:
-    """The function that serves a kind of call.
+def resolve(target: Target, features: Features, function: str) -> ModuleType:
+    """The implementation that serves a kind of call.
 
-    Raises NotImplementedError when no implementation accepts it, and under JIT_KERNEL_STRICT=1 when one
+    Raises NotImplementedError when none accepts it, and under JIT_KERNEL_STRICT=1 when one
     that claims every feature of the call rejects it and another would take it.
     """
     choice = choose(target, features, function)
@@ -125,13 +129,11 @@ def resolve(target: Target, features: Features, function: str) -> Callable[..., 
         raise refusal(what, choice.decisions)
     for name, decision in choice.decisions:
         if isinstance(decision, Rejected) and decision.claimed:
-            text = f"{name} does not serve {what}: {decision.reason}; {choice.name} would take it"
+            text = f"{name} does not serve {what}: {decision.reason}"
             if config.strict():
-                raise NotImplementedError(f"{text} (JIT_KERNEL_STRICT is set)")
-            _warn_once(name, decision.reason, f"{text[: text.rindex(';')]}; {choice.name} takes it")
-    module = importlib.import_module(f"jit_kernel.fa3.{choice.name}")
-    function_: Callable[..., object] = module.KERNELS[function]
-    return function_
+                raise NotImplementedError(f"{text}; {choice.name} would take it (JIT_KERNEL_STRICT is set)")
+            _warn_once(name, decision.reason, f"{text}; {choice.name} takes it")
+    return implementation(choice.name)
 
 
 def _warn_once(name: str, reason: str, text: str) -> None:
@@ -142,32 +144,101 @@ def _warn_once(name: str, reason: str, text: str) -> None:
     log.warning(text)
 
 
-def kernels(device: str, target: Target) -> Mapping[str, Callable[..., object]]:
-    """The functions that serve a device, after what the device needs was compiled or loaded.
+class Dispatcher:
+    """The implementations of one device, after what the device needs was compiled or loaded.
 
-    Raises NotImplementedError with every candidate's reason when none serves it.
+    Where there is one, it takes every call. Where there are several, each call goes to the one chosen for it; what was
+    chosen is remembered by a plain tuple of what the call asks for. Calls arrive checked.
     """
+
+    def __init__(self, target: Target, modules: tuple[ModuleType, ...]) -> None:
+        self.target = target
+        self.modules = modules
+        self._chosen: dict[tuple[object, ...], Callable[[Call], Result]] = {}
+        first = modules[0]
+        self.try_unchecked: Callable[[Arguments], Result | None] | None = getattr(first, "try_unchecked", None)
+        self._try_known: Callable[[Call], Result | None] | None = getattr(first, "try_known", None)
+        self._known_functions: tuple[str, ...] = first.FUNCTIONS
+        self.attend: Callable[[Call], Result] = first.attend if len(modules) == 1 else self._attend
+
+    def _attend(self, call: Call) -> Result:
+        if self._try_known is not None and call.function in self._known_functions:
+            result = self._try_known(call)
+            if result is not None:
+                return result
+        plain = plain_features(call)
+        chosen = self._chosen.get((call.function, plain))
+        if chosen is None:
+            features = Features(*plain)  # type: ignore[arg-type]
+            chosen = resolve(self.target, features, call.function).attend
+            self._chosen[call.function, plain] = chosen
+        return chosen(call)
+
+    def plan(self, parameters: MetadataParameters) -> torch.Tensor:
+        """Scheduler metadata, by the implementation that serves the calls which it is for."""
+        if len(self.modules) == 1:
+            module = self.modules[0]
+        else:
+            module = resolve(self.target, planned_features(parameters), "get_scheduler_metadata")
+        made: torch.Tensor = module.plan(parameters)
+        return made
+
+    def first_with(self, function: str) -> Callable[..., None]:
+        """`combine` or `merge` of the best implementation that has it, by its public function's name."""
+        for module in self.modules:
+            if _has(module, function):
+                found: Callable[..., None] = getattr(module, _SERVING[function])
+                return found
+        names = ", ".join(module.NAME for module in self.modules)
+        raise NotImplementedError(f"no implementation serves {function} on {self.target}: {names} have none")
+
+
+# By device: the settings that it was made under, and its dispatcher. config.reload() makes new settings.
+_made: dict[torch.device | str, tuple[config.Settings, Dispatcher]] = {}
+_making = threading.Lock()
+# try_known of the implementation that looks at the arguments itself, once its device is loaded: the CPU's alone.
+try_unchecked: Callable[[Arguments], Result | None] | None = None
+
+
+def dispatcher(device: torch.device | str) -> Dispatcher:
+    """What serves a device; compiles or loads what the device needs when it is first asked for.
+
+    Raises NotImplementedError with every candidate's reason when nothing serves it, and what `jit.load` raises.
+    """
+    known = _made.get(device)
+    if known is not None and known[0] is config.settings():
+        return known[1]
+    with _making:
+        known = _made.get(device)
+        settings = config.settings()
+        if known is None or known[0] is not settings:
+            known = _made[device] = (settings, _new_dispatcher(str(device), device_target(device)))
+            _remember_unchecked(known[1], settings)
+    return known[1]
+
+
+def _new_dispatcher(device: str, target: Target) -> Dispatcher:
     answers = supporting(target)
-    names = [name for name, decision in answers if isinstance(decision, Accepted)]
-    if not names:
+    modules = tuple(implementation(name) for name, decision in answers if isinstance(decision, Accepted))
+    if not modules:
         raise refusal(f"device {device!r} ({target})", answers)
-    modules = [importlib.import_module(f"jit_kernel.fa3.{name}") for name in names]
     for module in modules:
         module.prepare(device)
-    if len(modules) == 1 and modules[0].NAME in REFUSE_THEMSELVES:
-        only: Mapping[str, Callable[..., object]] = modules[0].KERNELS
-        return only
-    from jit_kernel.fa3.seam import Dispatcher
-
-    return Dispatcher(target, modules).kernels()
+    return Dispatcher(target, modules)
 
 
-def plain_attend(target: Target) -> Callable[..., Any] | None:
-    """plain_attend of the implementation that serves a target alone; None where several do, or it has none."""
-    names = [name for name, decision in supporting(target) if isinstance(decision, Accepted)]
-    module = implementation(names[0]) if len(names) == 1 else None
-    attend: Callable[..., Any] | None = getattr(module, "plain_attend", None)
-    return attend
+def _remember_unchecked(made: Dispatcher, settings: config.Settings) -> None:
+    global try_unchecked
+    if made.try_unchecked is not None:
+        config.on_reload(_forget_unchecked)
+        try_unchecked = made.try_unchecked
+        if config.settings() is not settings:  # forgotten since
+            _forget_unchecked()
+
+
+def _forget_unchecked() -> None:
+    global try_unchecked
+    try_unchecked = None
 
 
 def all_variants(target: Target) -> list[KernelSpec]:
@@ -186,10 +257,9 @@ def select_variants(target: Target, wanted: Mapping[str, str]) -> list[KernelSpe
     for name in candidates(target):
         specs = list(_variants_of(name, target))
         known.update(field for spec in specs for field, _ in spec.variant)
-        module = implementation(name)
-        if module is not None:
-            serving = {field: module.canonical(field, value) for field, value in wanted.items()}
-            found += [spec for spec in specs if _serves(spec, serving)]
+        canonical = implementation(name).canonical
+        serving = {field: canonical(field, value) for field, value in wanted.items()}
+        found += [spec for spec in specs if _serves(spec, serving)]
     for field in wanted:
         if field not in known:
             raise ValueError(f"no kernel for {target} has a field {field!r}; it must be one of {sorted(known)}")
@@ -197,10 +267,9 @@ def select_variants(target: Target, wanted: Mapping[str, str]) -> list[KernelSpe
 
 
 def _variants_of(name: str, target: Target) -> Iterable[KernelSpec]:
-    module = implementation(name)
-    if module is None or isinstance(supports(name, target), Rejected):
+    if isinstance(supports(name, target), Rejected):
         return []
-    variants: Iterable[KernelSpec] = module.all_variants(target)
+    variants: Iterable[KernelSpec] = implementation(name).all_variants(target)
     return variants
 
 

@@ -1,18 +1,24 @@
-"""What a call asks for, as plain scalars, and what an implementation answers to it.
+"""What a call asks for, as plain scalars.
 
-`plain_features()` makes a plain tuple on the path of every call; `Features` gives the same fields
-names, for an implementation's `decide()`, for `explain()` and for error texts. Nothing here depends on
-the batch or on a sequence's length, so that what serves a sequence never depends on its neighbours.
+`plain_features()` makes a plain tuple on the path of a call; `Features` gives the same fields names, for an
+implementation's `decide()`, for `why` and for error texts. Nothing here depends on the batch or on a sequence's
+length, so that what serves a sequence never depends on its neighbours.
+
+ARGUMENTS says which arguments ask for a feature. What an implementation claims, it claims by the names of this table:
+`decide` rejects every other feature (`unclaimed`), and so does a faster way that never makes the features of a call
+(`asks_for_more`). A feature that is new in the table is rejected by both until an implementation claims it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from jit_kernel.fa3.call import FIELDS, Arguments, Call, MetadataParameters
 
 DTYPE_NAMES = {
     torch.float32: "fp32",
@@ -21,25 +27,43 @@ DTYPE_NAMES = {
     torch.float8_e4m3fn: "e4m3",
 }
 
+# By feature: the fields of a `Call` that ask for it.
+ARGUMENTS: dict[str, tuple[str, ...]] = {
+    "ragged_q": ("cu_seqlens_q",),
+    "ragged_k": ("cu_seqlens_k",),
+    "page_size": ("page_table",),
+    "seqused_q": ("seqused_q",),
+    "seqused_k": ("seqused_k",),
+    "append": ("k_new", "v_new"),
+    "ragged_append": ("cu_seqlens_k_new",),
+    "rotary": ("rotary_cos", "rotary_sin", "rotary_seqlens"),
+    "cache_batch_idx": ("cache_batch_idx",),
+    "cache_leftpad": ("cache_leftpad",),
+    "causal": ("causal",),
+    "window": ("window_size",),
+    "chunk": ("attention_chunk",),
+    "softcap": ("softcap",),
+    "qv": ("qv",),
+    "only_qv": ("only_qv",),
+    "descale": ("q_descale", "k_descale", "v_descale"),
+    "sinks": ("sinks",),
+    "lse": ("return_softmax_lse",),
+    "split": ("num_splits",),
+    "metadata": ("scheduler_metadata",),
+}
+# The values that ask for nothing, of fields that are not None then.
+_NEUTRAL: dict[str, object] = {
+    "causal": False,
+    "window_size": (-1, -1),
+    "attention_chunk": 0,
+    "softcap": 0.0,
+    "only_qv": False,
+    "return_softmax_lse": False,
+    "num_splits": 1,
+}
 
-@dataclass(frozen=True)
-class Accepted:
-    """The implementation serves the call."""
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """The implementation does not serve the call, and why.
-
-    `claimed` tells whether it claims every feature that the call uses: where it does, that the next
-    implementation takes the call is worth a WARNING; where it does not, the next one is the best.
-    """
-
-    reason: str
-    claimed: bool = True
-
-
-Decision = Accepted | Rejected
+# How a feature is named in a refusal where its arguments' names do not say it.
+_SHOWN = {"append": "new keys and values", "split": "num_splits other than 1"}
 
 
 @dataclass(frozen=True)
@@ -51,84 +75,138 @@ class Features:
     head_dim_v: int
     group: int  # query heads per key/value head
     aligned: bool  # every stride of q, k, v, qv and out is a multiple of 16 bytes, as TMA wants it
-    ragged_q: bool  # cu_seqlens_q
-    ragged_k: bool  # cu_seqlens_k
-    page_size: int  # 0: not paged
-    seqused_q: bool
-    seqused_k: bool  # seqused_k or cache_seqlens
-    append: bool  # new k and v
-    ragged_append: bool  # cu_seqlens_k_new
-    rotary: bool
-    cache_batch_idx: bool
-    cache_leftpad: bool
-    causal: bool  # causal, or window_size[1] == 0, which is the same
-    window: bool  # a bound of window_size that causal does not give already
-    chunk: bool
-    softcap: bool
-    qv: bool
-    only_qv: bool
-    descale: bool
-    sinks: bool
-    lse: bool
-    split: bool  # num_splits other than 1
-    metadata: bool  # scheduler_metadata
+    ragged_q: bool = False  # cu_seqlens_q
+    ragged_k: bool = False  # cu_seqlens_k
+    page_size: int = 0  # 0: not paged
+    seqused_q: bool = False
+    seqused_k: bool = False  # seqused_k or cache_seqlens
+    append: bool = False  # new keys and values
+    ragged_append: bool = False  # new keys and values with cu_seqlens_k_new
+    rotary: bool = False
+    cache_batch_idx: bool = False
+    cache_leftpad: bool = False
+    causal: bool = False  # causal, or window_size[1] == 0, which is the same
+    window: bool = False  # a bound of window_size that causal does not give already
+    chunk: bool = False
+    softcap: bool = False
+    qv: bool = False
+    only_qv: bool = False
+    descale: bool = False
+    sinks: bool = False
+    lse: bool = False
+    split: bool = False  # num_splits other than 1
+    metadata: bool = False  # scheduler_metadata
 
     def used(self) -> str:
         """The fields that differ from a plain dense call, as one line of text."""
         shape = f"{self.dtype} head_dim={self.head_dim}/{self.head_dim_v} group={self.group}"
         rest = []
-        for field in fields(self)[5:]:
-            value = getattr(self, field.name)
+        for each in fields(self)[5:]:
+            value = getattr(self, each.name)
             if value:
-                rest.append(field.name if value is True else f"{field.name}={value}")
+                rest.append(each.name if value is True else f"{each.name}={value}")
         return " ".join([shape, *([] if self.aligned else ["unaligned"]), *rest])
 
 
-def plain_features(call: Mapping[str, Any]) -> tuple[object, ...]:
-    """The fields of `Features`, in order, of the checked call of a public function.
+def plain_features(call: Call) -> tuple[object, ...]:
+    """The fields of `Features`, in order, of a checked call.
 
     A plain tuple: making a frozen dataclass of them costs 2.5 us.
     """
-    get = call.get
-    q: Tensor = call["q"]
-    k: Tensor
-    if "k_cache" in call:
-        k, v, appended = call["k_cache"], call["v_cache"], call["k"]
-    else:
-        k, v, appended = call["k"], call["v"], None
-    qv: Tensor | None = call["qv"]
-    head_dim, group = q.shape[-1], q.shape[-2] // k.shape[-2]
-    page_size = 0 if get("page_table") is None else k.shape[1]
-    left, right = call["window_size"]
-    causal: bool = call["causal"]
+    q, k, v, qv = call.q, call.k, call.v, call.qv
+    head_dim, head_dim_v = q.shape[-1], v.shape[-1]
+    left, right = call.window_size
+    causal, append = call.causal, call.k_new is not None
     return (
         DTYPE_NAMES[q.dtype],
         head_dim,
-        v.shape[-1],
-        group,
-        _aligned(q, k, v, qv, call["out"]) and (head_dim | v.shape[-1]) * q.element_size() % 16 == 0,
-        get("cu_seqlens_q") is not None,
-        get("cu_seqlens_k") is not None,
-        page_size,
-        get("seqused_q") is not None,
-        get("seqused_k") is not None or get("cache_seqlens") is not None,
-        appended is not None,
-        appended is not None and call["cu_seqlens_k_new"] is not None,
-        get("rotary_cos") is not None,
-        get("cache_batch_idx") is not None,
-        get("cache_leftpad") is not None,
+        head_dim_v,
+        q.shape[-2] // k.shape[-2],
+        _aligned(q, k, v, qv, call.out) and (head_dim | head_dim_v) * q.element_size() % 16 == 0,
+        call.cu_seqlens_q is not None,
+        call.cu_seqlens_k is not None,
+        0 if call.page_table is None else k.shape[1],
+        call.seqused_q is not None,
+        call.seqused_k is not None,
+        append,
+        append and call.cu_seqlens_k_new is not None,
+        call.rotary_cos is not None,
+        call.cache_batch_idx is not None,
+        call.cache_leftpad is not None,
         causal or right == 0,
         left >= 0 or (right > 0 and not causal),
-        call["attention_chunk"] > 0,
-        call["softcap"] > 0,
+        call.attention_chunk != 0,
+        call.softcap > 0,
         qv is not None,
-        get("only_qv", False),
-        call["q_descale"] is not None or call["k_descale"] is not None or call["v_descale"] is not None,
-        call["sinks"] is not None,
-        call["return_softmax_lse"],
-        call["num_splits"] != 1,
-        get("scheduler_metadata") is not None,
+        call.only_qv,
+        call.q_descale is not None or call.k_descale is not None or call.v_descale is not None,
+        call.sinks is not None,
+        call.return_softmax_lse,
+        call.num_splits != 1,
+        call.scheduler_metadata is not None,
     )
+
+
+def features_of(call: Call) -> Features:
+    """The features of a checked call."""
+    return Features(*plain_features(call))  # type: ignore[arg-type]
+
+
+def planned_features(parameters: MetadataParameters) -> Features:
+    """The features of the calls that scheduler metadata is for."""
+    left, right = parameters.window_size
+    append = parameters.max_seqlen_k_new > 0
+    return Features(
+        dtype=DTYPE_NAMES[parameters.qkv_dtype],
+        head_dim=parameters.headdim,
+        head_dim_v=parameters.headdim if parameters.headdim_v is None else parameters.headdim_v,
+        group=parameters.num_heads_q // parameters.num_heads_kv,
+        aligned=True,
+        ragged_q=parameters.cu_seqlens_q is not None,
+        page_size=parameters.page_size or 0,
+        seqused_k=True,
+        append=append,
+        ragged_append=append and parameters.cu_seqlens_k_new is not None,
+        cache_leftpad=parameters.cache_leftpad is not None,
+        causal=parameters.causal or right == 0,
+        window=left >= 0 or (right > 0 and not parameters.causal),
+        chunk=bool(parameters.attention_chunk),
+        softcap=parameters.has_softcap,
+        split=parameters.num_splits != 1,
+        metadata=True,
+    )
+
+
+def unclaimed(features: Features, claimed: frozenset[str]) -> str | None:
+    """The first feature that is used and not claimed, as its arguments' names; None where there is none."""
+    for feature, arguments in ARGUMENTS.items():
+        if feature not in claimed and getattr(features, feature):
+            return _SHOWN.get(feature, " and ".join(arguments))
+    return None
+
+
+def asks_for_more(claimed: frozenset[str]) -> Callable[[Call], bool]:
+    """A test of a call: whether it has an argument that asks for a feature which is not claimed.
+
+    It is compiled from the table, as dataclasses compile their methods: 0.3 us where a loop over names takes 1.4.
+    """
+    return _compiled([f"x.{name}" for name in FIELDS], claimed)
+
+
+def fields_ask_for_more(claimed: frozenset[str], count: int) -> Callable[[Arguments], bool]:
+    """The same for the first `count` fields of a call, as a plain tuple."""
+    return _compiled([f"x[{place}]" for place in range(count)], claimed)
+
+
+def _compiled(fields: list[str], claimed: frozenset[str]) -> Callable[[Any], bool]:
+    names = {name for feature, names in ARGUMENTS.items() if feature not in claimed for name in names}
+    asked = [
+        f"{field} != {_NEUTRAL[name]!r}" if name in _NEUTRAL else f"{field} is not None"
+        for name, field in zip(FIELDS, fields, strict=False)
+        if name in names
+    ]
+    test: Callable[[Any], bool] = eval(f"lambda x: {' or '.join(asked) or False}")
+    return test
 
 
 def _aligned(*tensors: Tensor | None) -> bool:
@@ -144,9 +222,3 @@ def _aligned(*tensors: Tensor | None) -> bool:
                 for stride in tensor.stride()[:-1]:
                     bits |= stride * tensor.element_size()
     return bits & 15 == 0
-
-
-def refusal(what: str, decisions: Iterable[tuple[str, Decision]]) -> NotImplementedError:
-    """The error that says that nothing serves a call, with every candidate and its reason."""
-    lines = [f"{name}: {d.reason}" for name, d in decisions if isinstance(d, Rejected)]
-    return NotImplementedError("\n  ".join([f"no implementation serves {what}", *lines]))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import threading
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -18,7 +17,8 @@ from jit_kernel.attention.backend import resolved_device
 from jit_kernel.attention.dense import sage
 from jit_kernel.device import device_target
 from jit_kernel.fa3 import dispatch
-from jit_kernel.fa3.features import DTYPE_NAMES, Features, Rejected
+from jit_kernel.fa3.decision import Rejected
+from jit_kernel.fa3.features import DTYPE_NAMES, Features
 
 log = logging.getLogger("jit_kernel")
 
@@ -106,6 +106,4 @@ def _fa_rejection(head_size: int, dtype: torch.dtype, device: torch.device) -> s
 
 def plain_features_of(head_size: int, dtype: torch.dtype) -> Features:
     """The features of a dense call that asks for nothing else."""
-    plain: dict[str, Any] = dict.fromkeys(Features.__dataclass_fields__, False)
-    plain |= {"dtype": DTYPE_NAMES[dtype], "head_dim": head_size, "head_dim_v": head_size, "group": 1}
-    return Features(**{**plain, "aligned": head_size % 8 == 0, "page_size": 0})
+    return Features(DTYPE_NAMES[dtype], head_size, head_size, group=1, aligned=head_size % 8 == 0)

@@ -121,11 +121,7 @@ def all_gather_attention(
             max_seqlen_q=max(half, default=0),
             max_seqlen_k=max(lengths, default=0),
             seqused_k=torch.tensor(ends, dtype=torch.int32, device=q.device),
-            causal=causal,
-            softmax_scale=layer.softmax_scale,
-            softcap=layer.softcap,
-            sinks=layer.sinks,
-            pack_gqa=layer.pack_gqa,
+            **{**layer.arguments(), "causal": causal, "window_size": (-1, -1)},
             return_softmax_lse=True,
         )
         out[where], lse[:, where] = part, part_lse

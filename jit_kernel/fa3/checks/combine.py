@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from jit_kernel.fa3.checks.call import refuse_gradients
+from jit_kernel.fa3.call import lse_shape
 from jit_kernel.fa3.checks.values import (
     MAX_SPLITS,
     OUTPUT_DTYPES,
@@ -19,12 +17,15 @@ from jit_kernel.fa3.checks.values import (
     need_tensor,
     need_unit_stride,
     need_writable,
+    refuse_gradients,
 )
 
 
-def check_combine(call: dict[str, Any]) -> None:
-    """Check the arguments of `flash_attn_combine`, by name; resolves out_dtype. Raises TypeError or ValueError."""
-    parts, lse = need_tensor("out_partial", call["out_partial"]), need_tensor("lse_partial", call["lse_partial"])
+def check_combine(
+    out_partial: Tensor, lse_partial: Tensor, out: Tensor | None, out_dtype: torch.dtype | None
+) -> torch.dtype:
+    """Check the arguments of `flash_attn_combine`; returns the dtype of out. Raises TypeError or ValueError."""
+    parts, lse = need_tensor("out_partial", out_partial), need_tensor("lse_partial", lse_partial)
     need_dtype("out_partial", parts, OUTPUT_DTYPES)
     if parts.dim() not in (4, 5):
         raise ValueError(
@@ -36,29 +37,34 @@ def check_combine(call: dict[str, Any]) -> None:
     need_dtype("lse_partial", lse, (torch.float32,))
     need_device("lse_partial", lse, parts.device, "out_partial")
     need_shape("lse_partial", lse, parts.shape[:-1], "out_partial's shape without dv")
-    dtype = call["out_dtype"]
-    if dtype is not None and dtype not in OUTPUT_DTYPES:
+    if out_dtype is not None and out_dtype not in OUTPUT_DTYPES:
         wanted = ", ".join(str(known) for known in OUTPUT_DTYPES)
-        raise ValueError(f"out_dtype is {described(dtype)}; it must be one of {wanted}, or None")
-    if call["out"] is not None:
-        out = need_tensor("out", call["out"])
-        need_dtype("out", out, OUTPUT_DTYPES if dtype is None else (dtype,), "" if dtype is None else ", out_dtype")
-        need_device("out", out, parts.device, "out_partial")
-        need_shape("out", out, parts.shape[1:], "out_partial's shape without splits")
-        need_unit_stride("out", out)
-        need_writable("out", out)
-        if out.data_ptr() and out.data_ptr() == parts.data_ptr():
-            raise ValueError("out shares its memory with out_partial; it must have memory of its own")
-        call["out_dtype"] = out.dtype
-    elif dtype is None:
-        call["out_dtype"] = parts.dtype
+        raise ValueError(f"out_dtype is {described(out_dtype)}; it must be one of {wanted}, or None")
+    if out is not None:
+        _check_out(out, parts, out_dtype)
     if torch.is_grad_enabled():
-        refuse_gradients(call)
+        for name, tensor in (("out_partial", parts), ("lse_partial", lse), ("out", out)):
+            refuse_gradients(name, tensor)
+    if out is not None:
+        return out.dtype
+    return parts.dtype if out_dtype is None else out_dtype
 
 
-def check_merge(call: dict[str, Any]) -> None:
-    """Check the arguments of `merge_state`, by name. Raises TypeError or ValueError."""
-    out_a, out_b = need_tensor("out_a", call["out_a"]), need_tensor("out_b", call["out_b"])
+def _check_out(out: Tensor, parts: Tensor, dtype: torch.dtype | None) -> None:
+    need_tensor("out", out)
+    need_dtype("out", out, OUTPUT_DTYPES if dtype is None else (dtype,), "" if dtype is None else ", out_dtype")
+    need_device("out", out, parts.device, "out_partial")
+    need_shape("out", out, parts.shape[1:], "out_partial's shape without splits")
+    need_unit_stride("out", out)
+    need_writable("out", out)
+    if out.data_ptr() and out.data_ptr() == parts.data_ptr():
+        raise ValueError("out shares its memory with out_partial; it must have memory of its own")
+
+
+def check_merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
+    """Check the arguments of `merge_state`. Raises TypeError or ValueError."""
+    need_tensor("out_a", out_a)
+    need_tensor("out_b", out_b)
     need_dtype("out_a", out_a, OUTPUT_DTYPES)
     need_dtype("out_b", out_b, (out_a.dtype,), ", the dtype of out_a")
     if out_a.dim() not in (3, 4):
@@ -69,16 +75,11 @@ def check_merge(call: dict[str, Any]) -> None:
         need_unit_stride(name, tensor)
     form = "(hq, total_q)" if out_a.dim() == 3 else "(b, hq, sq)"
     shape = lse_shape(out_a)
-    for name in ("lse_a", "lse_b"):
-        lse = need_tensor(name, call[name])
+    for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):
+        need_tensor(name, lse)
         need_dtype(name, lse, (torch.float32,))
         need_device(name, lse, out_a.device, "out_a")
         need_shape(name, lse, shape, form)
     if torch.is_grad_enabled():
-        refuse_gradients(call)
-
-
-def lse_shape(out: Tensor) -> tuple[int, ...]:
-    """The shape of the lse that goes with a result: (hq, total_q) or (b, hq, sq)."""
-    *lead, heads, _ = out.shape
-    return (*lead[:-1], heads, lead[-1])
+        for name, tensor in (("out_a", out_a), ("lse_a", lse_a), ("out_b", out_b), ("lse_b", lse_b)):
+            refuse_gradients(name, tensor)

@@ -6,48 +6,49 @@ On a GPU reading them costs a synchronisation, so there they run under JIT_KERNE
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from jit_kernel.fa3.call import KVCACHE, Call
 from jit_kernel.fa3.checks.shapes import Facts
 
 _SMALL_TABLE = 256  # entries up to which a plain loop is faster than four torch operators
 
 
-def check(call: Mapping[str, Any], facts: Facts) -> tuple[int, int]:
+def check(call: Call, facts: Facts) -> tuple[int, int]:
     """Check the values of every index tensor of a call whose shapes were checked.
 
     Returns the longest query and the longest key length. Raises ValueError.
     """
     q_lengths = _lengths(call, "cu_seqlens_q", "seqused_q", facts.q_rows, facts.batch)
-    if "k_cache" not in call:
-        if call.get("page_table") is not None:
-            k_lengths = _values(call["seqused_k"])
+    if call.function != KVCACHE:
+        if call.page_table is not None:
+            k_lengths = _values(call.seqused_k)
             _need_room("seqused_k", k_lengths, [0] * facts.batch, facts)
-            _check_pages(call["page_table"], k_lengths, [0] * facts.batch, None, facts)
+            _check_pages(call.page_table, k_lengths, [0] * facts.batch, None, facts)
         else:
             k_lengths = _lengths(call, "cu_seqlens_k", "seqused_k", facts.k_rows, facts.batch)
         return max(q_lengths, default=0), max(k_lengths, default=0)
     new_lengths = [0] * facts.batch
-    if call["k"] is not None:
+    if call.k_new is not None:
         new_lengths = _lengths(call, "cu_seqlens_k_new", "", facts.new_rows, facts.batch)
     k_lengths = _check_cache(call, new_lengths, facts)
-    if call["rotary_cos"] is not None:
+    if call.rotary_cos is not None:
         _check_rotary(call, q_lengths, new_lengths, facts)
     return max(q_lengths, default=0), max(k_lengths, default=0)
 
 
-def _values(tensor: Tensor) -> list[int]:
+def _values(tensor: Any) -> list[int]:
     values: list[int] = tensor.tolist()
     return values
 
 
-def _lengths(call: Mapping[str, Any], offsets: str, used: str, rows: int, batch: int) -> list[int]:
+def _lengths(call: Call, offsets: str, used: str, rows: int, batch: int) -> list[int]:
     """The length of each sequence, from offsets into `rows` rows, from `rows` itself, cut by `used`."""
-    given = call.get(offsets)
+    given: Tensor | None = getattr(call, offsets)
     if given is None:
         lengths = [rows] * batch
     else:
@@ -62,9 +63,10 @@ def _lengths(call: Mapping[str, Any], offsets: str, used: str, rows: int, batch:
             )
         if numbers[-1] > rows:
             raise ValueError(f"{offsets}[-1] is {numbers[-1]}; it must be at most {rows}, the rows that there are")
-    if call.get(used) is None:
+    limits: Tensor | None = getattr(call, used) if used else None
+    if limits is None:
         return lengths
-    counts = _values(call[used])
+    counts = _values(limits)
     for at, (count, length) in enumerate(zip(counts, lengths, strict=True)):
         if not 0 <= count <= length:
             raise ValueError(f"{used}[{at}] is {count}; it must be between 0 and {length}, the sequence's rows")
@@ -85,33 +87,33 @@ def _need_room(name: str, lengths: Sequence[int], new_lengths: Sequence[int], fa
             )
 
 
-def _check_cache(call: Mapping[str, Any], new_lengths: list[int], facts: Facts) -> list[int]:
+def _check_cache(call: Call, new_lengths: list[int], facts: Facts) -> list[int]:
     """cache_seqlens, cache_leftpad, cache_batch_idx and page_table; returns the lengths with the new keys."""
     batch = facts.batch
-    old = [facts.k_rows] * batch if call["cache_seqlens"] is None else _values(call["cache_seqlens"])
+    old = [facts.k_rows] * batch if call.seqused_k is None else _values(call.seqused_k)
     _need_room("cache_seqlens", old, new_lengths, facts)
     leftpad = [0] * batch
-    if call["cache_leftpad"] is not None:
-        leftpad = _values(call["cache_leftpad"])
+    if call.cache_leftpad is not None:
+        leftpad = _values(call.cache_leftpad)
         for at, (pad, length) in enumerate(zip(leftpad, old, strict=True)):
             if not 0 <= pad <= length:
                 raise ValueError(
                     f"cache_leftpad[{at}] is {pad}; it must be between 0 and {length}, the sequence's length"
                 )
     batch_idx = None
-    if call["cache_batch_idx"] is not None:
-        batch_idx = _values(call["cache_batch_idx"])
+    if call.cache_batch_idx is not None:
+        batch_idx = _values(call.cache_batch_idx)
         for at, row in enumerate(batch_idx):
             if not 0 <= row < facts.cache_rows:
                 what = "page_table" if facts.page_size else "k_cache"
                 raise ValueError(
                     f"cache_batch_idx[{at}] is {row}; it must be between 0 and {facts.cache_rows - 1}, a row of {what}"
                 )
-        if call["k"] is not None and len(set(batch_idx)) < batch:
+        if call.k_new is not None and len(set(batch_idx)) < batch:
             raise ValueError(f"cache_batch_idx is {batch_idx}; with k its rows must differ: each is appended to once")
     lengths = [length + new for length, new in zip(old, new_lengths, strict=True)]
-    if call["page_table"] is not None:
-        _check_pages(call["page_table"], lengths, leftpad, batch_idx, facts)
+    if call.page_table is not None:
+        _check_pages(call.page_table, lengths, leftpad, batch_idx, facts)
     return [length - pad for length, pad in zip(lengths, leftpad, strict=True)]
 
 
@@ -120,7 +122,7 @@ def _check_pages(
 ) -> None:
     """Every entry that is read names a page; entries past a length may hold anything.
 
-    On the CPU the kernel looks for itself, with the same words (forward.h).
+    On the CPU the kernel looks for itself and raises the same error text (cpu/entry/forward.h).
     """
     if facts.on_host:
         return
@@ -146,12 +148,13 @@ def _check_pages(
                 )
 
 
-def _check_rotary(call: Mapping[str, Any], q_lengths: Sequence[int], new_lengths: Sequence[int], facts: Facts) -> None:
+def _check_rotary(call: Call, q_lengths: Sequence[int], new_lengths: Sequence[int], facts: Facts) -> None:
     """Every position that is rotated stands in the tables."""
-    name = "cache_seqlens" if call["rotary_seqlens"] is None else "rotary_seqlens"
-    left, right = call["window_size"]
-    advances = call["causal"] or left >= 0 or right >= 0 or call["attention_chunk"] > 0
-    for at, start in enumerate(_values(call[name])):
+    starts = call.seqused_k if call.rotary_seqlens is None else call.rotary_seqlens
+    name = "cache_seqlens" if call.rotary_seqlens is None else "rotary_seqlens"
+    left, right = call.window_size
+    advances = call.causal or left >= 0 or right >= 0 or bool(call.attention_chunk)
+    for at, start in enumerate(_values(starts)):
         if start < 0:
             raise ValueError(f"{name}[{at}] is {start}; it must be at least 0, a position in the rotary tables")
         queries = q_lengths[at] if advances else min(q_lengths[at], 1)

@@ -6,14 +6,13 @@ q/k and v; sq, sk lengths. `Facts` is what the other checks and the defaults nee
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+import operator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from jit_kernel.fa3.call import KVCACHE, NAME_OF, Call, batch_of, default_scale, result_dtype
 from jit_kernel.fa3.checks.values import (
     INPUT_DTYPES,
     described,
@@ -56,11 +55,13 @@ class Facts:
     on_host: bool
 
 
-def check(function: str, call: Mapping[str, Any]) -> Facts:
-    """Check the types and shapes of one call's arguments, by name. Raises TypeError or ValueError."""
-    k_name, v_name = ("k_cache", "v_cache") if "k_cache" in call else ("k", "v")
+def check(call: Call) -> Facts:
+    """Check the types and shapes of one call's arguments. Raises TypeError or ValueError."""
+    names = NAME_OF[call.function]
+    k_name, v_name = names.get("k", "k"), names.get("v", "v")
     _check_types(call)
-    q, k, v = (need_tensor(name, call[name]) for name in ("q", k_name, v_name))
+    q = need_tensor("q", call.q)
+    k, v = need_tensor(k_name, call.k), need_tensor(v_name, call.v)
     need_dtype("q", q, INPUT_DTYPES)
     for name, tensor in ((k_name, k), (v_name, v)):
         need_dtype(name, tensor, (q.dtype,), ", the dtype of q")
@@ -69,15 +70,16 @@ def check(function: str, call: Mapping[str, Any]) -> Facts:
     _check_heads(q, k, v, k_name, v_name)
     k_rows, cache_rows = _check_keys(call, q, k, v, batch, k_name, v_name)
     _check_used(call, q, batch)
-    new_rows = _check_append(call, q, k, v, batch) if k_name == "k_cache" else 0
-    rotary_rows = _check_rotary(call, q, batch) if k_name == "k_cache" else 0
+    of_cache = call.function == KVCACHE
+    new_rows = _check_append(call, q, k, v, batch) if of_cache else 0
+    rotary_rows = _check_rotary(call, q) if of_cache else 0
     _check_qv(call, q, v)
     _check_extras(call, q, k, v, batch)
-    paged = call.get("page_table") is not None
-    qv = call["qv"]
+    paged = call.page_table is not None
+    qv = call.qv
     return Facts(
         batch=batch,
-        q_rows=q.shape[0] if call.get("cu_seqlens_q") is not None else q.shape[1],
+        q_rows=q.shape[0] if call.cu_seqlens_q is not None else q.shape[1],
         k_rows=k_rows,
         page_size=k.shape[1] if paged else 0,
         pages=k.shape[0] if paged else 0,
@@ -86,60 +88,43 @@ def check(function: str, call: Mapping[str, Any]) -> Facts:
         rotary_rows=rotary_rows,
         scale=default_scale(q, qv, only_qv=False),
         scale_of_qv=None if qv is None else default_scale(q, qv, only_qv=True),
-        indexed=any(call.get(name) is not None for name in _INDEX_NAMES),
+        indexed=any(tensor is not None for tensor in _index_tensors(call)),
         on_host=q.device.type == "cpu",
     )
 
 
-_INDEX_NAMES = (
-    "cu_seqlens_q",
-    "cu_seqlens_k",
-    "seqused_q",
-    "seqused_k",
-    "cache_seqlens",
-    "cache_batch_idx",
-    "cache_leftpad",
-    "page_table",
-    "cu_seqlens_k_new",
-    "rotary_seqlens",
-)
+_LENGTHS = ("seqused_q", "seqused_k", "cache_batch_idx", "cache_leftpad", "rotary_seqlens")  # one number a sequence
+_index_tensors = operator.attrgetter("cu_seqlens_q", "cu_seqlens_k", "page_table", "cu_seqlens_k_new", *_LENGTHS)
 
 
-def default_scale(q: Tensor, qv: Tensor | None, *, only_qv: bool) -> float:
-    """1/sqrt(d), with qv 1/sqrt(d + dv), with only_qv 1/sqrt(dv)."""
-    size = 0 if qv is None else qv.shape[-1]
-    return 1.0 / math.sqrt(size if only_qv else q.shape[-1] + size)
-
-
-def _check_types(call: Mapping[str, Any]) -> None:
+def _check_types(call: Call) -> None:
     for name in _BOOLS:
-        if name in call:
-            need_bool(name, call[name])
+        need_bool(name, getattr(call, name))
     for name in _INTEGERS:
-        need_integer(name, call[name])
+        need_integer(name, getattr(call, name))
     for name in ("max_seqlen_q", "max_seqlen_k", "attention_chunk"):
-        if call.get(name) is not None:
-            need_integer(name, call[name])
-    if call["softmax_scale"] is not None:
-        need_number("softmax_scale", call["softmax_scale"])
-    need_number("softcap", call["softcap"])
-    if call["pack_gqa"] is not None:
-        need_bool("pack_gqa", call["pack_gqa"])
-    window = call["window_size"]
+        if getattr(call, name) is not None:
+            need_integer(name, getattr(call, name))
+    if call.softmax_scale is not None:
+        need_number("softmax_scale", call.softmax_scale)
+    need_number("softcap", call.softcap)
+    if call.pack_gqa is not None:
+        need_bool("pack_gqa", call.pack_gqa)
+    window = call.window_size
     if not isinstance(window, (tuple, list)):
         raise TypeError(f"window_size is {described(window)}; it must be a pair of ints (left, right)")
 
 
-def _check_queries(call: Mapping[str, Any], q: Tensor) -> int:
+def _check_queries(call: Call, q: Tensor) -> int:
     """q and cu_seqlens_q; returns the batch size."""
-    cu_seqlens_q = call.get("cu_seqlens_q")
+    cu_seqlens_q = call.cu_seqlens_q
     if cu_seqlens_q is None:
         need_dims("q", q, "(b, sq, hq, d)")
     else:
         need_dims("q", q, "(total_q, hq, d)")
         _need_offsets("cu_seqlens_q", cu_seqlens_q, None, q.device)
     need_unit_stride("q", q)
-    return int(q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1)
+    return batch_of(call)
 
 
 def _need_offsets(name: str, value: object, batch: int | None, device: torch.device) -> None:
@@ -163,16 +148,13 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor, k_name: str, v_name: str) -> N
         raise ValueError(f"{v_name} has {v.shape[-2]} heads; it must have as many as {k_name}, {kv_heads}")
 
 
-def _check_keys(
-    call: Mapping[str, Any], q: Tensor, k: Tensor, v: Tensor, batch: int, k_name: str, v_name: str
-) -> tuple[int, int]:
+def _check_keys(call: Call, q: Tensor, k: Tensor, v: Tensor, batch: int, k_name: str, v_name: str) -> tuple[int, int]:
     """k and v in their three layouts; returns the most keys of a sequence and the rows of the cache."""
-    page_table, cu_seqlens_k = call.get("page_table"), call.get("cu_seqlens_k")
-    batch_idx = call.get("cache_batch_idx")
+    page_table, cu_seqlens_k = call.page_table, call.cu_seqlens_k
+    batch_idx = call.cache_batch_idx
     if page_table is not None:
         need_absent("cu_seqlens_k", cu_seqlens_k, "with page_table: pages have lengths in seqused_k")
-        lengths = "cache_seqlens" if k_name == "k_cache" else "seqused_k"
-        need_present(lengths, call[lengths], "with page_table")
+        need_present(NAME_OF[call.function].get("seqused_k", "seqused_k"), call.seqused_k, "with page_table")
         form = "(pages, page_size, hk, {})"
         need_dims(k_name, k, form.format("d"))
         rows = None if batch_idx is not None else batch
@@ -201,28 +183,29 @@ def _check_keys(
     return found
 
 
-def _check_used(call: Mapping[str, Any], q: Tensor, batch: int) -> None:
+def _check_used(call: Call, q: Tensor, batch: int) -> None:
     """Every index tensor that holds one number a sequence."""
-    for name in ("seqused_q", "seqused_k", "cache_seqlens", "cache_batch_idx", "cache_leftpad", "rotary_seqlens"):
-        value = call.get(name)
-        if name == "cache_seqlens" and value is not None and not isinstance(value, Tensor):
-            need_integer("cache_seqlens", value)
+    for name in _LENGTHS:
+        value = getattr(call, name)
+        shown = NAME_OF[call.function].get(name, name)
+        if shown == "cache_seqlens" and value is not None and not isinstance(value, Tensor):
+            need_integer(shown, value)
         elif value is not None:
-            need_index(name, value, (batch,), "(b,)", q.device)
+            need_index(shown, value, (batch,), "(b,)", q.device)
 
 
-def _check_append(call: Mapping[str, Any], q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: int) -> int:
+def _check_append(call: Call, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: int) -> int:
     """New keys and values; returns how many rows they have."""
-    offsets = call["cu_seqlens_k_new"]
+    offsets = call.cu_seqlens_k_new
     if offsets is not None:
         # Serving engines pass it with every call: without new keys it has no meaning, as in FA3.
         _need_offsets("cu_seqlens_k_new", offsets, batch, q.device)
-    if call["k"] is None:
-        need_absent("v", call["v"], "without k")
+    if call.k_new is None:
+        need_absent("v", call.v_new, "without k")
         return 0
-    need_present("v", call["v"], "with k: new keys and values are appended together")
-    need_present("cache_seqlens", call["cache_seqlens"], "with k: it says where new keys are appended")
-    k, v = need_tensor("k", call["k"]), need_tensor("v", call["v"])
+    need_present("v", call.v_new, "with k: new keys and values are appended together")
+    need_present("cache_seqlens", call.seqused_k, "with k: it says where new keys are appended")
+    k, v = need_tensor("k", call.k_new), need_tensor("v", call.v_new)
     form = "(b, s_new, hk, {})" if offsets is None else "(total_new, hk, {})"
     for name, new, cache, size in (("k", k, k_cache, "d"), ("v", v, v_cache, "dv")):
         need_dtype(name, new, (q.dtype,), ", the dtype of q")
@@ -238,15 +221,15 @@ def _check_append(call: Mapping[str, Any], q: Tensor, k_cache: Tensor, v_cache: 
     return int(k.shape[0] if offsets is not None else k.shape[1])
 
 
-def _check_rotary(call: Mapping[str, Any], q: Tensor, batch: int) -> int:
+def _check_rotary(call: Call, q: Tensor) -> int:
     """The rotary tables; returns how many positions they hold."""
-    if call["rotary_cos"] is None:
-        need_absent("rotary_sin", call["rotary_sin"], "without rotary_cos")
-        need_absent("rotary_seqlens", call["rotary_seqlens"], "without rotary_cos")
+    if call.rotary_cos is None:
+        need_absent("rotary_sin", call.rotary_sin, "without rotary_cos")
+        need_absent("rotary_seqlens", call.rotary_seqlens, "without rotary_cos")
         return 0
-    need_present("rotary_sin", call["rotary_sin"], "with rotary_cos")
-    need_present("k", call["k"], "with rotary_cos: the rotation applies to q and to new keys")
-    cos, sin = need_tensor("rotary_cos", call["rotary_cos"]), need_tensor("rotary_sin", call["rotary_sin"])
+    need_present("rotary_sin", call.rotary_sin, "with rotary_cos")
+    need_present("k", call.k_new, "with rotary_cos: the rotation applies to q and to new keys")
+    cos, sin = need_tensor("rotary_cos", call.rotary_cos), need_tensor("rotary_sin", call.rotary_sin)
     for name, table in (("rotary_cos", cos), ("rotary_sin", sin)):
         need_dtype(name, table, (q.dtype,), ", the dtype of q")
         need_device(name, table, q.device)
@@ -262,10 +245,10 @@ def _check_rotary(call: Mapping[str, Any], q: Tensor, batch: int) -> int:
     return int(cos.shape[0])
 
 
-def _check_qv(call: Mapping[str, Any], q: Tensor, v: Tensor) -> None:
-    if call["qv"] is None:
+def _check_qv(call: Call, q: Tensor, v: Tensor) -> None:
+    if call.qv is None:
         return
-    qv = need_tensor("qv", call["qv"])
+    qv = need_tensor("qv", call.qv)
     need_dtype("qv", qv, (q.dtype,), ", the dtype of q")
     need_device("qv", qv, q.device)
     need_shape("qv", qv, (*q.shape[:-1], v.shape[-1]), "q's shape with dv in the last place")
@@ -277,28 +260,28 @@ def _check_qv(call: Mapping[str, Any], q: Tensor, v: Tensor) -> None:
         )
 
 
-def _check_extras(call: Mapping[str, Any], q: Tensor, k: Tensor, v: Tensor, batch: int) -> None:
+def _check_extras(call: Call, q: Tensor, k: Tensor, v: Tensor, batch: int) -> None:
     """Descales, sinks, scheduler_metadata and out."""
     for name in ("q_descale", "k_descale", "v_descale"):
-        if call[name] is not None:
+        scale = getattr(call, name)
+        if scale is not None:
             if q.dtype != torch.float8_e4m3fn:
-                need_absent(name, call[name], f"for inputs of dtype {str(q.dtype)[6:]}: it scales float8_e4m3fn")
-            descale = need_tensor(name, call[name])
+                need_absent(name, scale, f"for inputs of dtype {str(q.dtype)[6:]}: it scales float8_e4m3fn")
+            descale = need_tensor(name, scale)
             need_dtype(name, descale, (torch.float32,))
             need_device(name, descale, q.device)
             need_shape(name, descale, (batch, k.shape[-2]), "(b, hk)")
-    if call["sinks"] is not None:
-        sinks = need_tensor("sinks", call["sinks"])
+    if call.sinks is not None:
+        sinks = need_tensor("sinks", call.sinks)
         need_dtype("sinks", sinks, (torch.float32, q.dtype))
         need_device("sinks", sinks, q.device)
         need_shape("sinks", sinks, (q.shape[-2],), "(hq,)")
         need_contiguous("sinks", sinks)
-    if call.get("scheduler_metadata") is not None:
-        need_index("scheduler_metadata", call["scheduler_metadata"], None, "(n,)", q.device)
-    if call["out"] is not None:
-        out = need_tensor("out", call["out"])
-        dtype = torch.bfloat16 if q.dtype == torch.float8_e4m3fn else q.dtype
-        need_dtype("out", out, (dtype,), ", the dtype of the result")
+    if call.scheduler_metadata is not None:
+        need_index("scheduler_metadata", call.scheduler_metadata, None, "(n,)", q.device)
+    if call.out is not None:
+        out = need_tensor("out", call.out)
+        need_dtype("out", out, (result_dtype(q.dtype),), ", the dtype of the result")
         need_device("out", out, q.device)
         need_shape("out", out, (*q.shape[:-1], v.shape[-1]), "q's shape with dv in the last place")
         need_unit_stride("out", out)

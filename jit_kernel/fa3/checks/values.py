@@ -119,6 +119,26 @@ def need_range(name: str, value: int, low: int, high: int, why: str = "") -> Non
         raise ValueError(f"{name} is {value}; it must be between {low} and {high}{why}")
 
 
+def need_window(window: Any) -> tuple[int, int]:
+    """window_size as a pair of ints, -1 for a side without bound. Raises TypeError or ValueError."""
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise TypeError(f"window_size is {described(window)}; it must be a pair of ints (left, right)")
+    left, right = window
+    for side, bound in (("left", left), ("right", right)):
+        need_integer(f"window_size's {side} bound", bound)
+        need_range(f"window_size's {side} bound", bound, -1, INT32_MAX, "; -1 is unbounded")
+    return left, right
+
+
+def refuse_gradients(name: str, tensor: Any) -> None:
+    """There is no backward pass: an input that asks for one, in grad mode, is an error."""
+    if getattr(tensor, "requires_grad", False):
+        raise NotImplementedError(
+            f"{name} requires grad; jit_kernel has the forward pass alone: "
+            "call it under torch.no_grad() or detach the tensor"
+        )
+
+
 def need_absent(name: str, value: Any, why: str) -> None:
     """None, in a call where the argument would have no meaning."""
     if value is not None:

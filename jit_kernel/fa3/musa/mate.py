@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from jit_kernel import moore_threads as musa
+from jit_kernel import moore_threads
 
 log = logging.getLogger("jit_kernel")
 
@@ -58,12 +58,12 @@ def load() -> Mate:
 
 
 def _import() -> Mate:
-    report = musa.probe()
+    report = moore_threads.probe()
     if report.missing:
         lines = "\n  ".join(str(part) for part in report.missing)
         raise NotImplementedError(f"attention on musa needs MATE, and this is missing:\n  {lines}")
     version = report.mate.version or ""
-    module = musa.wrapper_module(version)
+    module = moore_threads.wrapper_module(version)
     level = os.environ.get("MATE_LOGLEVEL", "0")
     if level.isdigit() and int(level) >= 3:
         log.warning(
@@ -78,7 +78,7 @@ def _import() -> Mate:
             "on a machine without a device set MATE_MUSA_ARCH_LIST=3.1"
         ) from error
     return Mate(
-        musa.release(version)[:3],
+        moore_threads.release(version)[:3],
         wrapper.flash_attn_varlen_func,
         wrapper.flash_attn_with_kvcache,
         wrapper.get_scheduler_metadata,
@@ -89,7 +89,7 @@ def version() -> tuple[int, ...]:
     """The version that is loaded or would be; (0, 2, 2), the newest known, on a machine without MATE."""
     if _mate is not None:
         return _mate.version
-    return musa.release(musa.probe().mate.version or "0.2.2")[:3]
+    return moore_threads.release(moore_threads.probe().mate.version or "0.2.2")[:3]
 
 
 def need_splits(num_splits: int) -> None:
@@ -106,14 +106,6 @@ def device_guard(device: torch.device) -> AbstractContextManager[Any]:
         return nullcontext()
     guard: AbstractContextManager[Any] = torch.musa.device(device)  # type: ignore[attr-defined]
     return guard
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether the current stream of a MUSA device is being captured into a graph."""
-    if device.type != "musa":
-        return False
-    capturing: bool = torch.musa.is_current_stream_capturing()  # type: ignore[attr-defined]
-    return capturing
 
 
 def call(mate: Mate, function: Callable[..., Any], device: torch.device, arguments: dict[str, Any]) -> Any:

@@ -16,23 +16,19 @@ def _weights(lse_parts: Tensor) -> tuple[Tensor, Tensor]:
     return torch.exp(lse_parts - lse).nan_to_num(nan=0.0), lse
 
 
-def flash_attn_combine(
-    *, out_partial: Tensor, lse_partial: Tensor, out: Tensor | None = None, out_dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
-    """See `jit_kernel.flash_attention_v3.flash_attn_combine`."""
-    weights, lse = _weights(lse_partial.to(torch.float32))
+def combine(out_partial: Tensor, lse_partial: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Combine checked parts into out and lse."""
+    weights, total_lse = _weights(lse_partial.to(torch.float32))
     # A part without keys may hold anything: 0 * NaN would be NaN.
     parts = torch.where(weights[..., None] > 0, out_partial.to(torch.float32), 0.0)
-    total = (parts * weights[..., None]).sum(dim=0)
-    if out is not None:
-        return out.copy_(total), lse
-    return total.to(out_partial.dtype if out_dtype is None else out_dtype), lse
+    out.copy_((parts * weights[..., None]).sum(dim=0))
+    lse.copy_(total_lse)
 
 
-def merge_state(*, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """See `jit_kernel.flash_attention_v3.merge_state`; lse is (hq, total_q) or (b, hq, sq), out has tokens first."""
-    weights, lse = _weights(torch.stack([lse_a, lse_b]).to(torch.float32))
+def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Merge two checked states into out and lse; lse is (hq, total_q) or (b, hq, sq), out has tokens first."""
+    weights, total_lse = _weights(torch.stack([lse_a, lse_b]).to(torch.float32))
     shares = weights.transpose(-1, -2).unsqueeze(-1)
     parts = torch.stack([out_a, out_b]).to(torch.float32)
-    total = (torch.where(shares > 0, parts, 0.0) * shares).sum(dim=0)
-    return total.to(out_a.dtype), lse
+    out.copy_((torch.where(shares > 0, parts, 0.0) * shares).sum(dim=0))
+    lse.copy_(total_lse)

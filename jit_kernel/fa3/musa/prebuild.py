@@ -12,8 +12,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from jit_kernel import moore_threads as musa
-from jit_kernel.fa3.musa import rules as musa_rules
+from jit_kernel import moore_threads
+from jit_kernel.fa3.musa import rules
 
 LEVEL = 2  # MATE's own levels: 1 is bf16 prefill and decode, 2 adds windows, softcap, pages and 192/128
 DTYPES = {"bf16": "mutlass::bfloat16_t", "fp16": "mutlass::half_t"}
@@ -67,12 +67,12 @@ def _built(build: Any, arguments: dict[str, Any]) -> tuple[float, str | None]:
 
 
 def _need_parts() -> None:
-    report = musa.probe()
+    report = moore_threads.probe()
     lacking = [part for part in (report.mate, report.tvm_ffi, report.mcc) if not part.usable]
     if lacking:
         lines = "\n  ".join(str(part) for part in lacking)
         raise NotImplementedError(f"building MATE's modules needs, and this is missing:\n  {lines}")
-    if musa.release(report.mate.version or "") < (0, 2):
+    if moore_threads.release(report.mate.version or "") < (0, 2):
         raise NotImplementedError(
             f"MATE {report.mate.version} has no way to build its modules ahead; 0.2.0 and newer have one"
         )
@@ -93,9 +93,9 @@ def _value(field: str, text: str) -> str | int | bool:
         raise ValueError(f"--select {field}={text}: it must be a number of at least 1")
     if field == "group":
         return int(text)
-    if int(text) > musa_rules.HEAD_SIZES[-1]:
-        raise ValueError(f"--select {field}={text}: MATE serves head sizes up to {musa_rules.HEAD_SIZES[-1]}")
-    return musa_rules.rounded(int(text))
+    if int(text) > rules.HEAD_SIZES[-1]:
+        raise ValueError(f"--select {field}={text}: MATE serves head sizes up to {rules.HEAD_SIZES[-1]}")
+    return rules.rounded(int(text))
 
 
 def selected(configs: list[dict[str, Any]], wanted: Mapping[str, str | int | bool]) -> list[dict[str, Any]]:

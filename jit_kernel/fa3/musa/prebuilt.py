@@ -1,4 +1,4 @@
-"""MATE's prebuilt kernels: which calls it gives them, what they read wrongly, and what keeps such a call right."""
+"""MATE's prebuilt kernels: which calls it gives them, what they read wrongly, and how such a call is corrected."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jit_kernel.fa3.musa import metadata as musa_metadata
+from jit_kernel.fa3.call import Call
+from jit_kernel.fa3.musa import metadata
 
 _INT32_ELEMENTS = 2**31 - 1  # they hold sizes and strides in int32
 
 
-def takes_prebuilt(call: dict[str, Any]) -> bool:
+def takes_prebuilt(call: Call) -> bool:
     """Whether MATE would choose a prebuilt kernel for a checked varlen call that it serves."""
-    q, k, v, mask = call["q"], call["k"], call["v"], musa_metadata.mask(call["causal"], call["window_size"])
-    d, dv = q.shape[-1], v.shape[-1]
-    plain = all(call[name] is None for name in ("page_table", "seqused_q", "seqused_k"))
-    plain = plain and call["softcap"] == 0.0 and call["attention_chunk"] == 0
+    q, k, mask = call.q, call.k, metadata.mask(call.causal, call.window_size)
+    d, dv = q.shape[-1], call.v.shape[-1]
+    plain = call.page_table is None and call.seqused_q is None and call.seqused_k is None
+    plain = plain and call.softcap == 0.0 and call.attention_chunk == 0
     return (
         plain
         and q.dim() == k.dim()
@@ -26,18 +27,18 @@ def takes_prebuilt(call: dict[str, Any]) -> bool:
     )
 
 
-def destination(call: dict[str, Any]) -> Tensor | None:
+def destination(call: Call) -> Tensor | None:
     """The buffer for a varlen call: the caller's where MATE can write it, zeros where it leaves rows as they were."""
-    q, out = call["q"], call["out"]
+    q, out = call.q, call.out
     if out is not None:  # the prebuilt path neither checks it nor takes strides
         return out if out.is_contiguous() else None
-    if call["cu_seqlens_q"] is None and call["seqused_q"] is None:
+    if call.cu_seqlens_q is None and call.seqused_q is None:
         return None
-    return q.new_zeros((*q.shape[:-1], call["v"].shape[-1]))
+    return q.new_zeros((*q.shape[:-1], call.v.shape[-1]))
 
 
-def kept_right(q: Tensor, k: Tensor, cu_seqlens_k: Tensor | None) -> dict[str, Any]:
-    """What keeps a prebuilt kernel right, or the call away from it.
+def corrected(q: Tensor, k: Tensor, cu_seqlens_k: Tensor | None) -> dict[str, Any]:
+    """The arguments with which a prebuilt kernel is right, or which lead the call to another.
 
     It bounds its reads of k by k.numel(), so that the end of a strided k reads as zero; it takes a single sequence as
     dense, whatever cu_seqlens says; and its sizes are int32. Lengths of the keys lead MATE to a compiled kernel.

@@ -1,4 +1,4 @@
-"""What is put right after a call of MATE's: its tuples, sinks, a caller's out, rows that do not count."""
+"""Corrections after a call of MATE's: its tuples, sinks, a caller's out, rows that do not count."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from jit_kernel.fa3.call import Call, lse_shape
 
 
 def unpacked(result: Any) -> tuple[Tensor, Tensor | None]:
@@ -33,7 +35,8 @@ def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor, *, ragged_q: bool) -> tu
 def rows_that_count(seqused_q: Tensor | None, cu_seqlens_q: Tensor | None, rows: int) -> Tensor:
     """Boolean: the rows of q below seqused_q and cu_seqlens_q's end, (total_q,) or (b, sq); no synchronisation."""
     given = seqused_q if cu_seqlens_q is None else cu_seqlens_q
-    assert given is not None
+    if given is None:
+        raise ValueError("rows are counted by seqused_q or by cu_seqlens_q; both are None")
     row = torch.arange(rows, device=given.device)
     if cu_seqlens_q is None:
         return row < given[:, None]
@@ -43,7 +46,7 @@ def rows_that_count(seqused_q: Tensor | None, cu_seqlens_q: Tensor | None, rows:
     return row - cu_seqlens_q[:-1][sequence] < seqused_q[sequence]
 
 
-def delivered(out: Tensor, given: Tensor | None, counts: Tensor | None) -> Tensor:
+def in_place_of(out: Tensor, given: Tensor | None, counts: Tensor | None) -> Tensor:
     """The result in the caller's `given`, if there is one; rows that do not count stay as they were, or are zero."""
     if given is not None and given.data_ptr() == out.data_ptr():
         return given
@@ -54,8 +57,8 @@ def delivered(out: Tensor, given: Tensor | None, counts: Tensor | None) -> Tenso
     return out if given is None else given.copy_(out)
 
 
-def without_keys(q: Tensor, head_dim_v: int, *, ragged_q: bool) -> tuple[Tensor, Tensor]:
+def without_keys(call: Call) -> tuple[Tensor, Tensor]:
     """The result of a call that has no key at all: MATE's prebuilt kernels refuse such a call."""
-    out = q.new_zeros((*q.shape[:-1], head_dim_v))
-    shape = (q.shape[1], q.shape[0]) if ragged_q else (q.shape[0], q.shape[2], q.shape[1])
-    return out, torch.full(shape, -math.inf, dtype=torch.float32, device=q.device)
+    q = call.q
+    out = q.new_zeros((*q.shape[:-1], call.v.shape[-1]))
+    return out, torch.full(lse_shape(q), -math.inf, dtype=torch.float32, device=q.device)

@@ -5,7 +5,7 @@ MATE asserts, ignores or misreads what it does not serve; each rule says which. 
 
 from __future__ import annotations
 
-from jit_kernel import moore_threads as musa
+from jit_kernel import moore_threads
 from jit_kernel.fa3.features import Features
 
 HEAD_SIZES = (64, 128, 192, 256, 384, 512)
@@ -55,11 +55,11 @@ def _version_rejection(version: tuple[int, ...], call: Features) -> str | None:
     for needed, features in since.items():
         for name, used in features.items():
             if used and version < needed:
-                told = (".".join(map(str, numbers)) for numbers in (needed, version))
-                return "{}: MATE has it since {}, this is {}".format(name, *told)
-    toolkit = musa.release(musa.probe().toolkit.version or "")
+                since_, this = (".".join(map(str, numbers)) for numbers in (needed, version))
+                return f"{name}: MATE has it since {since_}, this is {this}"
+    toolkit = moore_threads.release(moore_threads.probe().toolkit.version or "")
     if call.chunk and toolkit and toolkit < CHUNK_TOOLKIT:
-        return f"attention_chunk: MATE needs the MUSA toolkit 5.1.0, this is {musa.probe().toolkit.version}"
+        return f"attention_chunk: MATE needs the MUSA toolkit 5.1.0, this is {moore_threads.probe().toolkit.version}"
     return None
 
 

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from jit_kernel.device import device_target
+from jit_kernel.fa3 import call as calls
+from jit_kernel.fa3.call import Call, Result
 from jit_kernel.fa3.features import DTYPE_NAMES
-from jit_kernel.fa3.portable import planning as plan
+from jit_kernel.fa3.portable import planning
 from jit_kernel.fa3.portable.kernels import DeviceKernels
 from jit_kernel.fa3.portable.planning import Layout, Plan
 
@@ -27,92 +29,48 @@ def kernels_of(device: torch.device) -> DeviceKernels:
     return found
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    softmax_scale: float,
-    causal: bool,
-    window_size: tuple[int, int],
-    attention_chunk: int,
-    softcap: float,
-    num_splits: int,
-    pack_gqa: bool | None,
-    return_softmax_lse: bool,
-    sinks: Tensor | None,
-    out: Tensor | None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    cu_seqlens_k_new: Tensor | None = None,
-    seqused_q: Tensor | None = None,
-    seqused_k: Tensor | None = None,
-    page_table: Tensor | None = None,
-    cache_batch_idx: Tensor | None = None,
-    cache_leftpad: Tensor | None = None,
-    seqlen_k_new: int = 0,
-    sm_margin: int = 0,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention of checked tensors; shapes as in the public functions, q already rotated."""
-    kernels = kernels_of(q.device)
-    flags = (
-        (plan.CU_SEQLENS_Q if cu_seqlens_q is not None else 0)
-        | (plan.CU_SEQLENS_K if cu_seqlens_k is not None else 0)
-        | (plan.CU_SEQLENS_K_NEW if cu_seqlens_k_new is not None else 0)
-        | (plan.SEQUSED_Q if seqused_q is not None else 0)
-        | (plan.SEQUSED_K if seqused_k is not None else 0)
-        | (plan.CACHE_BATCH_IDX if cache_batch_idx is not None else 0)
-        | (plan.CACHE_LEFTPAD if cache_leftpad is not None else 0)
-        | (plan.LSE if return_softmax_lse else 0)
-        | (plan.ZERO_REST if out is None else 0)
-    )
-    if sinks is not None:
-        flags |= plan.SINKS | (plan.SINKS_ARE_FLOAT32 if sinks.dtype is torch.float32 else 0)
-    shape = q.shape
-    if cu_seqlens_q is None:
-        batch = shape[0]
-        lse_shape: tuple[int, ...] = (batch, shape[2], shape[1])
-    else:
-        batch = cu_seqlens_q.shape[0] - 1
-        lse_shape = (shape[1], shape[0])
-    result = out
-    if result is None:
-        result = torch.empty((*shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
-    lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device) if return_softmax_lse else None
+def attend(call: Call) -> Result:
+    """Attention of a checked call, q already rotated."""
+    q, k, v, sinks = call.q, call.k, call.v, call.sinks
+    device = kernels_of(q.device)
+    flags = planning.flags_of(call)
+    batch, longest_q = calls.batch_of(call), call.max_seqlen_q
+    result = calls.new_result(call) if call.out is None else call.out
+    lse = calls.new_lse(call)
+    if batch == 0 or longest_q == 0 or q.numel() == 0:
+        return _nothing_to_do(result, lse, call.out is None)
+    page_table, offsets, offsets_new = call.page_table, call.cu_seqlens_q, call.cu_seqlens_k_new
     settings = (
-        q.dtype, batch, shape[-3] if max_seqlen_q is None else max_seqlen_q, max_seqlen_k, seqlen_k_new,
+        q.dtype, batch, longest_q, call.max_seqlen_k,
+        0 if call.k_new is None or offsets_new is not None else call.k_new.shape[1],
         0 if page_table is None else page_table.shape[1],
-        (window_size[0], 0) if causal else window_size, attention_chunk, softcap > 0,
-        num_splits, pack_gqa, sm_margin, flags,
+        calls.mask_bounds(call), call.attention_chunk, call.softcap > 0,
+        call.num_splits, call.pack_gqa, call.sm_margin, flags,
         (q.data_ptr() | k.data_ptr() | v.data_ptr() | result.data_ptr()) & 15 == 0,
     )  # fmt: skip
-    if batch == 0 or settings[2] == 0 or q.numel() == 0:
-        return _nothing_to_do(result, lse, out is None)
-    key = (shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), result.stride(), settings)
-    made = kernels.plans.get(key)
+    key = (q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), result.stride(), settings)
+    made = device.plans.get(key)
     if made is None:
-        made = _make_plan(kernels, key, q, k, v, result, settings)
+        made = _make_plan(device, key, q, k, v, result, settings)
     out_partial = lse_partial = None
     if made.combine is not None:
         out_partial = torch.empty(made.partial_shape, dtype=torch.float32, device=q.device)
         lse_partial = torch.empty(made.partial_shape[:3], dtype=torch.float32, device=q.device)
-    kernels.launch(
+    device.launch(
         made.forward.handle, made.forward.grid, q, k, v, result, lse, out_partial, lse_partial,
-        cu_seqlens_q, cu_seqlens_k, cu_seqlens_k_new, seqused_q, seqused_k,
-        page_table, cache_batch_idx, cache_leftpad, sinks,
-        *made.forward.scalars, softmax_scale, float(softcap),
+        offsets, call.cu_seqlens_k, offsets_new, call.seqused_q, call.seqused_k,
+        page_table, call.cache_batch_idx, call.cache_leftpad, sinks,
+        *made.forward.scalars, call.softmax_scale, float(call.softcap),
     )  # fmt: skip
     if made.combine is not None:
-        kernels.launch(
+        device.launch(
             made.combine.handle, made.combine.grid, out_partial, lse_partial, result, lse,
-            cu_seqlens_q, seqused_q, sinks, *made.combine.scalars,
+            offsets, call.seqused_q, sinks, *made.combine.scalars,
         )  # fmt: skip
     return result if lse is None else (result, lse)
 
 
-def _nothing_to_do(out: Tensor, lse: Tensor | None, owned: bool) -> Tensor | tuple[Tensor, Tensor]:
+def _nothing_to_do(out: Tensor, lse: Tensor | None, owned: bool) -> Result:
     """No query row in any sequence: what we allocated is 0 and -inf."""
     if owned:
         out.zero_()
@@ -122,8 +80,8 @@ def _nothing_to_do(out: Tensor, lse: Tensor | None, owned: bool) -> Tensor | tup
 def _make_plan(
     kernels: DeviceKernels, key: object, q: Tensor, k: Tensor, v: Tensor, out: Tensor, settings: tuple[object, ...]
 ) -> Plan:
-    call = plan.Settings(DTYPE_NAMES[q.dtype], *settings[1:])  # type: ignore[arg-type]
-    made = plan.make(kernels, _layout(q), _layout(k), _layout(v), _layout(out), call)
+    call = planning.Settings(DTYPE_NAMES[q.dtype], *settings[1:])  # type: ignore[arg-type]
+    made = planning.make(kernels, _layout(q), _layout(k), _layout(v), _layout(out), call)
     if len(kernels.plans) >= _MOST_PLANS:
         kernels.plans.clear()
     kernels.plans[key] = made
@@ -171,9 +129,9 @@ def _join(
     batch, seqlen = (1, out.shape[0]) if ragged else out.shape[:2]
     kernels = kernels_of(out.device)
     aligned = (addresses | out.data_ptr()) & 15 == 0
-    made = plan.combine_launch(
+    made = planning.combine_launch(
         kernels, DTYPE_NAMES[parts.dtype], DTYPE_NAMES[out.dtype], out.shape, aligned, strides, lse_strides,
-        Layout(out.shape, out.stride()).rows, _lse_rows(lse.stride()), batch, seqlen, seqlen, num_splits, plan.LSE,
+        Layout(out.shape, out.stride()).rows, _lse_rows(lse.stride()), batch, seqlen, seqlen, num_splits, planning.LSE,
     )  # fmt: skip
     kernels.launch(made.handle, made.grid, parts, parts_lse, out, lse, None, None, None, *made.scalars)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from jit_kernel import jit
 from jit_kernel.device import Target
-from jit_kernel.fa3.features import Rejected, refusal
+from jit_kernel.fa3.decision import Rejected, refusal
 from jit_kernel.fa3.portable import tiles as portable_tiles
 from jit_kernel.fa3.portable.tiles import padded
 from jit_kernel.jit import KernelSpec

@@ -8,7 +8,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from jit_kernel.fa3.features import Rejected, refusal
+import torch
+
+from jit_kernel.fa3.call import Call
+from jit_kernel.fa3.decision import Rejected, refusal
 from jit_kernel.fa3.portable import tiles as portable_tiles
 from jit_kernel.fa3.portable.kernels import COMBINE_SPLITS, DeviceKernels, combine_rows, unserved
 
@@ -25,6 +28,24 @@ _NARROW = 2**31 // 256
 _LEAST_KEYS_PER_SPLIT = 256
 
 Strides = tuple[int, ...]
+
+
+def flags_of(call: Call) -> int:
+    """Which optional tensors a call has, and what is to be done to rows that it does not fill."""
+    sinks = call.sinks
+    return (
+        (CU_SEQLENS_Q if call.cu_seqlens_q is not None else 0)
+        | (CU_SEQLENS_K if call.cu_seqlens_k is not None else 0)
+        | (CU_SEQLENS_K_NEW if call.cu_seqlens_k_new is not None else 0)
+        | (SEQUSED_Q if call.seqused_q is not None else 0)
+        | (SEQUSED_K if call.seqused_k is not None else 0)
+        | (CACHE_BATCH_IDX if call.cache_batch_idx is not None else 0)
+        | (CACHE_LEFTPAD if call.cache_leftpad is not None else 0)
+        | (LSE if call.return_softmax_lse else 0)
+        | (ZERO_REST if call.out is None else 0)
+        | (SINKS if sinks is not None else 0)
+        | (SINKS_ARE_FLOAT32 if sinks is not None and sinks.dtype is torch.float32 else 0)
+    )
 
 
 @dataclass(frozen=True)
@@ -47,7 +68,7 @@ class Settings:
     dtype: str
     batch: int
     max_seqlen_q: int
-    max_seqlen_k: int | None
+    max_seqlen_k: int
     seqlen_k_new: int
     table_width: int  # pages a sequence may have; 0: not paged
     window: tuple[int, int]  # causal is a right bound of 0
@@ -153,7 +174,7 @@ def packs(pack_gqa: bool | None, max_seqlen_q: int, group: int, block_m: int, ki
 
 def _longest(call: Settings, capacity: int) -> int:
     """An upper bound of the keys that one query tile sees."""
-    longest = capacity if call.max_seqlen_k is None else min(capacity, call.max_seqlen_k)
+    longest = min(capacity, call.max_seqlen_k)
     left, right = call.window
     return longest if left < 0 else min(longest, left + max(right, 0) + call.max_seqlen_q)
 
