@@ -5,8 +5,7 @@ An implementation is a package of this folder with
     FUNCTIONS                   the public attention functions whose calls `attend` takes
     supports(target)            Accepted or Rejected for a device as a whole (architecture, versions)
     decide(target, features)    Accepted or Rejected for one kind of call on a device that it supports
-    attend(call)                the result of a checked call. Alone on a device it raises NotImplementedError for what
-                                it does not serve, so that no features need be gathered: 5 us a call
+    attend(call)                the result of a checked call that `decide` accepts
     prepare(device)             compiles or loads what the device needs before any variant (a launcher)
     all_variants(target)        what warm-up compiles for a target, as jit.KernelSpec with named fields
     canonical(field, value)     the value of a variant's field that serves a user's value ("96" -> "128")
@@ -15,6 +14,8 @@ and, where it has them,
     merge(out_a, lse_a, out_b, lse_b, out, lse)
     plan(parameters)            scheduler metadata for checked parameters
     variant(target, features, call)   the kernel that serves a call, for `why`
+    REFUSES                     true where `attend` raises NotImplementedError for what `decide` rejects: alone on a
+                                device it is called without a decision, whose features take 5 us to gather
     try_known(call)             the result of a checked call that `decide` would accept, by a faster way, or None: it
                                 declines what asks for a feature of the table that `decide` reads (features.ARGUMENTS)
                                 and that it does not claim
@@ -147,7 +148,7 @@ def _warn_once(name: str, reason: str, text: str) -> None:
 class Dispatcher:
     """The implementations of one device, after what the device needs was compiled or loaded.
 
-    Where there is one, it takes every call. Where there are several, each call goes to the one chosen for it; what was
+    One that is alone and refuses by itself takes every call. Else each call goes to the one chosen for it; what was
     chosen is remembered by a plain tuple of what the call asks for. Calls arrive checked.
     """
 
@@ -159,7 +160,8 @@ class Dispatcher:
         self.try_unchecked: Callable[[Arguments], Result | None] | None = getattr(first, "try_unchecked", None)
         self._try_known: Callable[[Call], Result | None] | None = getattr(first, "try_known", None)
         self._known_functions: tuple[str, ...] = first.FUNCTIONS
-        self.attend: Callable[[Call], Result] = first.attend if len(modules) == 1 else self._attend
+        self._alone = len(modules) == 1 and getattr(first, "REFUSES", False)
+        self.attend: Callable[[Call], Result] = first.attend if self._alone else self._attend
 
     def _attend(self, call: Call) -> Result:
         if self._try_known is not None and call.function in self._known_functions:
@@ -176,7 +178,7 @@ class Dispatcher:
 
     def plan(self, parameters: MetadataParameters) -> torch.Tensor:
         """Scheduler metadata, by the implementation that serves the calls which it is for."""
-        if len(self.modules) == 1:
+        if self._alone:
             module = self.modules[0]
         else:
             module = resolve(self.target, planned_features(parameters), "get_scheduler_metadata")

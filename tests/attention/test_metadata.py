@@ -17,7 +17,7 @@ from jit_kernel import config
 from jit_kernel.attention import AttentionLayer, FlashAttentionBackend, ForwardMetadata, GraphMetadata
 from jit_kernel.attention import plan as scheduling
 from jit_kernel.attention import step as contexts
-from jit_kernel.fa3.cpu import KERNELS as CPU
+from jit_kernel.fa3.seam import FUNCTIONS as CPU
 from tests.support.mate_double import VERSIONS, wrapper_signatures
 from tests.support.mate_kernels import ForeignMetadataError
 from tests.support.musa_device import RUNTIME, Machine, machine, to_cpu, to_musa

@@ -25,8 +25,8 @@ from jit_kernel.attention import (
 from jit_kernel.attention.dense import sage, selection
 from jit_kernel.attention.parallel import exchange as communication
 from jit_kernel.device import Target
-from jit_kernel.fa3.cpu import KERNELS as CPU
 from jit_kernel.fa3.musa import rules as musa_rules
+from jit_kernel.fa3.seam import FUNCTIONS as CPU
 from tests.support.musa_device import Machine, machine, on_path, to_cpu, to_musa, write_distribution, write_package
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -355,7 +355,7 @@ def test_the_table_of_backends_is_the_codes(stack: Machine, install: Any) -> Non
 
 def test_the_table_for_cuda_is_the_codes() -> None:
     from jit_kernel.fa3 import dispatch
-    from jit_kernel.fa3.features import Rejected
+    from jit_kernel.fa3.decision import Rejected
 
     portable = dispatch.implementation("portable")
     if portable is None:

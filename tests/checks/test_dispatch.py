@@ -3,6 +3,8 @@ before the CPU's: it hands calls on to the CPU's functions and is choosy about w
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import json
 import logging
 import sys
@@ -17,15 +19,18 @@ import jit_kernel
 from jit_kernel import config, flash_attention_v3
 from jit_kernel.commands import why
 from jit_kernel.device import Target, cpu_target
+from jit_kernel.fa3 import call as calls
 from jit_kernel.fa3 import cpu, dispatch
-from jit_kernel.fa3.features import Accepted, Rejected
+from jit_kernel.fa3.checks.call import checked
+from jit_kernel.fa3.decision import Accepted, Rejected
 
 CHOOSY = """
 from jit_kernel.fa3 import cpu
-from jit_kernel.fa3.features import Accepted, Rejected
+from jit_kernel.fa3.decision import Accepted, Rejected
 
 NAME = "choosy"
-KERNELS = {name: f for name, f in cpu.KERNELS.items() if name != "merge_state"}
+FUNCTIONS = cpu.FUNCTIONS
+attend, plan, combine = cpu.attend, cpu.plan, cpu.combine  # and no merge
 asked, prepared = [], []
 
 def supports(target):
@@ -58,14 +63,13 @@ PLAIN = why.explain("flash_attn_func", *(torch.empty(1, 2, 4, 64) for _ in range
 
 @pytest.fixture
 def choosy(tmp_path, monkeypatch):
-    """The choosy implementation before the CPU's, in a world without memory of earlier decisions."""
+    """The choosy implementation before the CPU's, in a process that remembers no earlier decision."""
     import jit_kernel.fa3 as family
 
     (tmp_path / "choosy.py").write_text(CHOOSY)
     monkeypatch.setattr(family, "__path__", [*family.__path__, str(tmp_path)])
-    monkeypatch.setattr(dispatch, "CANDIDATES", {**dispatch.CANDIDATES, "cpu": ("choosy", "cpu")})
     monkeypatch.setattr(dispatch, "_said", set())
-    monkeypatch.setattr(config, "IMPLEMENTATIONS", (*config.IMPLEMENTATIONS, "choosy"))
+    monkeypatch.setattr(config, "IMPLEMENTATIONS", {**config.IMPLEMENTATIONS, "cpu": ("choosy", "cpu")})
     config.reload()
     yield dispatch.implementation("choosy")
     del sys.modules["jit_kernel.fa3.choosy"]
@@ -91,6 +95,14 @@ def tensors(heads: int = 4, kv_heads: int = 4, dtype: torch.dtype = torch.float3
     return [torch.randn(1, 5, h, d).to(dtype) for h in (heads, kv_heads, kv_heads)]
 
 
+def by_the_cpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    parameters = inspect.signature(jit_kernel.flash_attn_func).parameters.values()
+    arguments = {parameter.name: parameter.default for parameter in parameters}
+    found = cpu.attend(checked(calls.of("flash_attn_func", arguments | {"q": q, "k": k, "v": v})))
+    assert isinstance(found, torch.Tensor)
+    return found
+
+
 def warnings(caplog) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
@@ -98,7 +110,7 @@ def warnings(caplog) -> list[str]:
 def test_the_best_one_that_accepts_serves(choosy, caplog):
     q, k, v = tensors()
     out = jit_kernel.flash_attn_func(q, k, v)
-    assert torch.equal(out, cpu.flash_attn_func(q=q, k=k, v=v))
+    assert torch.equal(out, by_the_cpu(q, k, v))
     assert len(choosy.asked) == 1
     assert warnings(caplog) == []
 
@@ -148,7 +160,7 @@ def test_a_tracer_changes_nothing(choosy):
 def test_a_claimed_feature_that_is_rejected_warns_once_per_reason(choosy, caplog):
     q, k, v = tensors(heads=8)
     out = jit_kernel.flash_attn_func(q, k, v)
-    assert torch.equal(out, cpu.flash_attn_func(q=q, k=k, v=v))
+    assert torch.equal(out, by_the_cpu(q, k, v))
     assert len(warnings(caplog)) == 1
     for part in ("choosy does not serve flash_attn_func", "grouped heads", "group=2", "cpu takes it"):
         assert part in warnings(caplog)[0]
@@ -160,7 +172,7 @@ def test_a_claimed_feature_that_is_rejected_warns_once_per_reason(choosy, caplog
     assert "softcap is too much" in warnings(caplog)[1]
 
 
-def test_what_is_not_claimed_is_the_next_ones_by_right(choosy, caplog, setting):
+def test_what_is_not_claimed_goes_to_the_next_one_without_a_warning(choosy, caplog, setting):
     setting("JIT_KERNEL_STRICT", "1")
     jit_kernel.flash_attn_func(*tensors(dtype=torch.bfloat16))
     assert [f.dtype for f in choosy.asked] == ["bf16"]
@@ -219,12 +231,13 @@ def test_an_unknown_implementation_is_an_error(setting):
         jit_kernel.flash_attn_func(*tensors())
 
 
-def test_an_implementation_that_this_version_lacks_says_so(monkeypatch):
-    monkeypatch.setattr(dispatch, "CANDIDATES", {**dispatch.CANDIDATES, "cpu": ("amx",)})
-    with pytest.raises(NotImplementedError, match=r"amx: this version of jit_kernel has no jit_kernel/fa3/amx\.py"):
-        dispatch.kernels("cpu", cpu_target())
-    with pytest.raises(NotImplementedError, match="amx: this version"):
-        dispatch.resolve(cpu_target(), PLAIN, "flash_attn_func")
+def test_every_named_implementation_has_its_package():
+    for name in itertools.chain.from_iterable(config.IMPLEMENTATIONS.values()):
+        module = dispatch.implementation(name)
+        assert name == module.NAME
+        assert {*module.FUNCTIONS} <= {*calls.FIELD_OF}
+        for function in ("supports", "decide", "attend", "prepare", "all_variants", "canonical"):
+            assert callable(getattr(module, function)), f"{name} has no {function}"
 
 
 @pytest.mark.parametrize("architecture", ["sm_75", "sm_80", "sm_86", "sm_90a", "sm_100", "sm_120"])
@@ -232,14 +245,14 @@ def test_cuda_decisions_without_a_gpu(architecture):
     """The real implementations: bf16 is served from sm_80 on, fp32 nowhere, and each says why."""
     target = Target.parse(f"cuda:{architecture}")
     served = dispatch.choose(target, replace(PLAIN, dtype="bf16"), "flash_attn_func", ask_all=True)
-    assert [name for name, _ in served.decisions] == list(dispatch.CANDIDATES["cuda"])
+    assert [name for name, _ in served.decisions] == list(config.IMPLEMENTATIONS["cuda"])
     assert (served.name is None) == (architecture == "sm_75")
     refused = dispatch.choose(target, PLAIN, "flash_attn_func")
     assert refused.name is None
     assert all(isinstance(decision, Rejected) and decision.reason for _, decision in refused.decisions)
     with pytest.raises(NotImplementedError) as caught:
         dispatch.resolve(target, PLAIN, "flash_attn_func")
-    assert all(f"{name}: " in str(caught.value) for name in dispatch.CANDIDATES["cuda"])
+    assert all(f"{name}: " in str(caught.value) for name in config.IMPLEMENTATIONS["cuda"])
 
 
 def test_devices():
@@ -281,8 +294,8 @@ def test_selecting_variants():
     everything = dispatch.all_variants(target)
     assert {dict(spec.variant).get("dtype") for spec in everything} == {"fp32", "bf16", "fp16", "e4m3", None}
     chosen = dispatch.select_variants(target, {"head_dim": "96", "dtype": "bf16"})
-    assert cpu.forward_spec("bf16") in chosen
-    assert not {cpu.forward_spec(dtype) for dtype in ("fp32", "fp16", "e4m3")} & set(chosen)
+    assert cpu.kernels.forward_spec("bf16") in chosen
+    assert not {cpu.kernels.forward_spec(dtype) for dtype in ("fp32", "fp16", "e4m3")} & set(chosen)
     with pytest.raises(ValueError, match="has a field 'color'"):
         dispatch.select_variants(target, {"color": "red"})
 
@@ -291,7 +304,7 @@ def test_explain_names_the_kernel_that_the_call_takes():
     q, k, v = tensors(heads=8, kv_heads=2, dtype=torch.bfloat16)
     found = why.explain("flash_attn_func", q, k, v, causal=True)
     assert found.implementation == "cpu"
-    assert found.kernel == str(cpu.forward_spec("bf16"))
+    assert found.kernel == str(cpu.kernels.forward_spec("bf16"))
     assert found.features == replace(PLAIN, dtype="bf16", head_dim=32, head_dim_v=32, group=4, causal=True)
     assert isinstance(dict(found.decisions)["cpu"], Accepted)
     assert "cpu: serves it, kernel flash_attention_v3/cpu" in str(found)

@@ -12,16 +12,19 @@ import torch
 from torch import Tensor
 
 from jit_kernel import config
+from jit_kernel.fa3 import call as calls
+from jit_kernel.fa3 import header
+from jit_kernel.fa3.call import Call
 from jit_kernel.fa3.checks import call as arguments
 from jit_kernel.fa3.checks import combine as combine_arguments
 from jit_kernel.fa3.checks import indices as index_checks
-from jit_kernel.fa3.checks import metadata as scheduler_header
+from jit_kernel.fa3.checks import metadata as metadata_checks
 from jit_kernel.fa3.checks import shapes as attention_shapes
 from jit_kernel.fa3.checks import values as argument_shapes
 from tests.support import malformed_calls
 from tests.support.malformed_calls import CASES, FUNCTIONS, INDEX_CASES, Malformed
 
-CHECKS = (argument_shapes, arguments, attention_shapes, combine_arguments, index_checks, scheduler_header)
+CHECKS = (argument_shapes, arguments, attention_shapes, combine_arguments, index_checks, metadata_checks, header)
 
 
 @pytest.fixture(autouse=True)
@@ -85,17 +88,19 @@ PAGE_CASES = [case for case in INDEX_CASES if case.named.startswith("page_table[
 
 
 def _refusal_of_pages(case: Malformed) -> ValueError:
-    """What the checks say of a page table that is not on the CPU, whose kernel looks for itself."""
-    bound = inspect.signature(FUNCTIONS[case.base]).bind(**case.make())
+    """The error of a page table that is not on the CPU, whose kernel looks for itself."""
+    function = FUNCTIONS[case.base]
+    bound = inspect.signature(function).bind(**case.make())
     bound.apply_defaults()
-    facts = attention_shapes.check(FUNCTIONS[case.base].__name__, bound.arguments)
+    call = Call(*calls.of(function.__name__, bound.arguments))
+    facts = attention_shapes.check(call)
     with pytest.raises(ValueError, match="page_table") as caught:
-        index_checks.check(bound.arguments, dataclasses.replace(facts, on_host=False))
+        index_checks.check(call, dataclasses.replace(facts, on_host=False))
     return caught.value
 
 
 @pytest.mark.parametrize("case", PAGE_CASES, ids=str)
-def test_pages_are_refused_in_the_same_words_everywhere(case):
+def test_pages_are_refused_with_the_same_text_everywhere(case):
     assert str(_refusal_of_pages(case)) == str(_provoke(case, case.make()))
 
 

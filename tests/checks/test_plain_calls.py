@@ -5,7 +5,6 @@ That they let no mistake pass is tests/test_errors.py: a malformed call of a pla
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import pytest
@@ -13,7 +12,8 @@ import torch
 from torch import Tensor
 
 import jit_kernel
-from jit_kernel import config, flash_attention_v3
+from jit_kernel import config
+from jit_kernel.fa3 import dispatch, seam
 from tests.support import malformed_calls
 from tests.support.malformed_calls import Call, ints
 
@@ -85,7 +85,7 @@ def plain(function: str, call: Call) -> Any:
         raise DeclinedError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flash_attention_v3, "_check_attention", declined)
+        patch.setattr(seam, "checked", declined)
         try:
             return getattr(jit_kernel, function)(**call)
         except DeclinedError:
@@ -94,10 +94,9 @@ def plain(function: str, call: Call) -> Any:
 
 def by_python(function: str, call: Call) -> Any:
     """The call as it goes without the library's own checks."""
-    bound = inspect.signature(getattr(jit_kernel, function)).bind(**call)
-    bound.apply_defaults()
-    flash_attention_v3._check_attention(function, bound.arguments)
-    return flash_attention_v3._load_fa3_kernels("cpu")[function](**bound.arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "try_unchecked", None)
+        return jit_kernel._load_fa3_kernels("cpu")[function](**call)
 
 
 def as_tuple(result: Any) -> tuple[Tensor, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 import json
 from pathlib import Path
@@ -10,10 +9,7 @@ from pathlib import Path
 import pytest
 
 import jit_kernel
-from jit_kernel import config
-from jit_kernel.device import Target
-from jit_kernel.fa3 import dispatch
-from jit_kernel.fa3.seam import Dispatcher
+from jit_kernel.fa3 import seam
 
 PEERS = json.loads((Path(__file__).parents[1] / "data" / "peer_signatures.json").read_text())
 FA3 = PEERS["flash-attention hopper/flash_attn_interface.py @0251105a"]
@@ -91,47 +87,26 @@ def signatures(functions) -> dict[str, list[tuple[str, str | None]]]:
     for name, function in functions.items():
         kinds = {p.kind for p in inspect.signature(function).parameters.values()}
         assert kinds == {inspect.Parameter.KEYWORD_ONLY}, f"{name} takes positional arguments or **kwargs"
-        assert "__signature__" not in vars(function), f"{name} has a forged signature"
+        assert not {"__signature__", "__wrapped__"} & vars(function).keys(), f"{name} has a forged signature"
     return {name: parameters(function) for name, function in functions.items()}
 
 
-def implementations() -> list[str]:
-    names = dict.fromkeys(name for names in dispatch.CANDIDATES.values() for name in names)
-    return [name for name in names if (config.package_dir() / "fa3" / f"{name}.py").is_file()]
-
-
-@pytest.mark.parametrize("name", implementations())
-def test_implementation_has_the_public_signatures(name):
-    """Every function of every implementation, devices present or not."""
-    module = dispatch.implementation(name)
-    assert module is not None
-    assert name == module.NAME
-    for function, found in signatures(module.KERNELS).items():
-        assert found == parameters(getattr(jit_kernel, function)), f"{name}.{function}"
-
-
-@pytest.mark.parametrize("name", implementations())
-def test_the_argument_list_stands_in_plain_sight(name):
-    """No **kwargs anywhere in an implementation's public functions."""
-    module = dispatch.implementation(name)
-    tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef) and node.name in MAPPED:
-            assert node.args.kwarg is None
-            assert node.args.vararg is None
-
-
-def test_dispatcher_has_the_public_signatures():
-    functions = Dispatcher(Target.parse("cuda:sm_90a"), []).kernels()
-    assert tuple(functions) == MAPPED
-    for name, found in signatures(functions).items():
+def test_the_functions_behind_the_mapping_have_the_public_signatures():
+    """They stand once, in seam.py, so the signatures of a CUDA and of a MUSA device are the same ones."""
+    assert tuple(seam.FUNCTIONS) == MAPPED
+    for name, found in signatures(seam.FUNCTIONS).items():
         assert found == parameters(getattr(jit_kernel, name)), name
+
+
+def test_annotations_are_the_public_ones():
+    for name, function in seam.FUNCTIONS.items():
+        ours = inspect.signature(function).parameters.values()
+        public = inspect.signature(getattr(jit_kernel, name)).parameters.values()
+        assert [p.annotation for p in ours] == [p.annotation for p in public], name
 
 
 def test_mapping_of_this_machine():
     functions = jit_kernel._load_fa3_kernels()
-    assert tuple(functions) == MAPPED
-    for name, found in signatures(functions).items():
-        assert found == parameters(getattr(jit_kernel, name)), name
+    assert functions is seam.FUNCTIONS
     with pytest.raises(TypeError):
         functions["merge_state"] = print  # type: ignore[index]

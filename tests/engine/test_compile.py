@@ -135,7 +135,7 @@ def test_only_an_append_declares_the_caches_written():
     schemas = {name: str(getattr(torch.ops.jit_kernel, name).default._schema) for name in ("kvcache", "kvcache_append")}
     assert "Tensor k_cache" in schemas["kvcache"]
     assert "Tensor(a!) k_cache" in schemas["kvcache_append"]
-    assert all("Tensor(c!)? out" in schema for schema in schemas.values())
+    assert all("!)? out" in schema for schema in schemas.values())
 
 
 @pytest.mark.parametrize("name", ["dense", "varlen", "kvcache", "kvcache_append"])
@@ -185,7 +185,7 @@ def test_eager_calls_never_reach_the_operators(monkeypatch):
     def reached(call):
         raise AssertionError(f"an eager call became an operator: {call}")
 
-    for name in ("varlen", "dense", "kvcache", "metadata", "combine", "merge"):
+    for name in ("attend", "plan", "combine", "merge"):
         monkeypatch.setattr(operators, name, reached)
     for program, inputs in PROGRAMS.items():
         program(*inputs())

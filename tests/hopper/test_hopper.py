@@ -14,7 +14,8 @@ from jit_kernel import config
 from jit_kernel.device import Target
 from jit_kernel.engine import compiler, nvrtc
 from jit_kernel.fa3 import hopper
-from jit_kernel.fa3.features import Accepted, Features, Rejected
+from jit_kernel.fa3.decision import Accepted, Rejected
+from jit_kernel.fa3.features import Features
 from jit_kernel.fa3.hopper import kernels as hopper_kernels
 
 TARGET = Target("cuda", "sm_90a")

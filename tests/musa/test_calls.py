@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +14,12 @@ import torch
 import jit_kernel.flash_attention_v3 as fa3
 from jit_kernel import config
 from jit_kernel.device import Target
+from jit_kernel.fa3 import call as calls
 from jit_kernel.fa3 import musa
-from jit_kernel.fa3.cpu import KERNELS as CPU
-from jit_kernel.fa3.features import Features, plain_features
+from jit_kernel.fa3.call import Call
+from jit_kernel.fa3.decision import Accepted
+from jit_kernel.fa3.features import features_of
+from jit_kernel.fa3.seam import FUNCTIONS as CPU
 from tests.support import case_run, case_tensors, cases, reference
 from tests.support.mate_double import VERSIONS, wrapper_signatures
 from tests.support.musa_device import Machine, machine, on_musa, to_musa
@@ -214,11 +218,11 @@ def test_decide_agrees_with_the_call(newest: Machine) -> None:
     for seed in range(150):
         plan = cases.draw(seed, dataclasses.replace(cases.CPU, lengths=(8, 12, 16)))
         case = case_tensors.build(plan)
-        call = dict.fromkeys(("qv", "out", "sinks", "q_descale", "k_descale", "v_descale", "k", "v"))
-        call |= {"window_size": (-1, -1), "causal": False, "softcap": 0.0, "num_splits": 1} | case.arguments
-        call["attention_chunk"] = call.get("attention_chunk") or 0
-        call["cu_seqlens_k_new"] = call.get("cu_seqlens_k_new")
-        accepted = isinstance(musa.decide(target, Features(*plain_features(call))), musa.Accepted)
+        parameters = inspect.signature(FUNCTIONS[plan.function]).parameters.values()
+        arguments = {parameter.name: parameter.default for parameter in parameters} | case.arguments
+        call = Call(*calls.of(plan.function, arguments))
+        call.attention_chunk = call.attention_chunk or 0
+        accepted = isinstance(musa.decide(target, features_of(call)), Accepted)
         try:
             FUNCTIONS[plan.function](**case.arguments)
         except NotImplementedError:

@@ -14,9 +14,9 @@ import torch
 import jit_kernel.flash_attention_v3 as fa3
 from jit_kernel import device
 from jit_kernel import moore_threads as musa
-from jit_kernel.fa3.cpu import KERNELS as CPU
 from jit_kernel.fa3.musa import mate as musa_mate
 from jit_kernel.fa3.musa import prebuild as musa_prewarm
+from jit_kernel.fa3.seam import FUNCTIONS as CPU
 from tests.support.musa_device import RUNTIME, machine, on_path, to_musa, write_distribution, write_package, write_stack
 
 

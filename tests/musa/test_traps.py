@@ -13,11 +13,11 @@ from torch import Tensor
 
 import jit_kernel.flash_attention_v3 as fa3
 from jit_kernel.fa3 import musa as ours
-from jit_kernel.fa3.cpu import KERNELS as CPU
 from jit_kernel.fa3.musa import mate as musa_mate
 from jit_kernel.fa3.musa import metadata as musa_metadata
 from jit_kernel.fa3.musa import prebuilt as musa_prebuilt
 from jit_kernel.fa3.musa import results as musa_results
+from jit_kernel.fa3.seam import FUNCTIONS as CPU
 from tests.musa.test_calls import decode_call, metadata_of
 from tests.support import musa_device
 from tests.support.mate_kernels import ForeignMetadataError
@@ -66,7 +66,7 @@ def test_a_strided_k_is_read_to_its_end(stack: Machine, monkeypatch: pytest.Monk
     expected = truth(VARLEN, call)
     assert same(on_musa(VARLEN)(**call), expected)
     assert stack.mate.calls[-1].path == "mubin"
-    monkeypatch.setattr(musa_prebuilt, "kept_right", lambda *_: {})
+    monkeypatch.setattr(musa_prebuilt, "corrected", lambda *_: {})
     assert not same(on_musa(VARLEN)(**call), expected)
 
 
@@ -76,7 +76,7 @@ def test_a_single_sequence_keeps_its_length(stack: Machine, monkeypatch: pytest.
     call["k"], call["v"] = (torch.cat([x, torch.full_like(x, 7.0)]) for x in (call["k"], call["v"]))
     expected = truth(VARLEN, call)
     assert same(on_musa(VARLEN)(**call), expected)
-    monkeypatch.setattr(musa_prebuilt, "kept_right", lambda *_: {})
+    monkeypatch.setattr(musa_prebuilt, "corrected", lambda *_: {})
     assert not same(on_musa(VARLEN)(**call), expected)
 
 

@@ -19,7 +19,7 @@ from jit_kernel import config, device, jit
 from jit_kernel.device import Target
 from jit_kernel.engine import compiler, triton_compiler
 from jit_kernel.fa3 import portable
-from jit_kernel.fa3.features import Accepted, Rejected
+from jit_kernel.fa3.decision import Accepted, Rejected
 from jit_kernel.fa3.portable import kernels as portable_kernels
 from jit_kernel.fa3.portable import planning as portable_plan
 from jit_kernel.fa3.portable import tiles as portable_tiles

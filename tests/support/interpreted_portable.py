@@ -26,7 +26,7 @@ from triton.runtime import interpreter  # noqa: E402
 
 from jit_kernel import flash_attention_v3  # noqa: E402
 from jit_kernel.device import Target  # noqa: E402
-from jit_kernel.fa3 import portable  # noqa: E402
+from jit_kernel.fa3 import dispatch, portable  # noqa: E402
 from jit_kernel.fa3.portable import forward as portable_forward  # noqa: E402
 from jit_kernel.fa3.portable import kernels as portable_kernels  # noqa: E402
 from jit_kernel.fa3.portable import tiles as portable_tiles  # noqa: E402
@@ -112,7 +112,8 @@ def install() -> InterpretedKernels:
     kernels = InterpretedKernels()
     portable_forward.kernels_of = lambda device: kernels  # type: ignore[assignment, return-value]
     portable_tiles.tile = lambda architecture, d, dv, kind: TILES[kind]
-    flash_attention_v3._load_fa3_kernels = lambda device=None: portable.KERNELS
+    served = dispatch.Dispatcher(Target("cuda", "sm_90a"), (portable,))
+    dispatch.dispatcher = lambda device: served  # type: ignore[assignment]
     return kernels
 
 

@@ -16,7 +16,7 @@ from jit_kernel.engine import build as builds
 from jit_kernel.fa3 import cpu
 
 # The combine library: a real kernel that compiles in a few seconds.
-SMALL = cpu.combine_spec()
+SMALL = cpu.kernels.combine_spec()
 
 
 def small_call() -> dict[str, Any]:

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map
 from jit_kernel import device as device_module
 from jit_kernel import flash_attention_v3
 from jit_kernel import moore_threads as musa
+from jit_kernel.fa3 import dispatch
 from jit_kernel.fa3.musa import mate as musa_mate
 from tests.support.case_run import one_thread
 from tests.support.mate_double import Mate
@@ -242,7 +243,7 @@ def forget() -> None:
         del torch.version.musa
     musa._report, musa_mate._mate = None, None
     device_module._targets.clear()
-    flash_attention_v3._loaded.clear()
+    dispatch._made.clear()
     flash_attention_v3._supported.clear()
 
 

@@ -20,6 +20,7 @@ from jit_kernel.jit import KernelSpec
 
 NAME = "cpu"
 FUNCTIONS = (calls.VARLEN, calls.KVCACHE, calls.DENSE)
+REFUSES = True
 try_unchecked = known.try_unchecked
 
 _forwards: dict[tuple[torch.dtype, int, int], Callable[..., None]] = {}

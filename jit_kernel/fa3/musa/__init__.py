@@ -29,6 +29,7 @@ __all__ = ["FUNCTIONS", "NAME", "attend", "combine", "merge", "plan", "prewarm"]
 
 NAME = "musa"
 FUNCTIONS = (calls.VARLEN, calls.KVCACHE, calls.DENSE)
+REFUSES = True
 
 _reasons: dict[tuple[object, ...], str | None] = {}
 

@@ -22,6 +22,7 @@ from jit_kernel.jit import KernelSpec
 
 NAME = "portable"
 FUNCTIONS = (calls.VARLEN, calls.KVCACHE, calls.DENSE)
+REFUSES = True
 LEAST_CAPABILITY = 80
 
 _UNSERVED = {
