@@ -218,7 +218,7 @@ def test_decide_agrees_with_the_call(newest: Machine) -> None:
     for seed in range(150):
         plan = cases.draw(seed, dataclasses.replace(cases.CPU, lengths=(8, 12, 16)))
         case = case_tensors.build(plan)
-        parameters = inspect.signature(FUNCTIONS[plan.function]).parameters.values()
+        parameters = inspect.signature(getattr(fa3, plan.function)).parameters.values()
         arguments = {parameter.name: parameter.default for parameter in parameters} | case.arguments
         call = Call(*calls.of(plan.function, arguments))
         call.attention_chunk = call.attention_chunk or 0

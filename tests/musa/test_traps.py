@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import jit_kernel
 import jit_kernel.flash_attention_v3 as fa3
+from jit_kernel.fa3 import call as calls
 from jit_kernel.fa3 import musa as ours
+from jit_kernel.fa3.call import Call
 from jit_kernel.fa3.musa import mate as musa_mate
 from jit_kernel.fa3.musa import metadata as musa_metadata
 from jit_kernel.fa3.musa import prebuilt as musa_prebuilt
@@ -87,7 +91,7 @@ def test_out_with_strides_is_not_handed_to_mate(stack: Machine, monkeypatch: pyt
     assert same(wide[..., :64], truth(VARLEN, call))
     assert not wide[..., 64:].count_nonzero()
     assert out.data_ptr() == wide.data_ptr()
-    monkeypatch.setattr(musa_prebuilt, "destination", lambda call: call["out"])
+    monkeypatch.setattr(musa_prebuilt, "destination", lambda call: call.out)
     with pytest.raises(RuntimeError, match="out must be contiguous"):
         on_musa(VARLEN)(**call, out=wide[..., :64])
 
@@ -174,7 +178,10 @@ def test_cu_seqlens_k_new_without_keys_is_dropped(stack: Machine) -> None:
     assert not stack.mate.calls[-1].compiled_for["has_cu_seqlens_k_new"]
     assert same(out.inner, truth(KVCACHE, call))
     raw = {**to_musa(call), "cu_seqlens_k_new": to_musa(new)}
-    ours.flash_attn_with_kvcache(**raw)  # where no check of the public function's came before
+    defaults = {p.name: p.default for p in inspect.signature(fa3.flash_attn_with_kvcache).parameters.values()}
+    unchecked = Call(*calls.of(KVCACHE, defaults | raw))  # the checks would drop it before
+    unchecked.max_seqlen_q = 1
+    ours.attend(unchecked)
     assert not stack.mate.calls[-1].compiled_for["has_cu_seqlens_k_new"]
     stack.function(KVCACHE)(**raw)
     assert stack.mate.calls[-1].compiled_for["has_cu_seqlens_k_new"]
@@ -211,7 +218,8 @@ def test_an_int_cache_seqlens_is_expanded_to_the_batch(stack: Machine) -> None:
     call |= pages | {"cache_seqlens": 9, "page_table": table}
     out = on_musa(KVCACHE)(**call)
     assert same(out, truth(KVCACHE, call))
-    assert same(ours.flash_attn_with_kvcache(**to_musa(call)).inner, out)  # also where nothing resolved it before
+    found = jit_kernel._load_fa3_kernels("musa:0")[KVCACHE](**to_musa(call))  # the mapping's function resolves it, too
+    assert same(found.inner, out)
     with pytest.raises(AssertionError):
         stack.function(KVCACHE)(**to_musa(call))
 
