@@ -1,9 +1,8 @@
 """One entry of the store, found or made: the steps behind jit.load.
 
-What an artifact depends on stands in its key: the unit's text, the bytes of every file of its source folder
-and of the shared headers, the flags, the target and tvm-ffi's version. The compiler's identity is a second
-name beside the key, so that an image without a compiler still finds what another built, and a new compiler
-gets an entry of its own.
+What an artifact depends on stands in its key: the unit's text, the bytes of every file that it includes or imports,
+directly or not, the flags, the target and tvm-ffi's version. The compiler's identity is a second name beside the
+key, so that an image without a compiler still finds what another built, and a new compiler gets an entry of its own.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from pathlib import Path
 
 from jit_kernel import config
 from jit_kernel.device import Target
-from jit_kernel.engine import compiler, progress
+from jit_kernel.engine import closure, compiler, progress
 from jit_kernel.engine.store import MANIFEST, CacheError, Entry, Holder, Miss, Store, sha256_of
 
 log = logging.getLogger("jit_kernel")
@@ -208,12 +207,8 @@ def key_of(spec: KernelSpec, target: Target) -> tuple[str, dict[str, str]]:
     """The key of an artifact and the inputs that it was made of, each with its sha256."""
     import tvm_ffi
 
-    sources = config.kernel_sources_dir()
     inputs = {"unit": hashlib.sha256(spec.unit.encode()).hexdigest()}
-    for folder in (sources / spec.kernel, sources / "include"):
-        for path in sorted(folder.rglob("*")):
-            if path.is_file() and "__pycache__" not in path.parts:
-                inputs[path.relative_to(sources).as_posix()] = sha256_of(path)
+    inputs |= closure.files_of(spec.unit, spec.route, spec.kernel, str(config.kernel_sources_dir()))
     inputs["flags"] = " ".join(compiler.flags(spec.route, target, spec.flags))
     inputs["target"] = str(target)
     inputs["tvm-ffi"] = tvm_ffi.__version__

@@ -96,7 +96,7 @@ def test_a_missing_compiler_names_the_package(tmp_path, environment):
 def test_a_compile_error_is_short_and_can_be_repeated(tmp_path, environment):
     sources = tmp_path / "sources"
     shutil.copytree(SOURCES, sources)
-    header = sources / "flash_attention_v3" / "cpu" / "combine.h"
+    header = sources / "flash_attention_v3" / "cpu" / "entry" / "combine.h"
     header.write_text('#error "this line is wrong"\n' + header.read_text())
     outcome = children.run(loader_work.with_sources, str(sources), SMALL, environment=environment, scratch=tmp_path)
     assert outcome.error == "CompileError" and "this line is wrong" in outcome.message
@@ -171,7 +171,7 @@ def test_what_changes_the_key(tmp_path, built, store, environment):
 
     assert stored()
     assert not stored("-DOTHER=1")
-    header = sources / "flash_attention_v3" / "cpu" / "combine.h"
+    header = sources / "flash_attention_v3" / "cpu" / "entry" / "combine.h"
     text, times = header.read_text(), header.stat()
     header.write_text(text.replace("namespace", "namespace ", 1))
     os.utime(header, ns=(times.st_atime_ns, times.st_mtime_ns))
@@ -179,7 +179,10 @@ def test_what_changes_the_key(tmp_path, built, store, environment):
     header.write_text(text)
     assert stored()
     (sources / "include" / "jit_kernel" / "another.h").write_text("\n")
-    assert not stored()
+    assert stored(), "a header that the kernel does not include changed its key"
+    indirect = sources / "include" / "jit_kernel" / "cpu" / "element.h"
+    indirect.write_text(indirect.read_text() + "\n")
+    assert not stored(), "a header that the kernel includes by way of another was not seen"
 
 
 def test_another_compiler_behind_the_same_path(tmp_path, environment):
