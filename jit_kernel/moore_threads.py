@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from jit_kernel import config
+
 MINIMUM_CAPABILITY = (3, 1)  # Pinghu, MTT S5000: MATE's binaries are mp_31 only
 MINIMUM_TORCH_MUSA = (2, 7)
 MINIMUM_TOOLKIT = (4, 3, 6)
@@ -238,11 +240,8 @@ def _tvm_ffi(mate: Part) -> Part:
 
 def toolkit_root() -> Path | None:
     """The MUSA toolkit's folder: MUSA_HOME, MUSA_PATH, else /usr/local/musa if it is there."""
-    for key in ("MUSA_HOME", "MUSA_PATH"):
-        if os.environ.get(key):
-            return Path(os.environ[key])
-    usual = Path("/usr/local/musa")
-    return usual if usual.is_dir() else None
+    chosen, usual = config.musa_toolkit(), Path("/usr/local/musa")
+    return chosen or (usual if usual.is_dir() else None)
 
 
 def _toolkit() -> Part:
@@ -262,7 +261,7 @@ def _toolkit() -> Part:
 
 def _mcc() -> Part:
     root = toolkit_root()
-    candidates = [os.environ.get("MATE_MCC"), str(root / "bin" / "mcc") if root else None]
+    candidates = [config.musa_compiler(), str(root / "bin" / "mcc") if root else None]
     for candidate in (*candidates, shutil.which("mcc")):
         if candidate and os.access(candidate, os.X_OK):
             return Part("mcc", True, candidate)

@@ -8,8 +8,7 @@ import platform
 from typing import Any
 
 import jit_kernel
-from jit_kernel import config
-from jit_kernel import moore_threads as musa
+from jit_kernel import config, moore_threads
 from jit_kernel.device import Target, cpu_target, device_target, get_device_capability
 from jit_kernel.engine import compiler
 from jit_kernel.engine.store import CacheError, Store
@@ -26,11 +25,11 @@ def report() -> dict[str, Any]:
     return {
         "versions": _versions(),
         "devices": _devices(),
-        "musa": {part.name: str(part) for part in musa.probe().parts},
+        "musa": {part.name: str(part) for part in moore_threads.probe().parts},
         "compilers": {route: _compilers(route) for route in compiler.ROUTES},
         "cache": _cache(),
         "implementations": _implementations(),
-        "settings": {key: value for key, value in sorted(os.environ.items()) if key.startswith("JIT_KERNEL_")},
+        "settings": config.given_settings(),
     }
 
 
@@ -58,7 +57,7 @@ def _devices() -> dict[str, dict[str, Any]]:
                 "name": torch.cuda.get_device_name(index),
                 "capability": get_device_capability(name),
             }
-    if musa.probe().usable:
+    if moore_threads.probe().usable:
         devices["musa"] = {"target": str(device_target("musa")), "capability": get_device_capability("musa")}
     return devices
 
@@ -117,7 +116,7 @@ def _implementations() -> dict[str, dict[str, str]]:
     answers: dict[str, dict[str, str]] = {}
     for name, target in targets.items():
         answers[name] = {
-            implementation: _words(dispatch.supports(implementation, target))
+            implementation: _answer(dispatch.supports(implementation, target))
             for implementation in dispatch.CANDIDATES[target.vendor]
         }
     for vendor in dispatch.CANDIDATES:
@@ -127,7 +126,7 @@ def _implementations() -> dict[str, dict[str, str]]:
     return answers
 
 
-def _words(decision: dispatch.Decision) -> str:
+def _answer(decision: dispatch.Decision) -> str:
     return f"Rejected: {decision.reason}" if isinstance(decision, dispatch.Rejected) else "Accepted"
 
 

@@ -1,9 +1,9 @@
 """The files that a unit is made of: what it includes or imports from the kernel sources, directly or not.
 
 C++ and CUDA: every #include that is found below kernel_sources, in each place where a compiler may look: beside the
-including file, in kernel_sources and in kernel_sources/include. An #include under an #if counts always. What is found
-in none of the three is a system header; the compiler's identity stands for it. Triton: the unit's module and every import
-that is found below kernel_sources, with the __init__ of each package on the way. An #include of a macro is refused.
+including file, in kernel_sources and in kernel_sources/include. An #include under an #if counts always; one of a macro
+is refused. What is found in none of the three is a system header: the compiler's identity stands for it. Triton: the
+unit's module and every import that is found below kernel_sources, with the __init__ of each package on the way.
 
 Files are read anew for every key: that takes 2 ms for the 31 files of a CPU kernel on a busy machine, less than 1 ms
 for the others, and a memory of them would have to notice edits.

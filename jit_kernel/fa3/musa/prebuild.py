@@ -7,11 +7,11 @@ call that needs it. Its own list of configurations (`get_*_aot_configs`) is narr
 from __future__ import annotations
 
 import importlib
-import os
 import time
 from collections.abc import Mapping
 from typing import Any
 
+from jit_kernel import config
 from jit_kernel import moore_threads as musa
 from jit_kernel.fa3.musa import rules as musa_rules
 
@@ -38,7 +38,7 @@ def prewarm(select: Mapping[str, str]) -> list[tuple[str, float, str | None]]:
     """
     wanted = {field: _value(field, text) for field, text in select.items()}
     _need_parts()
-    os.environ.setdefault("MATE_MUSA_ARCH_LIST", "3.1")  # MATE asks the device otherwise, and there may be none
+    config.set_mate_architectures("3.1")  # MATE asks the device otherwise, and there may be none
     try:
         jit = importlib.import_module("mate.jit")
         fmha = importlib.import_module("mate.jit.attention.fmha")
@@ -102,9 +102,9 @@ def selected(configs: list[dict[str, Any]], wanted: Mapping[str, str | int | boo
     """The configurations that have the wanted values; dtype and group are set, as MATE lists few of them."""
     names = {"head_dim": "head_dim_qk", "head_dim_v": "head_dim_vo", **_BOOLS}
     kept = []
-    for config in configs:
-        if all(config.get(names[f], value) == value for f, value in wanted.items() if f in names):
-            made = dict(config)
+    for each in configs:
+        if all(each.get(names[f], value) == value for f, value in wanted.items() if f in names):
+            made = dict(each)
             for field, name in (("dtype", "element"), ("group", "head_ratio")):
                 if field in wanted and name in made:
                     made[name] = wanted[field]
