@@ -1,8 +1,9 @@
-"""What a person sees on standard error while a compiler runs or another process is waited for."""
+"""What the engine prints and logs: lines while a compiler runs or another process is waited for, and warnings."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import threading
 import time
@@ -10,9 +11,22 @@ from collections.abc import Iterator
 
 from jit_kernel import config
 
+log = logging.getLogger("jit_kernel")
+
 _INTERVAL = 0.2
 _line_taken = threading.Lock()
 _hushed = threading.Event()
+_warned: set[object] = set()
+_warned_guard = threading.Lock()
+
+
+def warn_once(text: str, key: object = None) -> None:
+    """Log a warning, once a process for each `key` (any value that hashes); without one, for each text."""
+    with _warned_guard:
+        if (text if key is None else key) in _warned:
+            return
+        _warned.add(text if key is None else key)
+    log.warning(text)
 
 
 @contextlib.contextmanager

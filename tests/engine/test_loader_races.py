@@ -17,6 +17,7 @@ from tests.support import children, loader_work
 
 CALLERS = 8
 MOMENTS = 20
+ENTRY = ("kernel", "cpu:any", "key")
 
 
 # A neighbour on the same core makes calls twice as long for seconds at a time: a comparison of times is tried so often.
@@ -149,9 +150,10 @@ def test_the_last_builds_duration_is_told(tmp_path):
     store = Store(tmp_path / "store")
     assert store.writable()
     told = []
-    with store.lock("entry", lambda holder, waited: None):
-        store.record_duration("entry", 4.5)
-    with store.lock("entry", lambda holder, waited: None):
+    lock = store.lock(*ENTRY)
+    with lock.held(lambda holder, waited: None):
+        lock.record_duration(4.5)
+    with lock.held(lambda holder, waited: None):
         other = children.Child(_lock_entry, str(store.root), environment={}, scratch=tmp_path)
         deadline = time.monotonic() + 20
         while not (tmp_path / "store" / "told").exists() and time.monotonic() < deadline:
@@ -167,5 +169,5 @@ def _lock_entry(root: str) -> list[tuple[int, float | None]]:
         told.append((holder.pid, holder.last_seconds))  # type: ignore[attr-defined]
         Path(root, "told").touch()
 
-    with Store(Path(root)).lock("entry", waiting):
+    with Store(Path(root)).lock(*ENTRY).held(waiting):
         return told
