@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
+import json
 import os
 import platform
+from collections.abc import Sequence
 from typing import Any
 
 import jit_kernel
@@ -18,6 +21,18 @@ _PACKAGES = (
     *("torch", "apache-tvm-ffi", "triton", "filelock", "nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12"),
     *("nvidia-cuda-runtime", "nvidia-cuda-crt", "torchada", "transformers"),
 )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; answers with its exit status, 0."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jit_kernel doctor", description="Devices, compilers, versions, cache and implementations."
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(argv)
+    facts = report()
+    print(json.dumps(facts, indent=1) if options.json else text(facts))
+    return 0
 
 
 def report() -> dict[str, Any]:
