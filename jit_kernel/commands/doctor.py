@@ -16,6 +16,7 @@ from jit_kernel.device import Target, cpu_target, device_target, get_device_capa
 from jit_kernel.engine import compiler
 from jit_kernel.engine.store import CacheError, Store
 from jit_kernel.fa3 import dispatch
+from jit_kernel.fa3.features import Decision, Rejected
 
 _PACKAGES = (
     *("torch", "apache-tvm-ffi", "triton", "filelock", "nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12"),
@@ -141,8 +142,8 @@ def _implementations() -> dict[str, dict[str, str]]:
     return answers
 
 
-def _answer(decision: dispatch.Decision) -> str:
-    return f"Rejected: {decision.reason}" if isinstance(decision, dispatch.Rejected) else "Accepted"
+def _answer(decision: Decision) -> str:
+    return f"Rejected: {decision.reason}" if isinstance(decision, Rejected) else "Accepted"
 
 
 def text(facts: dict[str, Any]) -> str:
