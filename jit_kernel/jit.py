@@ -1,4 +1,4 @@
-"""The one door to compiled code: memory, then disk, then the compiler."""
+"""Compiled code, the way to it for every kernel: from memory, else from disk, else from the compiler."""
 
 from __future__ import annotations
 

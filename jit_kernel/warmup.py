@@ -142,7 +142,7 @@ def _compile_all(jobs: Sequence[Job | MateJob], workers: int | None, bar: bool) 
             line = f"{job} FAILED"
         _show(line, done, len(jobs), bar)
 
-    with ThreadPoolExecutor(max_workers=workers or default_jobs()) as pool, progress.hushed():
+    with ThreadPoolExecutor(max_workers=workers or default_jobs()) as pool, progress.silenced():
         futures: dict[Future[float], Job] = {pool.submit(_build, job): job for job in jobs if isinstance(job, Job)}
         for future in as_completed(futures):
             finish(futures[future], future.result)

@@ -108,9 +108,9 @@ def _imported(data: bytes, name: str, root: str) -> Iterator[str]:
 def _listed(names: bytes) -> Iterable[str]:
     """The names of an import statement's list, without what they are renamed to."""
     for part in _COMMENT.sub(b"", names).strip(b"() \t").split(b","):
-        words = part.split()
-        if words:
-            yield words[0].decode(errors="replace")
+        name = part.split()[:1]  # of "name as other"
+        if name:
+            yield name[0].decode(errors="replace")
 
 
 def _modules(module: str, root: str) -> Iterator[str]:

@@ -58,7 +58,7 @@ class EntryLock:
             except Timeout:
                 waiting(_read(self._note), time.monotonic() - started)
                 patience = 10.0
-            except FileNotFoundError:  # `remove_free` took the empty folder away meanwhile
+            except FileNotFoundError:  # `remove_free` removed the empty folder meanwhile
                 if self._folder.is_dir():
                     raise
         try:

@@ -15,7 +15,7 @@ log = logging.getLogger("jit_kernel")
 
 _INTERVAL = 0.2
 _line_taken = threading.Lock()
-_hushed = threading.Event()
+_silenced = threading.Event()
 _warned: set[object] = set()
 _warned_guard = threading.Lock()
 
@@ -30,18 +30,18 @@ def warn_once(text: str, key: object = None) -> None:
 
 
 @contextlib.contextmanager
-def hushed() -> Iterator[None]:
-    """Leave the progress lines to the caller, who shows the whole itself."""
-    _hushed.set()
+def silenced() -> Iterator[None]:
+    """Print no progress lines inside this block: the caller prints its own."""
+    _silenced.set()
     try:
         yield
     finally:
-        _hushed.clear()
+        _silenced.clear()
 
 
 def say(text: str, level: str = "info") -> None:
-    """Print one line, unless JIT_KERNEL_LOG asks for less."""
-    if not _hushed.is_set() and config.LOG_LEVELS.index(config.log_level()) >= config.LOG_LEVELS.index(level):
+    """Print one line on standard error, if JIT_KERNEL_LOG lets this level through."""
+    if not _silenced.is_set() and config.LOG_LEVELS.index(config.log_level()) >= config.LOG_LEVELS.index(level):
         print(f"jit_kernel: {text}", file=sys.stderr, flush=True)
 
 
@@ -50,7 +50,7 @@ def compiling(title: str, last_seconds: float | None) -> Iterator[None]:
     """Show that `title` is being compiled: a running clock on a terminal, two plain lines elsewhere."""
     before = f", last time {last_seconds:.1f} s" if last_seconds is not None else ""
     started = time.monotonic()
-    on_terminal = sys.stderr.isatty() and config.log_level() != "quiet" and not _hushed.is_set()
+    on_terminal = sys.stderr.isatty() and config.log_level() != "quiet" and not _silenced.is_set()
     if not (on_terminal and _line_taken.acquire(blocking=False)):
         say(f"compiling {title}{before}")
         yield

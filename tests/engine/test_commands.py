@@ -182,7 +182,7 @@ def test_the_cache_commands(tmp_path, store):
     assert [path.name for path in Path(store).iterdir()] == ["mine.txt"]
 
 
-def test_doctor_tells_what_is_here(store):
+def test_doctor_reports_devices_compilers_and_the_store(store):
     answer = command("jit_kernel", "doctor", "--json", JIT_KERNEL_CACHE_DIR=store)
     assert answer.returncode == 0, answer.stderr
     facts = json.loads(answer.stdout)

@@ -121,7 +121,7 @@ def test_the_attention_kernel_survives_a_kill(tmp_path):
     assert killed_at(1.0, tmp_path / "killed", loader_work.attention_call) > 0
 
 
-def test_who_waits_is_told_for_whom_and_a_dead_holder_frees_the_lock(tmp_path):
+def test_a_process_that_waits_names_the_holder_and_a_dead_holder_frees_the_lock(tmp_path):
     slow, starts = counting_compiler(tmp_path / "bin", before='case "$*" in *unit.cpp*) sleep 60;; esac', version="one")
     environment: dict[str, str | None] = {"CXX": slow, "JIT_KERNEL_CACHE_DIR": str(tmp_path / "store")}
     holder = children.Child(loader_work.small_call, environment=environment, scratch=tmp_path)
@@ -146,28 +146,27 @@ def test_who_waits_is_told_for_whom_and_a_dead_holder_frees_the_lock(tmp_path):
     assert len(list(Store(tmp_path / "store").manifests())) == 1
 
 
-def test_the_last_builds_duration_is_told(tmp_path):
+def test_the_holders_note_keeps_the_last_builds_duration(tmp_path):
     store = Store(tmp_path / "store")
     assert store.writable()
-    told = []
     lock = store.lock(*ENTRY)
     with lock.held(lambda holder, waited: None):
         lock.record_duration(4.5)
     with lock.held(lambda holder, waited: None):
         other = children.Child(_lock_entry, str(store.root), environment={}, scratch=tmp_path)
         deadline = time.monotonic() + 20
-        while not (tmp_path / "store" / "told").exists() and time.monotonic() < deadline:
+        while not (tmp_path / "store" / "waited").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
-    told = other.outcome().result
-    assert told[0] == (os.getpid(), 4.5)
+    seen = other.outcome().result
+    assert seen[0] == (os.getpid(), 4.5)
 
 
 def _lock_entry(root: str) -> list[tuple[int, float | None]]:
-    told: list[tuple[int, float | None]] = []
+    seen: list[tuple[int, float | None]] = []
 
     def waiting(holder: object, waited: float) -> None:
-        told.append((holder.pid, holder.last_seconds))  # type: ignore[attr-defined]
-        Path(root, "told").touch()
+        seen.append((holder.pid, holder.last_seconds))  # type: ignore[attr-defined]
+        Path(root, "waited").touch()
 
     with Store(Path(root)).lock(*ENTRY).held(waiting):
-        return told
+        return seen

@@ -48,7 +48,7 @@ def test_a_whole_stack(site) -> None:
 
 
 @pytest.mark.parametrize("capability", [(2, 1), (2, 2)])
-def test_older_chips_are_told_by_their_capability(site, capability: tuple[int, int]) -> None:
+def test_older_chips_are_recognised_by_their_capability(site, capability: tuple[int, int]) -> None:
     site(whole)
     RUNTIME.capability = capability
     report = musa.probe(refresh=True)
@@ -111,7 +111,7 @@ def test_versions_are_compared_as_numbers(site) -> None:
     assert "its call contract is known for 0.1.3, 0.2.0, 0.2.1, 0.2.2 only" in site(write).mate.reason
 
 
-def test_dao_ailabs_flash_attn_3_is_told_from_mates_wrapper(site) -> None:
+def test_dao_ailabs_flash_attn_3_is_not_mates_wrapper(site) -> None:
     def write(folder: Path) -> None:
         whole(folder)
         write_package(folder, "flash_attn_3", _C="", interface="")
@@ -195,7 +195,7 @@ def test_a_stub_module_without_a_spec_is_no_accident(site) -> None:
         del sys.modules["torch_musa"]
 
 
-def test_toolkit_and_compiler_are_found_and_old_ones_told(site, tmp_path: Path, monkeypatch) -> None:
+def test_toolkit_and_compiler_are_found_and_old_ones_refused(site, tmp_path: Path, monkeypatch) -> None:
     root = tmp_path / "toolkit"
     (root / "bin").mkdir(parents=True)
     (root / "bin" / "mcc").write_text("#!/bin/sh\n")
