@@ -141,6 +141,14 @@ def test_a_store_that_is_not_there_is_empty(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
+def test_a_store_of_another_user_is_refused(tmp_path):
+    tmp_path.chmod(0o755)
+    os.chown(tmp_path, 12345, -1)
+    with pytest.raises(CacheError, match="belongs to user 12345"):
+        Store(tmp_path).check()
+
+
 @pytest.mark.parametrize(
     ("words", "status", "text"),
     [
