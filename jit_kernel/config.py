@@ -1,8 +1,9 @@
-"""Settings and paths: every environment variable that jit_kernel reads, in one room.
+"""Settings and paths: the only file that reads or changes the environment.
 
-A setting is read from the environment once, when it is first asked for, because an environment read costs
+A setting of ours (JIT_KERNEL_*) is read once, when it is first asked for, because reading the environment costs
 0.7 us on the path of a call; `reload()` forgets what was read. A value that cannot be understood raises
-`ConfigError` with the variable, its value and what it must be.
+`ConfigError` with the variable, its value and what it must be. The variables of others (CXX, MUSA_HOME, MATE_MCC) are
+read at each question: only compilations and reports ask.
 """
 
 from __future__ import annotations
@@ -98,6 +99,43 @@ def on_reload(forget: Callable[[], None]) -> None:
     """Have forget() called whenever the settings are forgotten: for what was chosen under them."""
     if forget not in _on_reload:
         _on_reload.append(forget)
+
+
+def given_settings() -> dict[str, str]:
+    """Every JIT_KERNEL_ variable of the environment as it stands there, for reports."""
+    return {key: value for key, value in sorted(os.environ.items()) if key.startswith("JIT_KERNEL_")}
+
+
+def host_compiler() -> str:
+    """The C++ compiler that the user asks for (CXX), with options if any; empty without one."""
+    return os.environ.get("CXX", "").strip()
+
+
+def child_environment(*, without: Callable[[str], bool] = lambda name: False, **changes: str) -> dict[str, str]:
+    """The environment of a program that is started: this process's, less the names that `without` picks, changed."""
+    inherited = {name: value for name, value in os.environ.items() if not without(name)}
+    return {**inherited, **changes}
+
+
+def musa_toolkit() -> Path | None:
+    """The folder that MUSA_HOME, else MUSA_PATH, names as the MUSA toolkit's."""
+    chosen = os.environ.get("MUSA_HOME") or os.environ.get("MUSA_PATH")
+    return Path(chosen) if chosen else None
+
+
+def musa_compiler() -> str | None:
+    """The compiler that MATE_MCC names."""
+    return os.environ.get("MATE_MCC")
+
+
+def mate_log_level() -> str:
+    """MATE's own log level (MATE_LOGLEVEL), "0" without one."""
+    return os.environ.get("MATE_LOGLEVEL", "0")
+
+
+def set_mate_architectures(architectures: str) -> None:
+    """Name the architectures that MATE compiles for (MATE_MUSA_ARCH_LIST), unless the user has named them."""
+    os.environ.setdefault("MATE_MUSA_ARCH_LIST", architectures)
 
 
 def strict() -> bool:

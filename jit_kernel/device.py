@@ -80,7 +80,7 @@ def _machine() -> str:
 
 
 def _cpu_flags() -> frozenset[str]:
-    """What the processor can do, and who made it."""
+    """The instruction sets of the processor and the name of its vendor."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             vendor = ""
@@ -98,7 +98,7 @@ _cpu: Target | None = None
 
 
 def cpu_target() -> Target:
-    """The target of this machine's processor, with every feature that pays."""
+    """The target of this machine's processor, with every feature that makes a kernel faster."""
     global _cpu
     if _cpu is None:
         machine, flags = _machine(), _cpu_flags()
@@ -161,21 +161,21 @@ def get_device_capability(device: torch.device | str | None = None) -> tuple[int
         major, minor = torch.cuda.get_device_capability(name)
         return int(major), int(minor)
     if kind == "musa":
-        from jit_kernel import moore_threads as musa
+        from jit_kernel import moore_threads
 
-        return musa.capability(int(index) if index else None)
+        return moore_threads.capability(int(index) if index else None)
     return None
 
 
 def is_musa() -> bool:
     """Whether a Moore Threads GPU and the software to drive it are present."""
-    from jit_kernel import moore_threads as musa
+    from jit_kernel import moore_threads
 
-    return musa.probe().usable
+    return moore_threads.probe().usable
 
 
 def detect_device() -> str:
-    """The device that a call without tensors speaks of: the first of cuda, musa, cpu present."""
+    """The device of a call without tensors: the first of cuda, musa, cpu that is present."""
     import torch
 
     if torch.cuda.is_available():

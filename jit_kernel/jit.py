@@ -1,4 +1,4 @@
-"""The one door to compiled code: memory, then disk, then the compiler."""
+"""Compiled code, the way to it for every kernel: from memory, else from disk, else from the compiler."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 from jit_kernel.device import Target
 from jit_kernel.engine import build as builds
-from jit_kernel.engine import compiler
-from jit_kernel.engine.build import Event, KernelSpec
+from jit_kernel.engine import compiler, progress
+from jit_kernel.engine.spec import Event, KernelSpec, recorded
 
 __all__ = ["Cubin", "Event", "KernelSpec", "build", "events", "is_stored", "load", "load_cubin"]
 
@@ -33,13 +33,13 @@ _guards_guard = threading.Lock()
 
 def events() -> list[Event]:
     """What this process compiled and loaded so far, in order."""
-    return list(builds.recorded)
+    return list(recorded)
 
 
 def load(spec: KernelSpec, target: Target) -> Any:
     """The loaded library (a tvm_ffi.Module) of a "host" spec.
 
-    Raises compiler.CompilerNotFoundError, compiler.CompileError or cache.CacheError when it can be neither
+    Raises compiler.CompilerNotFoundError, compiler.CompileError or store.CacheError when it can be neither
     loaded nor compiled.
     """
     module = _modules.get((spec, target))
@@ -90,6 +90,6 @@ def _load_library(spec: KernelSpec, target: Target) -> Any:
         return tvm_ffi.load_module(str(entry.artifact), keep_module_alive=True)
     except (OSError, RuntimeError) as error:
         # Built for another C library, say: bytes that were verified and still cannot be loaded here.
-        builds.warn(f"{spec} in {entry.folder} cannot be loaded here ({error}); compiling it again")
+        progress.warn_once(f"{spec} in {entry.folder} cannot be loaded here ({error}); compiling it again")
         entry = builds.obtain(spec, target, unusable=entry.folder)
         return tvm_ffi.load_module(str(entry.artifact), keep_module_alive=True)

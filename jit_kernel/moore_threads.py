@@ -1,4 +1,4 @@
-"""What of the Moore Threads (MUSA) software is installed here, part by part, and why a part is not usable.
+"""Which parts of the Moore Threads (MUSA) software are installed here, and why a part is not usable.
 
 The chain is torch_musa -> a device of capability (3, 1) or newer -> MATE with its wrapper and its own build of
 tvm-ffi. A part is looked for without being imported where that is possible: three of these names are shared with
@@ -16,8 +16,10 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+
+from jit_kernel import config
 
 MINIMUM_CAPABILITY = (3, 1)  # Pinghu, MTT S5000: MATE's binaries are mp_31 only
 MINIMUM_TORCH_MUSA = (2, 7)
@@ -65,16 +67,7 @@ class Report:
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        return (
-            self.torch_musa,
-            self.device,
-            self.torchada,
-            self.mate,
-            self.wrapper,
-            self.tvm_ffi,
-            self.toolkit,
-            self.mcc,
-        )
+        return tuple(getattr(self, field.name) for field in fields(self))
 
     @property
     def usable(self) -> bool:
@@ -117,7 +110,7 @@ def _distribution(*names: str) -> str | None:
     return None
 
 
-def _told(error: BaseException) -> str:
+def _described(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip() or 'no message'}"
 
 
@@ -129,7 +122,7 @@ def _torch_musa() -> Part:
         module = importlib.import_module("torch_musa")
         import torch
     except Exception as error:  # its import links the driver and can fail with anything
-        return Part(name, False, _distribution(name), f"import failed with {_told(error)}")
+        return Part(name, False, _distribution(name), f"import failed with {_described(error)}")
     version = str(getattr(module, "__version__", None) or _distribution(name) or "unknown")
     # torch_musa sets torch.version.musa when it is imported; a CPU build of torch has no such attribute.
     if getattr(torch.version, "musa", None) is None:
@@ -146,7 +139,7 @@ def _device(torch_musa: Part) -> Part:
     try:
         found = _query_capability(None)
     except Exception as error:  # in a forked child the runtime cannot start again
-        return Part(name, False, None, f"the runtime failed with {_told(error)}")
+        return Part(name, False, None, f"the runtime failed with {_described(error)}")
     if found is None:
         return Part(name, False, None, "no device is visible (MUSA_VISIBLE_DEVICES, driver)")
     version = f"mp_{found[0]}{found[1]}"
@@ -166,7 +159,7 @@ def _torchada(device: Part) -> Part:
     try:
         importlib.import_module("torchada")
     except Exception as error:  # RuntimeError where MATE's own import fails inside it
-        return Part(name, False, version, f"import failed with {_told(error)}")
+        return Part(name, False, version, f"import failed with {_described(error)}")
     return Part(name, True, version)
 
 
@@ -177,14 +170,9 @@ def _mate() -> Part:
         return Part(name, False, None, "not installed", INSTALL_MATE)
     version = _distribution("mate")
     if not _has_submodule(spec, "mha_interface"):
-        return Part(
-            name,
-            False,
-            version,
-            "the installed package `mate` is the unrelated one (unittest matchers): "
-            "it has no mate.mha_interface; uninstall it first",
-            INSTALL_MATE,
-        )
+        reason = "the installed package `mate` is the unrelated one (unittest matchers): "
+        reason += "it has no mate.mha_interface; uninstall it first"
+        return Part(name, False, version, reason, INSTALL_MATE)
     if version is None:
         return Part(name, False, None, "mate.mha_interface is present, its version is not", INSTALL_MATE)
     if release(version)[:3] not in MATE_VERSIONS:
@@ -211,13 +199,8 @@ def _wrapper(mate: Part) -> Part:
         return Part(name, False, None, reason, INSTALL_MATE)
     version = _distribution("flash_attn_3", "mate-flash-attention")
     if _has_submodule(spec, "_C") or not _has_submodule(spec, submodule):
-        return Part(
-            name,
-            False,
-            version,
-            f"the package {package} at {spec.origin} is Dao-AILab's flash-attention, not MATE's wrapper",
-            INSTALL_MATE,
-        )
+        reason = f"the package {package} at {spec.origin} is Dao-AILab's flash-attention, not MATE's wrapper"
+        return Part(name, False, version, reason, INSTALL_MATE)
     if not mate.usable:
         return Part(name, False, version, "MATE is not usable")
     return Part(name, True, version)
@@ -238,11 +221,8 @@ def _tvm_ffi(mate: Part) -> Part:
 
 def toolkit_root() -> Path | None:
     """The MUSA toolkit's folder: MUSA_HOME, MUSA_PATH, else /usr/local/musa if it is there."""
-    for key in ("MUSA_HOME", "MUSA_PATH"):
-        if os.environ.get(key):
-            return Path(os.environ[key])
-    usual = Path("/usr/local/musa")
-    return usual if usual.is_dir() else None
+    chosen, usual = config.musa_toolkit(), Path("/usr/local/musa")
+    return chosen or (usual if usual.is_dir() else None)
 
 
 def _toolkit() -> Part:
@@ -254,7 +234,7 @@ def _toolkit() -> Part:
         found = re.search(r"\d+\.\d+\.\d+", json.dumps(json.loads((root / "version.json").read_text())))
         version = found.group() if found else None
     except (OSError, ValueError):
-        pass  # older toolkits carry no version.json: the folder alone is what can be told
+        pass  # older toolkits have no version.json: their version is unknown
     if version and release(version) < MINIMUM_TOOLKIT:
         return Part(name, False, version, "MATE needs 4.3.6 or newer", INSTALL_TOOLKIT)
     return Part(name, root.is_dir(), version or str(root), f"{root} is no folder", INSTALL_TOOLKIT)
@@ -262,7 +242,7 @@ def _toolkit() -> Part:
 
 def _mcc() -> Part:
     root = toolkit_root()
-    candidates = [os.environ.get("MATE_MCC"), str(root / "bin" / "mcc") if root else None]
+    candidates = [config.musa_compiler(), str(root / "bin" / "mcc") if root else None]
     for candidate in (*candidates, shutil.which("mcc")):
         if candidate and os.access(candidate, os.X_OK):
             return Part("mcc", True, candidate)
@@ -275,7 +255,7 @@ def capability(index: int | None = None) -> tuple[int, int] | None:
         return None
     try:
         return _query_capability(index)
-    except Exception:  # the report's device part tells what the runtime said
+    except Exception:  # the report's device part holds the runtime's error
         return None
 
 

@@ -10,16 +10,21 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
-from jit_kernel import config, jit
+from jit_kernel import config, jit, moore_threads
 from jit_kernel.device import Target, cpu_count, detect_device, device_target
 from jit_kernel.engine import compiler, progress
 from jit_kernel.engine.store import CacheError
 from jit_kernel.fa3 import dispatch
 from jit_kernel.jit import KernelSpec
+
+if TYPE_CHECKING:
+    from jit_kernel.fa3.musa import prebuild
 
 # One compilation of the CPU kernel peaks under this; jobs are limited so that all of them fit in memory.
 BYTES_PER_JOB = 1_500_000_000
@@ -33,6 +38,9 @@ class Job:
     target: Target
     stored: bool
 
+    def __str__(self) -> str:
+        return f"{self.spec} for {self.target}"
+
     def record(self) -> dict[str, object]:
         """The job as plain data."""
         return {
@@ -41,6 +49,58 @@ class Job:
             "variant": dict(self.spec.variant),
             "stored": self.stored,
         }
+
+
+@dataclass(frozen=True)
+class MateJob:
+    """Modules that MATE builds and keeps itself. Whether it has them is not known before it is asked to build them."""
+
+    modules: prebuild.Modules
+    target: Target
+    stored: None = None
+
+    def __str__(self) -> str:
+        return f"MATE's {self.modules.title} for {self.target}"
+
+    def record(self) -> dict[str, object]:
+        """The job as plain data, in the form of a Job's."""
+        variant = {"modules": self.modules.title}
+        return {"kernel": "mate", "target": str(self.target), "variant": variant, "stored": self.stored}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was asked for: the jobs of every target, and why a target has none."""
+
+    jobs: list[Job | MateJob]
+    unserved: dict[Target, str]
+
+    @property
+    def missing(self) -> list[Job | MateJob]:
+        """What is not known to be stored."""
+        return [job for job in self.jobs if not job.stored]
+
+
+def plan_of(targets: Sequence[Target], select: dict[str, str]) -> Plan:
+    """The jobs of every target that `select` lets through.
+
+    Raises ValueError as `specs_of` does, CacheError for a store that cannot be used.
+    """
+    plan = Plan([], {})
+    for target in dict.fromkeys(targets):
+        if target.vendor != "musa":
+            plan.jobs.extend(Job(spec, target, jit.is_stored(spec, target)) for spec in specs_of(target, select))
+            continue
+        major, minor = int(target.architecture[3]), int(target.architecture[4])
+        if (major, minor) < moore_threads.MINIMUM_CAPABILITY:
+            raise ValueError(f"target is {target}: no implementation serves it; MATE needs mp_31 or newer")
+        from jit_kernel.fa3.musa import prebuild
+
+        try:
+            plan.jobs.extend(MateJob(modules, target) for modules in prebuild.selected_modules(select))
+        except NotImplementedError as error:
+            plan.unserved[target] = str(error)
+    return plan
 
 
 def specs_of(target: Target, select: dict[str, str]) -> list[KernelSpec]:
@@ -67,29 +127,50 @@ def default_jobs() -> int:
     return max(1, min(cpu_count(), int(fit)))
 
 
-def _compile_all(jobs: list[Job], workers: int, bar: bool) -> dict[Job, str]:
-    """Compile what is not stored; answers with the error of each job that failed."""
-    failed: dict[Job, str] = {}
+def _compile_all(jobs: Sequence[Job | MateJob], workers: int | None, bar: bool) -> dict[Job | MateJob, str]:
+    """Compile every job; answers with the error of each that failed. MATE runs `workers` compilations itself."""
+    failed: dict[Job | MateJob, str] = {}
     done = 0
-    with ThreadPoolExecutor(max_workers=workers) as pool, progress.hushed():
-        futures: dict[Future[tuple[object, float]], Job] = {pool.submit(_timed, job): job for job in jobs}
+
+    def finish(job: Job | MateJob, seconds: Callable[[], float]) -> None:
+        nonlocal done
+        done += 1
+        try:
+            line = f"{job} in {seconds():.1f} s"
+        except (compiler.CompileError, compiler.CompilerNotFoundError, CacheError, MateError) as error:
+            failed[job] = str(error)
+            line = f"{job} FAILED"
+        _show(line, done, len(jobs), bar)
+
+    with ThreadPoolExecutor(max_workers=workers or default_jobs()) as pool, progress.silenced():
+        futures: dict[Future[float], Job] = {pool.submit(_build, job): job for job in jobs if isinstance(job, Job)}
         for future in as_completed(futures):
-            job, done = futures[future], done + 1
-            try:
-                _, seconds = future.result()
-                line = f"{job.spec} for {job.target} in {seconds:.1f} s"
-            except (compiler.CompileError, compiler.CompilerNotFoundError, CacheError) as error:
-                failed[job] = str(error)
-                line = f"{job.spec} for {job.target} FAILED"
-            _show(line, done, len(jobs), bar)
+            finish(futures[future], future.result)
+    for job in jobs:
+        if isinstance(job, MateJob):
+            finish(job, partial(_build_with_mate, job, workers))
     if bar and jobs:
         sys.stderr.write("\n")
     return failed
 
 
-def _timed(job: Job) -> tuple[object, float]:
+class MateError(RuntimeError):
+    """MATE could not build modules of its own."""
+
+
+def _build(job: Job) -> float:
     started = time.perf_counter()
-    return jit.build(job.spec, job.target), time.perf_counter() - started
+    jit.build(job.spec, job.target)
+    return time.perf_counter() - started
+
+
+def _build_with_mate(job: MateJob, workers: int | None) -> float:
+    started = time.perf_counter()
+    try:
+        job.modules.build(workers)
+    except Exception as error:  # a compiler's failure arrives as MATE raises it
+        raise MateError(f"{type(error).__name__}: {error}") from error
+    return time.perf_counter() - started
 
 
 def _show(line: str, done: int, total: int, bar: bool) -> None:
@@ -140,64 +221,57 @@ def main(argv: Sequence[str] | None = None) -> int:
         select[field] = value
     try:
         targets = [Target.parse(text) for text in options.target] or [device_target(detect_device())]
-        if any(target.vendor == "musa" for target in targets):
-            return _prewarm_musa(select, options.json)
-        jobs = [
-            Job(spec, target, jit.is_stored(spec, target)) for target in targets for spec in specs_of(target, select)
-        ]
+        plan = plan_of(targets, select)
     except (ValueError, CacheError) as error:
         parser.error(str(error))
-    return _run(jobs, options)
-
-
-def _run(jobs: list[Job], options: argparse.Namespace) -> int:
-    missing = [job for job in jobs if not job.stored]
     if options.list or options.dry_run:
-        shown = jobs if options.list else missing
-        if options.json:
-            print(json.dumps([job.record() for job in shown], indent=1))
-        else:
-            for job in shown:
-                print(f"{'stored ' if job.stored else 'missing'} {job.target} {job.spec}")
-            print(f"{len(missing)} of {len(jobs)} kernels to compile", file=sys.stderr)
-        return 0
+        _print_plan(plan, plan.jobs if options.list else plan.missing, options.json)
+        return 1 if plan.unserved else 0
+    return _run(plan, options)
+
+
+_STATES = {True: "stored ", False: "missing", None: "unknown"}
+
+
+def _print_plan(plan: Plan, shown: Sequence[Job | MateJob], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps([job.record() for job in shown], indent=1))
+    else:
+        for job in shown:
+            name = job.spec if isinstance(job, Job) else f"MATE's {job.modules.title}"
+            print(f"{_STATES[job.stored]} {job.target} {name}")
+        print(f"{len(plan.missing)} of {len(plan.jobs)} kernels to compile", file=sys.stderr)
+    for target, reason in plan.unserved.items():
+        print(f"{target}: {reason}", file=sys.stderr)
+
+
+def _run(plan: Plan, options: argparse.Namespace) -> int:
     started = time.perf_counter()
+    missing = plan.missing
     bar = sys.stderr.isatty() and not options.json and config.log_level() != "quiet"
-    failed = _compile_all(missing, options.jobs or default_jobs(), bar)
+    failed = _compile_all(missing, options.jobs, bar)
     seconds = time.perf_counter() - started
+    stored = [job for job in plan.jobs if job.stored]
     if options.json:
+        errors = [{**job.record(), "error": error} for job, error in failed.items()]
+        errors += [{"target": str(target), "error": reason} for target, reason in plan.unserved.items()]
         outcome = {
             "compiled": [job.record() for job in missing if job not in failed],
-            "stored": [job.record() for job in jobs if job.stored],
-            "failed": [{**job.record(), "error": error} for job, error in failed.items()],
+            "stored": [job.record() for job in stored],
+            "failed": errors,
             "seconds": round(seconds, 3),
         }
         print(json.dumps(outcome, indent=1))
     else:
         for job, error in failed.items():
-            print(f"FAILED {job.spec} for {job.target}:\n{error}\n", file=sys.stderr)
+            print(f"FAILED {job}:\n{error}\n", file=sys.stderr)
+        for target, reason in plan.unserved.items():
+            print(f"FAILED {target}:\n{reason}\n", file=sys.stderr)
         print(
-            f"{len(missing) - len(failed)} compiled, {len(jobs) - len(missing)} already stored, {len(failed)} failed "
-            f"in {seconds:.1f} s; the store is {config.cache_dir()}"
+            f"{len(missing) - len(failed)} compiled, {len(stored)} already stored, "
+            f"{len(failed) + len(plan.unserved)} failed in {seconds:.1f} s; the store is {config.cache_dir()}"
         )
-    return 1 if failed else 0
-
-
-def _prewarm_musa(select: dict[str, str], as_json: bool) -> int:
-    from jit_kernel.fa3 import musa
-
-    try:
-        outcome = musa.prewarm(select)
-    except (NotImplementedError, RuntimeError) as failure:
-        print(failure, file=sys.stderr)
-        return 1
-    if as_json:
-        records = [{"module": name, "seconds": seconds, "error": error} for name, seconds, error in outcome]
-        print(json.dumps(records, indent=1))
-    else:
-        for name, seconds, error in outcome:
-            print(f"{name}: {error or f'{seconds:.1f} s'}")
-    return 1 if any(error for _, _, error in outcome) else 0
+    return 1 if failed or plan.unserved else 0
 
 
 if __name__ == "__main__":

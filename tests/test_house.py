@@ -57,6 +57,82 @@ def test_imports_go_downwards(name):
         assert other == room or not {room, other} <= APART, f"{name} imports {target}: they must not know each other"
 
 
+def files_of(places: list[str]) -> set[str]:
+    return {place.rpartition(":")[0].removeprefix("jit_kernel/") for place in places}
+
+
+def test_only_config_reads_or_changes_the_environment():
+    assert house.environment_uses(house.ROOT) == []
+
+
+def test_only_the_engines_runner_starts_processes():
+    assert files_of(house.process_starts(house.ROOT)) == {"engine/process.py"}
+
+
+# Files that call a function that writes files, each with what it writes. The store is written by the first two.
+WRITERS = {
+    "engine/store.py": "the store",
+    "engine/lock.py": "the store's locks and the notes beside them",
+    "engine/compiler.py": "the artifact, in the private folder that its caller owns",
+    "engine/process.py": "a compiler's output, in the same folder",
+    "engine/triton_compiler.py": "a temporary folder as Triton's own cache, removed after each compilation",
+}
+
+
+def test_only_the_named_files_write_files():
+    assert files_of(house.file_writes(house.ROOT)) == set(WRITERS)
+
+
+VIOLATIONS = {
+    "environment_uses": [
+        "import os\nos.environ['A']",
+        "import os as o\no.environ.get('A')",
+        "from os import environ\nenviron['A'] = ''",
+        "from os import environ as e\nprint(e)",
+        "from os import getenv as g",
+        "from os import *",
+        "import os.path\nos.putenv('A', '')",
+        "def f():\n    import os as inner\n    return dict(inner.environ)",
+        "import os\ngetattr(os, 'environ')",
+    ],
+    "process_starts": [
+        "import subprocess as s\ns.run(['true'])",
+        "from subprocess import Popen as P\nP(['true'])",
+        "import os\nos.execlp('a', 'a')",
+        "import multiprocessing\nmultiprocessing.get_context('fork')",
+        "from concurrent.futures import ProcessPoolExecutor",
+        "import concurrent.futures as c\nc.ProcessPoolExecutor()",
+    ],
+    "file_writes": [
+        "from shutil import rmtree as r\nr('a')",
+        "import os as o\no.replace('a', 'b')",
+        "from pathlib import Path\nPath('a').unlink()",
+        "def f(path):\n    path.write_text('a')",
+        "open('a', 'w')",
+        "def f(path, mode):\n    return path.open(mode)",
+        "def f(path):\n    with path.open(mode='ab') as file:\n        return file",
+        "import os\nos.open('a', os.O_RDWR | os.O_CREAT)",
+        "import tempfile\ntempfile.mkdtemp()",
+        "from filelock import FileLock",
+    ],
+}
+HARMLESS = (
+    "import os\nos.path.join('a')\nos.open('a', os.O_RDONLY)\nopen('a')\nopen('a', 'rb')\n'a'.replace('a', 'b')\n"
+    "environ = {}\nenviron['A'] = 1\ndef run(): ...\nrun()\nopen('a', encoding='utf-8')\nimport subprocess\n"
+    "subprocess.TimeoutExpired"
+)
+
+
+@pytest.mark.parametrize(("rule", "text"), [(rule, text) for rule, texts in VIOLATIONS.items() for text in texts])
+def test_the_rules_find_what_they_forbid(tmp_path, rule, text):
+    (tmp_path / "jit_kernel").mkdir()
+    file = tmp_path / "jit_kernel" / "somewhere.py"
+    file.write_text(text)
+    assert getattr(house, rule)(tmp_path), f"{rule} does not see:\n{text}"
+    file.write_text(HARMLESS)
+    assert getattr(house, rule)(tmp_path) == []
+
+
 FRESH = """
 import sys, os
 before = set(os.listdir('.'))

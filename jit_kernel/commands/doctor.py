@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
+import json
 import os
 import platform
+from collections.abc import Sequence
 from typing import Any
 
 import jit_kernel
-from jit_kernel import config
-from jit_kernel import moore_threads as musa
+from jit_kernel import config, moore_threads
 from jit_kernel.device import Target, cpu_target, device_target, get_device_capability
 from jit_kernel.engine import compiler
 from jit_kernel.engine.store import CacheError, Store
@@ -22,16 +24,28 @@ _PACKAGES = (
 )
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; answers with its exit status, 0."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jit_kernel doctor", description="Devices, compilers, versions, cache and implementations."
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(argv)
+    facts = report()
+    print(json.dumps(facts, indent=1) if options.json else text(facts))
+    return 0
+
+
 def report() -> dict[str, Any]:
     """Everything that doctor knows, as plain data. Compilers are asked for their version; nothing is written."""
     return {
         "versions": _versions(),
         "devices": _devices(),
-        "musa": {part.name: str(part) for part in musa.probe().parts},
+        "musa": {part.name: str(part) for part in moore_threads.probe().parts},
         "compilers": {route: _compilers(route) for route in compiler.ROUTES},
         "cache": _cache(),
         "implementations": _implementations(),
-        "settings": {key: value for key, value in sorted(os.environ.items()) if key.startswith("JIT_KERNEL_")},
+        "settings": config.given_settings(),
     }
 
 
@@ -59,7 +73,7 @@ def _devices() -> dict[str, dict[str, Any]]:
                 "name": torch.cuda.get_device_name(index),
                 "capability": get_device_capability(name),
             }
-    if musa.probe().usable:
+    if moore_threads.probe().usable:
         devices["musa"] = {"target": str(device_target("musa")), "capability": get_device_capability("musa")}
     return devices
 

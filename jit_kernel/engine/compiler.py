@@ -1,4 +1,4 @@
-"""Source in, artifact out: the only file that starts a compiler.
+"""Source in, artifact out.
 
 Three routes: "host" (g++ or clang++ makes a shared library), "cuda" (NVRTC, or nvcc when asked for, makes a
 cubin) and "triton" (Triton makes a cubin and its launch metadata). None of them needs the device that it
@@ -13,8 +13,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from pathlib import Path
 
 from jit_kernel import config
 from jit_kernel.device import Target
+from jit_kernel.engine import process
 
 ROUTES = ("host", "cuda", "triton")
 UNIT_NAMES = {"host": "unit.cpp", "cuda": "unit.cu", "triton": "unit.json"}
@@ -38,13 +37,6 @@ _FEATURE_FLAGS = {
     "amxbf16": ("-mamx-tile", "-mamx-bf16"),
 }
 _HOST_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-pipe")
-
-# The shell runs the compiler in a process group of its own and reads a pipe whose other end only the
-# parent holds: a parent that is killed closes it, and the whole group (cc1plus, as, ld) goes with it.
-_WATCHED = (
-    'exec 3<&0; "$@" </dev/null 3<&- & compiler=$!; (read -r _ <&3; kill -KILL 0) & watcher=$!; '
-    "wait $compiler; status=$?; kill -KILL $watcher; exit $status"
-)
 
 
 class CompilerNotFoundError(RuntimeError):
@@ -103,7 +95,7 @@ def find(route: str) -> Found | None:
 def host_compilers() -> list[Found]:
     """Every host compiler present, the one that is taken first: CXX, else g++, else clang++."""
     found = []
-    chosen = os.environ.get("CXX", "").strip()
+    chosen = config.host_compiler()
     if chosen:
         words = shlex.split(chosen)
         path = shutil.which(words[0])
@@ -144,7 +136,7 @@ def fingerprint(found: Found) -> str:
 
 
 def identify(found: Found) -> str:
-    """A compiler's own account of its version. For a program this starts it."""
+    """The version that a compiler states. A program is started for it."""
     if found.name == "nvrtc":
         from jit_kernel.engine import nvrtc
 
@@ -153,11 +145,11 @@ def identify(found: Found) -> str:
         from jit_kernel.engine import triton_compiler
 
         return f"Triton {triton_compiler.version()}"
-    answer = subprocess.run([*found.command, "--version"], capture_output=True, text=True, timeout=60, check=False)
-    if answer.returncode != 0:
-        command = shlex.join([*found.command, "--version"])
-        raise CompilerNotFoundError(f"{command} failed: {answer.stderr.strip() or answer.returncode}")
-    return answer.stdout.strip()
+    command = [*found.command, "--version"]
+    answer = process.run(command, seconds=60)
+    if answer.status != 0:
+        raise CompilerNotFoundError(f"{shlex.join(command)} failed: {answer.errors.strip() or answer.status}")
+    return answer.output.strip()
 
 
 def flags(route: str, target: Target, extra: Sequence[str] = ()) -> list[str]:
@@ -251,32 +243,15 @@ def program_command(found: Found, target: Target, extra: Sequence[str]) -> list[
 def _run_program(found: Found, folder: Path, target: Target, extra: Sequence[str]) -> Compiled:
     command = program_command(found, target, extra)
     started = time.perf_counter()
-    log = folder / "compile.log"
-    read_end, write_end = os.pipe()
-    with os.fdopen(write_end, "wb"):
-        with os.fdopen(read_end, "rb") as watched, log.open("wb") as output:
-            process = subprocess.Popen(
-                ["/bin/sh", "-c", _WATCHED, "sh", *command],
-                cwd=folder,
-                stdin=watched,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-                env={**os.environ, "LC_ALL": "C", "TMPDIR": str(folder)},
-            )
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    text = log.read_text(encoding="utf-8", errors="replace")
-    if process.returncode != 0:
+    environment = config.child_environment(LC_ALL="C", TMPDIR=str(folder))
+    ended = process.run_watched(command, folder, folder / "compile.log", environment)
+    if ended.status != 0:
         raise CompileError(
-            _first_error(text) or f"{found.name} ended with status {process.returncode}",
-            log=text,
+            _first_error(ended.output) or f"{found.name} ended with status {ended.status}",
+            log=ended.output,
             command=shlex.join(command),
         )
-    artifact = ARTIFACTS[found.route]
-    seconds = time.perf_counter() - started
-    unit = 1 if sys.platform == "darwin" else 1024
-    return Compiled(artifact, shlex.join(command), seconds, usage.ru_maxrss * unit)
+    return Compiled(ARTIFACTS[found.route], shlex.join(command), time.perf_counter() - started, ended.peak_bytes)
 
 
 _ERROR = re.compile(r"(?:\berror\b|\bfatal\b|No space left on device|undefined reference)")

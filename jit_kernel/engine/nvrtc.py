@@ -23,7 +23,7 @@ _INSTALL_HINT = (
 
 
 class NvrtcError(RuntimeError):
-    """NVRTC is missing, or refused a source. `log` holds the compiler's own words."""
+    """NVRTC is missing, or refused a source. `log` holds what the compiler printed."""
 
     def __init__(self, message: str, log: str = "") -> None:
         super().__init__(f"{message}\n{log}" if log else message)
@@ -57,7 +57,7 @@ def compile_cubin(
         status = library.nvrtcCompileProgram(program, len(options), array)
         log = _fetch(library, "ProgramLog", program).rstrip(b"\0").decode(errors="replace").strip()
         if status != 0:
-            raise NvrtcError(f"{name} does not compile for {architecture}: {_words(library, status)}", log)
+            raise NvrtcError(f"{name} does not compile for {architecture}: {_error_text(library, status)}", log)
         return _fetch(library, "CUBIN", program), log
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
@@ -144,9 +144,9 @@ def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     library.nvrtcGetErrorString.restype = ctypes.c_char_p
     pointer, size = ctypes.c_void_p, ctypes.c_size_t
-    for what in ("ProgramLog", "CUBIN"):
-        getattr(library, f"nvrtcGet{what}Size").argtypes = [pointer, ctypes.POINTER(size)]
-        getattr(library, f"nvrtcGet{what}").argtypes = [pointer, ctypes.c_char_p]
+    for result in ("ProgramLog", "CUBIN"):
+        getattr(library, f"nvrtcGet{result}Size").argtypes = [pointer, ctypes.POINTER(size)]
+        getattr(library, f"nvrtcGet{result}").argtypes = [pointer, ctypes.c_char_p]
     library.nvrtcCreateProgram.argtypes = [
         ctypes.POINTER(pointer),
         ctypes.c_char_p,
@@ -159,19 +159,19 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def _fetch(library: ctypes.CDLL, what: str, program: ctypes.c_void_p) -> bytes:
-    """The bytes behind one of NVRTC's pairs nvrtcGet<what>Size and nvrtcGet<what>."""
+def _fetch(library: ctypes.CDLL, result: str, program: ctypes.c_void_p) -> bytes:
+    """The bytes that a pair of NVRTC's functions returns, nvrtcGet<result>Size and nvrtcGet<result>."""
     size = ctypes.c_size_t()
-    _check(library, getattr(library, f"nvrtcGet{what}Size")(program, ctypes.byref(size)))
+    _check(library, getattr(library, f"nvrtcGet{result}Size")(program, ctypes.byref(size)))
     buffer = ctypes.create_string_buffer(size.value)
-    _check(library, getattr(library, f"nvrtcGet{what}")(program, buffer))
+    _check(library, getattr(library, f"nvrtcGet{result}")(program, buffer))
     return buffer.raw
 
 
-def _words(library: ctypes.CDLL, status: int) -> str:
+def _error_text(library: ctypes.CDLL, status: int) -> str:
     return str(library.nvrtcGetErrorString(status).decode())
 
 
 def _check(library: ctypes.CDLL, status: int) -> None:
     if status != 0:
-        raise NvrtcError(f"NVRTC failed: {_words(library, status)}")
+        raise NvrtcError(f"NVRTC failed: {_error_text(library, status)}")

@@ -1,8 +1,9 @@
-"""What a person sees on standard error while a compiler runs or another process is waited for."""
+"""What the engine prints and logs: lines while a compiler runs or another process is waited for, and warnings."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import threading
 import time
@@ -10,24 +11,37 @@ from collections.abc import Iterator
 
 from jit_kernel import config
 
+log = logging.getLogger("jit_kernel")
+
 _INTERVAL = 0.2
 _line_taken = threading.Lock()
-_hushed = threading.Event()
+_silenced = threading.Event()
+_warned: set[object] = set()
+_warned_guard = threading.Lock()
+
+
+def warn_once(text: str, key: object = None) -> None:
+    """Log a warning, once a process for each `key` (any value that hashes); without one, for each text."""
+    with _warned_guard:
+        if (text if key is None else key) in _warned:
+            return
+        _warned.add(text if key is None else key)
+    log.warning(text)
 
 
 @contextlib.contextmanager
-def hushed() -> Iterator[None]:
-    """Leave the progress lines to the caller, who shows the whole itself."""
-    _hushed.set()
+def silenced() -> Iterator[None]:
+    """Print no progress lines inside this block: the caller prints its own."""
+    _silenced.set()
     try:
         yield
     finally:
-        _hushed.clear()
+        _silenced.clear()
 
 
 def say(text: str, level: str = "info") -> None:
-    """Print one line, unless JIT_KERNEL_LOG asks for less."""
-    if not _hushed.is_set() and config.LOG_LEVELS.index(config.log_level()) >= config.LOG_LEVELS.index(level):
+    """Print one line on standard error, if JIT_KERNEL_LOG lets this level through."""
+    if not _silenced.is_set() and config.LOG_LEVELS.index(config.log_level()) >= config.LOG_LEVELS.index(level):
         print(f"jit_kernel: {text}", file=sys.stderr, flush=True)
 
 
@@ -36,7 +50,7 @@ def compiling(title: str, last_seconds: float | None) -> Iterator[None]:
     """Show that `title` is being compiled: a running clock on a terminal, two plain lines elsewhere."""
     before = f", last time {last_seconds:.1f} s" if last_seconds is not None else ""
     started = time.monotonic()
-    on_terminal = sys.stderr.isatty() and config.log_level() != "quiet" and not _hushed.is_set()
+    on_terminal = sys.stderr.isatty() and config.log_level() != "quiet" and not _silenced.is_set()
     if not (on_terminal and _line_taken.acquire(blocking=False)):
         say(f"compiling {title}{before}")
         yield

@@ -1,81 +1,45 @@
-"""The store of compiled kernels: look up, lock, publish whole, verify, quarantine.
+"""The store of compiled kernels: look up, publish whole, quarantine, clear.
 
-The only file that writes the store. An entry is a folder `<kernel>/<target>/<key>-<compiler>/` that holds the
-artifact, the unit that was compiled and `manifest.json`; it appears by one rename and is never changed. Size
-and sha256 of every file are verified before the entry is used: a truncated library kills the process with
-SIGBUS at dlopen, which no `except` catches. A hit writes nothing and needs no lock.
+The store is written here and, for its locks, in lock.py; nowhere else. An entry is a folder
+`<kernel>/<target>/<key>-<compiler>/` that holds the artifact, the unit that was compiled and `manifest.json`; it
+appears by one rename and is never changed. Size and sha256 of every file are verified before the entry is used: a
+truncated library kills the process with SIGBUS at dlopen, which no `except` catches. A hit writes nothing and needs
+no lock.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
-import hashlib
+import errno
 import json
-import logging
 import os
+import re
 import secrets
 import shutil
 import socket
 import stat
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from jit_kernel.engine.entry import MANIFEST, Entry, Miss, verify
+from jit_kernel.engine.lock import EntryLock, Holder, remove_free, write_whole
 
-MANIFEST = "manifest.json"
 _TMP, _LOCKS, _QUARANTINE, _FAILED = ".tmp", ".locks", ".quarantine", ".failed"
 _COMPILERS = "compilers.json"
 _QUARANTINE_KEPT = 8
 _FOREIGN_TMP_SECONDS = 24 * 3600
-
-log = logging.getLogger("jit_kernel")
+# The names of what the store makes: nothing else in its folder is ever removed.
+_ENTRY_NAME = re.compile(r"(?P<key>[0-9a-f]{32})-\w+")
+_PRIVATE_NAME = re.compile(r"(?P<pid>\d+)-(?P<host>.+)-[0-9a-f]{8}")
+_QUARANTINE_NAME = re.compile(rf"\d+-{_ENTRY_NAME.pattern}")
 
 
 class CacheError(RuntimeError):
     """The store cannot be used; the message says what to do about it."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A verified entry of the store."""
-
-    folder: Path
-    manifest: dict[str, Any]
-
-    @property
-    def artifact(self) -> Path:
-        """The file to load."""
-        return self.folder / str(self.manifest["artifact"])
-
-
-@dataclass(frozen=True)
-class Miss:
-    """Why there is no usable entry. A damaged one was there if `damaged`."""
-
-    reason: str
-    damaged: Path | None = None
-
-
-@dataclass(frozen=True)
-class Holder:
-    """Who compiles an entry at the moment, as the one who waits is told."""
-
-    pid: int
-    host: str
-    since: float
-    last_seconds: float | None
-
-
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file's bytes, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 class Store:
@@ -83,6 +47,14 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+
+    @classmethod
+    def temporary(cls, prefix: str, *, kept: bool = False) -> Store:
+        """A new store in the system's folder of temporary files, which ends with this process unless it is kept."""
+        root = Path(tempfile.mkdtemp(prefix=prefix))
+        if not kept:
+            atexit.register(shutil.rmtree, root, ignore_errors=True)
+        return cls(root)
 
     # -- the folder itself ---------------------------------------------------------------------------
 
@@ -122,46 +94,18 @@ class Store:
         compiler's entry will do. Writes nothing."""
         parent = self.root / kernel / target
         if compiler is not None:
-            return self.verify(parent / f"{key}-{compiler}", key)
+            return verify(parent / f"{key}-{compiler}", key)
         miss = Miss("no entry")
         try:
             names = sorted(name for name in os.listdir(parent) if name.startswith(f"{key}-"))
         except OSError:
             return miss
         for name in names:
-            found = self.verify(parent / name, key)
+            found = verify(parent / name, key)
             if isinstance(found, Entry):
                 return found
             miss = found
         return miss
-
-    def verify(self, folder: Path, key: str) -> Entry | Miss:
-        """Read an entry's manifest and compare every file with it."""
-        try:
-            manifest = json.loads((folder / MANIFEST).read_bytes())
-        except FileNotFoundError:
-            if folder.is_dir():
-                return Miss("its manifest is missing", folder)
-            return Miss("no entry")
-        except (OSError, ValueError) as error:
-            return Miss(f"its manifest cannot be read ({error})", folder)
-        try:
-            if manifest["key"] != key:
-                return Miss("its manifest names another key", folder)
-            for name, expected in manifest["files"].items():
-                path = folder / name
-                size = path.stat().st_size
-                if size != expected["size"]:
-                    return Miss(f"{name} has {size} bytes, not {expected['size']}", folder)
-                if sha256_of(path) != expected["sha256"]:
-                    return Miss(f"{name} has other bytes than were compiled", folder)
-            if manifest["artifact"] not in manifest["files"]:
-                return Miss("its manifest names no artifact", folder)
-        except (KeyError, TypeError, AttributeError) as error:
-            return Miss(f"its manifest is malformed ({error!r})", folder)
-        except OSError as error:
-            return Miss(f"a file is missing or unreadable ({error})", folder)
-        return Entry(folder, manifest)
 
     def manifests(self) -> Iterator[tuple[Path, dict[str, Any]]]:
         """The folder and manifest of every entry that can be read, unverified."""
@@ -171,29 +115,47 @@ class Store:
                 if isinstance(manifest, dict):
                     yield path.parent, manifest
 
+    def lock(self, kernel: str, target: str, key: str) -> EntryLock:
+        """The lock of the entries that have this key."""
+        return EntryLock.of(self.root / _LOCKS, kernel, target, key)
+
     # -- writing -------------------------------------------------------------------------------------
 
     def private_folder(self) -> Path:
-        """A new folder beside the entries, for one compilation. Dead processes' folders are swept."""
+        """A new folder beside the entries, for one compilation. Dead processes' folders are removed."""
         parent = self.root / _TMP
         parent.mkdir(mode=0o700, exist_ok=True)
-        self._sweep(parent)
+        self._remove_abandoned(parent)
         folder = parent / f"{os.getpid()}-{socket.gethostname()}-{secrets.token_hex(4)}"
-        folder.mkdir(mode=0o700)
+        folder.mkdir(mode=0o700, parents=True)
         return folder
 
     def publish(self, private: Path, kernel: str, target: str, name: str) -> Path:
         """Rename a finished private folder to its place in the store."""
-        folder = self.root / kernel / target / name
-        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         for path in private.iterdir():
             descriptor = os.open(path, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-        os.rename(private, folder)
-        return folder
+        folder = self.root / kernel / target / name
+        while True:
+            folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            try:
+                os.rename(private, folder)
+                return folder
+            except FileNotFoundError:  # `clear` removed the empty parent meanwhile
+                if not private.is_dir():
+                    raise
+            except OSError as error:
+                # Where locks do not work (some network file systems), another process may have published the same.
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise
+                return folder
+
+    def discard(self, private: Path) -> None:
+        """Remove a private folder, if it is still there."""
+        shutil.rmtree(private, ignore_errors=True)
 
     def quarantine(self, folder: Path) -> Path | None:
         """Move a damaged entry out of the way; the newest few are kept to be looked at."""
@@ -220,61 +182,53 @@ class Store:
         script.chmod(0o700)
         return folder
 
-    def _sweep(self, parent: Path) -> None:
+    def clear(self, waiting: Callable[[Holder | None, float], None]) -> int:
+        """Remove every entry, each under its lock, and what the store keeps beside them; nothing else.
+
+        A compilation that runs meanwhile goes on: its private folder and its lock stay. Returns how many entries
+        were removed; `waiting` is EntryLock's. Raises CacheError where the store cannot be written.
+        """
+        if not self.root.is_dir():
+            return 0
+        if not self.writable():
+            raise CacheError(f"cache folder {self.root} cannot be written, so nothing was removed")
+        removed = 0
+        for folder, key in list(self._entries()):
+            target = folder.parent
+            kernel = target.parent.relative_to(self.root).as_posix()
+            with self.lock(kernel, target.name, key).held(waiting):
+                shutil.rmtree(folder, ignore_errors=True)
+                removed += not folder.exists()
+            _remove_empty(target, self.root)
+        self._remove_abandoned(self.root / _TMP)
+        for place, pattern in ((_QUARANTINE, _QUARANTINE_NAME), (_FAILED, _ENTRY_NAME)):
+            for each in _children(self.root / place):
+                if pattern.fullmatch(each.name):
+                    shutil.rmtree(each, ignore_errors=True)
+        (self.root / _COMPILERS).unlink(missing_ok=True)
+        remove_free(self.root / _LOCKS)
+        for place in (_TMP, _QUARANTINE, _FAILED):
+            _remove_empty(self.root / place, self.root)
+        return removed
+
+    def _entries(self) -> Iterator[tuple[Path, str]]:
+        """The folder and key of every entry, damaged ones too: a manifest below `<kernel>/<target>/<key>-...`."""
+        for path in self.root.glob(f"[!.]*/**/{MANIFEST}"):
+            match = _ENTRY_NAME.fullmatch(path.parent.name)
+            if match is not None and ":" in path.parent.parent.name:
+                yield path.parent, match["key"]
+
+    def _remove_abandoned(self, parent: Path) -> None:
+        """Remove the private folders of processes that are gone."""
         here = socket.gethostname()
-        for folder in parent.iterdir():
-            pid, _, rest = folder.name.partition("-")
-            host = rest.rpartition("-")[0]
+        for folder in _children(parent):
+            match = _PRIVATE_NAME.fullmatch(folder.name)
+            if match is None:
+                continue
             with contextlib.suppress(OSError):
                 old = time.time() - folder.stat().st_mtime > _FOREIGN_TMP_SECONDS
-                if old or (host == here and not process_lives(int(pid) if pid.isdigit() else 0)):
+                if old or (match["host"] == here and not process_lives(int(match["pid"]))):
                     shutil.rmtree(folder, ignore_errors=True)
-
-    # -- the lock ------------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def lock(self, name: str, waiting: Callable[[Holder | None, float], None]) -> Iterator[None]:
-        """Hold the lock of one entry. The kernel frees a dead holder's lock at once.
-
-        `waiting(holder, seconds)` is called after two seconds of waiting, and every ten from then on.
-        """
-        parent = self.root / _LOCKS
-        parent.mkdir(mode=0o700, exist_ok=True)
-        lock = FileLock(parent / f"{name}.lock", mode=0o600, thread_local=False)
-        note = parent / f"{name}.holder"
-        started, patience = time.monotonic(), 2.0
-        while True:
-            try:
-                lock.acquire(timeout=patience, poll_interval=0.02)
-                break
-            except Timeout:
-                waiting(_read_holder(note), time.monotonic() - started)
-                patience = 10.0
-        try:
-            previous = _read_holder(note)
-            self._write_holder(note, previous.last_seconds if previous else None)
-            yield
-        finally:
-            lock.release()
-
-    def record_duration(self, name: str, seconds: float) -> None:
-        """Remember how long an entry took to build, for those who wait for its next build."""
-        self._write_holder(self.root / _LOCKS / f"{name}.holder", seconds)
-
-    def last_duration(self, name: str) -> float | None:
-        """How long the last build of an entry took, if one is on record."""
-        holder = _read_holder(self.root / _LOCKS / f"{name}.holder")
-        return holder.last_seconds if holder else None
-
-    def _write_holder(self, note: Path, last_seconds: float | None) -> None:
-        record = {
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "since": time.time(),
-            "last_seconds": last_seconds,
-        }
-        with contextlib.suppress(OSError):  # a full disk: those who wait are told less
-            _write_whole(note, json.dumps(record))
 
     # -- compilers seen ------------------------------------------------------------------------------
 
@@ -296,7 +250,19 @@ class Store:
         kept = dict(list(seen.items())[-31:]) if isinstance(seen, dict) else {}
         with contextlib.suppress(OSError):
             if self.writable():
-                _write_whole(self.root / _COMPILERS, json.dumps({**kept, fingerprint: identity}, indent=1))
+                write_whole(self.root / _COMPILERS, json.dumps({**kept, fingerprint: identity}, indent=1))
+
+
+def write_unit(private: Path, name: str, text: str) -> Path:
+    """Write the text that is to be compiled into a private folder."""
+    path = private / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def write_manifest(private: Path, manifest: dict[str, Any]) -> None:
+    """Write what an entry was made of beside its files, the last of them."""
+    (private / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
 def process_lives(pid: int) -> bool:
@@ -310,20 +276,13 @@ def process_lives(pid: int) -> bool:
     return pid > 0
 
 
-def _write_whole(path: Path, text: str) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+def _children(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
 
 
-def _read_holder(note: Path) -> Holder | None:
-    try:
-        record = json.loads(note.read_bytes())
-        last = record["last_seconds"]
-        seconds = None if last is None else float(last)
-        return Holder(int(record["pid"]), str(record["host"]), float(record["since"]), seconds)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def _remove_empty(folder: Path, root: Path) -> None:
+    """Remove a folder and those above it, up to the root, as far as they are empty."""
+    with contextlib.suppress(OSError):
+        while folder != root:
+            folder.rmdir()
+            folder = folder.parent

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from jit_kernel import config
-from jit_kernel.device import Target, cpu_target
-from jit_kernel.engine.store import CacheError, Store
+from jit_kernel.engine.store import Store
 from tests.support import children, loader_work
 
 SMALL = loader_work.small_call
@@ -96,7 +95,7 @@ def test_a_missing_compiler_names_the_package(tmp_path, environment):
 def test_a_compile_error_is_short_and_can_be_repeated(tmp_path, environment):
     sources = tmp_path / "sources"
     shutil.copytree(SOURCES, sources)
-    header = sources / "flash_attention_v3" / "cpu" / "combine.h"
+    header = sources / "flash_attention_v3" / "cpu" / "entry" / "combine.h"
     header.write_text('#error "this line is wrong"\n' + header.read_text())
     outcome = children.run(loader_work.with_sources, str(sources), SMALL, environment=environment, scratch=tmp_path)
     assert outcome.error == "CompileError" and "this line is wrong" in outcome.message
@@ -171,7 +170,7 @@ def test_what_changes_the_key(tmp_path, built, store, environment):
 
     assert stored()
     assert not stored("-DOTHER=1")
-    header = sources / "flash_attention_v3" / "cpu" / "combine.h"
+    header = sources / "flash_attention_v3" / "cpu" / "entry" / "combine.h"
     text, times = header.read_text(), header.stat()
     header.write_text(text.replace("namespace", "namespace ", 1))
     os.utime(header, ns=(times.st_atime_ns, times.st_mtime_ns))
@@ -179,7 +178,10 @@ def test_what_changes_the_key(tmp_path, built, store, environment):
     header.write_text(text)
     assert stored()
     (sources / "include" / "jit_kernel" / "another.h").write_text("\n")
-    assert not stored()
+    assert stored(), "a header that the kernel does not include changed its key"
+    indirect = sources / "include" / "jit_kernel" / "cpu" / "element.h"
+    indirect.write_text(indirect.read_text() + "\n")
+    assert not stored(), "a header that the kernel includes by way of another was not seen"
 
 
 def test_another_compiler_behind_the_same_path(tmp_path, environment):
@@ -271,88 +273,26 @@ def test_a_store_that_others_can_write_is_refused(tmp_path, built, store, enviro
     assert children.run(SMALL, environment=environment, scratch=tmp_path).result["compiled"] == []
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
-def test_a_store_of_another_user_is_refused(store):
-    store.mkdir(mode=0o755)
-    os.chown(store, 12345, -1)
-    with pytest.raises(CacheError, match="belongs to user 12345"):
-        Store(store).check()
-
-
 def test_a_new_store_is_private(tmp_path, environment, store):
     assert children.run(SMALL, environment=environment, scratch=tmp_path).error == ""
     assert stat.S_IMODE(store.stat().st_mode) == 0o700
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["cpu:x86-64", "cpu:x86-64-v3", "cpu:x86-64-v4+amxbf16+avx512bf16", "cpu:aarch64", "cuda:sm_90a", "musa:mp_31"],
-)
-def test_targets_print_what_they_parse(text):
-    assert str(Target.parse(text)) == text
-
-
-def test_targets_that_are_aliases():
-    assert Target.parse("cpu:native") == cpu_target()
-    assert Target.parse("cpu:x86-64-v4+avx512bf16+amxbf16").features == ("amxbf16", "avx512bf16")
-    assert Target.parse("cpu:generic").features == ()
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("sm_90a", "vendor:architecture"),
-        ("tpu:v5", "vendor:architecture"),
-        ("cuda:90", "'90' is no cuda architecture"),
-        ("cpu:x86-64-v4+amx", "'amx' must be one of"),
-        ("cuda:sm_90+x", "a cuda target has no features"),
-    ],
-)
-def test_targets_that_are_none(text, words):
-    with pytest.raises(ValueError, match="target is") as caught:
-        Target.parse(text)
-    assert words in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("JIT_KERNEL_STRICT", "perhaps"),
-        ("JIT_KERNEL_IMPLEMENTATION", "fastest"),
-        ("JIT_KERNEL_CUDA_COMPILER", "icc"),
-        ("JIT_KERNEL_CACHE_DIR", "relative/folder"),
-        ("JIT_KERNEL_LOG", "loud"),
-    ],
-)
-def test_a_bad_setting_names_itself(monkeypatch, key, value):
-    monkeypatch.setenv(key, value)
-    config.reload()
-    with pytest.raises(config.ConfigError, match=f"{key} is '{value}'; it must be"):
-        config.settings()
-    monkeypatch.undo()
-    config.reload()
-
-
-def test_what_the_attention_kernel_costs(tmp_path, store):
-    """Cold at most 12 s and 1.5 GB; in a second process the loader takes 10 ms and starts no compiler."""
+def test_what_the_attention_kernel_costs(tmp_path, store, say):
+    """Cold at most 1.5 GB; a second process starts no compiler. Times are printed; `make bench` records them."""
     compiler, starts = counting_compiler(tmp_path / "bin")
     environment: dict[str, str | None] = {"JIT_KERNEL_CACHE_DIR": str(store), "CXX": compiler}
     cold = children.run(loader_work.attention_call, environment=environment, scratch=tmp_path)
     assert cold.error == "" and cold.result["right"], cold
-    starts.write_text("")
-    loads = []
-    for _ in range(3):
-        loaded = children.run(loader_work.attention_call, environment=environment, scratch=tmp_path)
-        assert loaded.result["right"] and loaded.result["compiled"] == []
-        loads.append(loaded.result["loader_seconds"])
-    print(
-        f"cold first call {cold.result['seconds']:.1f} s, compiler {cold.result['peak_bytes'] / 1e9:.2f} GB; "
-        f"loader in a second process {min(loads) * 1e3:.1f} ms, {len(starts.read_text().splitlines())} compiler starts"
-    )
-    assert cold.result["seconds"] <= 12
     assert cold.result["peak_bytes"] <= 1.5e9
-    assert min(loads) <= 0.010
+    starts.write_text("")
+    loaded = children.run(loader_work.attention_call, environment=environment, scratch=tmp_path)
+    assert loaded.result["right"] and loaded.result["compiled"] == []
     assert starts.read_text() == ""
+    say.append(
+        f"cold first call {cold.result['seconds']:.1f} s, compiler {cold.result['peak_bytes'] / 1e9:.2f} GB; "
+        f"loader in a second process {loaded.result['loader_seconds'] * 1e3:.1f} ms"
+    )
     environment.update(PATH="", CXX=None)
     bare = children.run(loader_work.attention_call, environment=environment, scratch=tmp_path)
     assert bare.error == "" and bare.result["right"] and bare.result["compiled"] == []

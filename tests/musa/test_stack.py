@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,28 +14,8 @@ import jit_kernel.flash_attention_v3 as fa3
 from jit_kernel import device
 from jit_kernel import moore_threads as musa
 from jit_kernel.fa3.musa import mate as musa_mate
-from jit_kernel.fa3.musa import prebuild as musa_prewarm
 from jit_kernel.fa3.seam import FUNCTIONS as CPU
-from tests.support.musa_device import RUNTIME, machine, on_path, to_musa, write_distribution, write_package, write_stack
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> Iterator[Callable[[Callable[[Path], None]], musa.Report]]:
-    """Puts packages on sys.path and looks at them."""
-    stack = []
-
-    def look(write: Callable[[Path], None]) -> musa.Report:
-        RUNTIME.__init__()  # type: ignore[misc]
-        folder = tmp_path / f"site{len(stack)}"
-        folder.mkdir()
-        write(folder)
-        stack.append(on_path(folder))
-        stack[-1].__enter__()
-        return musa.probe()
-
-    yield look
-    for entered in reversed(stack):
-        entered.__exit__(None, None, None)
+from tests.support.musa_device import RUNTIME, machine, to_musa, write_distribution, write_package, write_stack
 
 
 def whole(folder: Path) -> None:
@@ -69,7 +48,7 @@ def test_a_whole_stack(site) -> None:
 
 
 @pytest.mark.parametrize("capability", [(2, 1), (2, 2)])
-def test_older_chips_are_told_by_their_capability(site, capability: tuple[int, int]) -> None:
+def test_older_chips_are_recognised_by_their_capability(site, capability: tuple[int, int]) -> None:
     site(whole)
     RUNTIME.capability = capability
     report = musa.probe(refresh=True)
@@ -132,7 +111,7 @@ def test_versions_are_compared_as_numbers(site) -> None:
     assert "its call contract is known for 0.1.3, 0.2.0, 0.2.1, 0.2.2 only" in site(write).mate.reason
 
 
-def test_dao_ailabs_flash_attn_3_is_told_from_mates_wrapper(site) -> None:
+def test_dao_ailabs_flash_attn_3_is_not_mates_wrapper(site) -> None:
     def write(folder: Path) -> None:
         whole(folder)
         write_package(folder, "flash_attn_3", _C="", interface="")
@@ -216,7 +195,7 @@ def test_a_stub_module_without_a_spec_is_no_accident(site) -> None:
         del sys.modules["torch_musa"]
 
 
-def test_toolkit_and_compiler_are_found_and_old_ones_told(site, tmp_path: Path, monkeypatch) -> None:
+def test_toolkit_and_compiler_are_found_and_old_ones_refused(site, tmp_path: Path, monkeypatch) -> None:
     root = tmp_path / "toolkit"
     (root / "bin").mkdir(parents=True)
     (root / "bin" / "mcc").write_text("#!/bin/sh\n")
@@ -249,103 +228,3 @@ def test_probing_imports_no_torch() -> None:
     code = "import sys; from jit_kernel import moore_threads; moore_threads.probe(); print('torch' in sys.modules)"
     made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert made.stdout.strip() == "False"
-
-
-# Warm-up
-
-
-FMHA = """
-def get_fmha_fwd_aot_configs(level):
-    return [
-        {"head_dim_qk": d, "head_dim_vo": dv, "is_causal": c, "is_local": False, "paged_kv": p, "element": "bf16",
-         "head_ratio": r, "has_metadata": m, "has_softcap": False, "is_packgqa": True}
-        for d, dv in ((128, 128), (192, 128), (256, 256)) for c in (False, True) for p in (False, True)
-        for r in (1, 4) for m in (False, True)
-    ]
-def get_fmha_metadata_aot_configs(level):
-    return [{"is_causal": c, "is_local": False, "is_packgqa": True, "head_ratio": r} for c in (0, 1) for r in (1, 4)]
-def get_fmha_fwd_combine_aot_configs(level):
-    return [{"element": "mutlass::bfloat16_t", "max_splits": n} for n in (16, 32)]
-"""
-JIT = """
-built = []
-def prewarm_modules(**configs):
-    import os
-    assert os.environ["MATE_MUSA_ARCH_LIST"] == "3.1"
-    if "include_mla" in configs:
-        raise RuntimeError("mcc: error")
-    built.append(configs)
-"""
-
-
-@pytest.fixture
-def build_host(site, tmp_path: Path, monkeypatch) -> None:
-    """MATE and a compiler, no device."""
-
-    def write(folder: Path) -> None:
-        write_package(folder, "mate", mha_interface="")
-        write_package(folder / "mate", "jit", __init__=JIT)
-        (folder / "mate" / "jit" / "attention").mkdir()
-        (folder / "mate" / "jit" / "attention" / "__init__.py").write_text("")
-        write_package(folder / "mate" / "jit" / "attention", "fmha", __init__=FMHA)
-        write_distribution(folder, "mate", "0.2.2")
-        write_distribution(folder, "apache-tvm-ffi", "0.1.9.post2+musa.1")
-
-    mcc = tmp_path / "mcc"
-    mcc.write_text("#!/bin/sh\n")
-    mcc.chmod(0o755)
-    monkeypatch.setenv("MATE_MCC", str(mcc))
-    monkeypatch.delenv("MATE_MUSA_ARCH_LIST", raising=False)
-    site(write)
-    yield
-    import os
-
-    os.environ.pop("MATE_MUSA_ARCH_LIST", None)
-
-
-def test_prewarm_builds_the_selected_modules_of_mates(build_host) -> None:
-    outcome = musa_prewarm.prewarm({"head_dim": "96", "dtype": "fp16", "group": "8", "causal": "1"})
-    import mate.jit  # the double's
-
-    forward, metadata, combine = (next(iter(configs.values())) for configs in mate.jit.built[:3])
-    assert {config["head_dim_qk"] for config in forward} == {128}
-    assert {config["element"] for config in forward} == {"mutlass::half_t"}
-    assert {config["head_ratio"] for config in forward + metadata} == {8}
-    assert {config["is_causal"] for config in forward} == {True}
-    assert {config["element"] for config in combine} == {"mutlass::half_t"}
-    assert len(forward) == 4  # paged or not, with metadata or not; the two head ratios became one
-    assert [(name, error) for name, _, error in outcome][-1] == ("MLA decode", "RuntimeError: mcc: error")
-    assert [error for _, _, error in outcome[:-1]] == [None] * 4
-
-
-@pytest.mark.parametrize(
-    ("select", "message"),
-    [
-        ({"tile": "64"}, "no such field; it must be one of head_dim"),
-        ({"dtype": "fp32"}, "it must be one of bf16, fp16"),
-        ({"causal": "maybe"}, "it must be 0 or 1"),
-        ({"head_dim": "1024"}, "MATE serves head sizes up to 512"),
-        ({"group": "many"}, "it must be a number of at least 1"),
-        ({"head_dim": "512"}, "MATE lists no forward module"),
-    ],
-)
-def test_prewarm_refuses_what_it_cannot_select(build_host, select: dict[str, str], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        musa_prewarm.prewarm(select)
-
-
-def test_prewarm_says_what_is_missing() -> None:
-    with pytest.raises(
-        NotImplementedError, match="building MATE's modules needs, and this is missing:\n  MATE: missing"
-    ):
-        musa_prewarm.prewarm({})
-
-
-def test_the_oldest_mate_cannot_be_prewarmed(site, build_host) -> None:
-    def write(folder: Path) -> None:
-        write_package(folder, "mate", mha_interface="")
-        write_distribution(folder, "mate", "0.1.3")
-
-    site(write)
-    with pytest.raises(NotImplementedError, match=r"MATE 0\.1\.3 has no way to build its modules ahead"):
-        musa_prewarm.prewarm({})

@@ -113,27 +113,102 @@ def argument_lists(root: Path) -> list[str]:
     return found
 
 
+def _names(tree: ast.AST) -> dict[str, str]:
+    """What the imported names of a file stand for: {"environ": "os.environ", "o": "os"}."""
+    names = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                names[alias.asname or alias.name.partition(".")[0]] = (
+                    alias.name if alias.asname else alias.name.partition(".")[0]
+                )
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            for alias in node.names:
+                names[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+    return names
+
+
+def _dotted(node: ast.AST, names: dict[str, str]) -> str:
+    """The dotted name that an expression reads, imports resolved: "os.environ.get"; "" for any other expression."""
+    if isinstance(node, ast.Name):
+        return names.get(node.id, node.id)
+    if isinstance(node, ast.Attribute):
+        inner = _dotted(node.value, names)
+        return f"{inner}.{node.attr}" if inner else ""
+    return ""
+
+
 def _uses(root: Path, what: set[str]) -> Iterator[str]:
-    """Every place of the package where one of these dotted names is used."""
+    """Every place of the package where one of these dotted names is used or imported, under whatever other name."""
+    modules_of_what = {name.rpartition(".")[0] for name in what}
     for path in modules(root).values():
-        for node in ast.walk(parsed(path)):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                if f"{node.value.id}.{node.attr}" in what:
-                    yield f"{path.relative_to(root)}:{node.lineno}"
-            elif isinstance(node, ast.ImportFrom) and {f"{node.module}.{each.name}" for each in node.names} & what:
-                yield f"{path.relative_to(root)}:{node.lineno}"
+        tree = parsed(path)
+        names, lines = _names(tree), set()
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Attribute, ast.Name)) and _dotted(node, names) in what:
+                lines.add(node.lineno)
+            elif isinstance(node, ast.ImportFrom):
+                brought = {f"{node.module}.{alias.name}" for alias in node.names}
+                if brought & what or (node.module in modules_of_what and f"{node.module}.*" in brought):
+                    lines.add(node.lineno)
+            elif isinstance(node, ast.Call) and _dotted(node.func, names) == "getattr" and len(node.args) > 1:
+                name = node.args[1]
+                inner = _dotted(node.args[0], names)
+                if isinstance(name, ast.Constant) and f"{inner}.{name.value}" in what:
+                    lines.add(node.lineno)
+        for line in sorted(lines):
+            yield f"{path.relative_to(root)}:{line}"
 
 
 ENVIRONMENT = {"os.environ", "os.environb", "os.getenv", "os.putenv", "os.unsetenv"}
 PROCESSES = {
     *(f"subprocess.{name}" for name in ("run", "Popen", "call", "check_call", "check_output", "getoutput")),
-    *(
-        f"os.{name}"
-        for name in ("system", "popen", "posix_spawn", "posix_spawnp", "fork", "forkpty", "execv", "execve")
-    ),
-    *("os.execve", "os.execvp", "os.execvpe", "os.spawnv", "os.spawnve", "os.spawnl", "asyncio.create_subprocess_exec"),
-    *("multiprocessing.Process", "concurrent.futures.ProcessPoolExecutor", "pty.spawn"),
+    "subprocess.getstatusoutput",
+    *(f"os.{name}" for name in ("system", "popen", "posix_spawn", "posix_spawnp", "fork", "forkpty")),
+    *(f"os.exec{letters}" for letters in ("l", "le", "lp", "lpe", "v", "ve", "vp", "vpe")),
+    *(f"os.spawn{letters}" for letters in ("l", "le", "lp", "lpe", "v", "ve", "vp", "vpe")),
+    *("asyncio.create_subprocess_exec", "asyncio.create_subprocess_shell", "pty.spawn", "pty.fork"),
+    *("multiprocessing.Process", "multiprocessing.Pool", "multiprocessing.get_context"),
+    *("concurrent.futures.ProcessPoolExecutor", "torch.multiprocessing.spawn"),
 }
+# Calls that write, move or remove files; methods of a Path by their names alone, as their object's type is not known.
+WRITES = {
+    *(f"os.{name}" for name in ("rename", "renames", "replace", "remove", "unlink", "rmdir", "removedirs", "mkdir")),
+    *(f"os.{name}" for name in ("makedirs", "truncate", "link", "symlink", "chmod", "mkfifo", "utime")),
+    *(f"shutil.{name}" for name in ("rmtree", "move", "copy", "copy2", "copyfile", "copytree", "make_archive")),
+    *(f"tempfile.{name}" for name in ("mkdtemp", "mkstemp", "TemporaryDirectory", "NamedTemporaryFile")),
+    *(f"tempfile.{name}" for name in ("TemporaryFile", "SpooledTemporaryFile")),
+    *("torch.save", "filelock.FileLock", "filelock.SoftFileLock", "numpy.save", "pickle.dump", "json.dump"),
+}
+WRITING_METHODS = {
+    *("write_text", "write_bytes", "mkdir", "rmdir", "unlink", "touch", "rename", "symlink_to", "hardlink_to"),
+    *("chmod", "tofile"),
+}
+
+
+def file_writes(root: Path) -> list[str]:
+    """Where the package writes, moves or removes files: calls of WRITES and WRITING_METHODS, files opened to write."""
+    found = set(_uses(root, WRITES))
+    for path in modules(root).values():
+        tree = parsed(path)
+        names = _names(tree)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                name = _dotted(node.func, names)
+                method = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+                if method in WRITING_METHODS or ("open" in (method, name) and _may_write(node, name)):
+                    found.add(f"{path.relative_to(root)}:{node.lineno}")
+    return sorted(found)
+
+
+def _may_write(call: ast.Call, name: str) -> bool:
+    """Whether a call of open() or of a Path's open may open to write: its mode says so, or is not a constant."""
+    if name == "os.open":
+        return any("O_WR" in ast.dump(flag) or "O_RDWR" in ast.dump(flag) or "O_CREAT" in ast.dump(flag)
+                   for flag in call.args[1:])  # fmt: skip
+    place = 1 if name in ("open", "io.open") else 0
+    modes = [*call.args[place : place + 1], *(each.value for each in call.keywords if each.arg == "mode")]
+    return any(not isinstance(mode, ast.Constant) or bool(set("wax+") & set(str(mode.value))) for mode in modes)
 
 
 def environment_uses(root: Path) -> list[str]:
@@ -176,5 +251,5 @@ if __name__ == "__main__":
     place = Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else ROOT
     print(json.dumps(measured(place), indent=1))
     if "--list" in sys.argv:
-        for list_of in (circles, argument_lists, environment_uses, process_starts, long_functions):
+        for list_of in (circles, argument_lists, environment_uses, process_starts, file_writes, long_functions):
             print(list_of.__name__, *list_of(place), sep="\n  ")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 
-from jit_kernel import moore_threads
+from jit_kernel import config, moore_threads
 
 log = logging.getLogger("jit_kernel")
 
@@ -64,7 +63,7 @@ def _import() -> Mate:
         raise NotImplementedError(f"attention on musa needs MATE, and this is missing:\n  {lines}")
     version = report.mate.version or ""
     module = moore_threads.wrapper_module(version)
-    level = os.environ.get("MATE_LOGLEVEL", "0")
+    level = config.mate_log_level()
     if level.isdigit() and int(level) >= 3:
         log.warning(
             "MATE_LOGLEVEL is %s: MATE reads every tensor of every call; from 10 on it writes them to disk", level

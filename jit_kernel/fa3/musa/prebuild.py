@@ -7,12 +7,12 @@ call that needs it. Its own list of configurations (`get_*_aot_configs`) is narr
 from __future__ import annotations
 
 import importlib
-import os
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from jit_kernel import moore_threads
+from jit_kernel import config, moore_threads
 from jit_kernel.fa3.musa import rules
 
 LEVEL = 2  # MATE's own levels: 1 is bf16 prefill and decode, 2 adds windows, softcap, pages and 192/128
@@ -28,39 +28,61 @@ _BOOLS = {
 FIELDS = ("head_dim", "head_dim_v", "group", "dtype", *_BOOLS)
 
 
-def prewarm(select: Mapping[str, str]) -> list[tuple[str, float, str | None]]:
-    """Build MATE's modules for the selected variants; needs mcc and MATE, no device.
+@dataclass(frozen=True)
+class Modules:
+    """Modules of one kind that MATE builds in one go: what they are, and the arguments of its function for it."""
+
+    title: str
+    arguments: dict[str, Any] = field(hash=False)
+
+    def build(self, jobs: int | None = None) -> None:
+        """Have MATE build them, with `jobs` compilations at a time; raises what MATE raises."""
+        limit = {} if jobs is None else {"jobs": jobs}
+        importlib.import_module("mate.jit").prewarm_modules(**self.arguments, **limit)
+
+
+def selected_modules(select: Mapping[str, str]) -> list[Modules]:
+    """MATE's modules for the selected variants, by kind; nothing is built. Needs mcc and MATE, no device.
 
     `select` narrows by field: head_dim, head_dim_v, group (query heads per key/value head), dtype (bf16 | fp16),
-    causal, window, paged, metadata, softcap, pack_gqa (0 | 1). Returns (what, seconds, error or None) for each kind of
-    module: forward, metadata, combine, prebuilt launcher, MLA. One that fails does not stop the others.
+    causal, window, paged, metadata, softcap, pack_gqa (0 | 1).
     Raises ValueError for an unknown field or value, NotImplementedError that names what is missing.
     """
-    wanted = {field: _value(field, text) for field, text in select.items()}
+    wanted = {name: _value(name, text) for name, text in select.items()}
     _need_parts()
-    os.environ.setdefault("MATE_MUSA_ARCH_LIST", "3.1")  # MATE asks the device otherwise, and there may be none
+    config.set_mate_architectures("3.1")  # MATE asks the device otherwise, and there may be none
     try:
-        jit = importlib.import_module("mate.jit")
+        importlib.import_module("mate.jit")
         fmha = importlib.import_module("mate.jit.attention.fmha")
     except Exception as error:
         raise NotImplementedError(f"importing mate.jit failed with {type(error).__name__}: {error}") from error
     forward = selected(fmha.get_fmha_fwd_aot_configs(LEVEL), wanted)
     if not forward:
         raise ValueError(f"MATE lists no forward module for {dict(select)}")
-    kinds: dict[str, dict[str, Any]] = {
-        f"{len(forward)} forward modules": {"fmha_fwd_configs": forward},
-        "metadata modules": {"fmha_metadata_configs": selected(fmha.get_fmha_metadata_aot_configs(LEVEL), wanted)},
-        "combine modules": {"fmha_combine_configs": selected(fmha.get_fmha_fwd_combine_aot_configs(LEVEL), wanted)},
-        "launcher of the prebuilt kernels": {"include_flash_attention": True},
-        "MLA decode": {"include_mla": True},
-    }
-    return [(name, *_built(jit.prewarm_modules, arguments)) for name, arguments in kinds.items()]
+    metadata = selected(fmha.get_fmha_metadata_aot_configs(LEVEL), wanted)
+    combine = selected(fmha.get_fmha_fwd_combine_aot_configs(LEVEL), wanted)
+    return [
+        Modules(f"{len(forward)} forward modules", {"fmha_fwd_configs": forward}),
+        Modules("metadata modules", {"fmha_metadata_configs": metadata}),
+        Modules("combine modules", {"fmha_combine_configs": combine}),
+        Modules("launcher of the prebuilt kernels", {"include_flash_attention": True}),
+        Modules("MLA decode", {"include_mla": True}),
+    ]
 
 
-def _built(build: Any, arguments: dict[str, Any]) -> tuple[float, str | None]:
+def prewarm(select: Mapping[str, str]) -> list[tuple[str, float, str | None]]:
+    """Build MATE's modules for the selected variants; needs mcc and MATE, no device.
+
+    Returns (title, seconds, error or None) for each kind of module. One that fails does not stop the others.
+    Takes and raises what `selected_modules` does.
+    """
+    return [(modules.title, *_built(modules)) for modules in selected_modules(select)]
+
+
+def _built(modules: Modules) -> tuple[float, str | None]:
     started = time.perf_counter()
     try:
-        build(**arguments)
+        modules.build()
     except Exception as error:  # a compiler's failure arrives as MATE raises it
         return time.perf_counter() - started, f"{type(error).__name__}: {error}"
     return time.perf_counter() - started, None
@@ -102,9 +124,9 @@ def selected(configs: list[dict[str, Any]], wanted: Mapping[str, str | int | boo
     """The configurations that have the wanted values; dtype and group are set, as MATE lists few of them."""
     names = {"head_dim": "head_dim_qk", "head_dim_v": "head_dim_vo", **_BOOLS}
     kept = []
-    for config in configs:
-        if all(config.get(names[f], value) == value for f, value in wanted.items() if f in names):
-            made = dict(config)
+    for each in configs:
+        if all(each.get(names[f], value) == value for f, value in wanted.items() if f in names):
+            made = dict(each)
             for field, name in (("dtype", "element"), ("group", "head_ratio")):
                 if field in wanted and name in made:
                     made[name] = wanted[field]

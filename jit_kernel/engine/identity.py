@@ -1,0 +1,43 @@
+"""Which compiler is installed here: the second name of an entry, beside its key."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+
+from jit_kernel.engine import compiler
+from jit_kernel.engine.store import Store
+
+_identities: dict[str, str] = {}
+
+
+def of(found: compiler.Found, store: Store | None) -> str:
+    """The version that a compiler states; it is started only where neither this process nor the store has seen it."""
+    fingerprint = compiler.fingerprint(found)
+    known = _identities.get(fingerprint)
+    if known is None:
+        known = store.recall_compiler(fingerprint) if store else None
+        if known is None:
+            known = compiler.identify(found)
+            if store:
+                store.remember_compiler(fingerprint, known)
+        _identities[fingerprint] = known
+    return known
+
+
+def present(route: str, store: Store) -> str | None:
+    """The short identity of the compiler that is installed here, None without one.
+
+    The C library counts as part of it: a library built against a newer one does not load on an older one.
+    """
+    try:
+        found = compiler.find(route)
+        if found is None:
+            return None
+        version = of(found, store)
+    except compiler.CompilerNotFoundError:
+        return None
+    with contextlib.suppress(ValueError, OSError, AttributeError):
+        version += f"\n{os.confstr('CS_GNU_LIBC_VERSION')}" if route == "host" else ""
+    return hashlib.sha256(version.encode()).hexdigest()[:8]

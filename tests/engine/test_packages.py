@@ -1,0 +1,107 @@
+"""What is built for the index, the wheel and the source distribution, and the files that packaging names."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from jit_kernel import config
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = config.checkout_root()
+pytestmark = pytest.mark.skipif(ROOT is None, reason="not a checkout")
+
+
+def built(kind: str, folder: Path) -> Path:
+    """A distribution that is built from the checkout."""
+    made = subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", kind, "-d", str(folder)],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    (path,) = folder.iterdir()
+    return path
+
+
+def test_the_wheel_is_small_and_whole(tmp_path):
+    """The wheel holds the kernel sources, is at most 1 MB, and works from where it is unpacked."""
+    wheel = built("wheel", tmp_path / "dist")
+    print(f"{wheel.name}: {wheel.stat().st_size / 1e3:.0f} kB")
+    assert wheel.stat().st_size <= 1_000_000
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    probe = (
+        "from jit_kernel import config; print(config.checkout_root(), config.kernel_sources_dir(), config.cache_dir())"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", probe], cwd=tmp_path, capture_output=True, text=True, check=True,
+        env={"PYTHONPATH": str(site), "HOME": str(tmp_path / "home")},
+    )  # fmt: skip
+    sources = site / "jit_kernel" / "kernel_sources"
+    assert answer.stdout.split() == ["None", str(sources), str(tmp_path / "home" / ".cache" / "jit_kernel")]
+    assert (sources / "flash_attention_v3" / "cpu" / "entry" / "forward.h").exists()
+    assert (site / "jit_kernel" / "py.typed").exists()
+    (scripts,) = site.glob("*.dist-info/entry_points.txt")
+    assert "jit-kernel = jit_kernel.__main__:main" in scripts.read_text()
+
+
+def test_the_source_distribution_can_be_worked_with(tmp_path):
+    """It holds every file that the Makefile and pyproject.toml name."""
+    with tarfile.open(built("sdist", tmp_path)) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"Makefile", "constraints.txt", "pyproject.toml", "jit_kernel/py.typed"} <= names
+    for name in named_in_the_makefile():
+        assert any(each == name or each.startswith(f"{name}/") for each in names), name
+
+
+def named_in_the_makefile() -> set[str]:
+    """The files and folders of the project that the Makefile's commands name."""
+    text = (ROOT / "Makefile").read_text()
+    return set(re.findall(r"\b(?:tests|benchmarks|examples)/[\w./-]*\w", text))
+
+
+def test_the_makefile_names_files_that_exist():
+    names = named_in_the_makefile()
+    assert "tests/musa" in names and len(names) > 5
+    for name in names:
+        assert (ROOT / name).exists(), name
+    assert list((ROOT / "tests" / "musa").glob("test_*.py"))
+
+
+def test_every_python_has_constraints():
+    """What is pinned is pinned for each Python that is promised, but for what cannot be had there."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    pins = [Requirement(line) for line in lines]
+    extras = project["optional-dependencies"]
+    wanted = [Requirement(text) for name in ("test", "lint", "transformers", "cuda13") for text in extras[name]]
+    for python in ("3.10", "3.11", "3.12", "3.13"):
+        here = {"python_version": python}
+        pinned = [pin.name for pin in pins if pin.marker is None or pin.marker.evaluate(here)]
+        assert len(pinned) == len(set(pinned)), f"a package is pinned twice for Python {python}"
+        expected = {pin.name for pin in pins} - ({"transformers"} if python == "3.10" else set())
+        assert set(pinned) == expected, python
+        for requirement in wanted:
+            if requirement.name != "tomli" and (requirement.marker is None or requirement.marker.evaluate(here)):
+                assert requirement.name in pinned, f"{requirement} is not pinned for Python {python}"
+
+
+def test_a_commit_is_checked_as_make_lint_does():
+    """The hooks run the commands of `make lint`."""
+    lint = re.search(r"^lint:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    entries = re.findall(r"entry: \.venv/bin/(.*)", (ROOT / ".pre-commit-config.yaml").read_text())
+    assert lint is not None and len(entries) == len(lint[1].splitlines())
+    for line, entry in zip(lint[1].splitlines(), entries, strict=True):
+        assert line.endswith(f"$(BIN)/{entry}"), (line, entry)
