@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <numeric>
 
-#include "flash_attention_v3/hopper/prefill/params.h"
+#include "flash_attention_v3/hopper/common/params.h"
 #include "jit_kernel/cuda/driver.h"
 
 namespace jit_kernel::hopper {

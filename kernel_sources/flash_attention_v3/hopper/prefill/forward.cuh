@@ -1,7 +1,8 @@
-// Forward attention for sm_90a: a producer and a scheduler warp, two or three consumer
-// warpgroups, persistent blocks.
+// Forward attention for sm_90a: a producer and a scheduler warp, two or four consumer warpgroups,
+// persistent blocks.
 #pragma once
 
+#include "flash_attention_v3/hopper/prefill/config.h"
 #include "flash_attention_v3/hopper/prefill/consumer.cuh"
 #include "flash_attention_v3/hopper/prefill/producer.cuh"
 #include "flash_attention_v3/hopper/prefill/tile_scheduler.cuh"

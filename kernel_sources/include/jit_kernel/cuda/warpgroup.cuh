@@ -1,7 +1,11 @@
-// Warps and warpgroups: register hand-over, named barriers, dependent launches.
+// Warps and warpgroups: values of all lanes, register hand-over, named barriers.
 #pragma once
 
 namespace jit_kernel {
+
+// The same value in all lanes, and known to be so: where a branch beside a wgmma in flight depends
+// on a value that may differ between lanes, ptxas serialises every wgmma.
+__device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 
 // Raises or lowers the registers a thread of this warpgroup may use; all four warps must execute
 // it.

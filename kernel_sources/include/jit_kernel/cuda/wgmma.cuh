@@ -2,17 +2,9 @@
 // The number of columns N follows from the accumulator's size, N / 2 registers a thread.
 #pragma once
 
-#include "jit_kernel/cuda/mbarrier.cuh"
+#include "jit_kernel/cuda/element.cuh"
 
 namespace jit_kernel {
-
-// Element types of the inputs; the kernels only move, multiply and pack them.
-struct bf16 {};
-struct fp16 {};
-template <class Element>
-constexpr bool kIsBf16 = false;
-template <>
-constexpr bool kIsBf16<bf16> = true;
 
 // Accumulators and register operands must not be touched between the fence and the wait.
 __device__ __forceinline__ void wgmma_fence() {
@@ -29,29 +21,22 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
+// Which part of an accumulator a thread holds: of its 64 rows a warp has 16, a thread two, this one
+// and the eighth after it, and of each 8 columns two neighbours. Unsigned, as threadIdx is: a
+// conversion in between changes the code that the compiler makes.
+__device__ __forceinline__ u32 first_row_of_warp() { return threadIdx.x % 128 / 32 * 16; }
+__device__ __forceinline__ u32 accumulator_row(int first_row) {
+  return first_row + first_row_of_warp() + threadIdx.x % 32 / 4;
+}
+__device__ __forceinline__ u32 accumulator_column(int first_column) {
+  return first_column + threadIdx.x % 4 * 2;
+}
+
 // Keeps the compiler from moving uses of a register array across this point.
 template <int kCount>
 __device__ __forceinline__ void pin_registers(float (&registers)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
-}
-
-// Two float32 to one register of two elements, the first in the low half.
-template <class Element>
-__device__ __forceinline__ u32 pack(float low, float high);
-
-template <>
-__device__ __forceinline__ u32 pack<bf16>(float low, float high) {
-  u32 packed;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-  return packed;
-}
-
-template <>
-__device__ __forceinline__ u32 pack<fp16>(float low, float high) {
-  u32 packed;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-  return packed;
 }
 
 // Matrix descriptor of a swizzled tile in shared memory, 1024-byte aligned, rows of kSwizzleBytes,
