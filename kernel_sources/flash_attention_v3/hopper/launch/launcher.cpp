@@ -42,10 +42,9 @@ constexpr Shape shape_of() {
 }
 
 constexpr Shape kShapes[] = {
-    shape_of<64, 64, false>(),   shape_of<64, 64, true>(),    shape_of<96, 96, false>(),
-    shape_of<96, 96, true>(),    shape_of<128, 128, false>(), shape_of<128, 128, true>(),
-    shape_of<192, 128, false>(), shape_of<192, 128, true>(),  shape_of<192, 192, false>(),
-    shape_of<192, 192, true>(),  shape_of<256, 256, false>(), shape_of<256, 256, true>(),
+#define JIT_KERNEL_TILE(head_dim, head_dim_v, ...) \
+  shape_of<head_dim, head_dim_v, false>(), shape_of<head_dim, head_dim_v, true>(),
+#include "flash_attention_v3/hopper/prefill/tile_table.inc"
 };
 
 struct Variant {
