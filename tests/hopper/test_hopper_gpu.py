@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import jit_kernel.flash_attention_v3 as fa3
-from jit_kernel import config, device, jit
+from jit_kernel import config, device
+from jit_kernel.engine import build
 from jit_kernel.fa3 import hopper
 from jit_kernel.fa3.hopper import kernels as hopper_kernels
 from tests.support import case_run, cases, reference
@@ -233,9 +234,12 @@ def test_a_cold_call_under_capture_names_the_warm_up(monkeypatch: pytest.MonkeyP
     fa3.flash_attn_func(q, k, v)
     kernels = hopper._kernels_of(q.device)
     monkeypatch.setattr(kernels, "handles", {})
-    monkeypatch.setattr(jit, "is_stored", lambda spec, target: False)
+    monkeypatch.setattr(build, "is_stored", lambda spec, target: False)
     graph = torch.cuda.CUDAGraph()
-    with pytest.raises(RuntimeError, match=re.escape(hopper_kernels.WARM_UP)), torch.cuda.graph(graph):
+    with (
+        pytest.raises(RuntimeError, match=re.escape("python -m jit_kernel.warmup --target cuda:sm_90a")),
+        torch.cuda.graph(graph),
+    ):
         fa3.flash_attn_func(q, k, v)
     monkeypatch.undo()
     with torch.cuda.graph(torch.cuda.CUDAGraph()):  # the failure left no capture behind

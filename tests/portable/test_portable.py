@@ -240,4 +240,4 @@ def test_the_launcher_builds_without_a_driver_and_refuses_bad_launches(launcher:
     assert launch(handle, 0, None, 1, 2, 0.5) is None
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match=r"libcuda\.so\.1|CUDA_ERROR"):
-            launcher["multiprocessors"](0)
+            launcher["prepare"](0)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
-
-from jit_kernel import jit
 from jit_kernel.device import Target
-from jit_kernel.jit import KernelSpec
+from jit_kernel.engine import cubin
+from jit_kernel.jit import Cubin, KernelSpec
 
 FOLDER = "flash_attention_v3/hopper"
 # Host code, kept with the GPU target whose warm-up builds it.
@@ -23,8 +19,6 @@ DTYPES = ("bf16", "fp16")
 HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
 # The compiler's account of registers and spills goes to the entry's log, which the tests read.
 _FLAGS = ("--ptxas-options=-v",)
-
-WARM_UP = "python -m jit_kernel.warmup --target cuda:sm_90a"
 
 
 def padded(head_dim: int, head_dim_v: int) -> tuple[int, int] | None:
@@ -58,53 +52,17 @@ def all_specs() -> Iterator[KernelSpec]:
                     yield forward_spec(dtype, head_dim, head_dim_v, masked, softcap)
 
 
-class DeviceKernels:
-    """The kernels of one GPU: compiled or loaded at first use, then a handle of the launcher's."""
+class DeviceKernels(cubin.DeviceKernels):
+    """The kernels of one GPU; `forward` launches one by its handle."""
+
+    forward: Callable[..., bool]
 
     def __init__(self, index: int, target: Target) -> None:
-        self.handles: dict[tuple[object, ...], int] = {}
-        self.forward: Callable[..., bool] = self._load_and_forward
-        self._index = index
-        self._target = target
-        self._functions: Any = None
-        if not jit.is_stored(LAUNCHER, target):
-            # Two seconds of g++ beside the first kernel's compilation: who needs the launcher waits for it.
-            threading.Thread(target=self._build_launcher, name="jit_kernel-launcher", daemon=True).start()
+        super().__init__(index, target, LAUNCHER)
 
-    def _build_launcher(self) -> None:
-        with contextlib.suppress(Exception):  # whoever needs the launcher asks again and gets the error
-            jit.load(LAUNCHER, self._target)
+    def _keep(self, functions: Any) -> None:
+        self.forward = functions["forward"]
 
-    def _load_and_forward(self, *arguments: object) -> bool:
-        """What `forward` is until the launcher is there."""
-        return bool(self._launcher()["forward"](*arguments))
-
-    def _launcher(self) -> Any:
-        if self._functions is None:
-            functions = jit.load(LAUNCHER, self._target)
-            functions["prepare"](self._index)
-            self.forward = functions["forward"]
-            self._functions = functions
-        return self._functions
-
-    def load(self, key: tuple[object, ...], spec: KernelSpec) -> int:
-        """The handle of a variant, compiled if need be, under `key` from then on.
-
-        Raises RuntimeError when that would take a compiler while the current stream is being captured.
-        """
-        self._refuse_to_compile_under_capture(spec)
+    def _load_arguments(self, spec: KernelSpec, cubin: Cubin) -> tuple[Any, ...]:
         fields = dict(spec.variant)
-        image = jit.load_cubin(spec, self._target).image
-        handle = int(self._launcher()["load_kernel"](image, fields["head_dim"], fields["head_dim_v"], fields["masked"]))
-        self.handles[key] = handle
-        return handle
-
-    def _refuse_to_compile_under_capture(self, spec: KernelSpec) -> None:
-        if not torch.cuda.is_current_stream_capturing():
-            return
-        missing = [str(each) for each in (LAUNCHER, spec) if not jit.is_stored(each, self._target)]
-        if missing:
-            raise RuntimeError(
-                f"{' and '.join(missing)} would have to be compiled while a CUDA graph is being captured; "
-                f"run `{WARM_UP}` first, or make the call once before the capture"
-            )
+        return fields["head_dim"], fields["head_dim_v"], fields["masked"]

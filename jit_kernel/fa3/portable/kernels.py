@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import json
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jit_kernel import jit
 from jit_kernel.device import Target
+from jit_kernel.engine import cubin
 from jit_kernel.fa3.decision import Rejected, refusal
 from jit_kernel.fa3.portable import tiles as portable_tiles
 from jit_kernel.fa3.portable.tiles import padded
@@ -19,10 +16,7 @@ from jit_kernel.jit import KernelSpec
 Scalar = str | int | bool
 
 FOLDER = "flash_attention_v3/portable"
-# Host code, kept with the GPU target whose warm-up builds it.
-LAUNCHER = KernelSpec(
-    FOLDER, '#include "flash_attention_v3/portable/launcher.cpp"\n', "host", (("function", "launcher"),)
-)
+LAUNCHER = cubin.launcher_of(FOLDER)
 DTYPES = ("bf16", "fp16")
 # What warm-up compiles; any other pair up to 256 compiles at its first call.
 WARM_HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
@@ -170,47 +164,28 @@ def all_specs(target: Target) -> Iterator[KernelSpec]:
             yield combine_spec(dtype, dtype, head_dim_v, True, COMBINE_SPLITS[0])  # merge_state's
 
 
-class DeviceKernels:
-    """The kernels of one GPU: compiled or loaded at first use, then a handle of the launcher's."""
+class DeviceKernels(cubin.DeviceKernels):
+    """The kernels of one GPU, and the plans made for its calls.
+
+    `launch` takes a handle, a grid, tensors and scalars, and launches on the tensors' current stream.
+    """
+
+    launch: Callable[..., None]
 
     def __init__(self, index: int, target: Target) -> None:
-        self.target = target
+        super().__init__(index, target, LAUNCHER)
         self.plans: dict[object, Any] = {}
-        self._index = index
-        self._handles: dict[tuple[Any, ...], int] = {}
-        if not jit.is_stored(LAUNCHER, target):
-            # 2 s of g++, beside the first kernel's compilation: who needs the launcher waits for it.
-            threading.Thread(target=self._build_launcher, name="jit_kernel-launcher", daemon=True).start()
 
-    def _build_launcher(self) -> None:
-        with contextlib.suppress(Exception):  # whoever needs the launcher asks again and gets the error
-            jit.load(LAUNCHER, self.target)
-
-    def _launcher(self) -> Any:
-        return jit.load(LAUNCHER, self.target)
-
-    @functools.cached_property
-    def launch(self) -> Callable[..., None]:
-        """launch(handle, grid, tensors and scalars...) on the tensors' current stream."""
-        function: Callable[..., None] = self._launcher()["launch"]
-        return function
-
-    @functools.cached_property
-    def multiprocessors(self) -> int:
-        """How many multiprocessors the device has."""
-        return int(self._launcher()["multiprocessors"](self._index))
+    def _keep(self, functions: Any) -> None:
+        self.launch = functions["launch"]
 
     def handle(self, key: tuple[Any, ...]) -> int:
         """The handle of a variant; `key` is the function's name and its spec's arguments."""
-        handle = self._handles.get(key)
+        handle = self.handles.get(key)
         if handle is None:
             reason = None if key[0] == "combine" else unserved(*key[1:4])
             if reason is not None:
                 raise refusal(f"this call on {self.target}", [("portable", Rejected(reason, claimed=False))])
             spec = _MAKERS[key[0]](*((self.target.architecture,) if key[0] == "forward" else ()), *key[1:])
-            cubin = jit.load_cubin(spec, self.target)
-            launch = cubin.metadata
-            load_kernel = self._launcher()["load_kernel"]
-            handle = int(load_kernel(cubin.image, launch["name"], launch["types"], launch["threads"], launch["shared"]))
-            self._handles[key] = handle
+            handle = self.load(key, spec)
         return handle

@@ -27,8 +27,8 @@ from flash_attention_v3.portable.sequence import (
     token_range,
 )
 
-# Types of the run-time arguments, in order; launcher.cpp fills them in the same order and compares
-# the names when it loads a kernel. Strides are in elements.
+# Types of the run-time arguments, in order: the host side passes them in this order, the compiler's side compares it
+# with the function's, the launcher checks number and types. Strides are in elements.
 SIGNATURE = {
     "q": "*element",
     "k": "*element",

@@ -1,6 +1,6 @@
 """Where a sequence's tokens lie, and which keys a query token sees.
 
-Optional tensors are null pointers whose bit in `flags` is clear; the bits stand in launcher.cpp too.
+Optional tensors are null pointers whose bit in `flags` is clear; jit_kernel/fa3/portable/planning.py sets the bits.
 """
 
 import triton

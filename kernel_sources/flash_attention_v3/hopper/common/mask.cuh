@@ -1,7 +1,8 @@
 // Which keys a query sees: causal, window and chunk as one interval [low, high) for each row.
 #pragma once
 
-#include "flash_attention_v3/hopper/prefill/params.h"
+#include "flash_attention_v3/hopper/common/params.h"
+#include "jit_kernel/cuda/math.cuh"
 
 namespace jit_kernel::hopper {
 
@@ -38,7 +39,6 @@ __device__ __forceinline__ KeyInterval visible_keys(const ForwardParams& params,
 template <bool kHigh, int kCount>
 __device__ __forceinline__ void mask_scores(float (&scores)[kCount], const KeyInterval (&rows)[2],
                                             int column) {
-  const float kMinusInfinity = __int_as_float(0xff800000);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int edge = (kHigh ? rows[r].high : rows[r].low) - column;
@@ -48,7 +48,7 @@ __device__ __forceinline__ void mask_scores(float (&scores)[kCount], const KeyIn
       for (int c = 0; c < 2; ++c) {
         const bool visible = kHigh ? 8 * i + c < edge : 8 * i + c >= edge;
         float& score = scores[4 * i + 2 * r + c];
-        score = visible ? score : kMinusInfinity;
+        score = visible ? score : minus_infinity();
       }
     }
   }

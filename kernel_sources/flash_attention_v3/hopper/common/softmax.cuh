@@ -1,21 +1,10 @@
 // Online softmax on accumulator fragments: each thread holds two rows, four threads share a row.
 #pragma once
 
-#include "jit_kernel/cuda/wgmma.cuh"
+#include "jit_kernel/cuda/element.cuh"
+#include "jit_kernel/cuda/math.cuh"
 
 namespace jit_kernel::hopper {
-
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ __forceinline__ float tanh_fast(float x) {
-  float y;
-  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // How much the reference may lag behind the maximum before the output is rescaled, as exponent
 // of 2. Probabilities stay below 2^8, where bf16 and fp16 keep their relative precision.
@@ -32,7 +21,7 @@ struct Softmax {
 __device__ __forceinline__ void start_row(Softmax& state) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    state.reference[r] = __int_as_float(0xff800000);
+    state.reference[r] = minus_infinity();
     state.sum[r] = 0.f;
   }
   state.settled = false;
@@ -47,7 +36,6 @@ __device__ __forceinline__ float quad_maximum(float value) {
 // Rows that have not seen a key before take their maximum in this block as reference.
 template <int kCount>
 __device__ __forceinline__ void settle(const float (&scores)[kCount], Softmax& state, float scale) {
-  const float kMinusInfinity = __int_as_float(0xff800000);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     float a = fmaxf(scores[2 * r], scores[2 * r + 1]);
@@ -58,10 +46,10 @@ __device__ __forceinline__ void settle(const float (&scores)[kCount], Softmax& s
       b = fmaxf(b, fmaxf(scores[4 * i + 4 + 2 * r], scores[4 * i + 4 + 2 * r + 1]));
     }
     const float maximum = quad_maximum(fmaxf(a, b)) * scale;
-    state.reference[r] = state.reference[r] == kMinusInfinity ? maximum : state.reference[r];
+    state.reference[r] = state.reference[r] == minus_infinity() ? maximum : state.reference[r];
   }
   state.settled =
-      __all_sync(0xffffffffu, fminf(state.reference[0], state.reference[1]) > kMinusInfinity);
+      __all_sync(0xffffffffu, fminf(state.reference[0], state.reference[1]) > minus_infinity());
 }
 
 // Turns scores into probabilities relative to the reference, and updates reference and sum.
@@ -73,12 +61,11 @@ __device__ __forceinline__ void settle(const float (&scores)[kCount], Softmax& s
 template <int kCount>
 __device__ __forceinline__ void softmax_step(float (&scores)[kCount], Softmax& state, float scale) {
   static_assert(kCount % 8 == 0, "a block has a multiple of 16 keys");
-  const float kMinusInfinity = __int_as_float(0xff800000);
   if (!state.settled) settle(scores, state, scale);
   int highest[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const float offset = state.reference[r] == kMinusInfinity ? 0.f : -state.reference[r];
+    const float offset = state.reference[r] == minus_infinity() ? 0.f : -state.reference[r];
     int high[2] = {0, 0};
 #pragma unroll
     for (int i = 0; i < kCount / 4; ++i) {
@@ -146,16 +133,15 @@ struct RowResult {
 // `sink_log2` is the sink times log2(e), -inf for none.
 __device__ __forceinline__ RowResult finish_row(float sum, float reference, float sink_log2) {
   const float kLn2 = 0.69314718056f;
-  const float kMinusInfinity = __int_as_float(0xff800000);
   sum += __shfl_xor_sync(0xffffffffu, sum, 1);
   sum += __shfl_xor_sync(0xffffffffu, sum, 2);
   const float top = fmaxf(reference, sink_log2);
-  const bool none = top == kMinusInfinity && sum == sum;  // not where no score is a number
+  const bool none = top == minus_infinity() && sum == sum;  // not where no score is a number
   const float base = none ? 0.f : top;
   const float shift = exp2_fast(reference - base);
   const float total = fmaf(sum, shift, exp2_fast(sink_log2 - base));
   return {none ? 0.f : __fdividef(shift, total),
-          none ? kMinusInfinity : (base + __log2f(total)) * kLn2};
+          none ? minus_infinity() : (base + __log2f(total)) * kLn2};
 }
 
 }  // namespace jit_kernel::hopper

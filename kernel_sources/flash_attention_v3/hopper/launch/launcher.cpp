@@ -2,23 +2,25 @@
 // stream.
 //
 //   load_kernel(image, head_dim, head_dim_v, masked) -> handle
-//   prepare(device): what a launch needs that does not depend on the variant
+//   prepare(device) -> multiprocessors: what a launch needs that does not depend on the variant
 //   forward(handle, tensors..., scalars...) -> whether it was launched
 #include <tvm/ffi/tvm_ffi.h>
 
 #include <algorithm>
-#include <array>
-#include <atomic>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <utility>
 
 #include "flash_attention_v3/hopper/launch/progress.h"
 #include "flash_attention_v3/hopper/launch/tensor_map.h"
 #include "flash_attention_v3/hopper/prefill/config.h"
+#include "jit_kernel/cuda/kernel_table.h"
+#include "jit_kernel/cuda/tensor.h"
 
 namespace jit_kernel::hopper {
 
+using cuda::data_of;
 using tvm::ffi::Bytes;
 using tvm::ffi::Optional;
 using tvm::ffi::TensorView;
@@ -42,10 +44,9 @@ constexpr Shape shape_of() {
 }
 
 constexpr Shape kShapes[] = {
-    shape_of<64, 64, false>(),   shape_of<64, 64, true>(),    shape_of<96, 96, false>(),
-    shape_of<96, 96, true>(),    shape_of<128, 128, false>(), shape_of<128, 128, true>(),
-    shape_of<192, 128, false>(), shape_of<192, 128, true>(),  shape_of<192, 192, false>(),
-    shape_of<192, 192, true>(),  shape_of<256, 256, false>(), shape_of<256, 256, true>(),
+#define JIT_KERNEL_TILE(head_dim, head_dim_v, ...) \
+  shape_of<head_dim, head_dim_v, false>(), shape_of<head_dim, head_dim_v, true>(),
+#include "flash_attention_v3/hopper/prefill/tile_table.inc"
 };
 
 struct Variant {
@@ -57,37 +58,21 @@ struct Variant {
   cuda::Kernel kernel;
 };
 
-// Handles are addresses of variants, which live as long as the process.
 int64_t load_kernel(Bytes image, int64_t head_dim, int64_t head_dim_v, bool masked) {
   for (const Shape& shape : kShapes) {
     if (shape.head_dim == head_dim && shape.head_dim_v == head_dim_v && shape.masked == masked) {
-      return reinterpret_cast<int64_t>(new Variant(shape, std::string(image)));
+      return cuda::KernelTable<Variant>::get().add(
+          std::make_unique<Variant>(shape, std::string(image)));
     }
   }
   TVM_FFI_THROW(ValueError) << "no Hopper kernel has head sizes " << head_dim << "/" << head_dim_v;
 }
 
-int multiprocessors(int device) {
-  static std::array<std::atomic<int>, cuda::kMaxDevices> counts{};
-  std::atomic<int>& slot = counts[static_cast<size_t>(cuda::checked_device(device))];
-  int count = slot.load(std::memory_order_relaxed);
-  if (count == 0) {
-    count = cuda::device_attribute(device, cuda::kMultiprocessorCount);
-    slot.store(count, std::memory_order_relaxed);
-  }
-  return count;
-}
-
-void prepare(int64_t device) {
+int64_t prepare(int64_t device) {
   const int index = cuda::checked_device(static_cast<int>(device));
   const cuda::ContextGuard context(index);
-  multiprocessors(index);
   ProgressPool::of(index);
-}
-
-template <typename T>
-T* data_of(const Optional<TensorView>& tensor) {
-  return tensor.has_value() ? static_cast<T*>(data_of(tensor.value())) : nullptr;
+  return cuda::multiprocessors(index);
 }
 
 // The call's index tensors, each absent for a dense tensor.
@@ -149,7 +134,7 @@ void set_scores(ForwardParams& params, double softmax_scale, double softcap, int
 
 // Blocks that can have a tile at the same time; more of them would only look and leave.
 unsigned grid_of(const ForwardParams& params, const Shape& shape, int device, int64_t sm_margin) {
-  const int64_t most = std::max<int64_t>(1, multiprocessors(device) - sm_margin);
+  const int64_t most = std::max<int64_t>(1, cuda::multiprocessors(device) - sm_margin);
   const int64_t dense = (params.seqlen_q + shape.rows - 1) / shape.rows;
   const int64_t tiles =
       params.cu_seqlens_q != nullptr ? dense + params.batch : dense * params.batch;
@@ -175,7 +160,7 @@ bool forward(int64_t handle, TensorView q, TensorView k, TensorView v, TensorVie
   if (if_aligned && !(is_aligned(q) && is_aligned(k) && is_aligned(v) && is_aligned(out))) {
     return false;
   }
-  Variant& variant = *reinterpret_cast<Variant*>(handle);
+  Variant& variant = cuda::KernelTable<Variant>::get().at(handle);
   const int device = cuda::checked_device(q.device().device_id);
   const cuda::ContextGuard context(device);
   ForwardParams params = {};

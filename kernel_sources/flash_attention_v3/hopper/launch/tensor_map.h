@@ -7,14 +7,11 @@
 #include <cstdint>
 #include <numeric>
 
-#include "flash_attention_v3/hopper/prefill/params.h"
+#include "flash_attention_v3/hopper/common/params.h"
 #include "jit_kernel/cuda/driver.h"
+#include "jit_kernel/cuda/tensor.h"
 
 namespace jit_kernel::hopper {
-
-inline void* data_of(const tvm::ffi::TensorView& tensor) {
-  return static_cast<char*>(tensor.data_ptr()) + tensor.byte_offset();
-}
 
 // ABI of cuda.h: the enumerations are ints.
 using EncodeTiled = cuda::Result(TensorMap*, int, unsigned, void*, const uint64_t*, const uint64_t*,
@@ -79,7 +76,7 @@ inline void encode_map(TensorRows& rows, const char* name, const tvm::ffi::Tenso
   const uint32_t box[kRank] = {static_cast<uint32_t>(panel), static_cast<uint32_t>(box_rows), 1, 1,
                                1};
   const uint32_t every[kRank] = {1, 1, 1, 1, 1};
-  void* const data = length * batch > 0 ? data_of(x) : data_of(stand_in);
+  void* const data = length * batch > 0 ? cuda::data_of(x) : cuda::data_of(stand_in);
   cuda::check(
       encode(&rows.map, x.dtype().code == kDLBfloat ? kBfloat16 : kFloat16, kRank, data, sizes,
              steps, box, every, 0, panel == 64 ? kSwizzle128 : kSwizzle64, kPromote128, 0),

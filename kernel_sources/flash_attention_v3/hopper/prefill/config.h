@@ -2,12 +2,11 @@
 // device code: the launcher reads it too.
 #pragma once
 
-#include "flash_attention_v3/hopper/prefill/params.h"
+#include "flash_attention_v3/hopper/common/warpgroups.h"
 #include "flash_attention_v3/hopper/prefill/tile_size.h"
 
 namespace jit_kernel::hopper {
 
-constexpr int kRowsPerWarpgroup = 64;
 constexpr int kTileSlots = 2;
 constexpr int kMaxSorted = 1024;  // longest batch whose sequences are put in order of length
 
@@ -35,9 +34,8 @@ struct Config {
   static constexpr bool kPingPong = Tile::kPingPong;
   static constexpr int kQuerySteps = Tile::kQuerySteps;
   static constexpr bool kQueriesInRegisters = kQuerySteps * 16 == kHeadDim;  // all of them
-  // Registers a thread; together no more than the block has at its start.
-  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : kWarpgroups == 3 ? 56 : 32;
-  static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 232 : kWarpgroups == 3 ? 152 : 112;
+  static constexpr int kProducerRegisters = Registers<kWarpgroups>::kProducer;
+  static constexpr int kConsumerRegisters = Registers<kWarpgroups>::kConsumer;
 
   // A tile lies in panels of one swizzle width of columns each.
   static constexpr int kPanel = kHeadDim % 64 == 0 ? 64 : 32;
@@ -53,7 +51,7 @@ struct Config {
   static constexpr int kBarriers = 2 * kStagesQ * kWarpgroups + 4 * kStages + 2 * kTileSlots + 1;
   static constexpr int kSharedBytes = kOffsetBarriers + kBarriers * 8;
 
-  static_assert(kWarpgroups >= 2 && kWarpgroups <= 4, "two to four consumer warpgroups");
+  static_assert(kWarpgroups == 2 || kWarpgroups == 4, "two or four consumer warpgroups");
   static_assert(kKeys % 16 == 0 && kKeys <= 256, "a block of keys is a multiple of wgmma's k");
   static_assert(kHeadDim % 32 == 0 && kHeadDimV % 32 == 0, "head sizes are padded to a panel");
   static_assert(kQuerySteps >= 0 && kQuerySteps <= kHeadDim / 16, "steps of the head size");

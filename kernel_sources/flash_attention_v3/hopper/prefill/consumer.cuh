@@ -6,13 +6,15 @@
 // tile's end the next tile's first scores are issued before the output is stored.
 #pragma once
 
+#include "flash_attention_v3/hopper/common/fragments.cuh"
 #include "flash_attention_v3/hopper/common/mask.cuh"
 #include "flash_attention_v3/hopper/prefill/epilogue.cuh"
+#include "flash_attention_v3/hopper/prefill/shared_memory.cuh"
 #include "jit_kernel/cuda/warpgroup.cuh"
 
 namespace jit_kernel::hopper {
 
-constexpr int kPingPongBarrier = 1;  // named barriers 1 to 3; 0 is the block's
+constexpr int kPingPongBarrier = 1;  // the first of one named barrier a warpgroup; 0 is the block's
 
 template <class C>
 struct Consumer {
@@ -102,7 +104,7 @@ struct Consumer {
       // Rows of other warpgroups may see more blocks; taking turns needs equal numbers of steps.
       // Keys are skipped before the values behind them are given back, so no more of them than the
       // ring of values lets the producer run ahead, over the end of one tile and the start of the
-      // next.
+      // next; with one more it deadlocks (tests/hopper/test_ring_model.py).
       constexpr int kMostLast = C::kStages / 2, kMostFirst = C::kStages - kMostLast;
       const int tile_begin = block_begin;
       const int end = uniform((of_last.high + C::kKeys - 1) / C::kKeys);
@@ -127,13 +129,12 @@ struct Consumer {
   template <bool kHigh>
   __device__ __forceinline__ void mask_block(int column) {
     const TileInfo& tile = *shared.tile(tile_at.stage());
-    const int row = tile.row + warpgroup * kRowsPerWarpgroup + threadIdx.x % 128 / 32 * 16 +
-                    threadIdx.x % 32 / 4;
+    const int row = accumulator_row(tile.row + warpgroup * kRowsPerWarpgroup);
     const KeyInterval rows[2] = {
         visible_keys<C::kMasked>(params, row, tile.len_q, tile.len_k),
         visible_keys<C::kMasked>(params, row + 8, tile.len_q, tile.len_k),
     };
-    mask_scores<kHigh>(scores, rows, column + threadIdx.x % 4 * 2);
+    mask_scores<kHigh>(scores, rows, accumulator_column(column));
   }
 
   __device__ __forceinline__ void work_on_scores(int block) {

@@ -1,7 +1,8 @@
-// Forward attention for sm_90a: a producer and a scheduler warp, two or three consumer
-// warpgroups, persistent blocks.
+// Forward attention for sm_90a: a producer and a scheduler warp, two or four consumer warpgroups,
+// persistent blocks.
 #pragma once
 
+#include "flash_attention_v3/hopper/prefill/config.h"
 #include "flash_attention_v3/hopper/prefill/consumer.cuh"
 #include "flash_attention_v3/hopper/prefill/producer.cuh"
 #include "flash_attention_v3/hopper/prefill/tile_scheduler.cuh"
@@ -65,17 +66,13 @@ __device__ __forceinline__ void forward(const ForwardParams& params, char* base)
 
 }  // namespace jit_kernel::hopper
 
-// The kernel of a variant. `tile` is a jit_kernel::hopper::Tile; the second macro takes the tuned
-// one.
-#define JIT_KERNEL_EXPORT_FORWARD_TILE(element, head_dim, head_dim_v, masked, softcap, ...)   \
-  using ForwardConfig = jit_kernel::hopper::Config<jit_kernel::element, head_dim, head_dim_v, \
-                                                   masked, softcap, __VA_ARGS__>;             \
-  extern "C" __global__ void __launch_bounds__(ForwardConfig::kThreads, 1)                    \
-      forward(const __grid_constant__ jit_kernel::hopper::ForwardParams params) {             \
-    extern __shared__ __align__(1024) char shared_memory[];                                   \
-    jit_kernel::hopper::forward<ForwardConfig>(params, shared_memory);                        \
+// The kernel of a variant.
+#define JIT_KERNEL_EXPORT_FORWARD(element, head_dim, head_dim_v, masked, softcap)            \
+  using ForwardConfig =                                                                      \
+      jit_kernel::hopper::Config<jit_kernel::element, head_dim, head_dim_v, masked, softcap, \
+                                 jit_kernel::hopper::TileFor<head_dim, head_dim_v, masked>>; \
+  extern "C" __global__ void __launch_bounds__(ForwardConfig::kThreads, 1)                   \
+      forward(const __grid_constant__ jit_kernel::hopper::ForwardParams params) {            \
+    extern __shared__ __align__(1024) char shared_memory[];                                  \
+    jit_kernel::hopper::forward<ForwardConfig>(params, shared_memory);                       \
   }
-
-#define JIT_KERNEL_EXPORT_FORWARD(element, head_dim, head_dim_v, masked, softcap) \
-  JIT_KERNEL_EXPORT_FORWARD_TILE(element, head_dim, head_dim_v, masked, softcap,  \
-                                 jit_kernel::hopper::TileFor<head_dim, head_dim_v, masked>)

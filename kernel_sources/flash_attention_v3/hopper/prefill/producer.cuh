@@ -1,8 +1,9 @@
 // The producer warp: keeps the rings of queries, keys and values full, tile after tile.
 #pragma once
 
+#include "flash_attention_v3/hopper/common/sequence.cuh"
+#include "flash_attention_v3/hopper/common/tensor_rows.cuh"
 #include "flash_attention_v3/hopper/prefill/shared_memory.cuh"
-#include "jit_kernel/cuda/tma.cuh"
 
 namespace jit_kernel::hopper {
 
@@ -12,39 +13,10 @@ namespace jit_kernel::hopper {
 // work (d 256, 4096, causal).
 constexpr int kClaimBlocks = 2;
 
-__device__ __forceinline__ bool has_lengths(const ForwardParams& params) {
-  return params.cu_seqlens_q != nullptr || params.cu_seqlens_k != nullptr ||
-         params.seqused_q != nullptr || params.seqused_k != nullptr;
-}
-
 // Tiles of one length are as well claimed at once: waiting cost 1 % there.
 template <class C>
 __device__ __forceinline__ bool claims_late(const ForwardParams& params) {
   return C::kMasked || has_lengths(params);
-}
-
-// Coordinates of a sequence in a tensor's map; row is added to `row`.
-struct MapPlace {
-  int row, place;
-};
-
-__device__ __forceinline__ MapPlace map_place(const TensorRows& rows, const int* cu_seqlens,
-                                              int batch, int length) {
-  const int offset = cu_seqlens != nullptr ? cu_seqlens[batch] : 0;
-  return {
-      rows.bound > 0 ? rows.bound - length : 0,
-      (cu_seqlens != nullptr ? 0 : batch * rows.batch_step) + (offset + length) * rows.row_step};
-}
-
-// Copies `kRows` rows of all columns, panel by panel.
-template <int kColumns, int kPanel, int kRows>
-__device__ __forceinline__ void load_rows(u32 destination, const TensorRows& rows, u32 barrier,
-                                          u64 policy, const MapPlace& at, int row, int head) {
-#pragma unroll
-  for (int panel = 0; panel < kColumns / kPanel; ++panel) {
-    tma_load(destination + panel * kRows * kPanel * 2, &rows.map, barrier, policy, panel * kPanel,
-             at.row + row, head, at.place, rows.wrap);
-  }
 }
 
 // Where queries stay in their one stage to the tile's end, the next ones are loaded late, and

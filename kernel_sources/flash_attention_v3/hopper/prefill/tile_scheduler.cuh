@@ -8,15 +8,11 @@
 #pragma once
 
 #include "flash_attention_v3/hopper/common/mask.cuh"
+#include "flash_attention_v3/hopper/common/sequence.cuh"
 #include "flash_attention_v3/hopper/prefill/producer.cuh"
+#include "jit_kernel/cuda/warpgroup.cuh"
 
 namespace jit_kernel::hopper {
-
-__device__ __forceinline__ int sequence_length(int batch, int dense, const int* cu_seqlens,
-                                               const int* seqused) {
-  if (seqused != nullptr) return max(0, seqused[batch]);
-  return cu_seqlens != nullptr ? max(0, cu_seqlens[batch + 1] - cu_seqlens[batch]) : dense;
-}
 
 __device__ __forceinline__ bool is_sorted(const ForwardParams& params) {
   return has_lengths(params) && params.batch > 1 && params.batch <= kMaxSorted;

@@ -1,4 +1,5 @@
 // Tile of each variant: keys of a block, consumer warpgroups of 64 queries, stages, schedule.
+// tile_table.inc says which there are, and why.
 #pragma once
 
 namespace jit_kernel::hopper {
@@ -19,17 +20,9 @@ struct Tile {
 template <int kHeadDim, int kHeadDimV, bool kMasked>
 struct TileFor;
 
-template <bool kMasked>
-struct TileFor<64, 64, kMasked> : Tile<96, 4, 2, 3, false, !kMasked, 0> {};
-template <bool kMasked>
-struct TileFor<96, 96, kMasked> : Tile<128, 2, 1, 3, true, true, 6> {};
-template <bool kMasked>
-struct TileFor<128, 128, kMasked> : Tile<128, 2, 1, 3, true, true, 8> {};
-template <bool kMasked>
-struct TileFor<192, 128, kMasked> : Tile<112, 2, 1, 2, true, true, 12> {};
-template <bool kMasked>
-struct TileFor<192, 192, kMasked> : Tile<96, 2, 1, 2, true, true, 4> {};
-template <bool kMasked>
-struct TileFor<256, 256, kMasked> : Tile<80, 2, 1, 2, true, !kMasked, kMasked ? 2 : 0> {};
+#define JIT_KERNEL_TILE(head_dim, head_dim_v, ...) \
+  template <bool kMasked>                          \
+  struct TileFor<head_dim, head_dim_v, kMasked> : Tile<__VA_ARGS__> {};
+#include "flash_attention_v3/hopper/prefill/tile_table.inc"
 
 }  // namespace jit_kernel::hopper

@@ -28,7 +28,6 @@ using Stream = void*;
 inline constexpr Result kSuccess = 0;
 inline constexpr int kMaxDynamicSharedSizeBytes = 8;           // CU_FUNC_ATTRIBUTE_*
 inline constexpr int kMultiprocessorCount = 16;                // CU_DEVICE_ATTRIBUTE_*
-inline constexpr int kMaxSharedMemoryPerBlockOptin = 97;       // CU_DEVICE_ATTRIBUTE_*
 inline constexpr int kCaptureModeRelaxed = 2;                  // CU_STREAM_CAPTURE_MODE_RELAXED
 inline constexpr unsigned kDefaultSharedWithoutOptIn = 49152;  // bytes a block gets unasked
 inline constexpr int kMaxDevices = 64;
@@ -143,6 +142,18 @@ inline int device_attribute(int device, int attribute) {
   int value = 0;
   check(driver.device_attribute(&value, attribute, handle), "cuDeviceGetAttribute");
   return value;
+}
+
+// How many multiprocessors a device has; asked of the driver once.
+inline int multiprocessors(int device) {
+  static std::array<std::atomic<int>, kMaxDevices> counts{};
+  std::atomic<int>& slot = counts[static_cast<size_t>(checked_device(device))];
+  int count = slot.load(std::memory_order_relaxed);
+  if (count == 0) {
+    count = device_attribute(device, kMultiprocessorCount);
+    slot.store(count, std::memory_order_relaxed);
+  }
+  return count;
 }
 
 // Makes the device's primary context current for a scope; free when it already is.

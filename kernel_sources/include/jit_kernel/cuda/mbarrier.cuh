@@ -62,18 +62,10 @@ __device__ __forceinline__ bool mbarrier_test(u32 barrier, u32 parity) {
   return done != 0;
 }
 
-// Waits until the phase of the given parity has completed. With JIT_KERNEL_TRAP_ON_HANG the wait is
-// bounded, so that a lost arrival ends the kernel with an error in place of a hang.
+// Waits until the phase of the given parity has completed.
 __device__ __forceinline__ void mbarrier_wait(u32 barrier, u32 parity) {
-#ifdef JIT_KERNEL_TRAP_ON_HANG
-  for (int attempt = 0; attempt < (1 << 20); ++attempt) {
-    if (mbarrier_try_wait(barrier, parity)) return;
-  }
-  __trap();
-#else
   while (!mbarrier_try_wait(barrier, parity)) {
   }
-#endif
 }
 
 }  // namespace jit_kernel

@@ -1,7 +1,11 @@
-// Warps and warpgroups: register hand-over, named barriers, dependent launches.
+// Warps and warpgroups: values of all lanes, register hand-over, named barriers.
 #pragma once
 
 namespace jit_kernel {
+
+// The same value in all lanes, and known to be so: where a branch beside a wgmma in flight depends
+// on a value that may differ between lanes, ptxas serialises every wgmma.
+__device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 
 // Raises or lowers the registers a thread of this warpgroup may use; all four warps must execute
 // it.
@@ -21,16 +25,6 @@ __device__ __forceinline__ void named_barrier_sync(int barrier, int threads) {
 
 __device__ __forceinline__ void named_barrier_arrive(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
-// With a programmatic launch: waits until the grids before this one have flushed their memory.
-__device__ __forceinline__ void grid_dependency_wait() {
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-}
-
-// With a programmatic launch: lets the next grid start once every block has come here or ended.
-__device__ __forceinline__ void grid_dependency_launch() {
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
 }  // namespace jit_kernel

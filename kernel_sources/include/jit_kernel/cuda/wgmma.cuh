@@ -1,18 +1,11 @@
 // wgmma for 16-bit operands with float32 accumulators, one instruction deep (k = 16).
-// The number of columns N follows from the accumulator's size, N / 2 registers a thread.
+// The number of columns N follows from the accumulator's size, N / 2 registers a thread; those that
+// the kernels use are at the end.
 #pragma once
 
-#include "jit_kernel/cuda/mbarrier.cuh"
+#include "jit_kernel/cuda/element.cuh"
 
 namespace jit_kernel {
-
-// Element types of the inputs; the kernels only move, multiply and pack them.
-struct bf16 {};
-struct fp16 {};
-template <class Element>
-constexpr bool kIsBf16 = false;
-template <>
-constexpr bool kIsBf16<bf16> = true;
 
 // Accumulators and register operands must not be touched between the fence and the wait.
 __device__ __forceinline__ void wgmma_fence() {
@@ -29,29 +22,22 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
+// Which part of an accumulator a thread holds: of its 64 rows a warp has 16, a thread two, this one
+// and the eighth after it, and of each 8 columns two neighbours. Unsigned, as threadIdx is: a
+// conversion in between changes the code that the compiler makes.
+__device__ __forceinline__ u32 first_row_of_warp() { return threadIdx.x % 128 / 32 * 16; }
+__device__ __forceinline__ u32 accumulator_row(int first_row) {
+  return first_row + first_row_of_warp() + threadIdx.x % 32 / 4;
+}
+__device__ __forceinline__ u32 accumulator_column(int first_column) {
+  return first_column + threadIdx.x % 4 * 2;
+}
+
 // Keeps the compiler from moving uses of a register array across this point.
 template <int kCount>
 __device__ __forceinline__ void pin_registers(float (&registers)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
-}
-
-// Two float32 to one register of two elements, the first in the low half.
-template <class Element>
-__device__ __forceinline__ u32 pack(float low, float high);
-
-template <>
-__device__ __forceinline__ u32 pack<bf16>(float low, float high) {
-  u32 packed;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-  return packed;
-}
-
-template <>
-__device__ __forceinline__ u32 pack<fp16>(float low, float high) {
-  u32 packed;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-  return packed;
 }
 
 // Matrix descriptor of a swizzled tile in shared memory, 1024-byte aligned, rows of kSwizzleBytes,
@@ -149,17 +135,11 @@ __device__ __forceinline__ u64 wgmma_descriptor(u32 low) {
                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(accumulate),              \
                  "n"(static_cast<int>(kContiguousN)))
 
-JIT_KERNEL_WGMMA_SS(64, 32, 32, 33, 34, JIT_KERNEL_F32(d, 0))
 JIT_KERNEL_WGMMA_SS(80, 40, 40, 41, 42, JIT_KERNEL_F32(d, 0), JIT_KERNEL_F8(d, 32))
 JIT_KERNEL_WGMMA_SS(96, 48, 48, 49, 50, JIT_KERNEL_F32(d, 0), JIT_KERNEL_F16(d, 32))
 JIT_KERNEL_WGMMA_SS(112, 56, 56, 57, 58, JIT_KERNEL_F32(d, 0), JIT_KERNEL_F16(d, 32),
                     JIT_KERNEL_F8(d, 48))
 JIT_KERNEL_WGMMA_SS(128, 64, 64, 65, 66, JIT_KERNEL_F64(d, 0))
-JIT_KERNEL_WGMMA_SS(144, 72, 72, 73, 74, JIT_KERNEL_F64(d, 0), JIT_KERNEL_F8(d, 64))
-JIT_KERNEL_WGMMA_SS(160, 80, 80, 81, 82, JIT_KERNEL_F64(d, 0), JIT_KERNEL_F16(d, 64))
-JIT_KERNEL_WGMMA_SS(176, 88, 88, 89, 90, JIT_KERNEL_F64(d, 0), JIT_KERNEL_F16(d, 64),
-                    JIT_KERNEL_F8(d, 80))
-JIT_KERNEL_WGMMA_SS(192, 96, 96, 97, 98, JIT_KERNEL_F64(d, 0), JIT_KERNEL_F32(d, 64))
 
 JIT_KERNEL_WGMMA_RS(64, 32, 32, 33, 34, 35, 36, 37, 38, JIT_KERNEL_F32(d, 0))
 JIT_KERNEL_WGMMA_RS(80, 40, 40, 41, 42, 43, 44, 45, 46, JIT_KERNEL_F32(d, 0), JIT_KERNEL_F8(d, 32))
@@ -173,3 +153,44 @@ JIT_KERNEL_WGMMA_RS(256, 128, 128, 129, 130, 131, 132, 133, 134, JIT_KERNEL_F64(
                     JIT_KERNEL_F64(d, 64))
 
 }  // namespace jit_kernel
+
+#undef JIT_KERNEL_F4
+#undef JIT_KERNEL_F8
+#undef JIT_KERNEL_F16
+#undef JIT_KERNEL_F32
+#undef JIT_KERNEL_F64
+#undef JIT_KERNEL_R0
+#undef JIT_KERNEL_R1
+#undef JIT_KERNEL_R2
+#undef JIT_KERNEL_R3
+#undef JIT_KERNEL_R4
+#undef JIT_KERNEL_R5
+#undef JIT_KERNEL_R6
+#undef JIT_KERNEL_R7
+#undef JIT_KERNEL_R8
+#undef JIT_KERNEL_R9
+#undef JIT_KERNEL_R10
+#undef JIT_KERNEL_R11
+#undef JIT_KERNEL_R12
+#undef JIT_KERNEL_R13
+#undef JIT_KERNEL_R14
+#undef JIT_KERNEL_R15
+#undef JIT_KERNEL_REGISTERS_16
+#undef JIT_KERNEL_REGISTERS_24
+#undef JIT_KERNEL_REGISTERS_32
+#undef JIT_KERNEL_REGISTERS_40
+#undef JIT_KERNEL_REGISTERS_48
+#undef JIT_KERNEL_REGISTERS_56
+#undef JIT_KERNEL_REGISTERS_64
+#undef JIT_KERNEL_REGISTERS_72
+#undef JIT_KERNEL_REGISTERS_80
+#undef JIT_KERNEL_REGISTERS_88
+#undef JIT_KERNEL_REGISTERS_96
+#undef JIT_KERNEL_REGISTERS_104
+#undef JIT_KERNEL_REGISTERS_112
+#undef JIT_KERNEL_REGISTERS_120
+#undef JIT_KERNEL_REGISTERS_128
+#undef JIT_KERNEL_WGMMA_SS
+#undef JIT_KERNEL_WGMMA_SS_ASM
+#undef JIT_KERNEL_WGMMA_RS
+#undef JIT_KERNEL_WGMMA_RS_ASM

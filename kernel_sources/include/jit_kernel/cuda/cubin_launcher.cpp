@@ -1,46 +1,38 @@
-// The host side of every portable kernel: load a cubin, launch it with tensors and scalars.
+// A launcher that knows no kernel: loads cubins, launches them with tensors and scalars on the
+// caller's stream.
+//
+//   prepare(device) -> multiprocessors: what a launch needs that does not depend on the kernel
+//   load_kernel(image, name, types, threads, shared_bytes) -> handle
+//   launch(handle, grid, arguments...)
 //
 // Triton's calling convention: the kernel's run-time arguments in order, then two scratch pointers,
-// which are null because no kernel here asks for scratch (the compiler's side checks that).
+// which are null: the compiler's side refuses a kernel that asks for scratch.
 #include <tvm/ffi/tvm_ffi.h>
 
-#include <atomic>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <utility>
 
 #include "jit_kernel/cuda/driver.h"
+#include "jit_kernel/cuda/kernel_table.h"
+#include "jit_kernel/cuda/tensor.h"
 
-namespace jit_kernel::portable {
+namespace jit_kernel::cuda {
 
 using tvm::ffi::Bytes;
 using tvm::ffi::String;
 
 constexpr int kMaxArguments = 64;
-constexpr int kMaxKernels = 4096;
 constexpr int kFirstArgument = 2;  // after the handle and the grid
 
 // A kernel and the types of its arguments: 'p' pointer, 'l' int64, 'i' int32, 'f' float32.
 struct Entry {
   Entry(std::string image, std::string name, std::string types, unsigned threads, unsigned shared)
       : kernel(std::move(image), std::move(name), threads, shared), types(std::move(types)) {}
-  cuda::Kernel kernel;
+  Kernel kernel;
   std::string types;
 };
-
-// Handles are indices: readers take no lock, entries are never removed.
-struct Table {
-  std::mutex mutex;
-  std::array<std::unique_ptr<Entry>, kMaxKernels> entries;
-  std::atomic<int64_t> size{0};
-};
-
-Table& table() {
-  static Table* const instance = new Table();  // outlives every thread that may still launch
-  return *instance;
-}
 
 int64_t load_kernel(Bytes image, String name, String types, int64_t threads, int64_t shared_bytes) {
   if (types.size() > kMaxArguments || threads < 32 || threads > 1024 || shared_bytes < 0) {
@@ -49,22 +41,15 @@ int64_t load_kernel(Bytes image, String name, String types, int64_t threads, int
                               << " bytes of shared memory; at most " << kMaxArguments
                               << " arguments and 32 to 1024 threads can be launched";
   }
-  Table& kernels = table();
-  const std::lock_guard<std::mutex> lock(kernels.mutex);
-  const int64_t handle = kernels.size.load(std::memory_order_relaxed);
-  if (handle == kMaxKernels) {
-    TVM_FFI_THROW(RuntimeError) << "more than " << kMaxKernels << " kernels in one process";
-  }
-  kernels.entries[static_cast<size_t>(handle)] =
+  return KernelTable<Entry>::get().add(
       std::make_unique<Entry>(std::string(image), std::string(name), std::string(types),
-                              static_cast<unsigned>(threads), static_cast<unsigned>(shared_bytes));
-  kernels.size.store(handle + 1, std::memory_order_release);
-  return handle;
+                              static_cast<unsigned>(threads), static_cast<unsigned>(shared_bytes)));
 }
 
-int64_t multiprocessors(int64_t device) {
-  return cuda::device_attribute(cuda::checked_device(static_cast<int>(device)),
-                                cuda::kMultiprocessorCount);
+int64_t prepare(int64_t device) {
+  const int index = checked_device(static_cast<int>(device));
+  const ContextGuard context(index);
+  return multiprocessors(index);
 }
 
 const DLTensor* tensor_of(const TVMFFIAny& value) {
@@ -83,7 +68,7 @@ class Parameters {
     } else if (const DLTensor* tensor = type == 'p' ? tensor_of(value) : nullptr) {
       if (tensor->device.device_type != kDLCUDA) fail(type, index, "a tensor that is not on CUDA");
       if (device_ < 0) device_ = tensor->device.device_id;
-      slot.pointer = static_cast<char*>(tensor->data) + tensor->byte_offset;
+      slot.pointer = data_of(*tensor);
     } else if (type == 'l' && value.type_index == kTVMFFIInt) {
       slot.wide = value.v_int64;
     } else if (type == 'i' && value.type_index == kTVMFFIInt) {
@@ -136,11 +121,7 @@ void launch(const TVMFFIAny* arguments, int count) {
   }
   const int64_t handle = arguments[0].v_int64;
   const int64_t grid = arguments[1].v_int64;
-  Table& kernels = table();
-  if (handle < 0 || handle >= kernels.size.load(std::memory_order_acquire)) {
-    TVM_FFI_THROW(ValueError) << "launch: no kernel has handle " << handle;
-  }
-  Entry& entry = *kernels.entries[static_cast<size_t>(handle)];
+  Entry& entry = KernelTable<Entry>::get().at(handle);
   if (static_cast<size_t>(count - kFirstArgument) != entry.types.size()) {
     TVM_FFI_THROW(TypeError) << "launch: " << count - kFirstArgument
                              << " kernel arguments; it must be " << entry.types.size();
@@ -158,17 +139,17 @@ void launch(const TVMFFIAny* arguments, int count) {
   entry.kernel.launch(parameters.device(), {static_cast<unsigned>(grid), 1, 1}, parameters.data());
 }
 
-}  // namespace jit_kernel::portable
+}  // namespace jit_kernel::cuda
 
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(load_kernel, jit_kernel::portable::load_kernel);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(multiprocessors, jit_kernel::portable::multiprocessors);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(load_kernel, jit_kernel::cuda::load_kernel);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(prepare, jit_kernel::cuda::prepare);
 
 // Any number of arguments: tvm-ffi's calling convention as it is, because a typed function has a
 // fixed number.
 extern "C" TVM_FFI_DLL_EXPORT int __tvm_ffi_launch(void*, const TVMFFIAny* arguments, int32_t count,
                                                    TVMFFIAny* result) {
   TVM_FFI_SAFE_CALL_BEGIN();
-  jit_kernel::portable::launch(arguments, count);
+  jit_kernel::cuda::launch(arguments, count);
   result->type_index = kTVMFFINone;
   result->v_int64 = 0;
   TVM_FFI_SAFE_CALL_END();

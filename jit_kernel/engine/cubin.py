@@ -1,0 +1,87 @@
+"""One GPU's launcher and the kernels that it launches: host code in one library, device code in cubins."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from typing import Any
+
+import torch
+
+from jit_kernel.device import Target, is_capturing
+from jit_kernel.engine import build as builds
+from jit_kernel.engine import memory
+from jit_kernel.engine.memory import Cubin
+from jit_kernel.engine.spec import KernelSpec
+
+
+def launcher_of(kernel: str) -> KernelSpec:
+    """The launcher that knows no kernel, as an entry of a kernel's folder: the GPU target's warm-up builds it there."""
+    return KernelSpec(kernel, '#include "jit_kernel/cuda/cubin_launcher.cpp"\n', "host", (("function", "launcher"),))
+
+
+class DeviceKernels:
+    """The kernels of one GPU: compiled or loaded at first use, then a handle of the launcher's.
+
+    The launcher exports `prepare(device) -> multiprocessors`, `load_kernel(image, ...) -> handle` and what launches.
+    """
+
+    def __init__(self, index: int, target: Target, launcher: KernelSpec) -> None:
+        self.target = target
+        self.handles: dict[tuple[Any, ...], int] = {}
+        self._index = index
+        self._launcher_spec = launcher
+        self._functions: Any = None
+        self._multiprocessors = 0
+        if not builds.is_stored(launcher, target):
+            # Two seconds of g++ beside the first kernel's compilation: a call that needs the launcher waits for it.
+            threading.Thread(target=self._build_launcher, name="jit_kernel-launcher", daemon=True).start()
+
+    def _build_launcher(self) -> None:
+        with contextlib.suppress(Exception):  # the call that needs the launcher asks again and gets the error
+            memory.load(self._launcher_spec, self.target)
+
+    def _launcher(self) -> Any:
+        if self._functions is None:
+            functions = memory.load(self._launcher_spec, self.target)
+            self._multiprocessors = int(functions["prepare"](self._index))
+            self._keep(functions)
+            self._functions = functions
+        return self._functions
+
+    def _keep(self, functions: Any) -> None:
+        """For a subclass: what it calls of the launcher's functions, which are there before the first handle is."""
+
+    def _load_arguments(self, spec: KernelSpec, cubin: Cubin) -> tuple[Any, ...]:
+        """What `load_kernel` takes behind the image: for the generic launcher, what Triton says of its cubin."""
+        launch = cubin.metadata
+        return launch["name"], launch["types"], launch["threads"], launch["shared"]
+
+    @property
+    def multiprocessors(self) -> int:
+        """How many multiprocessors the device has."""
+        self._launcher()
+        return self._multiprocessors
+
+    def load(self, key: tuple[Any, ...], spec: KernelSpec) -> int:
+        """The handle of a variant, compiled if need be, under `key` from then on.
+
+        Raises what `jit.load` raises, and RuntimeError when it would take a compiler while the current stream is
+        being captured.
+        """
+        self._refuse_to_compile_under_capture(spec)
+        cubin = memory.load_cubin(spec, self.target)
+        handle = int(self._launcher()["load_kernel"](cubin.image, *self._load_arguments(spec, cubin)))
+        self.handles[key] = handle
+        return handle
+
+    def _refuse_to_compile_under_capture(self, spec: KernelSpec) -> None:
+        if not is_capturing(torch.device("cuda", self._index)):
+            return
+        missing = [str(each) for each in (self._launcher_spec, spec) if not builds.is_stored(each, self.target)]
+        if missing:
+            raise RuntimeError(
+                f"{' and '.join(missing)} would have to be compiled while a CUDA graph is being captured; "
+                f"run `python -m jit_kernel.warmup --target {self.target}` first, or make the call once before "
+                "the capture"
+            )

@@ -1,0 +1,83 @@
+"""What this process has compiled or loaded: memory in front of `build`, one lock for each kernel."""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jit_kernel.device import Target
+from jit_kernel.engine import build as builds
+from jit_kernel.engine import compiler, progress
+from jit_kernel.engine.spec import KernelSpec
+
+
+@dataclass(frozen=True)
+class Cubin:
+    """A compiled device kernel: its image, the compiler's launch metadata and the file it came from."""
+
+    image: bytes
+    metadata: dict[str, Any]
+    path: Path
+
+
+_modules: dict[tuple[KernelSpec, Target], Any] = {}
+_cubins: dict[tuple[KernelSpec, Target], Cubin] = {}
+_guards: dict[tuple[KernelSpec, Target], threading.Lock] = {}
+_guards_guard = threading.Lock()
+
+
+def load(spec: KernelSpec, target: Target) -> Any:
+    """The loaded library (a tvm_ffi.Module) of a "host" spec.
+
+    Raises compiler.CompilerNotFoundError, compiler.CompileError or store.CacheError when it can be neither
+    loaded nor compiled.
+    """
+    module = _modules.get((spec, target))
+    if module is None:
+        with _guard(spec, target):
+            module = _modules.get((spec, target))
+            if module is None:
+                module = _modules[spec, target] = _load_library(spec, target)
+    return module
+
+
+def load_cubin(spec: KernelSpec, target: Target) -> Cubin:
+    """The compiled cubin of a "cuda" or "triton" spec. Raises what `load` raises."""
+    cubin = _cubins.get((spec, target))
+    if cubin is None:
+        with _guard(spec, target):
+            cubin = _cubins.get((spec, target))
+            if cubin is None:
+                entry = builds.obtain(spec, target)
+                path = entry.folder / compiler.LAUNCH_METADATA
+                metadata = json.loads(path.read_bytes()) if path.name in entry.manifest["files"] else {}
+                cubin = Cubin(entry.artifact.read_bytes(), metadata, entry.artifact)
+                _cubins[spec, target] = cubin
+    return cubin
+
+
+def build(spec: KernelSpec, target: Target) -> Path:
+    """Make sure that a kernel is in the store, without loading it. Returns its entry's folder."""
+    with _guard(spec, target):
+        return builds.obtain(spec, target).folder
+
+
+def _guard(spec: KernelSpec, target: Target) -> threading.Lock:
+    with _guards_guard:
+        return _guards.setdefault((spec, target), threading.Lock())
+
+
+def _load_library(spec: KernelSpec, target: Target) -> Any:
+    import tvm_ffi
+
+    entry = builds.obtain(spec, target)
+    try:
+        return tvm_ffi.load_module(str(entry.artifact), keep_module_alive=True)
+    except (OSError, RuntimeError) as error:
+        # Built for another C library, say: bytes that were verified and still cannot be loaded here.
+        progress.warn_once(f"{spec} in {entry.folder} cannot be loaded here ({error}); compiling it again")
+        entry = builds.obtain(spec, target, unusable=entry.folder)
+        return tvm_ffi.load_module(str(entry.artifact), keep_module_alive=True)

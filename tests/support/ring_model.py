@@ -1,0 +1,180 @@
+"""The rings of the Hopper prefill kernel as a model that needs no GPU: does a run end, or do all parts wait?
+
+Producer, scheduler and consumers of one block are generators that follow producer.cuh, tile_scheduler.cuh and
+consumer.cuh step by step: each yields what it waits for, and goes on once that is true. Nothing that became true turns
+false before the one that waits for it has gone on, so a deadlock of one order of steps is a deadlock of every order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+CLAIM_BLOCKS = 2  # kClaimBlocks
+TILE_SLOTS = 2  # kTileSlots
+
+Wait = Callable[[], bool]
+Steps = Iterator[Wait]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What decides how the rings are used: a tile's schedule, and how many blocks a warpgroup may skip."""
+
+    warpgroups: int
+    stages: int
+    stages_q: int
+    overlap: bool
+    queries_in_registers: bool
+    most_first: int
+    most_last: int
+
+    def share(self, blocks: int, begin: int, end: int) -> tuple[int, int, int]:
+        """Blocks that a warpgroup skips first, works on and skips last; it sees those from begin to end of a tile's.
+
+        open_tile's arithmetic; blocks are walked from the last to the first.
+        """
+        own_end = min(blocks, max(1, blocks - self.most_first, end))
+        own_begin = max(0, min(own_end - 1, self.most_last, begin))
+        return blocks - own_end, own_end - own_begin, own_begin
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Blocks of keys of a tile, and which of them each warpgroup sees: [begin, end), which may lie outside."""
+
+    blocks: int
+    seen: tuple[tuple[int, int], ...]
+
+
+class Ring:
+    """Stages that one part fills and each of its readers empties, in order."""
+
+    def __init__(self, stages: int, readers: int) -> None:
+        self._stages = stages
+        self._emptied = [0] * readers
+        self.filled = 0
+
+    def has_room(self) -> bool:
+        """Whether every reader has emptied the stage that is filled next."""
+        return self.filled - min(self._emptied) < self._stages
+
+    def fill(self) -> Steps:
+        """Wait for room, then fill."""
+        yield self.has_room
+        self.filled += 1
+
+    def holds(self, reader: int) -> bool:
+        """Whether the stage that the reader empties next is full."""
+        return self.filled > self._emptied[reader]
+
+    def empty(self, reader: int) -> None:
+        """Give a stage back."""
+        self._emptied[reader] += 1
+
+    def skip(self, reader: int, count: int) -> Steps:
+        """Wait for stages and give them back unread."""
+        for _ in range(count):
+            yield lambda: self.holds(reader)
+            self.empty(reader)
+
+
+class Block:
+    """One thread block: its rings, and its parts as steps."""
+
+    def __init__(self, kernel: Kernel, tiles: Sequence[Tile]) -> None:
+        self.kernel, self.tiles = kernel, tiles
+        self.keys = Ring(kernel.stages, kernel.warpgroups)
+        self.values = Ring(kernel.stages, kernel.warpgroups)
+        self.queries = [Ring(kernel.stages_q, 1) for _ in range(kernel.warpgroups)]
+        self.slots = Ring(TILE_SLOTS, kernel.warpgroups + 1)  # the last reader is the producer
+        self.claims = 0
+
+    def parts(self) -> dict[str, Steps]:
+        """Every part of the block by its name."""
+        consumers = {f"consumer {w}": self._consumer(w) for w in range(self.kernel.warpgroups)}
+        return {"scheduler": self._scheduler(), "producer": self._producer(), **consumers}
+
+    def _scheduler(self) -> Steps:
+        for number in range(len(self.tiles)):
+            yield from self.slots.fill()
+            yield lambda number=number: self.claims > number  # type: ignore[misc]
+        yield from self.slots.fill()  # which says that there are no more
+
+    def _producer(self) -> Steps:
+        for number, tile in enumerate(self.tiles):
+            yield lambda number=number: self.slots.filled > number  # type: ignore[misc]
+            yield from self.keys.fill()
+            if number > 0 and self.kernel.stages_q == 1:
+                yield from self.values.fill()  # the last ones of the tile before
+            for ring in self.queries:
+                yield from ring.fill()
+            if number > 0 and self.kernel.stages_q > 1:
+                yield from self.values.fill()
+            claim_at = min(tile.blocks - 2, CLAIM_BLOCKS)
+            self.claims += claim_at < 0
+            for block in range(tile.blocks - 2, -1, -1):
+                self.claims += block == claim_at
+                yield from self.keys.fill()
+                yield from self.values.fill()
+            self.slots.empty(self.kernel.warpgroups)
+        yield from self.values.fill()
+
+    def _consumer(self, w: int) -> Steps:
+        shares = [self.kernel.share(tile.blocks, *tile.seen[w]) for tile in self.tiles]
+        yield lambda: self.slots.filled > 0
+        yield from self._wait_queries(w, shares[0][0])
+        for number, (skipped_first, own, skipped_last) in enumerate(shares):
+            yield from self.values.skip(w, skipped_first)
+            yield from self._run(w, own)
+            yield lambda: self.values.holds(w)
+            yield from self.keys.skip(w, skipped_last)
+            yield lambda number=number: self.slots.filled > number + 1  # type: ignore[misc]
+            if number + 1 < len(shares):
+                yield from self._wait_queries(w, shares[number + 1][0])
+            self.values.empty(w)
+            self.slots.empty(w)
+            yield from self.values.skip(w, skipped_last)
+
+    def _wait_queries(self, w: int, skipped_first: int) -> Steps:
+        yield lambda: self.queries[w].holds(0)
+        if self.kernel.queries_in_registers:
+            self.queries[w].empty(0)
+        yield from self.keys.skip(w, skipped_first)
+        yield lambda: self.keys.holds(w)
+
+    def _run(self, w: int, own: int) -> Steps:
+        """All blocks of a warpgroup but the output of the last one: run_overlapped or run_in_turn."""
+        for block in range(own):
+            self.keys.empty(w)
+            last = block == own - 1
+            if last and not self.kernel.queries_in_registers:
+                self.queries[w].empty(0)
+            if self.kernel.overlap and block > 0:
+                self.values.empty(w)  # of the block before
+            if last:
+                return
+            if self.kernel.overlap:
+                yield lambda: self.keys.holds(w)
+                yield lambda: self.values.holds(w)
+            else:
+                yield lambda: self.values.holds(w)
+                yield lambda: self.keys.holds(w)
+                self.values.empty(w)
+
+
+def stuck(kernel: Kernel, tiles: Sequence[Tile], choose: Callable[[list[str]], str]) -> list[str]:
+    """The parts that wait for ever, none where the run ends. `choose` says which of those that can go on does so."""
+    parts = Block(kernel, tiles).parts()
+    waiting = {name: next(steps) for name, steps in parts.items()}
+    while waiting:
+        ready = [name for name, wait in waiting.items() if wait()]
+        if not ready:
+            return list(waiting)
+        name = choose(ready)
+        wait = next(parts[name], None)
+        if wait is None:
+            del waiting[name]
+        else:
+            waiting[name] = wait
+    return []
