@@ -117,7 +117,10 @@ struct QueryRow {
         group(p.group) {}
 
   void next() {
-    if (++head == first_head + group) head = first_head, ++token;
+    if (++head == first_head + group) {
+      head = first_head;
+      ++token;
+    }
   }
 };
 

@@ -134,12 +134,15 @@ inline void plan_sequence(const Params& p, int64_t batch, const Cut& cut, Plan& 
       for (int64_t r = 0; r < rows; r += row_step) {
         Item item;
         item.batch = batch;
-        item.head_begin = h, item.head_end = std::min(p.heads_k, h + head_step);
-        item.row_begin = r, item.row_end = std::min(rows, r + row_step);
+        item.head_begin = h;
+        item.head_end = std::min(p.heads_k, h + head_step);
+        item.row_begin = r;
+        item.row_end = std::min(rows, r + row_step);
         item.key_begin = std::min((first_part + part) * keys, s.sk);
         item.key_end = std::min(item.key_begin + part_step * keys, s.sk);
         item.part = parts > 1 ? plan.part_rows + (part * p.heads_k + h) * rows + r : -1;
-        item.part_keys = keys, item.part_stride = p.heads_k * rows;
+        item.part_keys = keys;
+        item.part_stride = p.heads_k * rows;
         int64_t products = std::max<int64_t>(item.row_end - r, 8) * (item.head_end - h);
         item.cost = visible_count(p, s, item) * static_cast<double>(products * (p.d + p.dv));
         plan.cost += item.cost;
@@ -173,7 +176,8 @@ inline void make_plan(const Params& p, const PrefillTiles& tiles, Plan& plan) {
   Cut cut;
   cut.rows = std::min(tiles.rows, std::max(kRowStep, rows / (4 * threads) / kRowStep * kRowStep));
   cut.joined_rows = std::min(tiles.rows, std::max(kRowStep, rows / threads));
-  cut.joined_keys = tiles.block * tiles.blocks, cut.row_multiple = tiles.row_multiple;
+  cut.joined_keys = tiles.block * tiles.blocks;
+  cut.row_multiple = tiles.row_multiple;
   // A decode's heads are parted for want of items alone: the longer the run of a token's heads in
   // memory, the faster it is read (2 KiB 1.2 times as fast as 1 KiB, 1.5 times as 512 bytes).
   cut.heads = std::max<int64_t>(1, p.heads_k * pieces / (2 * p.num_threads));

@@ -105,7 +105,8 @@ inline bool soften_group(const float* scores, bf16* p, float to_log2, float* max
     auto both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(x[i + 1], x[i]));
     _mm512_storeu_si512(p + 16 * i, both);
   }
-  low = (x[0] + x[1]) + (x[2] + x[3]), high = (x[4] + x[5]) + (x[6] + x[7]);
+  low = (x[0] + x[1]) + (x[2] + x[3]);
+  high = (x[4] + x[5]) + (x[6] + x[7]);
   store_quarters(sums, sum + join_quarters(low + high, plus));
   return moved;
 }

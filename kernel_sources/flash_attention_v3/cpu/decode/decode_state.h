@@ -83,9 +83,14 @@ struct DecodeState {
   template <class F>
   void each_state_array(F&& f) {
     int64_t all_rows = heads * rows;
-    f(q, all_rows * sizes.depth), f(sums, all_rows * sum_columns), f(head_settings, heads);
-    f(maxima, heads * kDecodeRows), f(row_sums, heads * kDecodeRows);
-    f(spare_row, sizes.depth), f(turned, sizes.depth), f(blocks, kBlocks);
+    f(q, all_rows * sizes.depth);
+    f(sums, all_rows * sum_columns);
+    f(head_settings, heads);
+    f(maxima, heads * kDecodeRows);
+    f(row_sums, heads * kDecodeRows);
+    f(spare_row, sizes.depth);
+    f(turned, sizes.depth);
+    f(blocks, kBlocks);
   }
 
   // The item's query rows, settings and keys.
@@ -130,7 +135,8 @@ struct DecodeState {
   void end_parts(int64_t step, Write&& write) {
     while (step >= part_end && part + 1 < parts) {
       write();
-      ++part, part_end += part_steps;
+      ++part;
+      part_end += part_steps;
       forget();
     }
   }
@@ -195,7 +201,9 @@ struct DecodeState {
   template <class Params>
   void locate(const Params& params, const Sequence& s, int64_t first, int64_t from, int64_t to,
               Block& block) {
-    block.first = first, block.from = from, block.to = to;
+    block.first = first;
+    block.from = from;
+    block.to = to;
     int64_t key = first + from, count = to - from;
     key_rows(params, params.v, s, key, count, 0, block.v + from);
     if (!params.only_qv) key_rows(params, params.k, s, key, count, 0, block.k + from);

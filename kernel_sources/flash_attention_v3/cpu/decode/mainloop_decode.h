@@ -20,7 +20,10 @@ inline simd::Vec dot_keys(const Key* const* keys, int64_t offset, const float* q
 #pragma GCC unroll 16
   for (int j = 0; j < simd::kLanes; ++j) sum[j] = simd::zero();
 #pragma GCC unroll 16
-  for (int j = 0; j < kKeys; ++j) k[j] = keys[j] + offset, later[j] = keys[j + kRowsAgain] + offset;
+  for (int j = 0; j < kKeys; ++j) {
+    k[j] = keys[j] + offset;
+    later[j] = keys[j + kRowsAgain] + offset;
+  }
   for (int64_t at = 0; at < n; at += simd::kLanes) {
     simd::Vec rows[kRows];
 #pragma GCC unroll 4

@@ -35,8 +35,11 @@ struct DecodeTiles : DecodeState<Element, Math> {
   template <class F>
   void each_array(F&& f) {
     this->each_state_array(f);
-    f(queries, heads * columns * sizes.depth), f(p, 2 * kTileWords), f(scores, 2 * kStepScores);
-    f(copies, 2 * 16 * std::max(sizes.qk, value_stride)), f(ordered, sum_columns);
+    f(queries, heads * columns * sizes.depth);
+    f(p, 2 * kTileWords);
+    f(scores, 2 * kStepScores);
+    f(copies, 2 * 16 * std::max(sizes.qk, value_stride));
+    f(ordered, sum_columns);
     f(keys, in_place ? 0 : kDecodeBlock * sizes.qk);
     f(values, in_place ? 0 : kDecodeBlock * value_stride);
   }
@@ -259,7 +262,8 @@ struct DecodeTiles : DecodeState<Element, Math> {
       }
       if (finite) continue;
       Item again = item;
-      again.head_begin = this->head_begin + h, again.head_end = again.head_begin + 1;
+      again.head_begin = this->head_begin + h;
+      again.head_end = again.head_begin + 1;
       again.key_begin += this->part * item.part_keys;
       again.key_end = std::min(again.key_begin + item.part_keys, item.key_end);
       if (item.part >= 0) again.part += this->part * item.part_stride + h * rows;

@@ -26,8 +26,10 @@ struct DecodePairs : DecodeInOrder<Element, bf16> {
   template <class F>
   void each_array(F&& f) {
     this->each_array_in_order(f);
-    f(queries, heads * groups * kGroupRows * sizes.depth), f(ordered, sum_columns);
-    f(scores, heads * groups * kGroupScores), f(p, heads * groups * kGroupScores);
+    f(queries, heads * groups * kGroupRows * sizes.depth);
+    f(ordered, sum_columns);
+    f(scores, heads * groups * kGroupScores);
+    f(p, heads * groups * kGroupScores);
   }
 
   template <class Params>
@@ -120,9 +122,11 @@ struct DecodePairs : DecodeInOrder<Element, bf16> {
                           in_group * kScoreKeys;
       float* sum = sums + (head * rows + i) * sum_columns;
       if (in_group == 0 && i + kGroupRows <= rows) {
-        add_rows<kGroupRows>(v, of.v(head), pairs, sum), i += kGroupRows;
+        add_rows<kGroupRows>(v, of.v(head), pairs, sum);
+        i += kGroupRows;
       } else {
-        add_rows<1>(v, of.v(head), pairs, sum), ++i;
+        add_rows<1>(v, of.v(head), pairs, sum);
+        ++i;
       }
     }
   }

@@ -26,7 +26,8 @@ class RunPrefetch {
       : blocks_(blocks), first_kind_(layout.has_keys ? 0 : 1), kind_(first_kind_) {
     for (int i = 0; i < 2; ++i) {
       bool is_one = layout.apart[i] == layout.head_bytes[i];
-      offset_[i] = layout.offset[i], apart_[i] = layout.apart[i];
+      offset_[i] = layout.offset[i];
+      apart_[i] = layout.apart[i];
       bytes_[i] = layout.head_bytes[i] * (is_one ? layout.heads : 1);
       runs_[i] = is_one ? 1 : layout.heads;
     }
@@ -59,7 +60,8 @@ class RunPrefetch {
       if (at_ >= end_ && !open()) return;
       const int64_t taken = std::min(left, end_ - at_);
       for (int64_t i = 0; i < taken; i += 64) __builtin_prefetch(at_ + i, 0, 2);
-      at_ += taken, left -= taken;
+      at_ += taken;
+      left -= taken;
     }
   }
 
@@ -68,7 +70,8 @@ class RunPrefetch {
     if (run_ + 1 < runs_[kind_]) {
       ++run_;
     } else if (row_ + 1 < rows_) {
-      ++row_, run_ = 0;
+      ++row_;
+      run_ = 0;
     } else if (!open_block()) {
       return false;
     }
@@ -84,7 +87,9 @@ class RunPrefetch {
     kind_ = to_values ? 1 : first_kind_;
     const Block& block = blocks_[block_ % kBlocks];
     from_ = reinterpret_cast<const char* const*>(kind_ ? block.v : block.k);
-    row_ = block.from, rows_ = block.to, run_ = 0;
+    row_ = block.from;
+    rows_ = block.to;
+    run_ = 0;
     return true;
   }
 

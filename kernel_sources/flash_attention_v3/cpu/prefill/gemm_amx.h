@@ -147,7 +147,10 @@ class TileProducts {
     JIT_KERNEL_NEXT_SUM(1, 0, 16)
     JIT_KERNEL_NEXT_SUM(3, kAmxRows, 16)
     for (int64_t k = g.depth - kDepth; k > 0; k -= kDepth) {
-      a += kDepth, below += kDepth, b += kAmxTile, right += kAmxTile;
+      a += kDepth;
+      below += kDepth;
+      b += kAmxTile;
+      right += kAmxTile;
       tile_dot<Math, 1, 4, 7>();
       between();
       _tile_loadd(4, a, lda);
@@ -169,7 +172,9 @@ class TileProducts {
     between();
     tile_dot<Math, 3, 5, 7>();
     between();
-    sums_ = c, stride_ = g.ldc, two_ = true;
+    sums_ = c;
+    stride_ = g.ldc;
+    two_ = true;
   }
 
   void one_panel(const GemmArgs<Math>& g, int64_t panel) {
@@ -185,7 +190,9 @@ class TileProducts {
       _tile_loadd(5, below + k, g.lda * 2);
       tile_dot<Math, 2, 5, 6>();
     }
-    sums_ = c, stride_ = g.ldc, two_ = false;
+    sums_ = c;
+    stride_ = g.ldc;
+    two_ = false;
   }
 #undef JIT_KERNEL_NEXT_SUM
 

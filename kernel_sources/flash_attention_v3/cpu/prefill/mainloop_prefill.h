@@ -70,15 +70,24 @@ struct Prefill {
   template <class F>
   void each_array(int64_t rows, F&& f) {
     int64_t padded = round_up(rows, kTileRows) + simd::kLanes, block = tiles.block;
-    f(q, q_rows * sizes.depth), f(sums, sum_rows * sizes.dv);
-    f(maxima, padded), f(row_sums, padded), f(begins, padded), f(ends, padded);
-    f(states, padded / kTileRows + 1), f(queries, padded / kTileRows + 1);
+    f(q, q_rows * sizes.depth);
+    f(sums, sum_rows * sizes.dv);
+    f(maxima, padded);
+    f(row_sums, padded);
+    f(begins, padded);
+    f(ends, padded);
+    f(states, padded / kTileRows + 1);
+    f(queries, padded / kTileRows + 1);
     f(next_queries, kTileRows);
-    f(keys, packed_keys() * sizes.depth), f(values, packed_keys() * sizes.dv);
-    f(scores, kTileRows * std::max(score_stride(), 3 * kDepth)), f(p, kTileRows * block);
+    f(keys, packed_keys() * sizes.depth);
+    f(values, packed_keys() * sizes.dv);
+    f(scores, kTileRows * std::max(score_stride(), 3 * kDepth));
+    f(p, kTileRows * block);
     f(spare, simd::kLanes * std::max(std::max(sizes.qk, sizes.qv), sizes.dv));
-    f(spare_row, sizes.depth), f(turned, sizes.depth);
-    f(key_rows_, packed_keys()), f(value_rows, packed_keys());
+    f(spare_row, sizes.depth);
+    f(turned, sizes.depth);
+    f(key_rows_, packed_keys());
+    f(value_rows, packed_keys());
     if constexpr (kI16) integers.each_array(*this, padded, f);
   }
 
@@ -118,7 +127,8 @@ struct Prefill {
       Interval seen = visible_keys(params, at.token, s.sq, s.sk);
       begins[i] = std::min(std::max(seen.begin, item.key_begin), item.key_end);
       ends[i] = std::max(begins[i], std::min(seen.end, item.key_end));
-      maxima[i] = -kInfinity, row_sums[i] = 0.0f;
+      maxima[i] = -kInfinity;
+      row_sums[i] = 0.0f;
     }
     for (int64_t i = rows; i < round_up(rows, kTileRows); ++i) {  // rows that only fill up a tile
       maxima[i] = row_sums[i] = 0.0f;
@@ -155,10 +165,12 @@ struct Prefill {
   // 8 % of a call of 512 tokens whose inputs come from memory, 2 % of a causal one of 2048.
   template <class Params>
   void find_queries(const Params& params, const Sequence& s, const Item& item, int64_t row) {
-    next_row = row, asked = kTileRows;
+    next_row = row;
+    asked = kTileRows;
     if (row < 0) return;
     const int64_t rows = std::min(kTileRows, item.row_end - item.row_begin - row);
-    asked = kTileRows - rows, query_bytes = params.d * static_cast<int64_t>(sizeof(Element));
+    asked = kTileRows - rows;
+    query_bytes = params.d * static_cast<int64_t>(sizeof(Element));
     QueryRow at(params, item.head_begin, item.row_begin + row);
     for (int64_t i = asked; i < kTileRows; ++i, at.next()) {
       const Element* q = params.q.at(s.q_batch, s.q_begin + at.token, at.head);
@@ -170,10 +182,12 @@ struct Prefill {
   inline __attribute__((always_inline)) void ask_for_queries() {
     if (asked == kTileRows) return;
     const char* row = next_queries[asked++];
-    __builtin_prefetch(row, 0, 2), __builtin_prefetch(row + 64, 0, 2);
+    __builtin_prefetch(row, 0, 2);
+    __builtin_prefetch(row + 64, 0, 2);
 #pragma GCC unroll 1
     for (int64_t i = 128; i < query_bytes; i += 128) {
-      __builtin_prefetch(row + i, 0, 2), __builtin_prefetch(row + i + 64, 0, 2);
+      __builtin_prefetch(row + i, 0, 2);
+      __builtin_prefetch(row + i + 64, 0, 2);
     }
   }
 
@@ -253,7 +267,10 @@ struct Prefill {
   // The part that the rows from `row` on, of `rows`, see of the block that begins `at` keys after
   // the first of those that are packed, in whole steps; columns is 0 when they see none of it.
   void set_tile(int64_t row, int64_t rows, int64_t first, int64_t at, int64_t count, Tile& t) {
-    t.row = row, t.rows = std::min(kTileRows, rows - row), t.first = first + at, t.at = at;
+    t.row = row;
+    t.rows = std::min(kTileRows, rows - row);
+    t.first = first + at;
+    t.at = at;
     constexpr int64_t kChunk = Integers<Element, Math>::kChunk;
     t.from = std::max<int64_t>(0, begins[row] - t.first) / kChunk * kChunk;
     int64_t seen = ends[row + t.rows - 1] - t.first;
@@ -349,14 +366,18 @@ struct Prefill {
     if (mix == 1.0f) {
       return each_part(t, [&](int64_t i, int64_t rows, int64_t keys) {
         GemmArgs<Math> part = g;
-        part.a += i * g.lda, part.c += i * g.ldc;
+        part.a += i * g.lda;
+        part.c += i * g.ldc;
         multiply(part, rows, keys / simd::kLanes);
       });
     }
     g.depth = sizes.qk;
     multiply(g, t.rows, panels);
     for (int64_t i = 0; i < t.rows; ++i) scale_row(scores + i * score_stride(), t.columns, mix);
-    g.a += sizes.qk, g.b += simd::kLanes * sizes.qk, g.depth = sizes.qv, g.accumulate = true;
+    g.a += sizes.qk;
+    g.b += simd::kLanes * sizes.qk;
+    g.depth = sizes.qv;
+    g.accumulate = true;
     multiply(g, t.rows, panels);
   }
 
@@ -364,7 +385,9 @@ struct Prefill {
     GemmArgs<Math> g = begin_values(t);
     each_part(t, [&](int64_t i, int64_t rows, int64_t keys) {
       GemmArgs<Math> part = g;
-      part.a += i * g.lda, part.c += i * g.ldc, part.depth = part.piece = keys;
+      part.a += i * g.lda;
+      part.c += i * g.ldc;
+      part.depth = part.piece = keys;
       multiply(part, rows, sizes.dv / simd::kLanes);
     });
   }
@@ -391,7 +414,10 @@ struct Prefill {
     if constexpr (kI16) {
       if (integers.fit(*this, t)) return integers.whole_tile(*this, scale, t);
       bool& has_floats = integers.has_floats[t.at / tiles.block];
-      if (integers.on && !has_floats) pack_block(t.at), has_floats = true;
+      if (integers.on && !has_floats) {
+        pack_block(t.at);
+        has_floats = true;
+      }
     }
     score(t);
     for (int64_t i = 0; i < t.rows; i += simd::kLanes) soften_tile(scale, t, i);

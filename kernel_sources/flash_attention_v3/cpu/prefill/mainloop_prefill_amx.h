@@ -40,11 +40,17 @@ class TilePipeline {
     int64_t row = 0, at = count;
     auto find = [&](Tile& t) {  // the next tile that sees any of its block
       for (;;) {
-        if (at >= count) at = 0, row = take();
+        if (at >= count) {
+          at = 0;
+          row = take();
+        }
         if (row < 0) return false;
         prefill_.set_tile(row, rows, first, at, count, t);
         at += prefill_.tiles.block;
-        if (t.columns > 0) return load(t.row), true;
+        if (t.columns > 0) {
+          load(t.row);
+          return true;
+        }
       }
     };
     Tile tiles[2] = {};
@@ -78,7 +84,10 @@ class TilePipeline {
       begin_scores(t, nullptr);
       begin_maxima(t);
       raised = has_new_row(t);  // one that sees nothing of the first chunk
-      if (raised) largest(t), raise_maxima(t);
+      if (raised) {
+        largest(t);
+        raise_maxima(t);
+      }
     }
     for (;;) {
       soften(t, next);
@@ -137,7 +146,10 @@ class TilePipeline {
       top = simd::where_less(simd::set1(-kInfinity), top, top, simd::zero());
       simd::store(shifts + i, simd::zero() - top * to_log2_);
     }
-    for (int64_t r = 0; r < kRows; ++r) rows_[r].lanes = simd::zero(), rows_[r].shift = shifts[r];
+    for (int64_t r = 0; r < kRows; ++r) {
+      rows_[r].lanes = simd::zero();
+      rows_[r].shift = shifts[r];
+    }
     const Vec to_log2 = to_log2_;
     each_row<true>(t, next, [to_log2](Row& row, Vec a, Vec b, Math* p) JIT_KERNEL_INLINED {
       Vec shift = simd::set1(row.shift);
@@ -199,7 +211,8 @@ class TilePipeline {
       auto one = [&]() JIT_KERNEL_INLINED {
         const float* s = reinterpret_cast<const float*>(scores + at);
         work(*reinterpret_cast<Row*>(rows + at), simd::load(s), simd::load(s + simd::kLanes), p);
-        at += sizeof(Row), p += stride;
+        at += sizeof(Row);
+        p += stride;
       };
       // A row of the next queries: four lines a chunk cost the tiles nothing, eight as much as they
       // save (each holds one of 16 line buffers all the way to memory).
@@ -219,7 +232,8 @@ class TilePipeline {
         products_.finish();  // the last chunk's scores
       }
       while (at < end) one();
-      odd_ = !odd_, hidden_ = false;
+      odd_ = !odd_;
+      hidden_ = false;
     }
     begun_ = std::min<int64_t>(ahead, 2);
   }
@@ -243,7 +257,8 @@ class TilePipeline {
   JIT_KERNEL_INLINE void score(const Tile& t, int64_t column, float* scores, Between&& between) {
     GemmArgs<Math> g = prefill_.score_args(t);
     g.b += column * prefill_.sizes.depth;
-    g.c = scores, g.ldc = kChunk;
+    g.c = scores;
+    g.ldc = kChunk;
     products_.multiply(g, 0, 2, between);
   }
 

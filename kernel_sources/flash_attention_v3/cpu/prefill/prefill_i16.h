@@ -61,9 +61,11 @@ inline RowSizes sizes_of(Load&& load, int64_t n) {
     Vec square = simd::zero(), top = simd::zero();
     for (int64_t i = 0; i < n; i += kLanes) {
       Vec x = load(j, i);
-      square = simd::fma(x, x, square), top = simd::max(top, simd::abs(x));
+      square = simd::fma(x, x, square);
+      top = simd::max(top, simd::abs(x));
     }
-    squares[j] = square, tops[j] = top;
+    squares[j] = square;
+    tops[j] = top;
   }
   return {_mm512_sqrt_ps(simd::reduce_each(squares)), simd::reduce_max_each(tops)};
 }
@@ -167,12 +169,17 @@ inline void soften_rows_i16(const SoftenArgs<i16>& a, const ScoreScale& scale, i
         Vec x = simd::exp2<kExpDegree<i16>>(exponent(i16(), simd::load(row + i), top, to_log2));
         Vec y = simd::exp2<kExpDegree<i16>>(
             exponent(i16(), simd::load(row + i + kLanes), top, to_log2));
-        all = all + x, all_b = all_b + y;
-        x = x * simd::load(weights + i), y = y * simd::load(weights + i + kLanes);
-        sum = sum + (x + y), largest = simd::max(largest, simd::max(x, y));
-        simd::store(row + i, x), simd::store(row + i + kLanes, y);
+        all = all + x;
+        all_b = all_b + y;
+        x = x * simd::load(weights + i);
+        y = y * simd::load(weights + i + kLanes);
+        sum = sum + (x + y);
+        largest = simd::max(largest, simd::max(x, y));
+        simd::store(row + i, x);
+        simd::store(row + i + kLanes, y);
       });
-      sums[c][j] = sum, tops[c][j] = largest;
+      sums[c][j] = sum;
+      tops[c][j] = largest;
     }
     return all + all_b;
   });
@@ -234,12 +241,21 @@ struct Integers<fp16, float> {
   template <class Host, class F>
   void each_array(const Host& host, int64_t padded_rows, F&& f) {
     const int64_t rows = host.q_rows, packed = host.packed_keys(), block = host.tiles.block;
-    f(q, rows * depth), f(q_factors, rows), f(tile_norms, padded_rows / Host::kTileRows);
-    f(keys, packed * depth), f(key_factors, packed), f(key_norms, packed);
-    f(values, packed * dv), f(value_factors, packed), f(has_floats, packed / block);
-    f(p, Host::kTileRows * block), f(p_factors, Host::kTileRows * kI16Chunks);
-    f(odd_counts, packed / block), f(odd_keys, packed / block * kMostOddKeys);
-    f(odd_key, host.sizes.depth), f(spare, simd::kLanes * depth);
+    f(q, rows * depth);
+    f(q_factors, rows);
+    f(tile_norms, padded_rows / Host::kTileRows);
+    f(keys, packed * depth);
+    f(key_factors, packed);
+    f(key_norms, packed);
+    f(values, packed * dv);
+    f(value_factors, packed);
+    f(has_floats, packed / block);
+    f(p, Host::kTileRows * block);
+    f(p_factors, Host::kTileRows * kI16Chunks);
+    f(odd_counts, packed / block);
+    f(odd_keys, packed / block * kMostOddKeys);
+    f(odd_key, host.sizes.depth);
+    f(spare, simd::kLanes * depth);
     f(halves, kDepth * std::max(depth, dv));
   }
 
@@ -275,7 +291,8 @@ struct Integers<fp16, float> {
     const int64_t block = host.tiles.block, end = std::min(host.packed, at + block);
     const fp16* rows[kDepth];
     const i16* integers[simd::kLanes];
-    odd_counts[at / block] = 0, has_floats[at / block] = false;
+    odd_counts[at / block] = 0;
+    has_floats[at / block] = false;
     for (int64_t j = 0; j < simd::kLanes; ++j) integers[j] = spare + j * depth;
     for (int64_t i = at; i < end; i += kDepth) {
       find_rows(host.key_rows_ + i, end - i, host.packed - i, host.d, depth, rows);
@@ -337,7 +354,8 @@ struct Integers<fp16, float> {
       rows[j] = from[std::min(j, count - 1)];
       if (n == padded && j < count) continue;
       fp16* to = halves + j * padded;
-      convert_row<fp16>(rows[j], to, j < count ? n : 0, padded), rows[j] = to;
+      convert_row<fp16>(rows[j], to, j < count ? n : 0, padded);
+      rows[j] = to;
     }
   }
 
@@ -401,7 +419,9 @@ struct Integers<fp16, float> {
   }
 
   static GemmArgs<i16> rows_from(GemmArgs<i16> g, int64_t i) {
-    g.a += i * g.lda, g.c += i * g.ldc, g.factors.rows += i;
+    g.a += i * g.lda;
+    g.c += i * g.ldc;
+    g.factors.rows += i;
     return g;
   }
 };

@@ -73,6 +73,8 @@ class FfiArguments {
     TVM_FFI_SAFE_CALL_BEGIN();                                                                  \
     ::jit_kernel::FfiArguments arguments(#name, values, n, count);                              \
     const bool answer = function(arguments);                                                    \
-    result->type_index = kTVMFFIBool, result->zero_padding = 0, result->v_int64 = answer;       \
+    result->type_index = kTVMFFIBool;                                                           \
+    result->zero_padding = 0;                                                                   \
+    result->v_int64 = answer;                                                                   \
     TVM_FFI_SAFE_CALL_END();                                                                    \
   }
