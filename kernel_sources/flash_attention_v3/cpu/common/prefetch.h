@@ -7,10 +7,6 @@
 
 namespace jit_kernel {
 
-// How many steps (a block of keys and a head) before its use a decode in tiles asks for a row: of 1
-// to 8 the best. And how many blocks to come every decode knows the places of.
-constexpr int64_t kStepsAhead = 2;
-
 // Asks for one head's keys and values of a block, a few rows at a time between computations: a core
 // has too few requests for memory to ask for a block at once. They go into L2, as L1 holds what is
 // being read; and the runs of one head after the other are what the core's own prefetcher follows.

@@ -6,8 +6,8 @@
 #include <cmath>
 #include <limits>
 
+#include "flash_attention_v3/cpu/common/head_sizes.h"
 #include "flash_attention_v3/cpu/common/mask.h"
-#include "flash_attention_v3/cpu/common/tile_size.h"
 
 namespace jit_kernel {
 

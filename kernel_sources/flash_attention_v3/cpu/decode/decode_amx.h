@@ -8,10 +8,10 @@
 // many queries as leave half of a tile's rows free at no cost.
 #pragma once
 
+#include "flash_attention_v3/cpu/common/amx.h"
+#include "flash_attention_v3/cpu/common/convert.h"
 #include "flash_attention_v3/cpu/common/softmax.h"
 #include "flash_attention_v3/cpu/decode/decode_state.h"
-#include "flash_attention_v3/cpu/prefill/gemm_amx.h"
-#include "flash_attention_v3/cpu/prefill/pack.h"
 
 #ifdef JIT_KERNEL_AMX
 
@@ -25,7 +25,7 @@ inline void amx_scale_scores(int64_t columns, float factor) {
   _tile_stored(3, tiles, columns * 4);
   _tile_stored(7, tiles + 256, columns * 4);
   asm volatile("" ::: "memory");
-  scale_floats(tiles, 2 * 256, factor);
+  simd::scale_floats(tiles, 2 * 256, factor);
   asm volatile("" ::: "memory");
   _tile_loadd(3, tiles, columns * 4);
   _tile_loadd(7, tiles + 256, columns * 4);

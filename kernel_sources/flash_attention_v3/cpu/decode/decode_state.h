@@ -5,31 +5,16 @@
 #include <limits>
 
 #include "flash_attention_v3/cpu/common/epilogue.h"
+#include "flash_attention_v3/cpu/common/head_sizes.h"
+#include "flash_attention_v3/cpu/common/item.h"
 #include "flash_attention_v3/cpu/common/mask.h"
+#include "flash_attention_v3/cpu/common/params.h"
 #include "flash_attention_v3/cpu/common/prefetch.h"
 #include "flash_attention_v3/cpu/common/query.h"
-#include "flash_attention_v3/cpu/common/scheduler.h"
-#include "flash_attention_v3/cpu/prefill/pack.h"
+#include "flash_attention_v3/cpu/decode/decode_sizes.h"
 #include "jit_kernel/cpu/thread_pool.h"
 
 namespace jit_kernel {
-
-inline void scale_floats(float* row, int64_t n, float factor) {
-  simd::Vec by = simd::set1(factor);
-  for (int64_t j = 0; j < n; j += simd::kLanes) simd::store(row + j, simd::load(row + j) * by);
-}
-
-// Takes every array that `kernel.each_array` names from scratch memory.
-template <class Kernel>
-inline void take_arrays(Kernel& kernel, Scratch& scratch) {
-  size_t bytes = 0;
-  kernel.each_array([&](auto*& a, int64_t n) {
-    bytes += Scratch::size<std::remove_reference_t<decltype(*a)>>(n);
-  });
-  scratch.reserve(bytes);
-  kernel.each_array(
-      [&](auto*& a, int64_t n) { a = scratch.take<std::remove_reference_t<decltype(*a)>>(n); });
-}
 
 // A block of keys passes all heads before the next: a token's heads lie side by side in memory, so
 // that pages (4 KiB) are opened once. One block and one head are a step; steps count from 0.

@@ -99,7 +99,7 @@ struct Decode : DecodeInOrder<Element, float> {
 
   template <class Params>
   Decode(const Params& params, const Item& item, Scratch& scratch) : State(params, item, kLanes) {
-    take_arrays(*this, scratch);
+    scratch.take_all([&](auto&& f) { each_array(f); });
   }
 
   // Scores of kRows rows from `row` on of a head, and `count` keys.
@@ -181,7 +181,7 @@ struct Decode : DecodeInOrder<Element, float> {
       };
       soften_rows<6>(a, head_settings[head].scale, count, visible);
       for (int64_t j = 0; j < count; ++j) {
-        if (factors[j] != 1.0f) scale_floats(sum + j * sizes.dv, sizes.dv, factors[j]);
+        if (factors[j] != 1.0f) simd::scale_floats(sum + j * sizes.dv, sizes.dv, factors[j]);
       }
     }
   }

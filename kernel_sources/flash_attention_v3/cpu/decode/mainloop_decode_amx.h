@@ -52,7 +52,7 @@ struct DecodeTiles : DecodeState<Element, Math> {
     sum_columns = round_up(sizes.dv, kPanel);
     value_stride = std::max(sum_columns, sizes.qv);
     in_place = in_place && sizes.dv >= kPanel;
-    take_arrays(*this, scratch);
+    scratch.take_all([&](auto&& f) { each_array(f); });
   }
 
   // The keys or values of a step, 16 and 16.
@@ -203,8 +203,8 @@ struct DecodeTiles : DecodeState<Element, Math> {
     for (int64_t i = 0; i < rows; ++i) {
       if (factors[i] == 1.0f) continue;
       for (int64_t c = 0; c < sum_columns; c += kPanel) {
-        scale_floats(sum_line(head, c, i), 16, factors[i]);
-        scale_floats(sum_line(head, c, rows + i), 16, factors[i]);
+        simd::scale_floats(sum_line(head, c, i), 16, factors[i]);
+        simd::scale_floats(sum_line(head, c, rows + i), 16, factors[i]);
       }
     }
   }

@@ -36,7 +36,7 @@ struct DecodePairs : DecodeInOrder<Element, bf16> {
   DecodePairs(const Params& params, const Item& item, Scratch& scratch)
       : State(params, item, kPanel), groups((this->rows + kGroupRows - 1) / kGroupRows) {
     in_place = in_place && std::is_same<Element, bf16>::value;
-    take_arrays(*this, scratch);
+    scratch.take_all([&](auto&& f) { each_array(f); });
     const int64_t passes = rows / kGroupRows + rows % kGroupRows, panels = sum_columns / kPanel;
     const int64_t bytes = kValueKeys * params.dv * int64_t{sizeof(Element)};
     value_share = (bytes + passes * panels - 1) / (passes * panels);
@@ -94,7 +94,7 @@ struct DecodePairs : DecodeInOrder<Element, bf16> {
       }
       for (int64_t i = 0; i < std::min(kGroupRows, rows - first); ++i) {
         if (factors[i] == 1.0f) continue;
-        scale_floats(sums + (head * rows + first + i) * sum_columns, sum_columns, factors[i]);
+        simd::scale_floats(sums + (head * rows + first + i) * sum_columns, sum_columns, factors[i]);
       }
     }
   }

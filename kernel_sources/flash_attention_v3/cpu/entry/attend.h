@@ -5,10 +5,15 @@
 #include <type_traits>
 #include <vector>
 
+#include "flash_attention_v3/cpu/common/epilogue.h"
+#include "flash_attention_v3/cpu/common/params.h"
+#include "flash_attention_v3/cpu/common/query.h"
 #include "flash_attention_v3/cpu/decode/mainloop_decode.h"
 #include "flash_attention_v3/cpu/decode/mainloop_decode_amx.h"
 #include "flash_attention_v3/cpu/decode/mainloop_decode_pairs.h"
+#include "flash_attention_v3/cpu/entry/scheduler.h"
 #include "flash_attention_v3/cpu/prefill/mainloop_prefill.h"
+#include "jit_kernel/cpu/thread_pool.h"
 
 namespace jit_kernel {
 

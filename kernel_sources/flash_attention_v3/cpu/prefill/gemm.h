@@ -5,7 +5,7 @@
 // the depth in order, whatever the tile, so that a row's result does not depend on its neighbours.
 #pragma once
 
-#include "flash_attention_v3/cpu/common/tile_size.h"
+#include "flash_attention_v3/cpu/prefill/prefill_tiles.h"
 
 namespace jit_kernel {
 

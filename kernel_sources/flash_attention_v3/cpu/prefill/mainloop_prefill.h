@@ -4,9 +4,9 @@
 #pragma once
 
 #include "flash_attention_v3/cpu/common/epilogue.h"
+#include "flash_attention_v3/cpu/common/item.h"
 #include "flash_attention_v3/cpu/common/mask.h"
 #include "flash_attention_v3/cpu/common/query.h"
-#include "flash_attention_v3/cpu/common/scheduler.h"
 #include "flash_attention_v3/cpu/prefill/mainloop_prefill_amx.h"
 #include "flash_attention_v3/cpu/prefill/pack.h"
 #include "flash_attention_v3/cpu/prefill/prefill_i16.h"
@@ -104,14 +104,7 @@ struct Prefill {
     once = item.key_end - item.key_begin <= packed_keys();
     q_rows = once ? 2 * kTileRows : round_up(rows, kTileRows);
     sum_rows = once ? kTileRows : q_rows;
-    size_t bytes = 0;
-    each_array(rows, [&](auto*& a, int64_t n) {
-      bytes += Scratch::size<std::remove_reference_t<decltype(*a)>>(n);
-    });
-    scratch.reserve(bytes);
-    each_array(rows, [&](auto*& a, int64_t n) {
-      a = scratch.take<std::remove_reference_t<decltype(*a)>>(n);
-    });
+    scratch.take_all([&](auto&& f) { each_array(rows, f); });
   }
 
   Math* q_of(int64_t row) const { return queries[row / kTileRows]; }
@@ -343,7 +336,7 @@ struct Prefill {
 
   void scale_sums(const Tile& t) {
     for (int64_t i = 0; i < t.rows; ++i) {
-      if (t.factors[i] != 1.0f) scale_row(sums_of(t.row + i), sizes.dv, t.factors[i]);
+      if (t.factors[i] != 1.0f) simd::scale_floats(sums_of(t.row + i), sizes.dv, t.factors[i]);
     }
   }
 
@@ -373,7 +366,8 @@ struct Prefill {
     }
     g.depth = sizes.qk;
     multiply(g, t.rows, panels);
-    for (int64_t i = 0; i < t.rows; ++i) scale_row(scores + i * score_stride(), t.columns, mix);
+    for (int64_t i = 0; i < t.rows; ++i)
+      simd::scale_floats(scores + i * score_stride(), t.columns, mix);
     g.a += sizes.qk;
     g.b += simd::kLanes * sizes.qk;
     g.depth = sizes.qv;
@@ -422,11 +416,6 @@ struct Prefill {
     score(t);
     for (int64_t i = 0; i < t.rows; i += simd::kLanes) soften_tile(scale, t, i);
     add_values(t);
-  }
-
-  void scale_row(float* row, int64_t n, float factor) {
-    simd::Vec by = simd::set1(factor);
-    for (int64_t j = 0; j < n; j += simd::kLanes) simd::store(row + j, simd::load(row + j) * by);
   }
 
   // All rows against the packed keys first .. first + count - 1, tile after tile. load(row) is

@@ -26,6 +26,7 @@
 #include <new>
 #include <string>
 #include <thread>
+#include <type_traits>
 
 namespace jit_kernel {
 
@@ -211,10 +212,20 @@ class Scratch {
     return taken;
   }
 
+  // Room for several arrays at once: each(f) calls f(pointer, count) for every one of them, once to
+  // add up their sizes and once to set the pointers.
+  template <class Each>
+  void take_all(Each&& each) {
+    size_t bytes = 0;
+    each([&](auto*& a, int64_t n) { bytes += size<std::remove_reference_t<decltype(*a)>>(n); });
+    reserve(bytes);
+    each([&](auto*& a, int64_t n) { a = take<std::remove_reference_t<decltype(*a)>>(n); });
+  }
+
   template <class T>
   static size_t size(int64_t count) {
-    return (static_cast<size_t>(count) * sizeof(T) + 127) / 64 *
-           64;  // a line more: loads may overhang
+    // A line more than is asked for: loads may overhang.
+    return (static_cast<size_t>(count) * sizeof(T) + 127) / 64 * 64;
   }
 
  private:
