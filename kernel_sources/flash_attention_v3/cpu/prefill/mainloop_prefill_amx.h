@@ -16,6 +16,7 @@
 
 #include "flash_attention_v3/cpu/common/softmax.h"
 #include "flash_attention_v3/cpu/prefill/gemm_amx.h"
+#include "flash_attention_v3/cpu/prefill/prefill_state.h"
 
 #ifdef JIT_KERNEL_AMX
 
@@ -23,14 +24,15 @@ namespace jit_kernel {
 
 // kPerCall rows are softened after every instruction of tiles (TileProducts::calls()); 0 where they
 // do not come out even, at 3 to 8 % of the time for the loop that counts them.
-template <class Prefill, class Math, int kPerCall>
+template <class Element, class Math, int kPerCall>
 class TilePipeline {
  public:
-  using Tile = typename Prefill::Tile;
+  using State = PrefillState<Element, Math>;
+  using Tile = typename State::Tile;
   using Vec = simd::Vec;
 
-  TilePipeline(Prefill& prefill, const ScoreScale& scale)
-      : prefill_(prefill), scale_(scale), to_log2_(simd::set1(scale.to_log2())) {}
+  TilePipeline(State& state, const ScoreScale& scale)
+      : state_(state), scale_(scale), to_log2_(simd::set1(scale.to_log2())) {}
 
   // The rows that take() gives, tile by tile until it is negative, against the packed keys
   // first .. first + count - 1. load(row) is called before a tile is used, write(row) when it has
@@ -45,8 +47,8 @@ class TilePipeline {
           row = take();
         }
         if (row < 0) return false;
-        prefill_.set_tile(row, rows, first, at, count, t);
-        at += prefill_.tiles.block;
+        state_.set_tile(row, rows, first, at, count, t);
+        at += state_.tiles.block;
         if (t.columns > 0) {
           load(t.row);
           return true;
@@ -97,15 +99,15 @@ class TilePipeline {
       largest(t);
       raise_maxima(t);
     }
-    GemmArgs<Math> g = prefill_.begin_values(t);
-    const int64_t panels = prefill_.sizes.dv / simd::kLanes;
+    GemmArgs<Math> g = state_.begin_values(t);
+    const int64_t panels = state_.sizes.dv / simd::kLanes;
     for (int64_t j = 0; j < panels; j += 2) {
       products_.multiply(g, j, panels, [] {});
       if (j > 0) continue;
       add_row_sums(t);
       // While the values are added: 3 % of a prefill of 512 keys. Not where it has sums already,
       // for which it would have to remember its factors.
-      if (next && next->row != t.row && !prefill_.has_sums(next->row)) begin_maxima(*next);
+      if (next && next->row != t.row && !state_.has_sums(next->row)) begin_maxima(*next);
     }
   }
 
@@ -120,7 +122,7 @@ class TilePipeline {
   }
 
   bool has_new_row(const Tile& t) const {
-    const float* maxima = prefill_.maxima + t.row;
+    const float* maxima = state_.maxima + t.row;
     __mmask16 none = 0;
     for (int64_t i = 0; i < t.rows; i += simd::kLanes) {
       auto rows = static_cast<__mmask16>(_bzhi_u32(0xffff, static_cast<unsigned>(t.rows - i)));
@@ -132,7 +134,7 @@ class TilePipeline {
 
   void add_row_sums(const Tile& t) {
     for (int64_t i = 0; i < kRows; i += simd::kLanes) {
-      float* sums = prefill_.row_sums + t.row + i;
+      float* sums = state_.row_sums + t.row + i;
       simd::store(sums, simd::load(sums) + simd::reduce_each(lanes(i).of));
     }
   }
@@ -141,7 +143,7 @@ class TilePipeline {
   JIT_KERNEL_INLINE void soften(const Tile& t, const Tile* next) {
     alignas(64) float shifts[kRows];
     for (int64_t i = 0; i < kRows; i += simd::kLanes) {
-      Vec top = simd::load(prefill_.maxima + t.row + i);
+      Vec top = simd::load(state_.maxima + t.row + i);
       // Rows that have seen nothing yet: any finite number keeps -inf - -inf from being NaN.
       top = simd::where_less(simd::set1(-kInfinity), top, top, simd::zero());
       simd::store(shifts + i, simd::zero() - top * to_log2_);
@@ -181,7 +183,7 @@ class TilePipeline {
   // factors tell how the sums are to be.
   void raise_maxima(Tile& t) {
     for (int64_t i = 0; i < kRows; i += simd::kLanes) {
-      float *maxima = prefill_.maxima + t.row + i, *sums = prefill_.row_sums + t.row + i;
+      float *maxima = state_.maxima + t.row + i, *sums = state_.row_sums + t.row + i;
       Vec old = simd::load(maxima);
       Vec top = kept_maximum(old, simd::reduce_max_each(lanes(i).of), to_log2_);
       Vec shift = simd::where_less(simd::set1(-kInfinity), top, top, simd::zero());
@@ -199,9 +201,9 @@ class TilePipeline {
   JIT_KERNEL_INLINE void each_row(const Tile& t, const Tile* next, Work&& work) {
     begin_scores(t, next);
     const int64_t chunks = t.columns / kChunk, ahead = next ? next->columns / kChunk : 0;
-    const int64_t calls = TileProducts<Math>::calls(prefill_.sizes.depth);
+    const int64_t calls = TileProducts<Math>::calls(state_.sizes.depth);
     [[maybe_unused]] const int64_t each = (kRows + calls - 1) / calls;
-    const int64_t stride = prefill_.tiles.block;
+    const int64_t stride = state_.tiles.block;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const int64_t column = chunk * kChunk;
       char *scores = reinterpret_cast<char*>(buffer(0)), *rows = reinterpret_cast<char*>(rows_);
@@ -216,7 +218,7 @@ class TilePipeline {
       };
       // A row of the next queries: four lines a chunk cost the tiles nothing, eight as much as they
       // save (each holds one of 16 line buffers all the way to memory).
-      if constexpr (kBeside) prefill_.ask_for_queries();
+      if constexpr (kBeside) state_.ask_for_queries();
       if (!sees_all(t, column) || scale_.transform) hide(t, column);
       if (chunk + 2 < chunks + ahead) {
         const bool own = chunk + 2 < chunks;
@@ -249,14 +251,14 @@ class TilePipeline {
   }
 
   float* buffer(int64_t chunk) const {
-    return prefill_.scores + ((chunk & 1) != 0 ? !odd_ : odd_) * kRows * kChunk;
+    return state_.scores + ((chunk & 1) != 0 ? !odd_ : odd_) * kRows * kChunk;
   }
 
   // Begins the scores of a chunk.
   template <class Between>
   JIT_KERNEL_INLINE void score(const Tile& t, int64_t column, float* scores, Between&& between) {
-    GemmArgs<Math> g = prefill_.score_args(t);
-    g.b += column * prefill_.sizes.depth;
+    GemmArgs<Math> g = state_.score_args(t);
+    g.b += column * state_.sizes.depth;
     g.c = scores;
     g.ldc = kChunk;
     products_.multiply(g, 0, 2, between);
@@ -264,7 +266,7 @@ class TilePipeline {
 
   bool sees_all(const Tile& t, int64_t column) const {
     int64_t start = t.first + t.from + column;
-    return prefill_.begins[t.row + t.rows - 1] <= start && prefill_.ends[t.row] >= start + kChunk;
+    return state_.begins[t.row + t.rows - 1] <= start && state_.ends[t.row] >= start + kChunk;
   }
 
   // The scores of the chunk that comes next capped, and -inf where a row does not see the key.
@@ -275,8 +277,8 @@ class TilePipeline {
     int64_t start = t.first + t.from + column;
     for (int64_t r = 0; r < t.rows; ++r, scores += kChunk) {
       if (scale_.transform) transform_scores(scale_, scores, kChunk);
-      unsigned seen = below(prefill_.ends[t.row + r] - start);
-      seen &= ~below(prefill_.begins[t.row + r] - start);
+      unsigned seen = below(state_.ends[t.row + r] - start);
+      seen &= ~below(state_.begins[t.row + r] - start);
       for (int i = 0; i < kChunk; i += simd::kLanes) {
         __m512 shown = simd::load(scores + i), hidden = simd::set1(-kInfinity);
         simd::store(scores + i,
@@ -300,7 +302,7 @@ class TilePipeline {
     return x;
   }
 
-  Prefill& prefill_;
+  State& state_;
   const ScoreScale& scale_;
   const Vec to_log2_;
   TileProducts<Math> products_;
@@ -309,7 +311,7 @@ class TilePipeline {
   bool hidden_ = false;  // whether the next chunk's scores went through hide()
   // After the two buffers of scores: what is stored of a row and what is loaded of the next ones
   // lie apart modulo a page; the core takes what does not for the same address.
-  Row* const rows_ = reinterpret_cast<Row*>(prefill_.scores + 2 * kRows * kChunk);
+  Row* const rows_ = reinterpret_cast<Row*>(state_.scores + 2 * kRows * kChunk);
 };
 
 }  // namespace jit_kernel

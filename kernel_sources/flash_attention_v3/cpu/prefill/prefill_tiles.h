@@ -18,6 +18,15 @@ template <class Element>
 using PackedOf = MathOf<Element>;
 #endif
 
+// Whether a prefill in this math packs integers as long as they suit its numbers.
+template <class Element, class Math>
+constexpr bool kPacksIntegers =
+    std::is_same<PackedOf<Element>, i16>::value && std::is_same<Math, float>::value;
+
+// Keys whose probabilities share a factor when they are integers, and such chunks of a block at
+// most; a tile's first key is a multiple of it then.
+constexpr int64_t kI16Chunk = 128, kI16Chunks = 2;
+
 // Elements of a dot product that one step of one lane takes.
 template <class Math>
 constexpr int kStep = sizeof(Math) == 2 ? 2 : 1;
