@@ -109,6 +109,18 @@ struct DecodeInOrder : DecodeState<Element, Math> {
               !params.only_qv}};
   }
 
+  // The values of a block whose scores are made: kValueKeys keys of all heads, then the next.
+  // softmax(head) is called before a head's first ones, add(head, key) for those from `key` on.
+  template <class Softmax, class Add>
+  void add_block(const Heads& of, Softmax&& softmax, Add&& add) {
+    for (int64_t key = 0; key < kDecodeBlock; key += kValueKeys) {
+      for (int64_t h = of.begin; h < of.end; ++h) {
+        if (key == 0) softmax(h);
+        add(h, key);
+      }
+    }
+  }
+
   // Calls kernel.attend_heads<Key>(block, heads) for all heads of block after block, and write()
   // when a part has ended. A block whose keys are not all seen is converted, too: a probability of
   // 0 times a value that is not finite would be NaN.

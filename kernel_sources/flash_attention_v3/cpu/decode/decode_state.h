@@ -1,4 +1,4 @@
-// What both decode kernels keep of an item: its query rows, their softmax states and sums, and
+// What every decode keeps of an item: its query rows, their softmax states and sums, and
 // where its keys lie.
 #pragma once
 
@@ -9,7 +9,6 @@
 #include "flash_attention_v3/cpu/common/item.h"
 #include "flash_attention_v3/cpu/common/mask.h"
 #include "flash_attention_v3/cpu/common/params.h"
-#include "flash_attention_v3/cpu/common/prefetch.h"
 #include "flash_attention_v3/cpu/common/query.h"
 #include "flash_attention_v3/cpu/decode/decode_sizes.h"
 #include "jit_kernel/cpu/thread_pool.h"
@@ -17,7 +16,7 @@
 namespace jit_kernel {
 
 // A block of keys passes all heads before the next: a token's heads lie side by side in memory, so
-// that pages (4 KiB) are opened once. One block and one head are a step; steps count from 0.
+// that pages are opened once. One block and one head are a step; steps count from 0.
 template <class Element, class Math>
 struct DecodeState {
   // e4m3 has no loads that are cheap enough to repeat for every row.
@@ -131,41 +130,12 @@ struct DecodeState {
     write();
   }
 
-  const Block& block_of(int64_t step) const { return blocks[step / heads % kBlocks]; }
-  // From head 0 of a key or value to the head of a step.
-  int64_t offset(int64_t head_stride, int64_t step) const {
-    return (head_begin + step % heads) * head_stride;
-  }
-
-  // Locates the blocks of a step and the next one, and what is asked for while the step runs; tells
-  // what of it is left to ask for.
-  template <class Params>
-  Prefetch look_ahead(const Params& params, const Sequence& s, int64_t step) {
-    const int64_t ahead = std::min(step + kStepsAhead, steps - 1);
-    const int64_t next = step / heads + 1, last = (steps - 1) / heads;
-    locate_until(params, s, std::min(last, std::max(next, ahead / heads)));
-    const int64_t rows_of_step = (kDecodeBlock + heads - 1) / heads;
-    if (next <= last) {
-      open_pages(params, blocks[next % kBlocks], step % heads * rows_of_step, rows_of_step);
-    }
-    constexpr int64_t kSize = sizeof(Element);
-    const Block& b = block_of(ahead);
-    auto at = [](const Element* const* p) { return reinterpret_cast<const void* const*>(p); };
-    return {params.only_qv ? nullptr : at(b.k),
-            offset(params.k.head, ahead) * kSize,
-            params.d * kSize,
-            at(b.v),
-            offset(params.v.head, ahead) * kSize,
-            params.dv * kSize,
-            b.to};
-  }
-
-  // Asks for the first line of pages (4 KiB) of a block to come, those of `count` rows: what a core
+  // Asks for the first line of pages of a block to come, those of `count` rows: what a core
   // fetches by itself, and its walk to a page's address, begin there. 1 to 2 % of a decode from
   // pages of 16 tokens.
   template <class Params>
   void open_pages(const Params& params, const Block& b, int64_t first, int64_t count) const {
-    auto page = [](const Element* row) { return reinterpret_cast<uintptr_t>(row) >> 12; };
+    auto page = [](const Element* row) { return reinterpret_cast<uintptr_t>(row) / kPageBytes; };
     for (int64_t j = first; j < std::min(kDecodeBlock, first + count); ++j) {
       if (j > 0 && page(b.v[j]) == page(b.v[j - 1])) continue;
       __builtin_prefetch(b.v[j] + head_begin * params.v.head, 0, 2);

@@ -192,12 +192,9 @@ struct Decode : DecodeInOrder<Element, float> {
       // Four rows share a vector of scores, one row has it for itself.
       const int64_t together = rows % 4 == 0 ? kLanes / 4 : kLanes;
       for (int64_t key = 0; key < kDecodeBlock; key += together) score<Key>(of, key, together);
-      for (int64_t key = 0; key < kDecodeBlock; key += kValueKeys) {
-        for (int64_t h = of.begin; h < of.end; ++h) {
-          if (key == 0) soften(block, h);
-          add_keys<Key>(of, h, key);
-        }
-      }
+      this->add_block(
+          of, [&](int64_t head) { soften(block, head); },
+          [&](int64_t head, int64_t key) { add_keys<Key>(of, head, key); });
     }
   }
 

@@ -5,6 +5,8 @@
 // the products memory is asked for more.
 #pragma once
 
+#include "flash_attention_v3/cpu/common/convert.h"
+#include "flash_attention_v3/cpu/common/prefetch.h"
 #include "flash_attention_v3/cpu/decode/decode_amx.h"
 #include "flash_attention_v3/cpu/decode/decode_state.h"
 
@@ -20,7 +22,8 @@ struct DecodeTiles : DecodeState<Element, Math> {
   using State::sizes, State::rows, State::heads, State::in_place, State::q, State::sums;
   using State::sum_columns;
   static constexpr int64_t kPanel = 32;  // columns of values in a tile
-  static constexpr int64_t kStepScores = 16 * kDecodeBlock;
+  static constexpr int64_t kHalf = kDecodeBlock / 2;
+  static constexpr int64_t kStepScores = kDecodeRows * kDecodeBlock;
 
   int64_t columns;       // queries side by side in a tile
   int64_t value_stride;  // of converted values
@@ -38,7 +41,7 @@ struct DecodeTiles : DecodeState<Element, Math> {
     f(queries, heads * columns * sizes.depth);
     f(p, 2 * kTileWords);
     f(scores, 2 * kStepScores);
-    f(copies, 2 * 16 * std::max(sizes.qk, value_stride));
+    f(copies, 2 * kHalf * std::max(sizes.qk, value_stride));
     f(ordered, sum_columns);
     f(keys, in_place ? 0 : kDecodeBlock * sizes.qk);
     f(values, in_place ? 0 : kDecodeBlock * value_stride);
@@ -67,6 +70,36 @@ struct DecodeTiles : DecodeState<Element, Math> {
 
     void rest() { at = ahead.ask(at, kDecodeBlock); }
   };
+
+  const Block& block_of(int64_t step) const { return this->blocks[step / heads % State::kBlocks]; }
+  // From head 0 of a key or value to the head of a step.
+  int64_t offset(int64_t head_stride, int64_t step) const {
+    return (this->head_begin + step % heads) * head_stride;
+  }
+
+  // Locates the blocks of a step and the next one, and what is asked for while the step runs;
+  // returns what of it is left to ask for.
+  template <class Params>
+  Prefetch look_ahead(const Params& params, const Sequence& s, int64_t step) {
+    const int64_t ahead = std::min(step + kStepsAhead, steps - 1);
+    const int64_t next = step / heads + 1, last = (steps - 1) / heads;
+    this->locate_until(params, s, std::min(last, std::max(next, ahead / heads)));
+    const int64_t rows_of_step = (kDecodeBlock + heads - 1) / heads;
+    if (next <= last) {
+      this->open_pages(params, this->blocks[next % State::kBlocks], step % heads * rows_of_step,
+                       rows_of_step);
+    }
+    constexpr int64_t kSize = sizeof(Element);
+    const Block& b = block_of(ahead);
+    auto at = [](const Element* const* p) { return reinterpret_cast<const void* const*>(p); };
+    return {params.only_qv ? nullptr : at(b.k),
+            offset(params.k.head, ahead) * kSize,
+            params.d * kSize,
+            at(b.v),
+            offset(params.v.head, ahead) * kSize,
+            params.dv * kSize,
+            b.to};
+  }
 
   // Adds to the tiles of scores products over n elements.
   static void add_products(const Halves& k, const Math* b, int64_t columns, int64_t n,
@@ -126,37 +159,34 @@ struct DecodeTiles : DecodeState<Element, Math> {
     asking.at = at;
   }
 
-  template <class Params>
-  Halves keys_of(const Params& params, int64_t step) {
-    const Block& block = this->block_of(step);
-    int64_t offset = this->offset(params.k.head, step), n = sizes.qk;
+  // A step's rows of one kind in halves: where they are, or converted to rows of `padded` elements.
+  // `n` of them count.
+  Halves halves_of(const Element* const* rows, const int64_t (&row_steps)[2], int64_t offset,
+                   int64_t n, int64_t padded, Math* converted) {
     if constexpr (std::is_same<Element, Math>::value) {
       if (in_place) {
-        return {tile_rows(block.k, block.k_steps[0], offset, n, copies),
-                tile_rows(block.k + 16, block.k_steps[1], offset, n, copies + 16 * n)};
+        return {tile_rows(rows, row_steps[0], offset, n, copies),
+                tile_rows(rows + kHalf, row_steps[1], offset, n, copies + kHalf * n)};
       }
     }
     for (int64_t j = 0; j < kDecodeBlock; ++j) {
-      convert_row<Math>(block.k[j] + offset, keys + j * n, params.d, n);
+      convert_row<Math>(rows[j] + offset, converted + j * padded, n, padded);
     }
-    return {{keys, n * 2}, {keys + 16 * n, n * 2}};
+    const int64_t bytes = padded * int64_t{sizeof(Math)};
+    return {{converted, bytes}, {converted + kHalf * padded, bytes}};
+  }
+
+  template <class Params>
+  Halves keys_of(const Params& params, int64_t step) {
+    const Block& block = block_of(step);
+    return halves_of(block.k, block.k_steps, offset(params.k.head, step), params.d, sizes.qk, keys);
   }
 
   template <class Params>
   Halves values_of(const Params& params, int64_t step) {
-    const Block& block = this->block_of(step);
-    int64_t offset = this->offset(params.v.head, step), n = value_stride;
-    if constexpr (std::is_same<Element, Math>::value) {
-      if (in_place) {
-        n = sizes.dv;
-        return {tile_rows(block.v, block.v_steps[0], offset, n, copies),
-                tile_rows(block.v + 16, block.v_steps[1], offset, n, copies + 16 * n)};
-      }
-    }
-    for (int64_t j = 0; j < kDecodeBlock; ++j) {
-      convert_row<Math>(block.v[j] + offset, values + j * n, params.dv, n);
-    }
-    return {{values, n * 2}, {values + 16 * n, n * 2}};
+    const Block& block = block_of(step);
+    return halves_of(block.v, block.v_steps, offset(params.v.head, step), params.dv, value_stride,
+                     values);
   }
 
   template <class Params>
@@ -195,7 +225,7 @@ struct DecodeTiles : DecodeState<Element, Math> {
     const ScoreScale& scale = head_settings[head].scale;
     float *s = scores + step % 2 * kStepScores, *maximum = maxima + head * kDecodeRows;
     if (scale.transform) transform_scores(scale, s, kDecodeBlock * columns);
-    mask(this->block_of(step), s);
+    mask(block_of(step), s);
     alignas(64) float factors[16];
     auto work = columns == 4 ? soften_columns<4, Math> : soften_columns<16, Math>;
     float* sum = row_sums + head * kDecodeRows;
@@ -290,7 +320,7 @@ struct DecodeTiles : DecodeState<Element, Math> {
       score(params, 0, none);
     }
     for (int64_t step = 0; step < steps; ++step) {
-      Asking asking{this->look_ahead(params, s, step), (kDecodeBlock + products - 1) / products};
+      Asking asking{look_ahead(params, s, step), (kDecodeBlock + products - 1) / products};
       this->end_parts(step, write);
       if (step + 1 < steps) score(params, step + 1, asking);
       soften(step);

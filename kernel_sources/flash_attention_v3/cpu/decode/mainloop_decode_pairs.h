@@ -135,12 +135,9 @@ struct DecodePairs : DecodeInOrder<Element, bf16> {
   void attend_heads(const Block& block, const Heads& of) {
     if constexpr (std::is_same<Key, bf16>::value) {
       for (int64_t key = 0; key < kDecodeBlock; key += kScoreKeys) score(of, key);
-      for (int64_t key = 0; key < kDecodeBlock; key += kValueKeys) {
-        for (int64_t h = of.begin; h < of.end; ++h) {
-          if (key == 0) soften(block, h);
-          add_values(of, h, key);
-        }
-      }
+      this->add_block(
+          of, [&](int64_t head) { soften(block, head); },
+          [&](int64_t head, int64_t key) { add_values(of, head, key); });
     }
   }
 
