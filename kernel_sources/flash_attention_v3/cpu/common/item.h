@@ -19,11 +19,11 @@ struct Item {
 
 // The rows of an item that no thread has taken yet: those below left(). So a thread that finds no
 // item any more joins one that another thread works on; a core that is slower than the others for
-// a while (5 to 20 % of a call, on a shared machine) keeps nobody waiting. What is computed for a
-// row does not depend on who does it.
+// a while (5 to 20 % of a call, on a shared machine) keeps no thread waiting. What is computed for
+// a row does not depend on the thread.
 class RowQueue {
  public:
-  // Called by everyone who works on the item; the first call counts.
+  // Every thread that works on the item calls it; the first call counts.
   void open(int64_t rows) {
     int64_t closed = kClosed;
     left_.compare_exchange_strong(closed, rows, std::memory_order_relaxed);

@@ -1,4 +1,4 @@
-// Query rows as the dot products want them.
+// Query rows in the form that the dot products take.
 #pragma once
 
 #include "flash_attention_v3/cpu/common/convert.h"

@@ -120,8 +120,8 @@ inline void store_probabilities(const __m512i (&x)[kColumns], int64_t rows, uint
 // keys. maxima and sums are one vector each, of lanes as join_columns() leaves them; sums stay lane
 // by lane. Returns whether earlier sums are to be multiplied by factors.
 template <int kColumns, class Math>
-inline bool soften_columns(const float* scores, int64_t rows, uint32_t* p, float to_log2,
-                           float* maxima, float* sums, float* factors) {
+inline bool softmax_columns(const float* scores, int64_t rows, uint32_t* p, float to_log2,
+                            float* maxima, float* sums, float* factors) {
   using simd::Vec;
   constexpr int kVecs = 2 * kColumns;
   auto larger = [](Vec a, Vec b) { return simd::max(a, b); };
@@ -134,7 +134,7 @@ inline bool soften_columns(const float* scores, int64_t rows, uint32_t* p, float
   Vec shift = simd::where_less(simd::set1(-kInfinity), top, top, simd::zero());
   bool moved = _mm512_cmp_ps_mask(top, old, _CMP_NEQ_OQ) != 0;
   if (moved) {
-    Vec factor = simd::exp2<6>((old - shift) * scale);
+    Vec factor = simd::exp2<kExpDegree<float>>((old - shift) * scale);
     simd::store(factors, factor);
     simd::store(maxima, top);
     sum = sum * factor;

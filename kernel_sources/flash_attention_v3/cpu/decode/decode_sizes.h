@@ -19,7 +19,4 @@ constexpr int64_t kDecodeChunk = 1024;
 // to 8 the best. And how many blocks to come every decode knows the places of.
 constexpr int64_t kStepsAhead = 2;
 
-// Of the memory that keys and values lie in, in small pages.
-constexpr int64_t kPageBytes = 4096;
-
 }  // namespace jit_kernel

@@ -11,7 +11,7 @@
 #include "flash_attention_v3/cpu/common/params.h"
 #include "flash_attention_v3/cpu/common/query.h"
 #include "flash_attention_v3/cpu/decode/decode_sizes.h"
-#include "jit_kernel/cpu/thread_pool.h"
+#include "jit_kernel/cpu/memory.h"
 
 namespace jit_kernel {
 
@@ -103,11 +103,11 @@ struct DecodeState {
     parts = std::max<int64_t>(1, (item_keys + item.part_keys - 1) / item.part_keys);
     part_steps = item.part_keys / kDecodeBlock * heads;
     part_end = part_steps - (first_key - item.key_begin) / kDecodeBlock * heads;
-    forget();
+    begin_part();
   }
 
-  // Starts a part: nothing seen.
-  void forget() {
+  // A part begins: no key of it is seen yet.
+  void begin_part() {
     std::memset(sums, 0, static_cast<size_t>(heads * rows * sum_columns) * sizeof(float));
     std::fill_n(maxima, heads * kDecodeRows, -kInfinity);
     std::fill_n(row_sums, heads * kDecodeRows, 0.0f);
@@ -121,7 +121,7 @@ struct DecodeState {
       write();
       ++part;
       part_end += part_steps;
-      forget();
+      begin_part();
     }
   }
   template <class Write>

@@ -1,14 +1,15 @@
 // The decode of mainloop_decode.h with its products in AMX tiles.
 //
-// A step is a block of 32 keys of one head. Each round softens a step's scores and adds its values,
-// after it has made the scores of the next step, so that none are waited for (2 to 3 %); between
-// the products memory is asked for more.
+// A step is a block of 32 keys of one head. Each round turns a step's scores into probabilities and
+// adds its values, after it has made the scores of the next step, so that none are waited for (2 to
+// 3 %); between the products memory is asked for more.
 #pragma once
 
 #include "flash_attention_v3/cpu/common/convert.h"
 #include "flash_attention_v3/cpu/common/prefetch.h"
 #include "flash_attention_v3/cpu/decode/decode_amx.h"
 #include "flash_attention_v3/cpu/decode/decode_state.h"
+#include "jit_kernel/cpu/thread_pool.h"
 
 #ifdef JIT_KERNEL_AMX
 
@@ -220,14 +221,14 @@ struct DecodeTiles : DecodeState<Element, Math> {
   }
 
   // Scores to probabilities; the head's sums are scaled to its new maximum.
-  void soften(int64_t step) {
+  void softmax(int64_t step) {
     int64_t head = step % heads;
     const ScoreScale& scale = head_settings[head].scale;
     float *s = scores + step % 2 * kStepScores, *maximum = maxima + head * kDecodeRows;
     if (scale.transform) transform_scores(scale, s, kDecodeBlock * columns);
     mask(block_of(step), s);
     alignas(64) float factors[16];
-    auto work = columns == 4 ? soften_columns<4, Math> : soften_columns<16, Math>;
+    auto work = columns == 4 ? softmax_columns<4, Math> : softmax_columns<16, Math>;
     float* sum = row_sums + head * kDecodeRows;
     if (!work(s, rows, p, scale.to_log2(), maximum, sum, factors)) return;
     for (int64_t i = 0; i < rows; ++i) {
@@ -267,7 +268,7 @@ struct DecodeTiles : DecodeState<Element, Math> {
   bool order_row(int64_t head, int64_t row) {
     __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-    __mmask16 wrong = 0;
+    __mmask16 not_finite = 0;
     for (int64_t c = 0; c < sum_columns; c += kPanel) {
       __m512 even = _mm512_load_ps(sum_line(head, c, row));
       __m512 odd = _mm512_load_ps(sum_line(head, c, rows + row));
@@ -275,15 +276,16 @@ struct DecodeTiles : DecodeState<Element, Math> {
       _mm512_storeu_ps(to, _mm512_permutex2var_ps(even, low, odd));
       _mm512_storeu_ps(to + 16, _mm512_permutex2var_ps(even, high, odd));
       __m512 both = _mm512_add_ps(_mm512_sub_ps(even, even), _mm512_sub_ps(odd, odd));
-      wrong |= _mm512_cmp_ps_mask(both, both, _CMP_UNORD_Q);
+      not_finite |= _mm512_cmp_ps_mask(both, both, _CMP_UNORD_Q);
     }
-    return wrong == 0;
+    return not_finite == 0;
   }
 
-  // Writes the part that has ended, and to `wrong` the heads of it whose sums are not all finite.
+  // Writes the part that has ended, and to `not_finite` the heads of it whose sums are not all
+  // finite.
   template <class Params>
   void write_part(const Params& params, const Sequence& s, const Item& item,
-                  const Partials& partials, std::vector<Item>& wrong) {
+                  const Partials& partials, std::vector<Item>& not_finite) {
     for (int64_t h = 0; h < heads; ++h) {
       bool finite = true;
       for (int64_t r = 0; r < rows; ++r) {
@@ -297,7 +299,7 @@ struct DecodeTiles : DecodeState<Element, Math> {
       again.key_begin += this->part * item.part_keys;
       again.key_end = std::min(again.key_begin + item.part_keys, item.key_end);
       if (item.part >= 0) again.part += this->part * item.part_stride + h * rows;
-      wrong.push_back(again);
+      not_finite.push_back(again);
     }
   }
 
@@ -311,8 +313,8 @@ struct DecodeTiles : DecodeState<Element, Math> {
       pack_columns(q + h * rows * sizes.depth, rows, sizes.depth, columns,
                    queries + h * columns * sizes.depth);
     }
-    std::vector<Item> wrong;
-    auto write = [&] { write_part(params, s, item, partials, wrong); };
+    std::vector<Item> not_finite;
+    auto write = [&] { write_part(params, s, item, partials, not_finite); };
     int64_t products = sum_columns / 16 + sizes.depth / 16;
     Asking none{Prefetch(), 0};
     if (steps > 0) {
@@ -323,12 +325,12 @@ struct DecodeTiles : DecodeState<Element, Math> {
       Asking asking{look_ahead(params, s, step), (kDecodeBlock + products - 1) / products};
       this->end_parts(step, write);
       if (step + 1 < steps) score(params, step + 1, asking);
-      soften(step);
+      softmax(step);
       add_values(params, step, asking);
       asking.rest();
     }
     this->end_last_parts(write);
-    return wrong;
+    return not_finite;
   }
 
   // Lanes of one query, in order.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "flash_attention_v3/cpu/decode/decode_pairs.h"
+#include "jit_kernel/cpu/thread_pool.h"
 
 #ifdef JIT_KERNEL_BF16_DOT
 
@@ -49,8 +50,8 @@ struct DecodePairs : DecodeInOrder<Element, bf16> {
 
   // Scores of kScoreKeys keys from `key` on of all heads.
   void score(const Heads& of, int64_t key) {
-    const bf16 *const *k = this->template keys_from<bf16>(key),
-                      *const *v = this->template values_from<bf16>(key);
+    const bf16* const* k = this->template keys_from<bf16>(key);
+    const bf16* const* v = this->template values_from<bf16>(key);
     for (int64_t h = of.begin; h < of.end; ++h) {
       ahead.ask(kScoreKeys * key_bytes);
       for (int64_t g = 0; g < groups; ++g) {
@@ -66,7 +67,7 @@ struct DecodePairs : DecodeInOrder<Element, bf16> {
     }
   }
 
-  // Hides what rows from first_row on do not see.
+  // The scores of keys that a row from first_row on does not see become -inf.
   void mask(const Block& block, float* s, int64_t first_row) {
     for (int64_t i = 0; i < std::min(kGroupRows, rows - first_row); ++i) {
       const Interval& row = seen[first_row + i];
@@ -80,7 +81,7 @@ struct DecodePairs : DecodeInOrder<Element, bf16> {
   }
 
   // A head's scores to probabilities; its sums are scaled to its new maxima.
-  void soften(const Block& block, int64_t head) {
+  void softmax(const Block& block, int64_t head) {
     const ScoreScale& scale = head_settings[head].scale;
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t first = g * kGroupRows, at = padded_row(head, g) * kDecodeBlock;
@@ -88,8 +89,8 @@ struct DecodePairs : DecodeInOrder<Element, bf16> {
       float factors[kGroupRows];
       if (scale.transform) transform_scores(scale, scores + at, kGroupScores);
       mask(block, scores + at, first);
-      if (!soften_group(scores + at, p + at, scale.to_log2(), maxima + state, row_sums + state,
-                        factors)) {
+      if (!softmax_group(scores + at, p + at, scale.to_log2(), maxima + state, row_sums + state,
+                         factors)) {
         continue;
       }
       for (int64_t i = 0; i < std::min(kGroupRows, rows - first); ++i) {
@@ -136,7 +137,7 @@ struct DecodePairs : DecodeInOrder<Element, bf16> {
     if constexpr (std::is_same<Key, bf16>::value) {
       for (int64_t key = 0; key < kDecodeBlock; key += kScoreKeys) score(of, key);
       this->add_block(
-          of, [&](int64_t head) { soften(block, head); },
+          of, [&](int64_t head) { softmax(block, head); },
           [&](int64_t head, int64_t key) { add_values(of, head, key); });
     }
   }

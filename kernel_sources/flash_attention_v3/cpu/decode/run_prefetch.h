@@ -4,12 +4,15 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "jit_kernel/cpu/memory.h"
+
 namespace jit_kernel {
 
 // Asks for the keys, then the values of block after block, a token's heads in one run where they
 // lie side by side: what a core fetches by itself follows such runs. Into L2, as L1 holds what is
-// being read. A core drops requests when too many are under way (Zen 4 does), so whoever reads asks
-// a second time, shortly before: that is 4 to 6 of the 84 to 100 % of reading that are reached.
+// being read. A core drops requests when too many are under way (Zen 4 does), so the
+// loops that read ask a second time, shortly before: that is 4 to 6 of the 84 to 100 % of reading
+// that are reached.
 template <class Block, int64_t kBlocks>
 class RunPrefetch {
  public:
@@ -43,7 +46,7 @@ class RunPrefetch {
       if (at_ >= end_ && !open()) continue;
       if (at_ + kPiece <= end_) {
 #pragma GCC unroll 8
-        for (int64_t i = 0; i < kPiece; i += 64) __builtin_prefetch(at_ + i, 0, 2);
+        for (int64_t i = 0; i < kPiece; i += kCacheLine) __builtin_prefetch(at_ + i, 0, 2);
         at_ += kPiece;
       } else {
         ask_rest();
@@ -59,7 +62,7 @@ class RunPrefetch {
     for (int64_t left = kPiece; left > 0;) {
       if (at_ >= end_ && !open()) return;
       const int64_t taken = std::min(left, end_ - at_);
-      for (int64_t i = 0; i < taken; i += 64) __builtin_prefetch(at_ + i, 0, 2);
+      for (int64_t i = 0; i < taken; i += kCacheLine) __builtin_prefetch(at_ + i, 0, 2);
       at_ += taken;
       left -= taken;
     }

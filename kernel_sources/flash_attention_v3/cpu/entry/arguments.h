@@ -55,7 +55,7 @@ struct ForwardArguments {
   int64_t num_threads = from.integer();
 };
 
-// What plain_forward() takes: a call that nobody has checked.
+// What plain_forward() takes: a call without any check yet.
 struct PlainArguments {
   static constexpr int32_t kCount = 19;
   explicit PlainArguments(FfiArguments& arguments) : from(arguments) {}

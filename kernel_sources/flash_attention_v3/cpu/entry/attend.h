@@ -106,8 +106,9 @@ struct Attention {
     if constexpr (!std::is_same<Element, f32>::value) {
       if (kIsHalf ? amx_fp16_allowed() : amx_allowed()) {
         using TileMath = std::conditional_t<kIsHalf, fp16, bf16>;
-        auto wrong = DecodeTiles<Element, TileMath>(p, item, scratch()).run(p, s, item, parts);
-        for (const Item& again : wrong) {
+        const auto not_finite =
+            DecodeTiles<Element, TileMath>(p, item, scratch()).run(p, s, item, parts);
+        for (const Item& again : not_finite) {
           VectorDecode(p, again, scratch()).run(p, s, again, parts);
         }
         return;

@@ -1,5 +1,5 @@
 // The entry of a forward library: forward() for calls that Python has checked, plain_forward() for
-// calls that nobody has checked.
+// calls without any check yet.
 #pragma once
 
 #include <vector>
@@ -38,8 +38,8 @@ inline void forward(FfiArguments& from) {
   Attention<Element>::attend(p);
 }
 
-// A plain call: checked, computed and true; or nothing at all and false. A page that is none is a
-// ValueError here, too.
+// A plain call: checked, computed and true; or nothing at all and false. A page table entry
+// that names no page is a ValueError here, too.
 template <class Element>
 inline bool plain_forward(FfiArguments& from) {
   const PlainArguments a(from);

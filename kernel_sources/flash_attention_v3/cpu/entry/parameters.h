@@ -7,6 +7,7 @@
 #include "flash_attention_v3/cpu/common/params.h"
 #include "flash_attention_v3/cpu/entry/arguments.h"
 #include "jit_kernel/cpu/element.h"
+#include "jit_kernel/cpu/memory.h"
 
 namespace jit_kernel {
 
@@ -76,10 +77,10 @@ constexpr int64_t kStreamBytes = 1 << 20;
 // cache lines.
 template <class Output>
 inline bool is_streamed(const TensorView& out, const Rows<Output>& rows) {
-  constexpr int64_t kLine = 64 / sizeof(Output);
+  constexpr int64_t kLine = kCacheLine / sizeof(Output);
   bool whole = out.size(out.ndim() - 1) % kLine == 0 && rows.batch % kLine == 0 &&
                rows.row % kLine == 0 && rows.head % kLine == 0 &&
-               reinterpret_cast<uintptr_t>(rows.data) % 64 == 0;
+               reinterpret_cast<uintptr_t>(rows.data) % kCacheLine == 0;
   int64_t bytes = sizeof(Output);
   for (int32_t i = 0; i < out.ndim(); ++i) bytes *= out.size(i);
   return whole && bytes >= kStreamBytes;

@@ -78,15 +78,20 @@ inline __m512i join_i16(simd::Vec a, simd::Vec b) {
   return _mm512_ternarylogic_epi32(low_words, low, high, 0xca);
 }
 
+// An element of a value outweighs the others when it is so many times their root mean square, or
+// its square has this share of the norm's.
+constexpr float kOutlier = 7.0f, kLargestShare = 0.7f;
+
 // kDepth rows of values of n elements (a multiple of kLanes) to panels of kLanes columns, as
 // pack_values() packs pairs. Their keys' norms become infinite where a value does not suit
-// integers: it is not finite, or an element outweighs the others (7 times their root mean square),
-// which would lose what they add to the row.
+// integers: it is not finite, or an element outweighs the others, which would lose what they add to
+// the row.
 inline void values_to_integers(const fp16* const* rows, int64_t n, i16* out, int64_t panel,
                                float* factors, float* norms) {
   using simd::Vec, simd::kLanes;
-  const float mean = 1.0f / static_cast<float>(n);
-  const Vec most = simd::set1(std::min(49.0f * mean, 0.7f));  // of a norm's square
+  // The largest share of a norm's square that one element may have.
+  const float outlier = kOutlier * kOutlier / static_cast<float>(n);
+  const Vec most = simd::set1(std::min(outlier, kLargestShare));
   alignas(64) float to_integer[kDepth];
   for (int64_t first = 0; first < kDepth; first += kLanes) {
     auto load = [&](int64_t j, int64_t i) { return simd::load_as_float(rows[first + j] + i); };

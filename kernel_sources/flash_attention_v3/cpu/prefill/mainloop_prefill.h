@@ -63,11 +63,11 @@ struct Prefill : PrefillState<Element, Math> {
     }
   }
 
-  void soften_tile(const ScoreScale& scale, Tile& t, int64_t i) {
+  void softmax_tile(const ScoreScale& scale, Tile& t, int64_t i) {
     int64_t p_stride = std::is_same<Math, float>::value ? this->score_stride() : tiles.block;
-    soften_rows<kExpDegree<Math>>(this->soften_args(t, i, t.p + i * p_stride, p_stride), scale,
-                                  std::min<int64_t>(simd::kLanes, t.rows - i),
-                                  [&](int64_t j) { return this->seen_of(t, i + j); });
+    softmax_rows<kExpDegree<Math>>(this->softmax_args(t, i, t.p + i * p_stride, p_stride), scale,
+                                   std::min<int64_t>(simd::kLanes, t.rows - i),
+                                   [&](int64_t j) { return this->seen_of(t, i + j); });
   }
 
   void score(const Tile& t) {
@@ -122,7 +122,7 @@ struct Prefill : PrefillState<Element, Math> {
       }
     }
     score(t);
-    for (int64_t i = 0; i < t.rows; i += simd::kLanes) soften_tile(scale, t, i);
+    for (int64_t i = 0; i < t.rows; i += simd::kLanes) softmax_tile(scale, t, i);
     add_values(t);
   }
 

@@ -22,8 +22,8 @@
 
 namespace jit_kernel {
 
-// kPerCall rows are softened after every instruction of tiles (TileProducts::calls()); 0 where they
-// do not come out even, at 3 to 8 % of the time for the loop that counts them.
+// kPerCall rows become probabilities after every instruction of tiles (TileProducts::calls()); 0
+// where they do not come out even, at 3 to 8 % of the time for the loop that counts them.
 template <class Element, class Math, int kPerCall>
 class TilePipeline {
  public:
@@ -92,7 +92,7 @@ class TilePipeline {
       }
     }
     for (;;) {
-      soften(t, next);
+      make_probabilities(t, next);
       if (raised || !rises(t)) break;
       raised = true;
       begun_ = 0;  // the scores that are being made are those of `next`
@@ -113,7 +113,7 @@ class TilePipeline {
 
   // The maxima of a tile's first chunk, whose scores are made.
   JIT_KERNEL_INLINE void begin_maxima(Tile& t) {
-    if (!sees_all(t, 0) || scale_.transform) hide(t, 0);
+    if (!sees_all(t, 0) || scale_.transform) mask_chunk(t, 0);
     const float* scores = buffer(0);
     for (int64_t r = 0; r < kRows; ++r, scores += kChunk) {
       rows_[r].lanes = simd::max(simd::load(scores), simd::load(scores + simd::kLanes));
@@ -140,7 +140,7 @@ class TilePipeline {
   }
 
   // Probabilities with the maxima as they are, and their sums, lane by lane.
-  JIT_KERNEL_INLINE void soften(const Tile& t, const Tile* next) {
+  JIT_KERNEL_INLINE void make_probabilities(const Tile& t, const Tile* next) {
     alignas(64) float shifts[kRows];
     for (int64_t i = 0; i < kRows; i += simd::kLanes) {
       Vec top = simd::load(state_.maxima + t.row + i);
@@ -166,7 +166,7 @@ class TilePipeline {
   bool rises(const Tile& t) const {
     __mmask16 high = 0;
     for (int64_t r = 0; r < t.rows; ++r) {
-      high |= _mm512_cmp_ps_mask(rows_[r].lanes, simd::set1(256.0f), _CMP_NLT_UQ);
+      high |= _mm512_cmp_ps_mask(rows_[r].lanes, simd::set1(kLargestProbability), _CMP_NLT_UQ);
     }
     return high != 0;
   }
@@ -187,7 +187,7 @@ class TilePipeline {
       Vec old = simd::load(maxima);
       Vec top = kept_maximum(old, simd::reduce_max_each(lanes(i).of), to_log2_);
       Vec shift = simd::where_less(simd::set1(-kInfinity), top, top, simd::zero());
-      Vec factor = simd::exp2<6>((old - shift) * to_log2_);
+      Vec factor = simd::exp2<kExpDegree<float>>((old - shift) * to_log2_);
       simd::store(maxima, top);
       simd::store(sums, simd::load(sums) * factor);
       simd::store(t.factors + i, simd::load(t.factors + i) * factor);
@@ -219,7 +219,7 @@ class TilePipeline {
       // A row of the next queries: four lines a chunk cost the tiles nothing, eight as much as they
       // save (each holds one of 16 line buffers all the way to memory).
       if constexpr (kBeside) state_.ask_for_queries();
-      if (!sees_all(t, column) || scale_.transform) hide(t, column);
+      if (!sees_all(t, column) || scale_.transform) mask_chunk(t, column);
       if (chunk + 2 < chunks + ahead) {
         const bool own = chunk + 2 < chunks;
         score(own ? t : *next, (own ? chunk + 2 : chunk + 2 - chunks) * kChunk, buffer(0),
@@ -235,7 +235,7 @@ class TilePipeline {
       }
       while (at < end) one();
       odd_ = !odd_;
-      hidden_ = false;
+      masked_ = false;
     }
     begun_ = std::min<int64_t>(ahead, 2);
   }
@@ -270,9 +270,9 @@ class TilePipeline {
   }
 
   // The scores of the chunk that comes next capped, and -inf where a row does not see the key.
-  __attribute__((noinline)) void hide(const Tile& t, int64_t column) {
-    if (hidden_) return;
-    hidden_ = true;
+  __attribute__((noinline)) void mask_chunk(const Tile& t, int64_t column) {
+    if (masked_) return;
+    masked_ = true;
     float* scores = buffer(0);
     int64_t start = t.first + t.from + column;
     for (int64_t r = 0; r < t.rows; ++r, scores += kChunk) {
@@ -280,9 +280,9 @@ class TilePipeline {
       unsigned seen = below(state_.ends[t.row + r] - start);
       seen &= ~below(state_.begins[t.row + r] - start);
       for (int i = 0; i < kChunk; i += simd::kLanes) {
-        __m512 shown = simd::load(scores + i), hidden = simd::set1(-kInfinity);
+        __m512 seen_scores = simd::load(scores + i), unseen = simd::set1(-kInfinity);
         simd::store(scores + i,
-                    _mm512_mask_mov_ps(hidden, static_cast<__mmask16>(seen >> i), shown));
+                    _mm512_mask_mov_ps(unseen, static_cast<__mmask16>(seen >> i), seen_scores));
       }
     }
   }
@@ -308,7 +308,7 @@ class TilePipeline {
   TileProducts<Math> products_;
   bool odd_ = false;     // which of the two buffers the next chunk's scores are in
   int64_t begun_ = 0;    // chunks, at most two, whose scores are begun
-  bool hidden_ = false;  // whether the next chunk's scores went through hide()
+  bool masked_ = false;  // whether the next chunk's scores went through mask_chunk()
   // After the two buffers of scores: what is stored of a row and what is loaded of the next ones
   // lie apart modulo a page; the core takes what does not for the same address.
   Row* const rows_ = reinterpret_cast<Row*>(state_.scores + 2 * kRows * kChunk);

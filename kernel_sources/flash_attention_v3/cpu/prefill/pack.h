@@ -4,6 +4,7 @@
 #include "flash_attention_v3/cpu/common/convert.h"
 #include "flash_attention_v3/cpu/common/prefetch.h"
 #include "flash_attention_v3/cpu/prefill/prefill_tiles.h"
+#include "jit_kernel/cpu/memory.h"
 
 namespace jit_kernel {
 
@@ -16,8 +17,8 @@ inline void transpose_panel(const Math* const* rows, int64_t padded, Math* out, 
   for (int i = 0; i < 16; ++i) bytes[i] = reinterpret_cast<const char*>(rows[i]);
   char* to = reinterpret_cast<char*>(out);
   const int64_t size = padded * int64_t{sizeof(Math)};
-  for (int64_t at = 0; at < size; at += 64) {
-    asked((at + 64) * simd::kLanes / size);
+  for (int64_t at = 0; at < size; at += kCacheLine) {
+    asked((at + kCacheLine) * simd::kLanes / size);
     transpose_words(bytes, at, to + at * 16);
   }
 #else

@@ -51,10 +51,10 @@ struct Integers<fp16, float> : PackedI16 {
     });
     score_odd_keys(state, t);
     for (int64_t i = 0; i < t.rows; i += simd::kLanes) {
-      soften_rows_i16(state.soften_args(t, i, p + i * block, block), scale,
-                      std::min<int64_t>(simd::kLanes, t.rows - i), value_factors + key,
-                      p_factors + i, State::kTileRows,
-                      [&](int64_t j) { return state.seen_of(t, i + j); });
+      softmax_rows_i16(state.softmax_args(t, i, p + i * block, block), scale,
+                       std::min<int64_t>(simd::kLanes, t.rows - i), value_factors + key,
+                       p_factors + i, State::kTileRows,
+                       [&](int64_t j) { return state.seen_of(t, i + j); });
     }
     const bool accumulate = state.begin_sums(t);
     g = {p,

@@ -15,6 +15,7 @@
 #include "flash_attention_v3/cpu/prefill/gemm.h"
 #include "flash_attention_v3/cpu/prefill/pack.h"
 #include "flash_attention_v3/cpu/prefill/prefill_tiles.h"
+#include "jit_kernel/cpu/memory.h"
 
 namespace jit_kernel {
 
@@ -178,11 +179,11 @@ struct PrefillState {
     if (asked == kTileRows) return;
     const char* row = next_queries[asked++];
     __builtin_prefetch(row, 0, 2);
-    __builtin_prefetch(row + 64, 0, 2);
+    __builtin_prefetch(row + kCacheLine, 0, 2);
 #pragma GCC unroll 1
-    for (int64_t i = 128; i < query_bytes; i += 128) {
+    for (int64_t i = 2 * kCacheLine; i < query_bytes; i += 2 * kCacheLine) {
       __builtin_prefetch(row + i, 0, 2);
-      __builtin_prefetch(row + i + 64, 0, 2);
+      __builtin_prefetch(row + i + kCacheLine, 0, 2);
     }
   }
 
@@ -285,7 +286,7 @@ struct PrefillState {
 
   // Of up to kLanes rows of a tile from row i on; the first one's probabilities begin at `first`.
   template <class Kind>
-  SoftenArgs<Kind> soften_args(Tile& t, int64_t i, Kind* first, int64_t p_stride) const {
+  SoftmaxArgs<Kind> softmax_args(Tile& t, int64_t i, Kind* first, int64_t p_stride) const {
     const int64_t row = t.row + i, stride = score_stride();
     return {scores + i * stride, stride,       first,          p_stride,
             t.columns,           maxima + row, row_sums + row, t.factors + i};

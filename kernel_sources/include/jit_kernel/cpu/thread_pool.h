@@ -28,6 +28,8 @@
 #include <thread>
 #include <type_traits>
 
+#include "jit_kernel/cpu/memory.h"
+
 namespace jit_kernel {
 
 inline void spin_pause() {
@@ -182,7 +184,7 @@ class ThreadPool {
   std::exception_ptr failure_;
 };
 
-// Memory that grows as asked and is kept for the next call; its contents are not kept when it
+// Memory that grows on request and is kept for the next call; its contents are not kept when it
 // grows.
 class Scratch {
  public:
@@ -198,13 +200,13 @@ class Scratch {
     data_ = nullptr;
     size_ = 0;
     void* fresh = nullptr;
-    if (posix_memalign(&fresh, 4096, bytes) != 0) throw std::bad_alloc();
+    if (posix_memalign(&fresh, kPageBytes, bytes) != 0) throw std::bad_alloc();
     data_ = static_cast<char*>(fresh);
     size_ = bytes;
   }
 
   // The next count elements, on a cache line of their own. What reserve() got must suffice: size()
-  // tells what one take() uses.
+  // gives the bytes that one take() uses.
   template <class T>
   T* take(int64_t count) {
     T* taken = reinterpret_cast<T*>(data_ + used_);
@@ -225,7 +227,8 @@ class Scratch {
   template <class T>
   static size_t size(int64_t count) {
     // A line more than is asked for: loads may overhang.
-    return (static_cast<size_t>(count) * sizeof(T) + 127) / 64 * 64;
+    constexpr size_t kLine = kCacheLine;
+    return (static_cast<size_t>(count) * sizeof(T) + 2 * kLine - 1) / kLine * kLine;
   }
 
  private:
