@@ -112,11 +112,11 @@ def test_a_plain_call_has_the_limits_of_the_checks():
 def fields(struct: str) -> tuple[list[str], int]:
     """The arguments that a struct of entry/arguments.h reads, in order, and how many it says there are."""
     text = (SOURCES / CPU / "entry" / "arguments.h").read_text(encoding="utf-8")
-    match = re.search(rf"struct {struct} {{(.*?)^}};", text, re.MULTILINE | re.DOTALL)
+    match = re.search(rf"struct {struct}(?: : (\w+))? {{(.*?)^}};", text, re.MULTILINE | re.DOTALL)
     assert match, struct
-    count = re.search(r"kCount = (\d+);", match[1])
-    assert count, struct
-    return re.findall(r"(\w+) = from\.\w+\(\);", match[1]), int(count[1])
+    count = re.search(r"kCount = (\d+);", match[2])
+    of_base = fields(match[1])[0] if match[1] else []
+    return of_base + re.findall(r"(\w+) = from\.\w+\(\);", match[2]), int(count[1]) if count else 0
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 // The arguments of the exported functions by their names, in the order in which Python passes them.
 //
-// Members are initialised in the order of their declaration, so the order of the lines is the order
-// of the call: one line declares an argument and reads it.
+// Members are initialised in the order of their declaration, a base's before them, so the order of
+// the lines is the order of the call: one line declares an argument and reads it.
 #pragma once
 
 #include <cmath>
@@ -14,10 +14,9 @@ namespace jit_kernel {
 
 using MaybeTensor = std::optional<TensorView>;
 
-// What forward() takes: a call that Python has checked.
-struct ForwardArguments {
-  static constexpr int32_t kCount = 33;
-  explicit ForwardArguments(FfiArguments& arguments) : from(arguments) {}
+// The first arguments of both forward() and plain_forward().
+struct CallTensors {
+  explicit CallTensors(FfiArguments& arguments) : from(arguments) {}
 
   FfiArguments& from;
   TensorView q = from.tensor();
@@ -25,6 +24,13 @@ struct ForwardArguments {
   TensorView v = from.tensor();
   TensorView out = from.tensor();
   MaybeTensor lse = from.maybe_tensor();
+};
+
+// What forward() takes: a call that Python has checked.
+struct ForwardArguments : CallTensors {
+  static constexpr int32_t kCount = 33;
+  using CallTensors::CallTensors;
+
   MaybeTensor qv = from.maybe_tensor();
   MaybeTensor k_new = from.maybe_tensor();
   MaybeTensor v_new = from.maybe_tensor();
@@ -56,16 +62,10 @@ struct ForwardArguments {
 };
 
 // What plain_forward() takes: a call without any check yet.
-struct PlainArguments {
+struct PlainArguments : CallTensors {
   static constexpr int32_t kCount = 19;
-  explicit PlainArguments(FfiArguments& arguments) : from(arguments) {}
+  using CallTensors::CallTensors;
 
-  FfiArguments& from;
-  TensorView q = from.tensor();
-  TensorView k = from.tensor();
-  TensorView v = from.tensor();
-  TensorView out = from.tensor();
-  MaybeTensor lse = from.maybe_tensor();
   MaybeTensor page_table = from.maybe_tensor();
   MaybeTensor cu_seqlens_q = from.maybe_tensor();
   MaybeTensor cu_seqlens_k = from.maybe_tensor();

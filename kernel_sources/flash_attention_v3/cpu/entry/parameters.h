@@ -86,17 +86,16 @@ inline bool is_streamed(const TensorView& out, const Rows<Output>& rows) {
   return whole && bytes >= kStreamBytes;
 }
 
-// The parameters that both entries have arguments for, but for softmax_scale.
-template <class Element, class Arguments>
-inline ForwardParams<Element> common_params(const Arguments& a) {
-  ForwardParams<Element> p;
+// What the tensors of both entries say.
+template <class Element>
+inline void set_tensors(const CallTensors& a, ForwardParams<Element>& p) {
   p.q = rows_of<const Element>(a.q);
   p.k = rows_of<Element>(a.k);
   p.v = rows_of<Element>(a.v);
   p.out = rows_of<typename OutputOf<Element>::type>(a.out);
   p.stream_out = is_streamed(a.out, p.out);
   p.lse = lse_or_null(a.lse);
-  p.batch = a.cu_seqlens_q.has_value() ? a.cu_seqlens_q->size(0) - 1 : a.q.size(0);
+  p.batch = a.q.size(0);
   p.heads = a.q.size(a.q.ndim() - 2);
   p.heads_k = a.k.size(a.k.ndim() - 2);
   p.group = p.heads / p.heads_k;
@@ -104,10 +103,16 @@ inline ForwardParams<Element> common_params(const Arguments& a) {
   p.dv = a.v.size(a.v.ndim() - 1);
   p.rows_q = a.q.size(a.q.ndim() - 3);
   p.rows_k = a.k.size(a.k.ndim() - 3);
+}
+
+// The other parameters that both entries have arguments for, but for softmax_scale.
+template <class Element, class Arguments>
+inline void set_common(const Arguments& a, ForwardParams<Element>& p) {
   p.page_table = indices_or_null(a.page_table);
   p.page_size = a.page_table.has_value() ? a.k.size(1) : 0;
   p.table_width = a.page_table.has_value() ? a.page_table->size(1) : 0;
   p.cu_seqlens_q = indices_or_null(a.cu_seqlens_q);
+  if (a.cu_seqlens_q.has_value()) p.batch = a.cu_seqlens_q->size(0) - 1;
   p.cu_seqlens_k = indices_or_null(a.cu_seqlens_k);
   p.seqused_k = indices_or_null(a.seqused_k);
   p.window_left = a.window_left;
@@ -116,14 +121,15 @@ inline ForwardParams<Element> common_params(const Arguments& a) {
   p.softcap = static_cast<float>(a.softcap);
   p.num_splits = a.num_splits;
   p.num_threads = a.num_threads;
-  return p;
 }
 
 // The parameters of a call of forward(); sinks lie in `sink_memory`.
 template <class Element>
 inline ForwardParams<Element> forward_params(const ForwardArguments& a,
                                              std::vector<float>& sink_memory) {
-  ForwardParams<Element> p = common_params<Element>(a);
+  ForwardParams<Element> p;
+  set_tensors(a, p);
+  set_common(a, p);
   p.qv = rows_or_null<Element>(a.qv);
   p.k_new = rows_or_null<Element>(a.k_new);
   p.v_new = rows_or_null<Element>(a.v_new);
@@ -149,7 +155,9 @@ inline ForwardParams<Element> forward_params(const ForwardArguments& a,
 // The parameters of a call of plain_forward().
 template <class Element>
 inline ForwardParams<Element> plain_params(const PlainArguments& a) {
-  ForwardParams<Element> p = common_params<Element>(a);
+  ForwardParams<Element> p;
+  set_tensors(a, p);
+  set_common(a, p);
   p.softmax_scale = static_cast<float>(a.scale());
   return p;
 }
