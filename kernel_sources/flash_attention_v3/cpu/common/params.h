@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "jit_kernel/cpu/element.h"
+
 namespace jit_kernel {
 
 // A tensor whose last dimension has unit stride. Strides count elements. Which of them are used
@@ -26,14 +28,15 @@ struct Descale {
   float at(int64_t b, int64_t h) const { return data ? data[b * batch + h * head] : 1.0f; }
 };
 
-template <class Element, class Output>
+template <class Element>
 struct ForwardParams {
+  using Output = typename OutputOf<Element>::type;
+
   Rows<const Element> q, qv, k_new, v_new, rotary_cos,
       rotary_sin;      // rotary tables: row stride only
   Rows<Element> k, v;  // written when tokens are appended
   Rows<Output> out;
-  Rows<float> lse;  // the "head" stride is that of heads; null when not asked for
-  int64_t lse_row = 0;
+  Rows<float> lse;  // null when not asked for
 
   int64_t batch = 0, heads = 0, heads_k = 0, group = 0, d = 0, dv = 0;
   int64_t rows_q = 0, rows_k = 0, rows_new = 0;  // per sequence, where they are not ragged
@@ -114,7 +117,10 @@ struct QueryRow {
         group(p.group) {}
 
   void next() {
-    if (++head == first_head + group) head = first_head, ++token;
+    if (++head == first_head + group) {
+      head = first_head;
+      ++token;
+    }
   }
 };
 

@@ -5,11 +5,9 @@
 #include <algorithm>
 #include <cstdint>
 
-namespace jit_kernel {
+#include "jit_kernel/cpu/memory.h"
 
-// How many steps (a block of keys and a head) before its use a decode in tiles asks for a row: of 1
-// to 8 the best. And how many blocks to come every decode knows the places of.
-constexpr int64_t kStepsAhead = 2;
+namespace jit_kernel {
 
 // Asks for one head's keys and values of a block, a few rows at a time between computations: a core
 // has too few requests for memory to ask for a block at once. They go into L2, as L1 holds what is
@@ -42,13 +40,14 @@ class Prefetch {
 
  private:
   static inline __attribute__((always_inline)) void row(const char* from, int64_t bytes) {
+    constexpr int64_t kFourLines = 4 * kCacheLine;
     const char* end = from + bytes;
-    for (; from + 256 <= end; from += 256) {
+    for (; from + kFourLines <= end; from += kFourLines) {
 #pragma GCC unroll 4
-      for (int i = 0; i < 256; i += 64) __builtin_prefetch(from + i, 0, 2);
+      for (int64_t i = 0; i < kFourLines; i += kCacheLine) __builtin_prefetch(from + i, 0, 2);
     }
 #pragma GCC unroll 1
-    for (; from < end; from += 64) __builtin_prefetch(from, 0, 2);
+    for (; from < end; from += kCacheLine) __builtin_prefetch(from, 0, 2);
   }
 
   const void *const *k_ = nullptr, *const *v_ = nullptr;

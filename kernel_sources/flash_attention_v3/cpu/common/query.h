@@ -1,6 +1,9 @@
-// Query rows as the dot products want them.
+// Query rows in the form that the dot products take.
 #pragma once
 
+#include "flash_attention_v3/cpu/common/convert.h"
+#include "flash_attention_v3/cpu/common/head_sizes.h"
+#include "flash_attention_v3/cpu/common/params.h"
 #include "flash_attention_v3/cpu/common/rotary.h"
 #include "flash_attention_v3/cpu/common/softmax.h"
 

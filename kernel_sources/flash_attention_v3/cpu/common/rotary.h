@@ -1,8 +1,10 @@
 // Rotary embedding of queries and of appended keys, and the append itself.
 #pragma once
 
+#include <cstring>
+
 #include "flash_attention_v3/cpu/common/params.h"
-#include "flash_attention_v3/cpu/prefill/pack.h"
+#include "jit_kernel/cpu/simd.h"
 
 namespace jit_kernel {
 

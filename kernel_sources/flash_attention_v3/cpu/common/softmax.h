@@ -6,8 +6,8 @@
 #include <cmath>
 #include <limits>
 
+#include "flash_attention_v3/cpu/common/head_sizes.h"
 #include "flash_attention_v3/cpu/common/mask.h"
-#include "flash_attention_v3/cpu/common/tile_size.h"
 
 namespace jit_kernel {
 
@@ -90,11 +90,14 @@ inline simd::Vec exponent(i16, simd::Vec x, simd::Vec maximum, simd::Vec to_log2
   return exponent(bf16(), x, maximum, to_log2);
 }
 
+// Probabilities are at most 2^kLargestExponent, as a maximum is kept while that holds.
+constexpr float kLargestExponent = 8.0f, kLargestProbability = 256.0f;
+
 // What a row's probabilities are made with after scores whose largest is `top`: the old maximum
 // where that makes none larger than 2^8. Sums so far rarely have to be scaled then, and neither
 // bf16, fp16 nor floats lose a bit by it.
 inline simd::Vec kept_maximum(simd::Vec old, simd::Vec top, simd::Vec to_log2) {
-  return simd::where_less(simd::set1(8.0f), (top - old) * to_log2, top, old);
+  return simd::where_less(simd::set1(kLargestExponent), (top - old) * to_log2, top, old);
 }
 
 // Lane by lane, the largest of n scores (a multiple of kDepth).
@@ -110,7 +113,8 @@ inline simd::Vec largest_lanes(const float* s, int64_t n) {
 // n scores (masked ones are -inf) to probabilities p, which may be s itself; returns their sums
 // lane by lane. `shift` is the maximum, or any finite number where nothing is visible.
 template <int kDegree, class Math>
-inline simd::Vec soften(const float* s, Math* p, int64_t n, float to_log2, float shift) {
+inline simd::Vec make_probabilities(const float* s, Math* p, int64_t n, float to_log2,
+                                    float shift) {
   using simd::Vec;
   Vec scale = simd::set1(to_log2), top = simd::set1(shift), sum_a = simd::zero(), sum_b = sum_a;
   for (int64_t i = 0; i < n; i += 2 * simd::kLanes) {
@@ -123,10 +127,10 @@ inline simd::Vec soften(const float* s, Math* p, int64_t n, float to_log2, float
   return sum_a + sum_b;
 }
 
-// Where the rows of soften_rows lie: row j's scores and probabilities are j strides after the
+// Where the rows of softmax_rows lie: row j's scores and probabilities are j strides after the
 // first's.
 template <class Math>
-struct SoftenArgs {
+struct SoftmaxArgs {
   float* scores;
   int64_t score_stride;
   Math* p;  // may be scores
@@ -137,11 +141,11 @@ struct SoftenArgs {
 };
 
 // Scores to probabilities of up to kLanes rows. Maxima and sums are made side by side: row by row,
-// the latency of each is longer than a row's work. visible(j) tells which columns row j sees;
-// soften(j, shift) makes row j's probabilities and returns their sums lane by lane.
-template <class Math, class Visible, class Soften>
-inline void soften_rows_by(const SoftenArgs<Math>& a, const ScoreScale& scale, int64_t count,
-                           Visible&& visible, Soften&& soften) {
+// the latency of each is longer than a row's work. visible(j) gives the columns that row j sees;
+// make_row(j, shift) makes row j's probabilities and returns their sums lane by lane.
+template <class Math, class Visible, class MakeRow>
+inline void softmax_rows_by(const SoftmaxArgs<Math>& a, const ScoreScale& scale, int64_t count,
+                            Visible&& visible, MakeRow&& make_row) {
   using simd::Vec;
   Vec lanes[simd::kLanes];
   for (int64_t j = 0; j < simd::kLanes; ++j) lanes[j] = simd::zero();
@@ -157,21 +161,21 @@ inline void soften_rows_by(const SoftenArgs<Math>& a, const ScoreScale& scale, i
   Vec top = kept_maximum(old, simd::reduce_max_each(lanes), to_log2);
   // Rows that have seen nothing yet: any finite number keeps -inf - -inf from being NaN.
   Vec shift = simd::where_less(simd::set1(-kInfinity), top, top, simd::zero());
-  Vec factor = simd::exp2<6>((old - shift) * to_log2);
+  Vec factor = simd::exp2<kExpDegree<float>>((old - shift) * to_log2);
   alignas(64) float shifts[simd::kLanes];
   simd::store(shifts, shift);
   simd::store(a.factors, factor);
   simd::store(a.maxima, top);
-  for (int64_t j = 0; j < count; ++j) lanes[j] = soften(j, shifts[j]);
+  for (int64_t j = 0; j < count; ++j) lanes[j] = make_row(j, shifts[j]);
   simd::store(a.sums, simd::load(a.sums) * factor + simd::reduce_each(lanes));
 }
 
 template <int kDegree, class Math, class Visible>
-inline void soften_rows(const SoftenArgs<Math>& a, const ScoreScale& scale, int64_t count,
-                        Visible&& visible) {
-  soften_rows_by(a, scale, count, visible, [&](int64_t j, float shift) {
-    return soften<kDegree>(a.scores + j * a.score_stride, a.p + j * a.p_stride, a.columns,
-                           scale.to_log2(), shift);
+inline void softmax_rows(const SoftmaxArgs<Math>& a, const ScoreScale& scale, int64_t count,
+                         Visible&& visible) {
+  softmax_rows_by(a, scale, count, visible, [&](int64_t j, float shift) {
+    return make_probabilities<kDegree>(a.scores + j * a.score_stride, a.p + j * a.p_stride,
+                                       a.columns, scale.to_log2(), shift);
   });
 }
 

@@ -8,10 +8,10 @@
 // many queries as leave half of a tile's rows free at no cost.
 #pragma once
 
+#include "flash_attention_v3/cpu/common/amx.h"
+#include "flash_attention_v3/cpu/common/convert.h"
 #include "flash_attention_v3/cpu/common/softmax.h"
 #include "flash_attention_v3/cpu/decode/decode_state.h"
-#include "flash_attention_v3/cpu/prefill/gemm_amx.h"
-#include "flash_attention_v3/cpu/prefill/pack.h"
 
 #ifdef JIT_KERNEL_AMX
 
@@ -25,7 +25,7 @@ inline void amx_scale_scores(int64_t columns, float factor) {
   _tile_stored(3, tiles, columns * 4);
   _tile_stored(7, tiles + 256, columns * 4);
   asm volatile("" ::: "memory");
-  scale_floats(tiles, 2 * 256, factor);
+  simd::scale_floats(tiles, 2 * 256, factor);
   asm volatile("" ::: "memory");
   _tile_loadd(3, tiles, columns * 4);
   _tile_loadd(7, tiles + 256, columns * 4);
@@ -120,8 +120,8 @@ inline void store_probabilities(const __m512i (&x)[kColumns], int64_t rows, uint
 // keys. maxima and sums are one vector each, of lanes as join_columns() leaves them; sums stay lane
 // by lane. Returns whether earlier sums are to be multiplied by factors.
 template <int kColumns, class Math>
-inline bool soften_columns(const float* scores, int64_t rows, uint32_t* p, float to_log2,
-                           float* maxima, float* sums, float* factors) {
+inline bool softmax_columns(const float* scores, int64_t rows, uint32_t* p, float to_log2,
+                            float* maxima, float* sums, float* factors) {
   using simd::Vec;
   constexpr int kVecs = 2 * kColumns;
   auto larger = [](Vec a, Vec b) { return simd::max(a, b); };
@@ -134,7 +134,7 @@ inline bool soften_columns(const float* scores, int64_t rows, uint32_t* p, float
   Vec shift = simd::where_less(simd::set1(-kInfinity), top, top, simd::zero());
   bool moved = _mm512_cmp_ps_mask(top, old, _CMP_NEQ_OQ) != 0;
   if (moved) {
-    Vec factor = simd::exp2<6>((old - shift) * scale);
+    Vec factor = simd::exp2<kExpDegree<float>>((old - shift) * scale);
     simd::store(factors, factor);
     simd::store(maxima, top);
     sum = sum * factor;

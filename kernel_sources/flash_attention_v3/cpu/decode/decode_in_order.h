@@ -55,7 +55,8 @@ struct DecodeInOrder : DecodeState<Element, Math> {
   void each_array_in_order(F&& f) {
     this->each_state_array(f);
     f(near, 3 * kDecodeBlock);
-    f(keys, kDecodeBlock * sizes.qk), f(values, kDecodeBlock * value_stride);
+    f(keys, kDecodeBlock * sizes.qk);
+    f(values, kDecodeBlock * value_stride);
   }
 
   template <class Key>
@@ -82,7 +83,8 @@ struct DecodeInOrder : DecodeState<Element, Math> {
     for (int64_t j = 0; j < kDecodeBlock; ++j) {
       Math *k = keys + j * sizes.qk, *v = values + j * value_stride;
       const bool is_seen = j >= block.from && j < block.to;
-      near[j] = near[2 * kDecodeBlock + j] = k, near[kDecodeBlock + j] = v;
+      near[j] = near[2 * kDecodeBlock + j] = k;
+      near[kDecodeBlock + j] = v;
       if (!params.only_qv) {
         const Element* from = block.k[j] + (head_begin + head) * params.k.head;
         convert_row<Math>(from, k, is_seen ? params.d : 0, sizes.qk);
@@ -97,13 +99,26 @@ struct DecodeInOrder : DecodeState<Element, Math> {
   void look_ahead_in_order(const Params& params) {
     constexpr int64_t kSize = sizeof(Element);
     const int64_t k = params.k.head * kSize, v = params.v.head * kSize;
-    key_bytes = params.only_qv ? 0 : params.d * kSize, value_bytes = params.dv * kSize;
+    key_bytes = params.only_qv ? 0 : params.d * kSize;
+    value_bytes = params.dv * kSize;
     ahead = {blocks,
              {{head_begin * k, head_begin * v},
               {params.d * kSize, value_bytes},
               {k, v},
               heads,
               !params.only_qv}};
+  }
+
+  // The values of a block whose scores are made: kValueKeys keys of all heads, then the next.
+  // softmax(head) is called before a head's first ones, add(head, key) for those from `key` on.
+  template <class Softmax, class Add>
+  void add_block(const Heads& of, Softmax&& softmax, Add&& add) {
+    for (int64_t key = 0; key < kDecodeBlock; key += kValueKeys) {
+      for (int64_t h = of.begin; h < of.end; ++h) {
+        if (key == 0) softmax(h);
+        add(h, key);
+      }
+    }
   }
 
   // Calls kernel.attend_heads<Key>(block, heads) for all heads of block after block, and write()

@@ -74,8 +74,8 @@ inline void store_quarters(float* to, simd::Vec x) {
 // The softmax of four rows and a block of keys: scores, a vector for four keys, to p, for four keys
 // two pairs of probabilities of each row. maxima and sums are of four rows. Returns whether earlier
 // sums are to be multiplied by factors.
-inline bool soften_group(const float* scores, bf16* p, float to_log2, float* maxima, float* sums,
-                         float* factors) {
+inline bool softmax_group(const float* scores, bf16* p, float to_log2, float* maxima, float* sums,
+                          float* factors) {
   using simd::Vec;
   constexpr int kVecs = kGroupScores / 16;
   auto larger = [](Vec a, Vec b) { return simd::max(a, b); };
@@ -91,7 +91,7 @@ inline bool soften_group(const float* scores, bf16* p, float to_log2, float* max
   Vec shift = simd::where_less(simd::set1(-kInfinity), top, top, simd::zero());
   const bool moved = _mm512_cmp_ps_mask(top, old, _CMP_NEQ_OQ) != 0;
   if (moved) {
-    Vec factor = simd::exp2<6>((old - shift) * scale);
+    Vec factor = simd::exp2<kExpDegree<float>>((old - shift) * scale);
     store_quarters(factors, factor);
     store_quarters(maxima, top);
     sum = sum * factor;
@@ -105,12 +105,13 @@ inline bool soften_group(const float* scores, bf16* p, float to_log2, float* max
     auto both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(x[i + 1], x[i]));
     _mm512_storeu_si512(p + 16 * i, both);
   }
-  low = (x[0] + x[1]) + (x[2] + x[3]), high = (x[4] + x[5]) + (x[6] + x[7]);
+  low = (x[0] + x[1]) + (x[2] + x[3]);
+  high = (x[4] + x[5]) + (x[6] + x[7]);
   store_quarters(sums, sum + join_quarters(low + high, plus));
   return moved;
 }
 
-// sums (kRows, kPanels · 32 columns) += P · values of kValueKeys keys; p as soften_group() leaves
+// sums (kRows, kPanels · 32 columns) += P · values of kValueKeys keys; p as softmax_group() leaves
 // it. Asks again for the values that come kRowsAgain rows later.
 template <int kRows, int kPanels>
 inline __attribute__((always_inline)) void add_pairs(const bf16* const* values, int64_t offset,

@@ -1,38 +1,22 @@
-// What both decode kernels keep of an item: its query rows, their softmax states and sums, and
+// What every decode keeps of an item: its query rows, their softmax states and sums, and
 // where its keys lie.
 #pragma once
 
 #include <limits>
 
 #include "flash_attention_v3/cpu/common/epilogue.h"
+#include "flash_attention_v3/cpu/common/head_sizes.h"
+#include "flash_attention_v3/cpu/common/item.h"
 #include "flash_attention_v3/cpu/common/mask.h"
-#include "flash_attention_v3/cpu/common/prefetch.h"
+#include "flash_attention_v3/cpu/common/params.h"
 #include "flash_attention_v3/cpu/common/query.h"
-#include "flash_attention_v3/cpu/common/scheduler.h"
-#include "flash_attention_v3/cpu/prefill/pack.h"
-#include "jit_kernel/cpu/thread_pool.h"
+#include "flash_attention_v3/cpu/decode/decode_sizes.h"
+#include "jit_kernel/cpu/memory.h"
 
 namespace jit_kernel {
 
-inline void scale_floats(float* row, int64_t n, float factor) {
-  simd::Vec by = simd::set1(factor);
-  for (int64_t j = 0; j < n; j += simd::kLanes) simd::store(row + j, simd::load(row + j) * by);
-}
-
-// Takes every array that `kernel.each_array` names from scratch memory.
-template <class Kernel>
-inline void take_arrays(Kernel& kernel, Scratch& scratch) {
-  size_t bytes = 0;
-  kernel.each_array([&](auto*& a, int64_t n) {
-    bytes += Scratch::size<std::remove_reference_t<decltype(*a)>>(n);
-  });
-  scratch.reserve(bytes);
-  kernel.each_array(
-      [&](auto*& a, int64_t n) { a = scratch.take<std::remove_reference_t<decltype(*a)>>(n); });
-}
-
 // A block of keys passes all heads before the next: a token's heads lie side by side in memory, so
-// that pages (4 KiB) are opened once. One block and one head are a step; steps count from 0.
+// that pages are opened once. One block and one head are a step; steps count from 0.
 template <class Element, class Math>
 struct DecodeState {
   // e4m3 has no loads that are cheap enough to repeat for every row.
@@ -83,9 +67,14 @@ struct DecodeState {
   template <class F>
   void each_state_array(F&& f) {
     int64_t all_rows = heads * rows;
-    f(q, all_rows * sizes.depth), f(sums, all_rows * sum_columns), f(head_settings, heads);
-    f(maxima, heads * kDecodeRows), f(row_sums, heads * kDecodeRows);
-    f(spare_row, sizes.depth), f(turned, sizes.depth), f(blocks, kBlocks);
+    f(q, all_rows * sizes.depth);
+    f(sums, all_rows * sum_columns);
+    f(head_settings, heads);
+    f(maxima, heads * kDecodeRows);
+    f(row_sums, heads * kDecodeRows);
+    f(spare_row, sizes.depth);
+    f(turned, sizes.depth);
+    f(blocks, kBlocks);
   }
 
   // The item's query rows, settings and keys.
@@ -114,11 +103,11 @@ struct DecodeState {
     parts = std::max<int64_t>(1, (item_keys + item.part_keys - 1) / item.part_keys);
     part_steps = item.part_keys / kDecodeBlock * heads;
     part_end = part_steps - (first_key - item.key_begin) / kDecodeBlock * heads;
-    forget();
+    begin_part();
   }
 
-  // Starts a part: nothing seen.
-  void forget() {
+  // A part begins: no key of it is seen yet.
+  void begin_part() {
     std::memset(sums, 0, static_cast<size_t>(heads * rows * sum_columns) * sizeof(float));
     std::fill_n(maxima, heads * kDecodeRows, -kInfinity);
     std::fill_n(row_sums, heads * kDecodeRows, 0.0f);
@@ -130,8 +119,9 @@ struct DecodeState {
   void end_parts(int64_t step, Write&& write) {
     while (step >= part_end && part + 1 < parts) {
       write();
-      ++part, part_end += part_steps;
-      forget();
+      ++part;
+      part_end += part_steps;
+      begin_part();
     }
   }
   template <class Write>
@@ -140,41 +130,12 @@ struct DecodeState {
     write();
   }
 
-  const Block& block_of(int64_t step) const { return blocks[step / heads % kBlocks]; }
-  // From head 0 of a key or value to the head of a step.
-  int64_t offset(int64_t head_stride, int64_t step) const {
-    return (head_begin + step % heads) * head_stride;
-  }
-
-  // Locates the blocks of a step and the next one, and what is asked for while the step runs; tells
-  // what of it is left to ask for.
-  template <class Params>
-  Prefetch look_ahead(const Params& params, const Sequence& s, int64_t step) {
-    const int64_t ahead = std::min(step + kStepsAhead, steps - 1);
-    const int64_t next = step / heads + 1, last = (steps - 1) / heads;
-    locate_until(params, s, std::min(last, std::max(next, ahead / heads)));
-    const int64_t rows_of_step = (kDecodeBlock + heads - 1) / heads;
-    if (next <= last) {
-      open_pages(params, blocks[next % kBlocks], step % heads * rows_of_step, rows_of_step);
-    }
-    constexpr int64_t kSize = sizeof(Element);
-    const Block& b = block_of(ahead);
-    auto at = [](const Element* const* p) { return reinterpret_cast<const void* const*>(p); };
-    return {params.only_qv ? nullptr : at(b.k),
-            offset(params.k.head, ahead) * kSize,
-            params.d * kSize,
-            at(b.v),
-            offset(params.v.head, ahead) * kSize,
-            params.dv * kSize,
-            b.to};
-  }
-
-  // Asks for the first line of pages (4 KiB) of a block to come, those of `count` rows: what a core
+  // Asks for the first line of pages of a block to come, those of `count` rows: what a core
   // fetches by itself, and its walk to a page's address, begin there. 1 to 2 % of a decode from
   // pages of 16 tokens.
   template <class Params>
   void open_pages(const Params& params, const Block& b, int64_t first, int64_t count) const {
-    auto page = [](const Element* row) { return reinterpret_cast<uintptr_t>(row) >> 12; };
+    auto page = [](const Element* row) { return reinterpret_cast<uintptr_t>(row) / kPageBytes; };
     for (int64_t j = first; j < std::min(kDecodeBlock, first + count); ++j) {
       if (j > 0 && page(b.v[j]) == page(b.v[j - 1])) continue;
       __builtin_prefetch(b.v[j] + head_begin * params.v.head, 0, 2);
@@ -195,7 +156,9 @@ struct DecodeState {
   template <class Params>
   void locate(const Params& params, const Sequence& s, int64_t first, int64_t from, int64_t to,
               Block& block) {
-    block.first = first, block.from = from, block.to = to;
+    block.first = first;
+    block.from = from;
+    block.to = to;
     int64_t key = first + from, count = to - from;
     key_rows(params, params.v, s, key, count, 0, block.v + from);
     if (!params.only_qv) key_rows(params, params.k, s, key, count, 0, block.k + from);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "flash_attention_v3/cpu/decode/decode_in_order.h"
+#include "jit_kernel/cpu/thread_pool.h"
 
 namespace jit_kernel {
 
@@ -14,13 +15,16 @@ template <int kRows, class Key>
 inline simd::Vec dot_keys(const Key* const* keys, int64_t offset, const float* q, int64_t stride,
                           int64_t n) {
   constexpr int kKeys = simd::kLanes / kRows;
-  constexpr int64_t kLine = 64 / sizeof(Key);
+  constexpr int64_t kLine = kCacheLine / sizeof(Key);
   simd::Vec sum[simd::kLanes];
   const Key *k[kKeys], *later[kKeys];
 #pragma GCC unroll 16
   for (int j = 0; j < simd::kLanes; ++j) sum[j] = simd::zero();
 #pragma GCC unroll 16
-  for (int j = 0; j < kKeys; ++j) k[j] = keys[j] + offset, later[j] = keys[j + kRowsAgain] + offset;
+  for (int j = 0; j < kKeys; ++j) {
+    k[j] = keys[j] + offset;
+    later[j] = keys[j + kRowsAgain] + offset;
+  }
   for (int64_t at = 0; at < n; at += simd::kLanes) {
     simd::Vec rows[kRows];
 #pragma GCC unroll 4
@@ -46,7 +50,7 @@ inline simd::Vec dot_keys(const Key* const* keys, int64_t offset, const float* q
 template <int kRows, int kVecs, class Value>
 inline void add_values(const Value* const* values, int64_t offset, const float* p, int64_t p_stride,
                        float* sums, int64_t sum_stride) {
-  constexpr int kLine = 64 / sizeof(Value);
+  constexpr int kLine = kCacheLine / sizeof(Value);
   simd::Vec sum[kRows][kVecs];
   for (int i = 0; i < kRows; ++i) {
     for (int c = 0; c < kVecs; ++c) {
@@ -96,7 +100,7 @@ struct Decode : DecodeInOrder<Element, float> {
 
   template <class Params>
   Decode(const Params& params, const Item& item, Scratch& scratch) : State(params, item, kLanes) {
-    take_arrays(*this, scratch);
+    scratch.take_all([&](auto&& f) { each_array(f); });
   }
 
   // Scores of kRows rows from `row` on of a head, and `count` keys.
@@ -107,9 +111,8 @@ struct Decode : DecodeInOrder<Element, float> {
     const float* query = q + (head * rows + row) * sizes.depth;
     float* to = scores + (head * rows + row) * kDecodeBlock;
     for (int64_t j = first; j < first + count; j += kKeys) {
-      const Key *const *k = this->template keys_from<Key>(j), *const *v =
-                                                                  this->template values_from<Key>(
-                                                                      j);
+      const Key* const* k = this->template keys_from<Key>(j);
+      const Key* const* v = this->template values_from<Key>(j);
       simd::Vec s = simd::zero();
       if (sizes.qk) s = dot_keys<kRows>(k, of.k(head), query, sizes.depth, sizes.qk) * mix;
       if (sizes.qv) {
@@ -163,22 +166,22 @@ struct Decode : DecodeInOrder<Element, float> {
   }
 
   // Scores to probabilities; the head's sums are scaled to its new maximum.
-  void soften(const Block& block, int64_t head) {
+  void softmax(const Block& block, int64_t head) {
     for (int64_t i = 0; i < rows; i += kLanes) {
       const int64_t count = std::min(kLanes, rows - i), state = head * kDecodeRows + i;
       float *s = scores + (head * rows + i) * kDecodeBlock,
             *sum = sums + (head * rows + i) * sizes.dv;
       alignas(64) float factors[simd::kLanes];
-      SoftenArgs<float> a{
+      SoftmaxArgs<float> a{
           s,      kDecodeBlock, s, kDecodeBlock, kDecodeBlock, maxima + state, row_sums + state,
           factors};
       auto visible = [&](int64_t j) {
         return Interval{std::max(block.from, seen[i + j].begin - block.first),
                         std::min(block.to, seen[i + j].end - block.first)};
       };
-      soften_rows<6>(a, head_settings[head].scale, count, visible);
+      softmax_rows<kExpDegree<float>>(a, head_settings[head].scale, count, visible);
       for (int64_t j = 0; j < count; ++j) {
-        if (factors[j] != 1.0f) scale_floats(sum + j * sizes.dv, sizes.dv, factors[j]);
+        if (factors[j] != 1.0f) simd::scale_floats(sum + j * sizes.dv, sizes.dv, factors[j]);
       }
     }
   }
@@ -189,12 +192,9 @@ struct Decode : DecodeInOrder<Element, float> {
       // Four rows share a vector of scores, one row has it for itself.
       const int64_t together = rows % 4 == 0 ? kLanes / 4 : kLanes;
       for (int64_t key = 0; key < kDecodeBlock; key += together) score<Key>(of, key, together);
-      for (int64_t key = 0; key < kDecodeBlock; key += kValueKeys) {
-        for (int64_t h = of.begin; h < of.end; ++h) {
-          if (key == 0) soften(block, h);
-          add_keys<Key>(of, h, key);
-        }
-      }
+      this->add_block(
+          of, [&](int64_t head) { softmax(block, head); },
+          [&](int64_t head, int64_t key) { add_keys<Key>(of, head, key); });
     }
   }
 

@@ -1,12 +1,15 @@
 // The decode of mainloop_decode.h with its products in AMX tiles.
 //
-// A step is a block of 32 keys of one head. Each round softens a step's scores and adds its values,
-// after it has made the scores of the next step, so that none are waited for (2 to 3 %); between
-// the products memory is asked for more.
+// A step is a block of 32 keys of one head. Each round turns a step's scores into probabilities and
+// adds its values, after it has made the scores of the next step, so that none are waited for (2 to
+// 3 %); between the products memory is asked for more.
 #pragma once
 
+#include "flash_attention_v3/cpu/common/convert.h"
+#include "flash_attention_v3/cpu/common/prefetch.h"
 #include "flash_attention_v3/cpu/decode/decode_amx.h"
 #include "flash_attention_v3/cpu/decode/decode_state.h"
+#include "jit_kernel/cpu/thread_pool.h"
 
 #ifdef JIT_KERNEL_AMX
 
@@ -20,7 +23,8 @@ struct DecodeTiles : DecodeState<Element, Math> {
   using State::sizes, State::rows, State::heads, State::in_place, State::q, State::sums;
   using State::sum_columns;
   static constexpr int64_t kPanel = 32;  // columns of values in a tile
-  static constexpr int64_t kStepScores = 16 * kDecodeBlock;
+  static constexpr int64_t kHalf = kDecodeBlock / 2;
+  static constexpr int64_t kStepScores = kDecodeRows * kDecodeBlock;
 
   int64_t columns;       // queries side by side in a tile
   int64_t value_stride;  // of converted values
@@ -35,8 +39,11 @@ struct DecodeTiles : DecodeState<Element, Math> {
   template <class F>
   void each_array(F&& f) {
     this->each_state_array(f);
-    f(queries, heads * columns * sizes.depth), f(p, 2 * kTileWords), f(scores, 2 * kStepScores);
-    f(copies, 2 * 16 * std::max(sizes.qk, value_stride)), f(ordered, sum_columns);
+    f(queries, heads * columns * sizes.depth);
+    f(p, 2 * kTileWords);
+    f(scores, 2 * kStepScores);
+    f(copies, 2 * kHalf * std::max(sizes.qk, value_stride));
+    f(ordered, sum_columns);
     f(keys, in_place ? 0 : kDecodeBlock * sizes.qk);
     f(values, in_place ? 0 : kDecodeBlock * value_stride);
   }
@@ -49,7 +56,7 @@ struct DecodeTiles : DecodeState<Element, Math> {
     sum_columns = round_up(sizes.dv, kPanel);
     value_stride = std::max(sum_columns, sizes.qv);
     in_place = in_place && sizes.dv >= kPanel;
-    take_arrays(*this, scratch);
+    scratch.take_all([&](auto&& f) { each_array(f); });
   }
 
   // The keys or values of a step, 16 and 16.
@@ -64,6 +71,36 @@ struct DecodeTiles : DecodeState<Element, Math> {
 
     void rest() { at = ahead.ask(at, kDecodeBlock); }
   };
+
+  const Block& block_of(int64_t step) const { return this->blocks[step / heads % State::kBlocks]; }
+  // From head 0 of a key or value to the head of a step.
+  int64_t offset(int64_t head_stride, int64_t step) const {
+    return (this->head_begin + step % heads) * head_stride;
+  }
+
+  // Locates the blocks of a step and the next one, and what is asked for while the step runs;
+  // returns what of it is left to ask for.
+  template <class Params>
+  Prefetch look_ahead(const Params& params, const Sequence& s, int64_t step) {
+    const int64_t ahead = std::min(step + kStepsAhead, steps - 1);
+    const int64_t next = step / heads + 1, last = (steps - 1) / heads;
+    this->locate_until(params, s, std::min(last, std::max(next, ahead / heads)));
+    const int64_t rows_of_step = (kDecodeBlock + heads - 1) / heads;
+    if (next <= last) {
+      this->open_pages(params, this->blocks[next % State::kBlocks], step % heads * rows_of_step,
+                       rows_of_step);
+    }
+    constexpr int64_t kSize = sizeof(Element);
+    const Block& b = block_of(ahead);
+    auto at = [](const Element* const* p) { return reinterpret_cast<const void* const*>(p); };
+    return {params.only_qv ? nullptr : at(b.k),
+            offset(params.k.head, ahead) * kSize,
+            params.d * kSize,
+            at(b.v),
+            offset(params.v.head, ahead) * kSize,
+            params.dv * kSize,
+            b.to};
+  }
 
   // Adds to the tiles of scores products over n elements.
   static void add_products(const Halves& k, const Math* b, int64_t columns, int64_t n,
@@ -123,37 +160,34 @@ struct DecodeTiles : DecodeState<Element, Math> {
     asking.at = at;
   }
 
-  template <class Params>
-  Halves keys_of(const Params& params, int64_t step) {
-    const Block& block = this->block_of(step);
-    int64_t offset = this->offset(params.k.head, step), n = sizes.qk;
+  // A step's rows of one kind in halves: where they are, or converted to rows of `padded` elements.
+  // `n` of them count.
+  Halves halves_of(const Element* const* rows, const int64_t (&row_steps)[2], int64_t offset,
+                   int64_t n, int64_t padded, Math* converted) {
     if constexpr (std::is_same<Element, Math>::value) {
       if (in_place) {
-        return {tile_rows(block.k, block.k_steps[0], offset, n, copies),
-                tile_rows(block.k + 16, block.k_steps[1], offset, n, copies + 16 * n)};
+        return {tile_rows(rows, row_steps[0], offset, n, copies),
+                tile_rows(rows + kHalf, row_steps[1], offset, n, copies + kHalf * n)};
       }
     }
     for (int64_t j = 0; j < kDecodeBlock; ++j) {
-      convert_row<Math>(block.k[j] + offset, keys + j * n, params.d, n);
+      convert_row<Math>(rows[j] + offset, converted + j * padded, n, padded);
     }
-    return {{keys, n * 2}, {keys + 16 * n, n * 2}};
+    const int64_t bytes = padded * int64_t{sizeof(Math)};
+    return {{converted, bytes}, {converted + kHalf * padded, bytes}};
+  }
+
+  template <class Params>
+  Halves keys_of(const Params& params, int64_t step) {
+    const Block& block = block_of(step);
+    return halves_of(block.k, block.k_steps, offset(params.k.head, step), params.d, sizes.qk, keys);
   }
 
   template <class Params>
   Halves values_of(const Params& params, int64_t step) {
-    const Block& block = this->block_of(step);
-    int64_t offset = this->offset(params.v.head, step), n = value_stride;
-    if constexpr (std::is_same<Element, Math>::value) {
-      if (in_place) {
-        n = sizes.dv;
-        return {tile_rows(block.v, block.v_steps[0], offset, n, copies),
-                tile_rows(block.v + 16, block.v_steps[1], offset, n, copies + 16 * n)};
-      }
-    }
-    for (int64_t j = 0; j < kDecodeBlock; ++j) {
-      convert_row<Math>(block.v[j] + offset, values + j * n, params.dv, n);
-    }
-    return {{values, n * 2}, {values + 16 * n, n * 2}};
+    const Block& block = block_of(step);
+    return halves_of(block.v, block.v_steps, offset(params.v.head, step), params.dv, value_stride,
+                     values);
   }
 
   template <class Params>
@@ -187,21 +221,21 @@ struct DecodeTiles : DecodeState<Element, Math> {
   }
 
   // Scores to probabilities; the head's sums are scaled to its new maximum.
-  void soften(int64_t step) {
+  void softmax(int64_t step) {
     int64_t head = step % heads;
     const ScoreScale& scale = head_settings[head].scale;
     float *s = scores + step % 2 * kStepScores, *maximum = maxima + head * kDecodeRows;
     if (scale.transform) transform_scores(scale, s, kDecodeBlock * columns);
-    mask(this->block_of(step), s);
+    mask(block_of(step), s);
     alignas(64) float factors[16];
-    auto work = columns == 4 ? soften_columns<4, Math> : soften_columns<16, Math>;
+    auto work = columns == 4 ? softmax_columns<4, Math> : softmax_columns<16, Math>;
     float* sum = row_sums + head * kDecodeRows;
     if (!work(s, rows, p, scale.to_log2(), maximum, sum, factors)) return;
     for (int64_t i = 0; i < rows; ++i) {
       if (factors[i] == 1.0f) continue;
       for (int64_t c = 0; c < sum_columns; c += kPanel) {
-        scale_floats(sum_line(head, c, i), 16, factors[i]);
-        scale_floats(sum_line(head, c, rows + i), 16, factors[i]);
+        simd::scale_floats(sum_line(head, c, i), 16, factors[i]);
+        simd::scale_floats(sum_line(head, c, rows + i), 16, factors[i]);
       }
     }
   }
@@ -234,7 +268,7 @@ struct DecodeTiles : DecodeState<Element, Math> {
   bool order_row(int64_t head, int64_t row) {
     __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-    __mmask16 wrong = 0;
+    __mmask16 not_finite = 0;
     for (int64_t c = 0; c < sum_columns; c += kPanel) {
       __m512 even = _mm512_load_ps(sum_line(head, c, row));
       __m512 odd = _mm512_load_ps(sum_line(head, c, rows + row));
@@ -242,15 +276,16 @@ struct DecodeTiles : DecodeState<Element, Math> {
       _mm512_storeu_ps(to, _mm512_permutex2var_ps(even, low, odd));
       _mm512_storeu_ps(to + 16, _mm512_permutex2var_ps(even, high, odd));
       __m512 both = _mm512_add_ps(_mm512_sub_ps(even, even), _mm512_sub_ps(odd, odd));
-      wrong |= _mm512_cmp_ps_mask(both, both, _CMP_UNORD_Q);
+      not_finite |= _mm512_cmp_ps_mask(both, both, _CMP_UNORD_Q);
     }
-    return wrong == 0;
+    return not_finite == 0;
   }
 
-  // Writes the part that has ended, and to `wrong` the heads of it whose sums are not all finite.
+  // Writes the part that has ended, and to `not_finite` the heads of it whose sums are not all
+  // finite.
   template <class Params>
   void write_part(const Params& params, const Sequence& s, const Item& item,
-                  const Partials& partials, std::vector<Item>& wrong) {
+                  const Partials& partials, std::vector<Item>& not_finite) {
     for (int64_t h = 0; h < heads; ++h) {
       bool finite = true;
       for (int64_t r = 0; r < rows; ++r) {
@@ -259,11 +294,12 @@ struct DecodeTiles : DecodeState<Element, Math> {
       }
       if (finite) continue;
       Item again = item;
-      again.head_begin = this->head_begin + h, again.head_end = again.head_begin + 1;
+      again.head_begin = this->head_begin + h;
+      again.head_end = again.head_begin + 1;
       again.key_begin += this->part * item.part_keys;
       again.key_end = std::min(again.key_begin + item.part_keys, item.key_end);
       if (item.part >= 0) again.part += this->part * item.part_stride + h * rows;
-      wrong.push_back(again);
+      not_finite.push_back(again);
     }
   }
 
@@ -277,8 +313,8 @@ struct DecodeTiles : DecodeState<Element, Math> {
       pack_columns(q + h * rows * sizes.depth, rows, sizes.depth, columns,
                    queries + h * columns * sizes.depth);
     }
-    std::vector<Item> wrong;
-    auto write = [&] { write_part(params, s, item, partials, wrong); };
+    std::vector<Item> not_finite;
+    auto write = [&] { write_part(params, s, item, partials, not_finite); };
     int64_t products = sum_columns / 16 + sizes.depth / 16;
     Asking none{Prefetch(), 0};
     if (steps > 0) {
@@ -286,15 +322,15 @@ struct DecodeTiles : DecodeState<Element, Math> {
       score(params, 0, none);
     }
     for (int64_t step = 0; step < steps; ++step) {
-      Asking asking{this->look_ahead(params, s, step), (kDecodeBlock + products - 1) / products};
+      Asking asking{look_ahead(params, s, step), (kDecodeBlock + products - 1) / products};
       this->end_parts(step, write);
       if (step + 1 < steps) score(params, step + 1, asking);
-      soften(step);
+      softmax(step);
       add_values(params, step, asking);
       asking.rest();
     }
     this->end_last_parts(write);
-    return wrong;
+    return not_finite;
   }
 
   // Lanes of one query, in order.

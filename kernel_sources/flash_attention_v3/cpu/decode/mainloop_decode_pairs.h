@@ -2,6 +2,7 @@
 #pragma once
 
 #include "flash_attention_v3/cpu/decode/decode_pairs.h"
+#include "jit_kernel/cpu/thread_pool.h"
 
 #ifdef JIT_KERNEL_BF16_DOT
 
@@ -26,15 +27,17 @@ struct DecodePairs : DecodeInOrder<Element, bf16> {
   template <class F>
   void each_array(F&& f) {
     this->each_array_in_order(f);
-    f(queries, heads * groups * kGroupRows * sizes.depth), f(ordered, sum_columns);
-    f(scores, heads * groups * kGroupScores), f(p, heads * groups * kGroupScores);
+    f(queries, heads * groups * kGroupRows * sizes.depth);
+    f(ordered, sum_columns);
+    f(scores, heads * groups * kGroupScores);
+    f(p, heads * groups * kGroupScores);
   }
 
   template <class Params>
   DecodePairs(const Params& params, const Item& item, Scratch& scratch)
       : State(params, item, kPanel), groups((this->rows + kGroupRows - 1) / kGroupRows) {
     in_place = in_place && std::is_same<Element, bf16>::value;
-    take_arrays(*this, scratch);
+    scratch.take_all([&](auto&& f) { each_array(f); });
     const int64_t passes = rows / kGroupRows + rows % kGroupRows, panels = sum_columns / kPanel;
     const int64_t bytes = kValueKeys * params.dv * int64_t{sizeof(Element)};
     value_share = (bytes + passes * panels - 1) / (passes * panels);
@@ -47,8 +50,8 @@ struct DecodePairs : DecodeInOrder<Element, bf16> {
 
   // Scores of kScoreKeys keys from `key` on of all heads.
   void score(const Heads& of, int64_t key) {
-    const bf16 *const *k = this->template keys_from<bf16>(key),
-                      *const *v = this->template values_from<bf16>(key);
+    const bf16* const* k = this->template keys_from<bf16>(key);
+    const bf16* const* v = this->template values_from<bf16>(key);
     for (int64_t h = of.begin; h < of.end; ++h) {
       ahead.ask(kScoreKeys * key_bytes);
       for (int64_t g = 0; g < groups; ++g) {
@@ -64,7 +67,7 @@ struct DecodePairs : DecodeInOrder<Element, bf16> {
     }
   }
 
-  // Hides what rows from first_row on do not see.
+  // The scores of keys that a row from first_row on does not see become -inf.
   void mask(const Block& block, float* s, int64_t first_row) {
     for (int64_t i = 0; i < std::min(kGroupRows, rows - first_row); ++i) {
       const Interval& row = seen[first_row + i];
@@ -78,7 +81,7 @@ struct DecodePairs : DecodeInOrder<Element, bf16> {
   }
 
   // A head's scores to probabilities; its sums are scaled to its new maxima.
-  void soften(const Block& block, int64_t head) {
+  void softmax(const Block& block, int64_t head) {
     const ScoreScale& scale = head_settings[head].scale;
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t first = g * kGroupRows, at = padded_row(head, g) * kDecodeBlock;
@@ -86,13 +89,13 @@ struct DecodePairs : DecodeInOrder<Element, bf16> {
       float factors[kGroupRows];
       if (scale.transform) transform_scores(scale, scores + at, kGroupScores);
       mask(block, scores + at, first);
-      if (!soften_group(scores + at, p + at, scale.to_log2(), maxima + state, row_sums + state,
-                        factors)) {
+      if (!softmax_group(scores + at, p + at, scale.to_log2(), maxima + state, row_sums + state,
+                         factors)) {
         continue;
       }
       for (int64_t i = 0; i < std::min(kGroupRows, rows - first); ++i) {
         if (factors[i] == 1.0f) continue;
-        scale_floats(sums + (head * rows + first + i) * sum_columns, sum_columns, factors[i]);
+        simd::scale_floats(sums + (head * rows + first + i) * sum_columns, sum_columns, factors[i]);
       }
     }
   }
@@ -120,9 +123,11 @@ struct DecodePairs : DecodeInOrder<Element, bf16> {
                           in_group * kScoreKeys;
       float* sum = sums + (head * rows + i) * sum_columns;
       if (in_group == 0 && i + kGroupRows <= rows) {
-        add_rows<kGroupRows>(v, of.v(head), pairs, sum), i += kGroupRows;
+        add_rows<kGroupRows>(v, of.v(head), pairs, sum);
+        i += kGroupRows;
       } else {
-        add_rows<1>(v, of.v(head), pairs, sum), ++i;
+        add_rows<1>(v, of.v(head), pairs, sum);
+        ++i;
       }
     }
   }
@@ -131,12 +136,9 @@ struct DecodePairs : DecodeInOrder<Element, bf16> {
   void attend_heads(const Block& block, const Heads& of) {
     if constexpr (std::is_same<Key, bf16>::value) {
       for (int64_t key = 0; key < kDecodeBlock; key += kScoreKeys) score(of, key);
-      for (int64_t key = 0; key < kDecodeBlock; key += kValueKeys) {
-        for (int64_t h = of.begin; h < of.end; ++h) {
-          if (key == 0) soften(block, h);
-          add_values(of, h, key);
-        }
-      }
+      this->add_block(
+          of, [&](int64_t head) { softmax(block, head); },
+          [&](int64_t head, int64_t key) { add_values(of, head, key); });
     }
   }
 

@@ -4,12 +4,15 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "jit_kernel/cpu/memory.h"
+
 namespace jit_kernel {
 
 // Asks for the keys, then the values of block after block, a token's heads in one run where they
 // lie side by side: what a core fetches by itself follows such runs. Into L2, as L1 holds what is
-// being read. A core drops requests when too many are under way (Zen 4 does), so whoever reads asks
-// a second time, shortly before: that is 4 to 6 of the 84 to 100 % of reading that are reached.
+// being read. A core drops requests when too many are under way (Zen 4 does), so the
+// loops that read ask a second time, shortly before: that is 4 to 6 of the 84 to 100 % of reading
+// that are reached.
 template <class Block, int64_t kBlocks>
 class RunPrefetch {
  public:
@@ -26,7 +29,8 @@ class RunPrefetch {
       : blocks_(blocks), first_kind_(layout.has_keys ? 0 : 1), kind_(first_kind_) {
     for (int i = 0; i < 2; ++i) {
       bool is_one = layout.apart[i] == layout.head_bytes[i];
-      offset_[i] = layout.offset[i], apart_[i] = layout.apart[i];
+      offset_[i] = layout.offset[i];
+      apart_[i] = layout.apart[i];
       bytes_[i] = layout.head_bytes[i] * (is_one ? layout.heads : 1);
       runs_[i] = is_one ? 1 : layout.heads;
     }
@@ -42,7 +46,7 @@ class RunPrefetch {
       if (at_ >= end_ && !open()) continue;
       if (at_ + kPiece <= end_) {
 #pragma GCC unroll 8
-        for (int64_t i = 0; i < kPiece; i += 64) __builtin_prefetch(at_ + i, 0, 2);
+        for (int64_t i = 0; i < kPiece; i += kCacheLine) __builtin_prefetch(at_ + i, 0, 2);
         at_ += kPiece;
       } else {
         ask_rest();
@@ -58,8 +62,9 @@ class RunPrefetch {
     for (int64_t left = kPiece; left > 0;) {
       if (at_ >= end_ && !open()) return;
       const int64_t taken = std::min(left, end_ - at_);
-      for (int64_t i = 0; i < taken; i += 64) __builtin_prefetch(at_ + i, 0, 2);
-      at_ += taken, left -= taken;
+      for (int64_t i = 0; i < taken; i += kCacheLine) __builtin_prefetch(at_ + i, 0, 2);
+      at_ += taken;
+      left -= taken;
     }
   }
 
@@ -68,7 +73,8 @@ class RunPrefetch {
     if (run_ + 1 < runs_[kind_]) {
       ++run_;
     } else if (row_ + 1 < rows_) {
-      ++row_, run_ = 0;
+      ++row_;
+      run_ = 0;
     } else if (!open_block()) {
       return false;
     }
@@ -84,7 +90,9 @@ class RunPrefetch {
     kind_ = to_values ? 1 : first_kind_;
     const Block& block = blocks_[block_ % kBlocks];
     from_ = reinterpret_cast<const char* const*>(kind_ ? block.v : block.k);
-    row_ = block.from, rows_ = block.to, run_ = 0;
+    row_ = block.from;
+    rows_ = block.to;
+    run_ = 0;
     return true;
   }
 

@@ -8,8 +8,8 @@
 #include <cmath>
 #include <vector>
 
+#include "flash_attention_v3/cpu/entry/arguments.h"
 #include "jit_kernel/cpu/element.h"
-#include "jit_kernel/cpu/ffi_arguments.h"
 
 namespace jit_kernel {
 
@@ -72,39 +72,42 @@ inline void combine_row(Part* parts, int64_t count, char* out, DLDataType dtype,
   }
 }
 
-// out_partial (splits, ..., dv), lse_partial (splits, ...), out (..., dv), lse (...).
-inline void combine(FfiArguments& a) {
-  TensorView out_partial = a.tensor(), lse_partial = a.tensor(), out = a.tensor(), lse = a.tensor();
-  int64_t dv = out.size(out.ndim() - 1), splits = out_partial.size(0), rows = lse.numel();
-  RowWalk values{out_partial, 1, 1}, weights{lse_partial, 1, 0}, to{out, 0, 1}, to_lse{lse, 0, 0};
+inline float float_at(const RowWalk& lse, int64_t outer, int64_t row) {
+  return *reinterpret_cast<const float*>(lse.at(outer, row));
+}
+
+inline void combine(FfiArguments& from) {
+  const CombineArguments a(from);
+  const int64_t dv = a.out.size(a.out.ndim() - 1), splits = a.out_partial.size(0);
+  const RowWalk values{a.out_partial, 1, 1}, weights{a.lse_partial, 1, 0};
+  const RowWalk to{a.out, 0, 1}, to_lse{a.lse, 0, 0};
   std::vector<Part> parts(static_cast<size_t>(splits));
-  for (int64_t r = 0; r < rows; ++r) {
+  for (int64_t r = 0; r < a.lse.numel(); ++r) {
     for (int64_t i = 0; i < splits; ++i) {
-      float weight = *reinterpret_cast<const float*>(weights.at(i, r));
-      parts[static_cast<size_t>(i)] = {values.at(i, r), out_partial.dtype(), weight, 0.0};
+      parts[static_cast<size_t>(i)] = {values.at(i, r), a.out_partial.dtype(),
+                                       float_at(weights, i, r), 0.0};
     }
-    combine_row(parts.data(), splits, to.at(0, r), out.dtype(), dv,
+    combine_row(parts.data(), splits, to.at(0, r), a.out.dtype(), dv,
                 reinterpret_cast<float*>(to_lse.at(0, r)));
   }
 }
 
-// Two parts in tensors of their own; each out (..., dv) and lse (...).
-inline void merge_state(FfiArguments& arguments) {
-  TensorView out_a = arguments.tensor(), lse_a = arguments.tensor(), out_b = arguments.tensor();
-  TensorView lse_b = arguments.tensor(), out = arguments.tensor(), lse = arguments.tensor();
-  int64_t dv = out.size(out.ndim() - 1), rows = lse.numel();
-  RowWalk a{out_a, 0, 1}, b{out_b, 0, 1}, weight_a{lse_a, 0, 0}, weight_b{lse_b, 0, 0};
-  RowWalk to{out, 0, 1}, to_lse{lse, 0, 0};
-  for (int64_t r = 0; r < rows; ++r) {
-    Part parts[2] = {
-        {a.at(0, r), out_a.dtype(), *reinterpret_cast<const float*>(weight_a.at(0, r)), 0.0},
-        {b.at(0, r), out_b.dtype(), *reinterpret_cast<const float*>(weight_b.at(0, r)), 0.0}};
-    combine_row(parts, 2, to.at(0, r), out.dtype(), dv, reinterpret_cast<float*>(to_lse.at(0, r)));
+inline void merge_state(FfiArguments& from) {
+  const MergeArguments a(from);
+  const int64_t dv = a.out.size(a.out.ndim() - 1);
+  const RowWalk values_a{a.out_a, 0, 1}, weights_a{a.lse_a, 0, 0};
+  const RowWalk values_b{a.out_b, 0, 1}, weights_b{a.lse_b, 0, 0};
+  const RowWalk to{a.out, 0, 1}, to_lse{a.lse, 0, 0};
+  for (int64_t r = 0; r < a.lse.numel(); ++r) {
+    Part parts[2] = {{values_a.at(0, r), a.out_a.dtype(), float_at(weights_a, 0, r), 0.0},
+                     {values_b.at(0, r), a.out_b.dtype(), float_at(weights_b, 0, r), 0.0}};
+    combine_row(parts, 2, to.at(0, r), a.out.dtype(), dv,
+                reinterpret_cast<float*>(to_lse.at(0, r)));
   }
 }
 
 }  // namespace jit_kernel
 
-#define JIT_KERNEL_EXPORT_COMBINE()                    \
-  JIT_KERNEL_EXPORT(combine, 4, ::jit_kernel::combine) \
-  JIT_KERNEL_EXPORT(merge_state, 6, ::jit_kernel::merge_state)
+#define JIT_KERNEL_EXPORT_COMBINE()                                                         \
+  JIT_KERNEL_EXPORT(combine, ::jit_kernel::CombineArguments::kCount, ::jit_kernel::combine) \
+  JIT_KERNEL_EXPORT(merge_state, ::jit_kernel::MergeArguments::kCount, ::jit_kernel::merge_state)

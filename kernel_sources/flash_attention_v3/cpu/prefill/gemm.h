@@ -5,7 +5,7 @@
 // the depth in order, whatever the tile, so that a row's result does not depend on its neighbours.
 #pragma once
 
-#include "flash_attention_v3/cpu/common/tile_size.h"
+#include "flash_attention_v3/cpu/prefill/prefill_tiles.h"
 
 namespace jit_kernel {
 
@@ -145,8 +145,10 @@ inline void gemm_tile(const GemmArgs<Math>& g, int64_t row, int64_t first_panel)
           for (int j = 0; j < kPanels; ++j) sum[i][j] = Dot<Math>::add(sum[i][j], one, columns[j]);
         }
       }
-      a += kTogether, lower += kTogether;
-      b += kLanes * kTogether, right += kLanes * kTogether;
+      a += kTogether;
+      lower += kTogether;
+      b += kLanes * kTogether;
+      right += kLanes * kTogether;
       asm("" : "+r"(a), "+r"(lower), "+r"(b), "+r"(right));
     }
     float* to = c;
@@ -177,9 +179,15 @@ inline void gemm(GemmArgs<Math> g, int64_t rows, int64_t panels) {
     g.depth = std::min(left, kDeep - g.offset % kDeep);
     int64_t j = 0;
     for (; j + kPanels <= panels; j += kPanels) gemm_rows<Math, kPanels>(g, rows, j);
-    if (j + 2 <= panels) gemm_rows<Math, 2>(g, rows, j), j += 2;
+    if (j + 2 <= panels) {
+      gemm_rows<Math, 2>(g, rows, j);
+      j += 2;
+    }
     for (; j < panels; ++j) gemm_rows<Math, 1>(g, rows, j);
-    g.a += g.depth, g.b += g.depth * simd::kLanes, g.offset += g.depth, g.accumulate = true;
+    g.a += g.depth;
+    g.b += g.depth * simd::kLanes;
+    g.offset += g.depth;
+    g.accumulate = true;
     g.factors.rows += (g.depth + g.piece - 1) / g.piece * g.factors.next;
   }
 }

@@ -1,75 +1,16 @@
 // The product of gemm.h in AMX tiles: 16 rows by 16 columns, 32 bf16 deep.
 #pragma once
 
+#include "flash_attention_v3/cpu/common/amx.h"
 #include "flash_attention_v3/cpu/prefill/gemm.h"
 
 #ifdef JIT_KERNEL_AMX
-
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #define JIT_KERNEL_INLINED __attribute__((always_inline))
 #define JIT_KERNEL_INLINE inline JIT_KERNEL_INLINED
 
 namespace jit_kernel {
 
-// Whether this process may use tile registers. The system hands them out on request, once for all
-// threads; where it refuses (an old kernel, a sandbox) the AVX-512-BF16 product serves.
-inline bool amx_allowed() {
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
-  static const bool allowed = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-  return allowed;
-}
-
-// Whether the tiles multiply fp16, too (Granite Rapids); a run-time matter, as the target has no
-// word for it and older compilers know no such instruction.
-inline bool amx_fp16_allowed() {
-  static const bool allowed = [] {
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 21 & 1) && amx_allowed();
-  }();
-  return allowed;
-}
-
-// Tile kSum += tile kA times tile kB: TDPBF16PS or, by its bytes, TDPFP16PS; they differ in one
-// prefix.
-template <class Math, int kSum, int kA, int kB>
-inline void tile_dot() {
-  constexpr int kPrefix = std::is_same<Math, bf16>::value ? 2 : 3;  // F3 or F2
-  asm volatile(".byte 0xc4, 0xe2, %c0, 0x5c, %c1"
-               :
-               : "i"((~kB & 15) << 3 | kPrefix), "i"(0xc0 | kSum << 3 | kA));
-}
-
-// The thread's tiles while an item runs; released, as their 8 KiB would be saved at every switch.
-class AmxTiles {
- public:
-  // Tiles 0, 1, 2 and 4 have `rows` rows, the others 16; 3, 6 and 7 have `columns` columns of 4
-  // bytes.
-  explicit AmxTiles(int64_t rows = 16, int64_t columns = 16) : active_(amx_allowed()) {
-    if (!active_) return;
-    alignas(64) unsigned char config[64] = {1};  // palette 1
-    for (int i = 0; i < 8; ++i) {
-      bool narrow = i == 3 || i == 6 || i == 7;
-      config[16 + 2 * i] = static_cast<unsigned char>(narrow ? 4 * columns : 64);  // bytes a row
-      config[48 + i] = static_cast<unsigned char>(i < 3 || i == 4 ? rows : 16);
-    }
-    _tile_loadconfig(config);
-  }
-  ~AmxTiles() {
-    if (active_) _tile_release();
-  }
-  AmxTiles(const AmxTiles&) = delete;
-  AmxTiles& operator=(const AmxTiles&) = delete;
-
-  bool active() const { return active_; }
-
- private:
-  bool active_;
-};
-
-constexpr int64_t kAmxRows = 16;
 constexpr int64_t kAmxTile = 512;  // elements of one tile of B
 
 // Products of 32 rows by 2 panels, or 1: each tile that is loaded serves two of them. B passes L1
@@ -147,7 +88,10 @@ class TileProducts {
     JIT_KERNEL_NEXT_SUM(1, 0, 16)
     JIT_KERNEL_NEXT_SUM(3, kAmxRows, 16)
     for (int64_t k = g.depth - kDepth; k > 0; k -= kDepth) {
-      a += kDepth, below += kDepth, b += kAmxTile, right += kAmxTile;
+      a += kDepth;
+      below += kDepth;
+      b += kAmxTile;
+      right += kAmxTile;
       tile_dot<Math, 1, 4, 7>();
       between();
       _tile_loadd(4, a, lda);
@@ -169,7 +113,9 @@ class TileProducts {
     between();
     tile_dot<Math, 3, 5, 7>();
     between();
-    sums_ = c, stride_ = g.ldc, two_ = true;
+    sums_ = c;
+    stride_ = g.ldc;
+    two_ = true;
   }
 
   void one_panel(const GemmArgs<Math>& g, int64_t panel) {
@@ -185,7 +131,9 @@ class TileProducts {
       _tile_loadd(5, below + k, g.lda * 2);
       tile_dot<Math, 2, 5, 6>();
     }
-    sums_ = c, stride_ = g.ldc, two_ = false;
+    sums_ = c;
+    stride_ = g.ldc;
+    two_ = false;
   }
 #undef JIT_KERNEL_NEXT_SUM
 

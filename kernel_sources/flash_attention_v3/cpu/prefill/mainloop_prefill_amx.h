@@ -16,21 +16,23 @@
 
 #include "flash_attention_v3/cpu/common/softmax.h"
 #include "flash_attention_v3/cpu/prefill/gemm_amx.h"
+#include "flash_attention_v3/cpu/prefill/prefill_state.h"
 
 #ifdef JIT_KERNEL_AMX
 
 namespace jit_kernel {
 
-// kPerCall rows are softened after every instruction of tiles (TileProducts::calls()); 0 where they
-// do not come out even, at 3 to 8 % of the time for the loop that counts them.
-template <class Prefill, class Math, int kPerCall>
+// kPerCall rows become probabilities after every instruction of tiles (TileProducts::calls()); 0
+// where they do not come out even, at 3 to 8 % of the time for the loop that counts them.
+template <class Element, class Math, int kPerCall>
 class TilePipeline {
  public:
-  using Tile = typename Prefill::Tile;
+  using State = PrefillState<Element, Math>;
+  using Tile = typename State::Tile;
   using Vec = simd::Vec;
 
-  TilePipeline(Prefill& prefill, const ScoreScale& scale)
-      : prefill_(prefill), scale_(scale), to_log2_(simd::set1(scale.to_log2())) {}
+  TilePipeline(State& state, const ScoreScale& scale)
+      : state_(state), scale_(scale), to_log2_(simd::set1(scale.to_log2())) {}
 
   // The rows that take() gives, tile by tile until it is negative, against the packed keys
   // first .. first + count - 1. load(row) is called before a tile is used, write(row) when it has
@@ -40,11 +42,17 @@ class TilePipeline {
     int64_t row = 0, at = count;
     auto find = [&](Tile& t) {  // the next tile that sees any of its block
       for (;;) {
-        if (at >= count) at = 0, row = take();
+        if (at >= count) {
+          at = 0;
+          row = take();
+        }
         if (row < 0) return false;
-        prefill_.set_tile(row, rows, first, at, count, t);
-        at += prefill_.tiles.block;
-        if (t.columns > 0) return load(t.row), true;
+        state_.set_tile(row, rows, first, at, count, t);
+        at += state_.tiles.block;
+        if (t.columns > 0) {
+          load(t.row);
+          return true;
+        }
       }
     };
     Tile tiles[2] = {};
@@ -78,31 +86,34 @@ class TilePipeline {
       begin_scores(t, nullptr);
       begin_maxima(t);
       raised = has_new_row(t);  // one that sees nothing of the first chunk
-      if (raised) largest(t), raise_maxima(t);
+      if (raised) {
+        largest(t);
+        raise_maxima(t);
+      }
     }
     for (;;) {
-      soften(t, next);
+      make_probabilities(t, next);
       if (raised || !rises(t)) break;
       raised = true;
       begun_ = 0;  // the scores that are being made are those of `next`
       largest(t);
       raise_maxima(t);
     }
-    GemmArgs<Math> g = prefill_.begin_values(t);
-    const int64_t panels = prefill_.sizes.dv / simd::kLanes;
+    GemmArgs<Math> g = state_.begin_values(t);
+    const int64_t panels = state_.sizes.dv / simd::kLanes;
     for (int64_t j = 0; j < panels; j += 2) {
       products_.multiply(g, j, panels, [] {});
       if (j > 0) continue;
       add_row_sums(t);
       // While the values are added: 3 % of a prefill of 512 keys. Not where it has sums already,
       // for which it would have to remember its factors.
-      if (next && next->row != t.row && !prefill_.has_sums(next->row)) begin_maxima(*next);
+      if (next && next->row != t.row && !state_.has_sums(next->row)) begin_maxima(*next);
     }
   }
 
   // The maxima of a tile's first chunk, whose scores are made.
   JIT_KERNEL_INLINE void begin_maxima(Tile& t) {
-    if (!sees_all(t, 0) || scale_.transform) hide(t, 0);
+    if (!sees_all(t, 0) || scale_.transform) mask_chunk(t, 0);
     const float* scores = buffer(0);
     for (int64_t r = 0; r < kRows; ++r, scores += kChunk) {
       rows_[r].lanes = simd::max(simd::load(scores), simd::load(scores + simd::kLanes));
@@ -111,7 +122,7 @@ class TilePipeline {
   }
 
   bool has_new_row(const Tile& t) const {
-    const float* maxima = prefill_.maxima + t.row;
+    const float* maxima = state_.maxima + t.row;
     __mmask16 none = 0;
     for (int64_t i = 0; i < t.rows; i += simd::kLanes) {
       auto rows = static_cast<__mmask16>(_bzhi_u32(0xffff, static_cast<unsigned>(t.rows - i)));
@@ -123,21 +134,24 @@ class TilePipeline {
 
   void add_row_sums(const Tile& t) {
     for (int64_t i = 0; i < kRows; i += simd::kLanes) {
-      float* sums = prefill_.row_sums + t.row + i;
+      float* sums = state_.row_sums + t.row + i;
       simd::store(sums, simd::load(sums) + simd::reduce_each(lanes(i).of));
     }
   }
 
   // Probabilities with the maxima as they are, and their sums, lane by lane.
-  JIT_KERNEL_INLINE void soften(const Tile& t, const Tile* next) {
+  JIT_KERNEL_INLINE void make_probabilities(const Tile& t, const Tile* next) {
     alignas(64) float shifts[kRows];
     for (int64_t i = 0; i < kRows; i += simd::kLanes) {
-      Vec top = simd::load(prefill_.maxima + t.row + i);
+      Vec top = simd::load(state_.maxima + t.row + i);
       // Rows that have seen nothing yet: any finite number keeps -inf - -inf from being NaN.
       top = simd::where_less(simd::set1(-kInfinity), top, top, simd::zero());
       simd::store(shifts + i, simd::zero() - top * to_log2_);
     }
-    for (int64_t r = 0; r < kRows; ++r) rows_[r].lanes = simd::zero(), rows_[r].shift = shifts[r];
+    for (int64_t r = 0; r < kRows; ++r) {
+      rows_[r].lanes = simd::zero();
+      rows_[r].shift = shifts[r];
+    }
     const Vec to_log2 = to_log2_;
     each_row<true>(t, next, [to_log2](Row& row, Vec a, Vec b, Math* p) JIT_KERNEL_INLINED {
       Vec shift = simd::set1(row.shift);
@@ -152,7 +166,7 @@ class TilePipeline {
   bool rises(const Tile& t) const {
     __mmask16 high = 0;
     for (int64_t r = 0; r < t.rows; ++r) {
-      high |= _mm512_cmp_ps_mask(rows_[r].lanes, simd::set1(256.0f), _CMP_NLT_UQ);
+      high |= _mm512_cmp_ps_mask(rows_[r].lanes, simd::set1(kLargestProbability), _CMP_NLT_UQ);
     }
     return high != 0;
   }
@@ -169,11 +183,11 @@ class TilePipeline {
   // factors tell how the sums are to be.
   void raise_maxima(Tile& t) {
     for (int64_t i = 0; i < kRows; i += simd::kLanes) {
-      float *maxima = prefill_.maxima + t.row + i, *sums = prefill_.row_sums + t.row + i;
+      float *maxima = state_.maxima + t.row + i, *sums = state_.row_sums + t.row + i;
       Vec old = simd::load(maxima);
       Vec top = kept_maximum(old, simd::reduce_max_each(lanes(i).of), to_log2_);
       Vec shift = simd::where_less(simd::set1(-kInfinity), top, top, simd::zero());
-      Vec factor = simd::exp2<6>((old - shift) * to_log2_);
+      Vec factor = simd::exp2<kExpDegree<float>>((old - shift) * to_log2_);
       simd::store(maxima, top);
       simd::store(sums, simd::load(sums) * factor);
       simd::store(t.factors + i, simd::load(t.factors + i) * factor);
@@ -187,9 +201,9 @@ class TilePipeline {
   JIT_KERNEL_INLINE void each_row(const Tile& t, const Tile* next, Work&& work) {
     begin_scores(t, next);
     const int64_t chunks = t.columns / kChunk, ahead = next ? next->columns / kChunk : 0;
-    const int64_t calls = TileProducts<Math>::calls(prefill_.sizes.depth);
+    const int64_t calls = TileProducts<Math>::calls(state_.sizes.depth);
     [[maybe_unused]] const int64_t each = (kRows + calls - 1) / calls;
-    const int64_t stride = prefill_.tiles.block;
+    const int64_t stride = state_.tiles.block;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const int64_t column = chunk * kChunk;
       char *scores = reinterpret_cast<char*>(buffer(0)), *rows = reinterpret_cast<char*>(rows_);
@@ -199,12 +213,13 @@ class TilePipeline {
       auto one = [&]() JIT_KERNEL_INLINED {
         const float* s = reinterpret_cast<const float*>(scores + at);
         work(*reinterpret_cast<Row*>(rows + at), simd::load(s), simd::load(s + simd::kLanes), p);
-        at += sizeof(Row), p += stride;
+        at += sizeof(Row);
+        p += stride;
       };
       // A row of the next queries: four lines a chunk cost the tiles nothing, eight as much as they
       // save (each holds one of 16 line buffers all the way to memory).
-      if constexpr (kBeside) prefill_.ask_for_queries();
-      if (!sees_all(t, column) || scale_.transform) hide(t, column);
+      if constexpr (kBeside) state_.ask_for_queries();
+      if (!sees_all(t, column) || scale_.transform) mask_chunk(t, column);
       if (chunk + 2 < chunks + ahead) {
         const bool own = chunk + 2 < chunks;
         score(own ? t : *next, (own ? chunk + 2 : chunk + 2 - chunks) * kChunk, buffer(0),
@@ -219,7 +234,8 @@ class TilePipeline {
         products_.finish();  // the last chunk's scores
       }
       while (at < end) one();
-      odd_ = !odd_, hidden_ = false;
+      odd_ = !odd_;
+      masked_ = false;
     }
     begun_ = std::min<int64_t>(ahead, 2);
   }
@@ -235,37 +251,38 @@ class TilePipeline {
   }
 
   float* buffer(int64_t chunk) const {
-    return prefill_.scores + ((chunk & 1) != 0 ? !odd_ : odd_) * kRows * kChunk;
+    return state_.scores + ((chunk & 1) != 0 ? !odd_ : odd_) * kRows * kChunk;
   }
 
   // Begins the scores of a chunk.
   template <class Between>
   JIT_KERNEL_INLINE void score(const Tile& t, int64_t column, float* scores, Between&& between) {
-    GemmArgs<Math> g = prefill_.score_args(t);
-    g.b += column * prefill_.sizes.depth;
-    g.c = scores, g.ldc = kChunk;
+    GemmArgs<Math> g = state_.score_args(t);
+    g.b += column * state_.sizes.depth;
+    g.c = scores;
+    g.ldc = kChunk;
     products_.multiply(g, 0, 2, between);
   }
 
   bool sees_all(const Tile& t, int64_t column) const {
     int64_t start = t.first + t.from + column;
-    return prefill_.begins[t.row + t.rows - 1] <= start && prefill_.ends[t.row] >= start + kChunk;
+    return state_.begins[t.row + t.rows - 1] <= start && state_.ends[t.row] >= start + kChunk;
   }
 
   // The scores of the chunk that comes next capped, and -inf where a row does not see the key.
-  __attribute__((noinline)) void hide(const Tile& t, int64_t column) {
-    if (hidden_) return;
-    hidden_ = true;
+  __attribute__((noinline)) void mask_chunk(const Tile& t, int64_t column) {
+    if (masked_) return;
+    masked_ = true;
     float* scores = buffer(0);
     int64_t start = t.first + t.from + column;
     for (int64_t r = 0; r < t.rows; ++r, scores += kChunk) {
       if (scale_.transform) transform_scores(scale_, scores, kChunk);
-      unsigned seen = below(prefill_.ends[t.row + r] - start);
-      seen &= ~below(prefill_.begins[t.row + r] - start);
+      unsigned seen = below(state_.ends[t.row + r] - start);
+      seen &= ~below(state_.begins[t.row + r] - start);
       for (int i = 0; i < kChunk; i += simd::kLanes) {
-        __m512 shown = simd::load(scores + i), hidden = simd::set1(-kInfinity);
+        __m512 seen_scores = simd::load(scores + i), unseen = simd::set1(-kInfinity);
         simd::store(scores + i,
-                    _mm512_mask_mov_ps(hidden, static_cast<__mmask16>(seen >> i), shown));
+                    _mm512_mask_mov_ps(unseen, static_cast<__mmask16>(seen >> i), seen_scores));
       }
     }
   }
@@ -285,16 +302,16 @@ class TilePipeline {
     return x;
   }
 
-  Prefill& prefill_;
+  State& state_;
   const ScoreScale& scale_;
   const Vec to_log2_;
   TileProducts<Math> products_;
   bool odd_ = false;     // which of the two buffers the next chunk's scores are in
   int64_t begun_ = 0;    // chunks, at most two, whose scores are begun
-  bool hidden_ = false;  // whether the next chunk's scores went through hide()
+  bool masked_ = false;  // whether the next chunk's scores went through mask_chunk()
   // After the two buffers of scores: what is stored of a row and what is loaded of the next ones
   // lie apart modulo a page; the core takes what does not for the same address.
-  Row* const rows_ = reinterpret_cast<Row*>(prefill_.scores + 2 * kRows * kChunk);
+  Row* const rows_ = reinterpret_cast<Row*>(state_.scores + 2 * kRows * kChunk);
 };
 
 }  // namespace jit_kernel

@@ -1,5 +1,5 @@
-// Element types of tensors, by their C++ names, and their scalar conversions. i16 is none: 16-bit
-// integers that stand for numbers times a factor.
+// Element types of tensors, by their C++ names, and their scalar conversions. i16 is no tensor's:
+// 16-bit integers that stand for numbers times a factor.
 #pragma once
 
 #include <cstdint>

@@ -27,14 +27,14 @@ class FfiArguments {
   bool boolean() { return read<bool>("a bool"); }
 
   // One of these, or nothing for None.
-  std::optional<TensorView> maybe_tensor() { return maybe(&FfiArguments::tensor); }
-  std::optional<double> maybe_number() { return maybe(&FfiArguments::number); }
-  std::optional<int64_t> maybe_integer() { return maybe(&FfiArguments::integer); }
+  std::optional<TensorView> maybe_tensor() { return maybe<TensorView>("a tensor"); }
+  std::optional<double> maybe_number() { return maybe<double>("a number"); }
+  std::optional<int64_t> maybe_integer() { return maybe<int64_t>("an integer"); }
 
  private:
   template <class T>
-  std::optional<T> maybe(T (FfiArguments::*read)()) {
-    if (values_[next_] != nullptr) return (this->*read)();
+  __attribute__((noinline)) std::optional<T> maybe(const char* what) {
+    if (values_[next_] != nullptr) return read<T>(what);
     ++next_;
     return std::nullopt;
   }
@@ -73,6 +73,8 @@ class FfiArguments {
     TVM_FFI_SAFE_CALL_BEGIN();                                                                  \
     ::jit_kernel::FfiArguments arguments(#name, values, n, count);                              \
     const bool answer = function(arguments);                                                    \
-    result->type_index = kTVMFFIBool, result->zero_padding = 0, result->v_int64 = answer;       \
+    result->type_index = kTVMFFIBool;                                                           \
+    result->zero_padding = 0;                                                                   \
+    result->v_int64 = answer;                                                                   \
     TVM_FFI_SAFE_CALL_END();                                                                    \
   }

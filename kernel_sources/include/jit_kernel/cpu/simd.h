@@ -80,5 +80,11 @@ inline void convert_from_float(const float* from, Element* to, int64_t n, float 
   for (; i < n; ++i) to[i] = from_float<Element>(from[i] * factor);
 }
 
+// n floats, a multiple of kLanes, times a factor.
+inline void scale_floats(float* row, int64_t n, float factor) {
+  Vec by = set1(factor);
+  for (int64_t j = 0; j < n; j += kLanes) store(row + j, load(row + j) * by);
+}
+
 }  // namespace simd
 }  // namespace jit_kernel

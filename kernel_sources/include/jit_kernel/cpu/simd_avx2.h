@@ -43,7 +43,7 @@ inline Vec copy_sign(Vec magnitude, Vec sign) {
 // 2^x for x below 128; below -126 it is 0. Relative error: 7.5e-8.
 template <int kDegree>
 inline Vec exp2(Vec x) {
-  Vec bounded = max(x, set1(-126.0f));
+  Vec bounded = max(set1(-126.0f), x);  // in this order a NaN stays one: it is the second operand
   Vec n = _mm256_round_ps(bounded, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   Vec f = _mm256_sub_ps(bounded, n);
   Vec y = fma(set1(0.00132764668f), f, set1(0.00967554129f));

@@ -26,6 +26,9 @@
 #include <new>
 #include <string>
 #include <thread>
+#include <type_traits>
+
+#include "jit_kernel/cpu/memory.h"
 
 namespace jit_kernel {
 
@@ -181,7 +184,7 @@ class ThreadPool {
   std::exception_ptr failure_;
 };
 
-// Memory that grows as asked and is kept for the next call; its contents are not kept when it
+// Memory that grows on request and is kept for the next call; its contents are not kept when it
 // grows.
 class Scratch {
  public:
@@ -197,13 +200,13 @@ class Scratch {
     data_ = nullptr;
     size_ = 0;
     void* fresh = nullptr;
-    if (posix_memalign(&fresh, 4096, bytes) != 0) throw std::bad_alloc();
+    if (posix_memalign(&fresh, kPageBytes, bytes) != 0) throw std::bad_alloc();
     data_ = static_cast<char*>(fresh);
     size_ = bytes;
   }
 
   // The next count elements, on a cache line of their own. What reserve() got must suffice: size()
-  // tells what one take() uses.
+  // gives the bytes that one take() uses.
   template <class T>
   T* take(int64_t count) {
     T* taken = reinterpret_cast<T*>(data_ + used_);
@@ -211,10 +214,21 @@ class Scratch {
     return taken;
   }
 
+  // Room for several arrays at once: each(f) calls f(pointer, count) for every one of them, once to
+  // add up their sizes and once to set the pointers.
+  template <class Each>
+  void take_all(Each&& each) {
+    size_t bytes = 0;
+    each([&](auto*& a, int64_t n) { bytes += size<std::remove_reference_t<decltype(*a)>>(n); });
+    reserve(bytes);
+    each([&](auto*& a, int64_t n) { a = take<std::remove_reference_t<decltype(*a)>>(n); });
+  }
+
   template <class T>
   static size_t size(int64_t count) {
-    return (static_cast<size_t>(count) * sizeof(T) + 127) / 64 *
-           64;  // a line more: loads may overhang
+    // A line more than is asked for: loads may overhang.
+    constexpr size_t kLine = kCacheLine;
+    return (static_cast<size_t>(count) * sizeof(T) + 2 * kLine - 1) / kLine * kLine;
   }
 
  private:

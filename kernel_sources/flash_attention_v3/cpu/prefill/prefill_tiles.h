@@ -1,25 +1,13 @@
-// Types and sizes of the tiles. They depend on element type, head sizes and instruction set only:
-// never on the batch, so that a sequence's result is bitwise the same in any batch.
+// Types and sizes of a prefill's tiles.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
-#include "jit_kernel/cpu/simd.h"
+#include "flash_attention_v3/cpu/common/head_sizes.h"
 
 namespace jit_kernel {
-
-// What products are made of: pairs of bf16 where there is an instruction for them, else float.
-#ifdef JIT_KERNEL_BF16_DOT
-template <class Element>
-using MathOf =
-    std::conditional_t<std::is_same<Element, bf16>::value || std::is_same<Element, e4m3>::value,
-                       bf16, float>;
-#else
-template <class Element>
-using MathOf = float;
-#endif
 
 // What a prefill packs, most of the time: fp16 as integers (prefill_i16.h).
 #ifdef JIT_KERNEL_I16_DOT
@@ -30,9 +18,14 @@ template <class Element>
 using PackedOf = MathOf<Element>;
 #endif
 
-inline int64_t round_up(int64_t x, int64_t multiple) {
-  return (x + multiple - 1) / multiple * multiple;
-}
+// Whether a prefill in this math packs integers as long as they suit its numbers.
+template <class Element, class Math>
+constexpr bool kPacksIntegers =
+    std::is_same<PackedOf<Element>, i16>::value && std::is_same<Math, float>::value;
+
+// Keys whose probabilities share a factor when they are integers, and such chunks of a block at
+// most; a tile's first key is a multiple of it then.
+constexpr int64_t kI16Chunk = 128, kI16Chunks = 2;
 
 // Elements of a dot product that one step of one lane takes.
 template <class Math>
@@ -42,43 +35,6 @@ constexpr int kStep = sizeof(Math) == 2 ? 2 : 1;
 // vectors of probabilities, so that these are joined without shuffling (store_probabilities).
 template <class Math>
 constexpr int64_t kStepApart = std::is_same<Math, bf16>::value ? simd::kLanes : 1;
-
-// Keys are taken in multiples of this: an AMX tile's depth, and pairs of vectors everywhere.
-constexpr int64_t kDepth = 32;
-
-// The depth of q·k is padded with zeros to this: an AMX tile's depth, or a vector.
-template <class Math>
-inline int64_t padded_depth(int64_t d) {
-  return round_up(d, sizeof(Math) == 2 ? kDepth : simd::kLanes);
-}
-
-// What one dot product of a query and a key spans: q·k, then qv·v. Elements, padded.
-struct HeadSizes {
-  int64_t qk;     // padded d, or 0 when only qv counts
-  int64_t qv;     // padded dv, or 0 without qv
-  int64_t depth;  // their sum
-  int64_t dv;     // columns of out, padded to vectors
-};
-
-template <class Math, class Params>
-inline HeadSizes head_sizes(const Params& p) {
-  HeadSizes h;
-  h.qk = p.only_qv ? 0 : padded_depth<Math>(p.d);
-  h.qv = p.qv ? padded_depth<Math>(p.dv) : 0;
-  h.depth = h.qk + h.qv;
-  h.dv = round_up(p.dv, simd::kLanes);
-  return h;
-}
-
-// Up to this many rows (queries times heads of a group) of a sequence go through the decode kernel,
-// which reads keys in place instead of packing them.
-constexpr int64_t kDecodeRows = 16;
-constexpr int64_t kDecodeBlock =
-    32;  // keys whose scores are held at once; 64 keeps memory less busy
-
-// Keys per item of a decode: long sequences are spread over threads in pieces of this size,
-// combined in order. Always, so that it changes nothing bitwise how many threads there are.
-constexpr int64_t kDecodeChunk = 1024;
 
 // Rows of scores held at once: two AMX tiles, else 8 times the 6 rows of a register tile.
 #ifdef JIT_KERNEL_AMX
@@ -104,7 +60,7 @@ struct PrefillTiles {
 
 template <class Packed>
 inline PrefillTiles prefill_tiles(const HeadSizes& h) {
-  constexpr bool kI16 = std::is_same<Packed, i16>::value;
+  [[maybe_unused]] constexpr bool kI16 = std::is_same<Packed, i16>::value;
   PrefillTiles t;
   int64_t key_bytes = (h.depth + h.dv) * int64_t{sizeof(Packed)};
   t.block = key_bytes <= 1024 ? 256 : key_bytes <= 2048 ? 128 : 64;  // 256 KiB packed

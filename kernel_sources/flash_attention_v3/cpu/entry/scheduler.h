@@ -1,46 +1,16 @@
-// The items that threads take: rows of one sequence against a range of its keys.
+// How a call is cut into the items that threads take.
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <vector>
 
+#include "flash_attention_v3/cpu/common/item.h"
 #include "flash_attention_v3/cpu/common/mask.h"
 #include "flash_attention_v3/cpu/common/params.h"
-#include "flash_attention_v3/cpu/common/tile_size.h"
+#include "flash_attention_v3/cpu/decode/decode_sizes.h"
+#include "flash_attention_v3/cpu/prefill/prefill_tiles.h"
 
 namespace jit_kernel {
-
-struct Item {
-  int64_t batch;
-  int64_t head_begin, head_end;  // key/value heads; one for a prefill
-  int64_t row_begin, row_end;    // rows as query.h counts them
-  int64_t key_begin, key_end;
-  int64_t part;         // its first row among the partials, or -1 when it sees all keys
-  int64_t part_keys;    // keys of one part: a decode's item may be several, one after the other
-  int64_t part_stride;  // rows among the partials from one part to the next
-  double cost;          // multiplications
-};
-
-// The rows of an item that no thread has taken yet: those below left(). So a thread that finds no
-// item any more joins one that another thread works on; a core that is slower than the others for
-// a while (5 to 20 % of a call, on a shared machine) keeps nobody waiting. What is computed for a
-// row does not depend on who does it.
-class RowQueue {
- public:
-  // Called by everyone who works on the item; the first call counts.
-  void open(int64_t rows) {
-    int64_t closed = kClosed;
-    left_.compare_exchange_strong(closed, rows, std::memory_order_relaxed);
-  }
-  // The first of the `step` rows that are the caller's, or a negative number.
-  int64_t take(int64_t step) { return left_.fetch_sub(step, std::memory_order_relaxed) - step; }
-  int64_t left() const { return left_.load(std::memory_order_relaxed); }
-
- private:
-  static constexpr int64_t kClosed = -1;
-  std::atomic<int64_t> left_{kClosed};
-};
 
 // Rows whose parts are to be combined when all items are done.
 struct Combination {
@@ -134,12 +104,15 @@ inline void plan_sequence(const Params& p, int64_t batch, const Cut& cut, Plan& 
       for (int64_t r = 0; r < rows; r += row_step) {
         Item item;
         item.batch = batch;
-        item.head_begin = h, item.head_end = std::min(p.heads_k, h + head_step);
-        item.row_begin = r, item.row_end = std::min(rows, r + row_step);
+        item.head_begin = h;
+        item.head_end = std::min(p.heads_k, h + head_step);
+        item.row_begin = r;
+        item.row_end = std::min(rows, r + row_step);
         item.key_begin = std::min((first_part + part) * keys, s.sk);
         item.key_end = std::min(item.key_begin + part_step * keys, s.sk);
         item.part = parts > 1 ? plan.part_rows + (part * p.heads_k + h) * rows + r : -1;
-        item.part_keys = keys, item.part_stride = p.heads_k * rows;
+        item.part_keys = keys;
+        item.part_stride = p.heads_k * rows;
         int64_t products = std::max<int64_t>(item.row_end - r, 8) * (item.head_end - h);
         item.cost = visible_count(p, s, item) * static_cast<double>(products * (p.d + p.dv));
         plan.cost += item.cost;
@@ -173,7 +146,8 @@ inline void make_plan(const Params& p, const PrefillTiles& tiles, Plan& plan) {
   Cut cut;
   cut.rows = std::min(tiles.rows, std::max(kRowStep, rows / (4 * threads) / kRowStep * kRowStep));
   cut.joined_rows = std::min(tiles.rows, std::max(kRowStep, rows / threads));
-  cut.joined_keys = tiles.block * tiles.blocks, cut.row_multiple = tiles.row_multiple;
+  cut.joined_keys = tiles.block * tiles.blocks;
+  cut.row_multiple = tiles.row_multiple;
   // A decode's heads are parted for want of items alone: the longer the run of a token's heads in
   // memory, the faster it is read (2 KiB 1.2 times as fast as 1 KiB, 1.5 times as 512 bytes).
   cut.heads = std::max<int64_t>(1, p.heads_k * pieces / (2 * p.num_threads));
