@@ -13,7 +13,7 @@ import pytest
 
 from jit_kernel import config
 from jit_kernel.engine.store import Store
-from tests.engine.test_loader import compilations, counting_compiler
+from tests.support.compilers import compilations, counting_compiler
 
 
 def command(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
