@@ -1,7 +1,8 @@
-"""Marks for devices, and a place for what a test run has to say at its end."""
+"""Marks for devices and for timing, and a place for what a test run has to say at its end."""
 
 from __future__ import annotations
 
+import hypothesis
 import pytest
 import torch
 
@@ -19,9 +20,21 @@ def _missing(mark: str) -> str | None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_LINES] = []
+    config.addinivalue_line(
+        "markers", "timing: judges by a clock, for a quiet machine; left out unless asked for by -m"
+    )
+    # Neither a slow example nor a slow generator is a failure: no test judges by a clock.
+    hypothesis.settings.register_profile(
+        "no clock", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    )
+    hypothesis.settings.load_profile("no clock")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "timing" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("timing")]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
     for mark in ("gpu", "musa"):
         marked = [item for item in items if item.get_closest_marker(mark)]
         reason = _missing(mark) if marked else None

@@ -249,9 +249,9 @@ def test_threads_and_tasks_have_steps_of_their_own() -> None:
     def work() -> None:
         assert contexts.current(1) is None
         with contexts.entered(1, device, None) as mine:
-            barrier.wait(10)
+            barrier.wait(600)
             seen.append(contexts.current(1) is mine)
-            barrier.wait(10)
+            barrier.wait(600)
 
     with contexts.entered(1, device, None):
         threads = [threading.Thread(target=work) for _ in range(4)]
