@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -78,3 +79,25 @@ def test_importing_the_package_does_nothing(tmp_path):
     }
     subprocess.run([sys.executable, "-c", FRESH], cwd=tmp_path, env=environment, check=True)
     assert list(tmp_path.iterdir()) == []
+
+
+CLOCKS = ("time", "perf_counter", "monotonic", "process_time", "thread_time")
+
+
+def test_tests_share_helpers_through_support_and_read_no_clock():
+    """A test file imports no other test file; only test_timing.py, which other runs leave out, reads a clock."""
+    clocks = {f"time.{name}{unit}" for name in CLOCKS for unit in ("", "_ns")}
+    for path in sorted((house.ROOT / "tests").rglob("test_*.py")):
+        for node in ast.walk(house.parsed(path)):
+            used: list[str] = []
+            if isinstance(node, ast.Import):
+                used = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                used = [f"{node.module}.{alias.name}" for alias in node.names]
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                used = [f"{node.value.id}.{node.attr}"]
+            where = f"{path.relative_to(house.ROOT)}:{getattr(node, 'lineno', 0)}"
+            other = [name for name in used if name.startswith("tests.") and ".test_" in name]
+            assert not other, f"{where} imports {other}: what test files share belongs in tests/support"
+            read = clocks.intersection(used) if path.name != "test_timing.py" else set()
+            assert not read, f"{where} reads {read}: limits on time belong in test_timing.py"

@@ -20,6 +20,7 @@ from jit_kernel.attention import step as contexts
 from jit_kernel.fa3.cpu import KERNELS as CPU
 from tests.support.mate_double import VERSIONS, wrapper_signatures
 from tests.support.mate_kernels import ForeignMetadataError
+from tests.support.musa_calls import on_device
 from tests.support.musa_device import RUNTIME, Machine, machine, to_cpu, to_musa
 
 STEPS = 1000
@@ -56,11 +57,6 @@ class Engine:
         cu = torch.arange(0, size * rows + 1, rows, dtype=torch.int32) if ragged else None
         metadata = ForwardMetadata(cu, rows, lengths, self.roll(6, 12) * PAGE, table, tag=tag)
         return self.place(q), ForwardMetadata(**self.place(vars(metadata)))
-
-
-def on_device(metadata: ForwardMetadata, index: int) -> ForwardMetadata:
-    fields = {f.name: getattr(metadata, f.name) for f in dataclasses.fields(metadata)}
-    return ForwardMetadata(**{name: to_musa(value, index) for name, value in fields.items()})
 
 
 def expected(q: Tensor, engine: Engine, metadata: ForwardMetadata, layer: AttentionLayer) -> Tensor:
