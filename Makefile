@@ -31,6 +31,7 @@ format: $(VENV)/.lint
 
 bench: $(VENV)/.ready $(VENV)/.bench
 	$(BIN)/python benchmarks/loader.py
+	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/cpu_attention.py
 	$(BIN)/python benchmarks/draw.py
 
@@ -49,6 +50,7 @@ sanitize-gpu:
 bench-gpu:
 	$(PYTHON) benchmarks/hopper_prefill.py
 	$(PYTHON) benchmarks/portable.py
+	$(PYTHON) benchmarks/overhead.py --device cuda
 
 test-musa:
 	$(PYTHON) -m pytest -m musa $(PYTEST_ARGS)

@@ -174,14 +174,17 @@ def main() -> None:
     checkouts = {"this": ROOT}
     if options.before:
         checkouts["before"] = options.before.resolve()
+    lines: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as stores:
-        lines = lines_of(smallest_calls(options, checkouts, Path(stores)), "us", 1)
-    first = first_calls(options, checkouts)
-    lines += lines_of(first, "ms", 1e3)
-    for line in lines:
-        if options.before:
-            line["before_commit"] = record.commit_of(options.before)
-        show(line)
+        for part in (
+            lambda: lines_of(smallest_calls(options, checkouts, Path(stores)), "us", 1),
+            lambda: lines_of(first_calls(options, checkouts), "ms", 1e3),
+        ):
+            for line in part():
+                if options.before:
+                    line["before_commit"] = record.commit_of(options.before)
+                show(line)
+                lines.append(line)
     if not options.dry_run:
         device = "cpu" if options.device == "cpu" else "cuda:0"
         print(f"written to {record.write('overhead', lines, device, options.folder)}")

@@ -13,12 +13,8 @@ import pytest
 
 from jit_kernel import config
 from jit_kernel.engine.store import Store
+from tests.support.commands import command
 from tests.support.compilers import compilations, counting_compiler
-
-
-def command(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    variables = {**os.environ, "PYTHONPATH": str(config.package_dir().parent), **environment}
-    return subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, env=variables, check=False)
 
 
 @pytest.fixture
