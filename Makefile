@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 SETUP_FILES = pyproject.toml constraints.txt
 
-.PHONY: demo test test-timing lint format bench warmup test-gpu sanitize-gpu bench-gpu test-musa clean-cache wheel
+.PHONY: demo test test-quick test-timing lint format bench warmup test-gpu sanitize-gpu bench-gpu test-musa clean-cache wheel
 
 demo: $(VENV)/.ready $(VENV)/.demo
 	$(BIN)/python examples/first_call.py
@@ -13,6 +13,10 @@ demo: $(VENV)/.ready $(VENV)/.demo
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -m "not gpu and not musa" $(PYTEST_ARGS)
+
+# Some tests of every room, within a minute.
+test-quick: $(VENV)/.ready
+	$(BIN)/python -m pytest -m "quick and not gpu and not musa" $(PYTEST_ARGS)
 
 # Limits on time, which a busy machine does not keep.
 test-timing: $(VENV)/.ready

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import hypothesis
 import pytest
 import torch
 
+from tests.support.quick import QUICK
+
+TESTS = Path(__file__).resolve().parent
 _LINES = pytest.StashKey[list[str]]()
 
 
@@ -23,6 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "timing: judges by a clock, for a quiet machine; left out unless asked for by -m"
     )
+    config.addinivalue_line("markers", "quick: one of the tests of make test-quick, which support/quick.py names")
     # Neither a slow example nor a slow generator is a failure: no test judges by a clock.
     hypothesis.settings.register_profile(
         "no clock", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
@@ -30,7 +36,12 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.load_profile("no clock")
 
 
+@pytest.hookimpl(tryfirst=True)  # marks have to be there when -m selects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        name = getattr(item, "originalname", item.name)
+        if item.path.is_relative_to(TESTS) and name in QUICK.get(item.path.relative_to(TESTS).as_posix(), ()):
+            item.add_marker(pytest.mark.quick)
     if "timing" not in config.option.markexpr:
         left_out = [item for item in items if item.get_closest_marker("timing")]
         items[:] = [item for item in items if item not in left_out]

@@ -11,6 +11,7 @@ import pytest
 
 from jit_kernel import config
 from tests.support import house
+from tests.support.quick import QUICK
 
 PACKAGE = config.package_dir()
 
@@ -101,3 +102,12 @@ def test_tests_share_helpers_through_support_and_read_no_clock():
             assert not other, f"{where} imports {other}: what test files share belongs in tests/support"
             read = clocks.intersection(used) if path.name != "test_timing.py" else set()
             assert not read, f"{where} reads {read}: limits on time belong in test_timing.py"
+
+
+def test_the_quick_tests_are_there_and_of_every_room():
+    tests = house.ROOT / "tests"
+    for name, functions in QUICK.items():
+        there = {node.name for node in house.parsed(tests / name).body if isinstance(node, ast.FunctionDef)}
+        assert functions <= there, f"{name} has no {sorted(functions - there)}: tests/support/quick.py names them"
+    rooms = {path.parent.name for path in tests.glob("*/test_*.py")}
+    assert rooms == {name.partition("/")[0] for name in QUICK if "/" in name}
