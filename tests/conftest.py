@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+# Threads that wait give way: on a busy machine a spinning one holds the core that another needs. OpenMP reads this when
+# torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import hypothesis
 import pytest

@@ -88,10 +88,10 @@ def run_steps(stack: Machine, steps: int) -> None:
         return values[int(torch.randint(0, len(values), (), generator=random))]
 
     def layers(engine: Engine, backend: FlashAttentionBackend, batches: list[tuple[Tensor, ForwardMetadata]]) -> None:
+        wanted = {x: [expected(q, engine, metadata, x) for q, metadata in batches] for x in (FULL, SWA)}
         for layer in (FULL, SWA, FULL, SWA):
-            for q, metadata in batches:
-                out = backend.forward_decode(q, engine.k, engine.v, metadata, layer)
-                close(out, expected(q, engine, metadata, layer))
+            for (q, metadata), right in zip(batches, wanted[layer], strict=True):
+                close(backend.forward_decode(q, engine.k, engine.v, metadata, layer), right)
 
     for _ in range(steps):
         index, name = pick([0, 1]), pick(["target", "target", "draft"])
