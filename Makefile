@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 SETUP_FILES = pyproject.toml constraints.txt
 
-.PHONY: demo test lint format bench warmup test-gpu sanitize-gpu bench-gpu test-musa clean-cache wheel
+.PHONY: demo test test-quick test-timing lint format bench warmup test-gpu sanitize-gpu bench-gpu test-musa clean-cache wheel
 
 demo: $(VENV)/.ready $(VENV)/.demo
 	$(BIN)/python examples/first_call.py
@@ -13,6 +13,14 @@ demo: $(VENV)/.ready $(VENV)/.demo
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -m "not gpu and not musa" $(PYTEST_ARGS)
+
+# Some tests of every room, within a minute.
+test-quick: $(VENV)/.ready
+	$(BIN)/python -m pytest -m "quick and not gpu and not musa" $(PYTEST_ARGS)
+
+# Limits on time, which a busy machine does not keep.
+test-timing: $(VENV)/.ready
+	$(BIN)/python -m pytest -m timing $(PYTEST_ARGS) tests/test_timing.py
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -27,6 +35,7 @@ format: $(VENV)/.lint
 
 bench: $(VENV)/.ready $(VENV)/.bench
 	$(BIN)/python benchmarks/loader.py
+	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/cpu_attention.py
 	$(BIN)/python benchmarks/draw.py
 
@@ -45,6 +54,7 @@ sanitize-gpu:
 bench-gpu:
 	$(PYTHON) benchmarks/hopper_prefill.py
 	$(PYTHON) benchmarks/portable.py
+	$(PYTHON) benchmarks/overhead.py --device cuda
 
 # No test needs a Moore Threads GPU: these run a double of the machine and calls recorded from MATE's front end.
 test-musa: $(VENV)/.ready

@@ -232,24 +232,13 @@ def show(line: dict[str, Any]) -> None:
     print(text, flush=True)
 
 
-def torch_products() -> float:
-    """GFLOP/s of torch's own bf16 product: it tells whether torch has AMX."""
-    a, n = torch.randn(2048, 2048).to(BF16), 0
-    torch.mm(a, a)
-    start = time.perf_counter()
-    while time.perf_counter() - start < 0.2:
-        torch.mm(a, a)
-        n += 1
-    return n * 2 * 2048**3 / (time.perf_counter() - start) * 1e-9
-
-
 def section(options: argparse.Namespace) -> list[dict[str, Any]]:
     """All cases for one target, in this process."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     cpu.cpu_target = lambda: options.target  # what the kernels of this process are compiled for
     peaks = cpu_peaks.Peaks(options.target, options.threads)
-    common = {"target": str(options.target), "threads": options.threads, "torch_products": torch_products()}
+    common = {"target": str(options.target), "threads": options.threads, "torch_products": cpu_peaks.torch_products()}
     print(f"{options.target}, {options.threads} threads; torch's bf16 product: {common['torch_products']:.0f} GFLOP/s")
     lines = []
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +59,14 @@ class Peaks:
         if dtype == torch.bfloat16 and name != "peak_bf16_dot":
             rates["bf16_dot"] = self._rate(self._machine, "peak_bf16_dot")
         return rates
+
+
+def torch_products() -> float:
+    """GFLOP/s of torch's own bf16 product: it tells whether torch has AMX."""
+    a, n = torch.randn(2048, 2048).bfloat16(), 0
+    torch.mm(a, a)
+    start = time.perf_counter()
+    while time.perf_counter() - start < 0.2:
+        torch.mm(a, a)
+        n += 1
+    return n * 2 * 2048**3 / (time.perf_counter() - start) * 1e-9

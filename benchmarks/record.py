@@ -18,7 +18,8 @@ def circumstances(device: str = "cpu") -> dict[str, Any]:
     """Date, commit, device and versions of a run on `device` ("cpu" or "cuda:0")."""
     facts: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "commit": _commit(),
+        # The variable is for a machine that has the files without their history.
+        "commit": os.environ.get("JIT_KERNEL_COMMIT") or commit_of(RESULTS.parents[1]),
         "device": _cpu_name() if device == "cpu" else _gpu_name(device),
         "python": platform.python_version(),
     }
@@ -57,21 +58,19 @@ def latest(name: str, folder: Path = RESULTS, **fields: object) -> list[dict[str
     return [line for line in lines if line["date"] == lines[-1]["date"]]
 
 
-def _printed(*command: str) -> str | None:
+def commit_of(checkout: Path) -> str | None:
+    """The short name of a checkout's commit, marked where the package or the kernels differ from it."""
+    commit = _printed("git", "rev-parse", "--short", "HEAD", folder=checkout)
+    changed = _printed("git", "status", "--porcelain", "--", "jit_kernel", "kernel_sources", folder=checkout)
+    return f"{commit}+changes" if commit and changed else commit
+
+
+def _printed(*command: str, folder: Path = RESULTS.parent) -> str | None:
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, check=True, cwd=RESULTS.parent)
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder)
     except (OSError, subprocess.CalledProcessError):
         return None
     return answer.stdout.strip().splitlines()[0] if answer.stdout.strip() else None
-
-
-def _commit() -> str | None:
-    named = os.environ.get("JIT_KERNEL_COMMIT")  # for a machine that has the files without their history
-    if named:
-        return named
-    commit = _printed("git", "rev-parse", "--short", "HEAD")
-    changed = _printed("git", "status", "--porcelain", "--", "../jit_kernel", "../kernel_sources")
-    return f"{commit}+changes" if commit and changed else commit
 
 
 def _cpu_name() -> str:

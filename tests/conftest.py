@@ -1,10 +1,21 @@
-"""Marks for devices, and a place for what a test run has to say at its end."""
+"""Marks for devices and for timing, and a place for what a test run has to say at its end."""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
+# Threads that wait give way: on a busy machine a spinning one holds the core that another needs. OpenMP reads this when
+# torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import hypothesis
 import pytest
 import torch
 
+from tests.support.quick import QUICK
+
+TESTS = Path(__file__).resolve().parent
 _LINES = pytest.StashKey[list[str]]()
 
 
@@ -19,9 +30,27 @@ def _missing(mark: str) -> str | None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_LINES] = []
+    config.addinivalue_line(
+        "markers", "timing: judges by a clock, for a quiet machine; left out unless asked for by -m"
+    )
+    config.addinivalue_line("markers", "quick: one of the tests of make test-quick, which support/quick.py names")
+    # Neither a slow example nor a slow generator is a failure: no test judges by a clock.
+    hypothesis.settings.register_profile(
+        "no clock", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    )
+    hypothesis.settings.load_profile("no clock")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)  # marks have to be there when -m selects
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        name = getattr(item, "originalname", item.name)
+        if item.path.is_relative_to(TESTS) and name in QUICK.get(item.path.relative_to(TESTS).as_posix(), ()):
+            item.add_marker(pytest.mark.quick)
+    if "timing" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("timing")]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
     for mark in ("gpu", "musa"):
         marked = [item for item in items if item.get_closest_marker(mark)]
         reason = _missing(mark) if marked else None

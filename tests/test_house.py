@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from jit_kernel import config
 from tests.support import house
+from tests.support.quick import QUICK
 
 PACKAGE = config.package_dir()
 
@@ -156,22 +158,32 @@ def test_importing_the_package_does_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-PUBLIC = """
-import torch, tvm_ffi, time
-started = time.perf_counter()
-from jit_kernel import flash_attn_varlen_func
-print(time.perf_counter() - started)
-"""
+CLOCKS = ("time", "perf_counter", "monotonic", "process_time", "thread_time")
 
 
-def test_the_public_names_import_quickly(tmp_path):
-    """With torch and tvm_ffi imported, a public name costs at most 20 ms."""
-    environment = {"PYTHONPATH": str(PACKAGE.parent), "HOME": str(tmp_path), "PATH": ""}
-    times = []
-    for _ in range(5):
-        answer = subprocess.run(
-            [sys.executable, "-c", PUBLIC], env=environment, capture_output=True, text=True, check=True
-        )
-        times.append(float(answer.stdout))
-    print(f"import of a public name: {min(times) * 1e3:.1f} ms")
-    assert min(times) <= 0.020
+def test_tests_share_helpers_through_support_and_read_no_clock():
+    """A test file imports no other test file; only test_timing.py, which other runs leave out, reads a clock."""
+    clocks = {f"time.{name}{unit}" for name in CLOCKS for unit in ("", "_ns")}
+    for path in sorted((house.ROOT / "tests").rglob("test_*.py")):
+        for node in ast.walk(house.parsed(path)):
+            used: list[str] = []
+            if isinstance(node, ast.Import):
+                used = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                used = [f"{node.module}.{alias.name}" for alias in node.names]
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                used = [f"{node.value.id}.{node.attr}"]
+            where = f"{path.relative_to(house.ROOT)}:{getattr(node, 'lineno', 0)}"
+            other = [name for name in used if name.startswith("tests.") and ".test_" in name]
+            assert not other, f"{where} imports {other}: what test files share belongs in tests/support"
+            read = clocks.intersection(used) if path.name != "test_timing.py" else set()
+            assert not read, f"{where} reads {read}: limits on time belong in test_timing.py"
+
+
+def test_the_quick_tests_are_there_and_of_every_room():
+    tests = house.ROOT / "tests"
+    for name, functions in QUICK.items():
+        there = {node.name for node in house.parsed(tests / name).body if isinstance(node, ast.FunctionDef)}
+        assert functions <= there, f"{name} has no {sorted(functions - there)}: tests/support/quick.py names them"
+    rooms = {path.parent.name for path in tests.glob("*/test_*.py")}
+    assert rooms == {name.partition("/")[0] for name in QUICK if "/" in name}

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from jit_kernel.attention import AttentionLayer, FlashAttentionBackend, ForwardMetadata, Half, forward_zigzag
 from jit_kernel.fa3.seam import FUNCTIONS as CPU
-from tests.attention.test_metadata import on_device
 from tests.support import case_run, reference
+from tests.support.musa_calls import on_device
 from tests.support.musa_device import Machine, machine, on_path, to_cpu, to_musa
 
 CASES = 300

@@ -20,6 +20,7 @@ from jit_kernel.attention import step as contexts
 from jit_kernel.fa3.seam import FUNCTIONS as CPU
 from tests.support.mate_double import VERSIONS, wrapper_signatures
 from tests.support.mate_kernels import ForeignMetadataError
+from tests.support.musa_calls import on_device
 from tests.support.musa_device import RUNTIME, Machine, machine, to_cpu, to_musa
 
 STEPS = 1000
@@ -58,11 +59,6 @@ class Engine:
         return self.place(q), ForwardMetadata(**self.place(vars(metadata)))
 
 
-def on_device(metadata: ForwardMetadata, index: int) -> ForwardMetadata:
-    fields = {f.name: getattr(metadata, f.name) for f in dataclasses.fields(metadata)}
-    return ForwardMetadata(**{name: to_musa(value, index) for name, value in fields.items()})
-
-
 def expected(q: Tensor, engine: Engine, metadata: ForwardMetadata, layer: AttentionLayer) -> Tensor:
     plain = {name: to_cpu(x) for name, x in vars(metadata).items()}
     out: Tensor = CPU["flash_attn_with_kvcache"](
@@ -92,10 +88,10 @@ def run_steps(stack: Machine, steps: int) -> None:
         return values[int(torch.randint(0, len(values), (), generator=random))]
 
     def layers(engine: Engine, backend: FlashAttentionBackend, batches: list[tuple[Tensor, ForwardMetadata]]) -> None:
+        wanted = {x: [expected(q, engine, metadata, x) for q, metadata in batches] for x in (FULL, SWA)}
         for layer in (FULL, SWA, FULL, SWA):
-            for q, metadata in batches:
-                out = backend.forward_decode(q, engine.k, engine.v, metadata, layer)
-                close(out, expected(q, engine, metadata, layer))
+            for (q, metadata), right in zip(batches, wanted[layer], strict=True):
+                close(backend.forward_decode(q, engine.k, engine.v, metadata, layer), right)
 
     for _ in range(steps):
         index, name = pick([0, 1]), pick(["target", "target", "draft"])
@@ -249,9 +245,9 @@ def test_threads_and_tasks_have_steps_of_their_own() -> None:
     def work() -> None:
         assert contexts.current(1) is None
         with contexts.entered(1, device, None) as mine:
-            barrier.wait(10)
+            barrier.wait(600)
             seen.append(contexts.current(1) is mine)
-            barrier.wait(10)
+            barrier.wait(600)
 
     with contexts.entered(1, device, None):
         threads = [threading.Thread(target=work) for _ in range(4)]

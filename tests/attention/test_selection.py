@@ -354,12 +354,9 @@ def test_the_table_of_backends_is_the_codes(stack: Machine, install: Any) -> Non
 
 
 def test_the_table_for_cuda_is_the_codes() -> None:
-    from jit_kernel.fa3 import dispatch
+    from jit_kernel.fa3 import portable
     from jit_kernel.fa3.decision import Rejected
 
-    portable = dispatch.implementation("portable")
-    if portable is None:
-        pytest.skip("this version has no portable implementation")
     row = next(r for r in rows_below("Dense attention: fa, sage, sdpa") if r[0] == "fa" and r[1].startswith("cuda"))
     dtypes, sizes, target = {NAMED[name] for name in row[2].split()}, sizes_in(row[3]), Target("cuda", "sm_80")
     for dtype in NAMED.values():

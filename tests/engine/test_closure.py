@@ -29,8 +29,8 @@ def of_route(specs: Iterable[KernelSpec], route: str) -> KernelSpec:
 
 # One kernel of each kind, with the target that it is compiled for.
 KINDS = {
-    "cpu forward": (cpu.forward_spec("bf16"), cpu_target()),
-    "cpu combine": (cpu.combine_spec(), cpu_target()),
+    "cpu forward": (cpu.kernels.forward_spec("bf16"), cpu_target()),
+    "cpu combine": (cpu.kernels.combine_spec(), cpu_target()),
     "hopper launcher": (of_route(hopper.all_specs(), "host"), cpu_target()),
     "hopper kernel": (of_route(hopper.all_specs(), "cuda"), GPU),
     "portable launcher": (of_route(portable.all_specs(GPU), "host"), cpu_target()),

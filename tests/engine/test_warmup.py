@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from jit_kernel import config
-from tests.engine.test_loader import compilations, counting_compiler
-
-
-def command(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    variables = {**os.environ, "PYTHONPATH": str(config.package_dir().parent), **environment}
-    return subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, env=variables, check=False)
+from tests.support.commands import command
+from tests.support.compilers import compilations, counting_compiler
 
 
 @pytest.fixture

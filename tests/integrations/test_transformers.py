@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,8 +11,17 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from jit_kernel.integrations import transformers as client  # noqa: E402
+from tests.support import case_run  # noqa: E402
 
 client.register()
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small models are quicker on one thread."""
+    with case_run.one_thread():
+        yield
+
 
 SMALL: dict[str, Any] = {
     "vocab_size": 300,

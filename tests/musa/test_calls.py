@@ -22,6 +22,7 @@ from jit_kernel.fa3.features import features_of
 from jit_kernel.fa3.seam import FUNCTIONS as CPU
 from tests.support import case_run, case_tensors, cases, reference
 from tests.support.mate_double import VERSIONS, wrapper_signatures
+from tests.support.musa_calls import decode_call, metadata_of
 from tests.support.musa_device import Machine, machine, on_musa, to_musa
 
 NAMES = (cases.VARLEN, cases.KVCACHE, cases.DENSE)
@@ -127,15 +128,6 @@ def test_versions_without_a_feature_say_so(stack: Machine, feature: str, argumen
             FUNCTIONS[cases.KVCACHE](**call)
     else:
         assert FUNCTIONS[cases.KVCACHE](**call).isfinite().all()
-
-
-def decode_call(batch: int, sq: int, keys: int, d: int = 64) -> dict[str, object]:
-    """A dense decode call with random numbers, room for 7 keys more."""
-    random = torch.Generator().manual_seed(batch * 100 + keys)
-    q = torch.randn(batch, sq, 4, d, generator=random).bfloat16()
-    k, v = (torch.randn(batch, keys + 7, 2, d, generator=random).bfloat16() for _ in "kv")
-    lengths = torch.full((batch,), keys, dtype=torch.int32)
-    return {"q": q, "k_cache": k, "v_cache": v, "cache_seqlens": lengths, "causal": True}
 
 
 def mla_call(ragged: bool) -> tuple[dict[str, object], reference.Problem]:
@@ -244,22 +236,6 @@ def test_metadata_belongs_to_its_call(newest: Machine) -> None:
     smaller = {name: x[:2] if isinstance(x, torch.Tensor) else x for name, x in call.items()}
     with pytest.raises(ValueError, match=r"on musa it must be \(40,\) for 2 sequences"):
         kvcache(**to_musa(smaller), scheduler_metadata=metadata)
-
-
-def metadata_of(call: dict[str, object], **changes: object) -> torch.Tensor:
-    """get_scheduler_metadata with the parameters of a decode call, on musa:0."""
-    q, k = call["q"], call["k_cache"]
-    arguments = {
-        "batch_size": q.shape[0],
-        "max_seqlen_q": q.shape[1],
-        "max_seqlen_k": k.shape[1],
-        "num_heads_q": q.shape[2],
-        "num_heads_kv": k.shape[2],
-        "headdim": q.shape[3],
-        "cache_seqlens": call["cache_seqlens"],
-        "causal": call["causal"],
-    }
-    return fa3.get_scheduler_metadata(**to_musa(arguments | changes))
 
 
 def test_windows_take_metadata_that_knows_of_them_or_none(stack: Machine) -> None:

@@ -22,9 +22,9 @@ from jit_kernel.fa3.musa import metadata as musa_metadata
 from jit_kernel.fa3.musa import prebuilt as musa_prebuilt
 from jit_kernel.fa3.musa import results as musa_results
 from jit_kernel.fa3.seam import FUNCTIONS as CPU
-from tests.musa.test_calls import decode_call, metadata_of
 from tests.support import musa_device
 from tests.support.mate_kernels import ForeignMetadataError
+from tests.support.musa_calls import decode_call, metadata_of
 from tests.support.musa_device import RUNTIME, Machine, machine, on_musa, to_musa
 
 KVCACHE, VARLEN, DENSE = "flash_attn_with_kvcache", "flash_attn_varlen_func", "flash_attn_func"

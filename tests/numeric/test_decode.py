@@ -10,22 +10,11 @@ import torch
 from torch import Tensor
 
 from jit_kernel import flash_attention_v3 as fa3
-from tests.numeric.test_promises import FLOATS, normal
 from tests.support import reference
+from tests.support.inputs import FLOATS, normal
+from tests.support.threads import answers
 
 LENGTHS = [9000, 1, 3072, 1024, 2049, 777, 6100]
-
-
-def answers(call: Any, threads: tuple[int, ...] = (1, 2, 5)) -> list[tuple[Tensor, Tensor]]:
-    """What the call returns with each number of threads."""
-    before, results = torch.get_num_threads(), []
-    try:
-        for count in threads:
-            torch.set_num_threads(count)
-            results.append(call())
-    finally:
-        torch.set_num_threads(before)
-    return results
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

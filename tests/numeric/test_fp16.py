@@ -17,9 +17,9 @@ from jit_kernel import flash_attention_v3 as fa3
 from jit_kernel.device import Target, cpu_target
 from jit_kernel.fa3 import cpu
 from jit_kernel.fa3.cpu import known as cpu_plain
-from tests.numeric.test_decode import answers
-from tests.numeric.test_promises import normal
 from tests.support import reference
+from tests.support.inputs import normal
+from tests.support.threads import answers
 
 HALF = torch.float16
 LARGEST = torch.finfo(HALF).max

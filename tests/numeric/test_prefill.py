@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from jit_kernel import flash_attention_v3 as fa3
-from tests.numeric.test_decode import answers
-from tests.numeric.test_promises import FLOATS, along, normal
 from tests.support import reference
+from tests.support.inputs import FLOATS, along, normal
+from tests.support.threads import answers
 
 # At head size 256 with AMX 1,024 keys are packed at once, without it 256: the last ones come in a second or third turn.
 QUERIES, KEYS, HEADS, D = 1100, 2500, 2, 256

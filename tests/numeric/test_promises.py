@@ -10,17 +10,14 @@ from torch import Tensor
 
 import jit_kernel.flash_attention_v3 as fa3
 from tests.support import case_run, case_tensors, cases, reference
+from tests.support.inputs import FLOATS, along, normal
+from tests.support.threads import answers
 
 FUNCTIONS = {name: getattr(fa3, name) for name in (cases.VARLEN, cases.KVCACHE, cases.DENSE)}
-FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def ragged(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
-
-
-def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 MASKS: dict[str, dict] = {
@@ -99,12 +96,6 @@ def test_pages_of_any_size_give_the_bits_of_contiguous_keys(dtype: torch.dtype, 
         assert torch.equal(found, expected), f"pages of {page_size}"
 
 
-def along(pattern: Tensor, heads: int, d: int, dtype: torch.dtype, seed: int) -> Tensor:
-    """Noise (1, tokens, heads, d) that reaches pattern[token] along a diagonal: two of them have scores a * b."""
-    x = 0.3 * normal(1, len(pattern), heads, d, seed=seed)
-    return (x + pattern.view(1, -1, 1, 1) / math.sqrt(d)).to(dtype)
-
-
 def patterns(tokens: int) -> dict[str, Tensor]:
     """Scores of keys, in units of e: a running maximum has much to do, or finds its largest at once."""
     spikes = torch.zeros(tokens)
@@ -171,16 +162,8 @@ def test_the_same_bits_on_any_number_of_threads(dtype: torch.dtype, scores: str)
     q = along(torch.linspace(0.2, 1.0, 700), 4, 64, dtype, seed=0)
     k = along(patterns(900)[scores] if scores != "even" else torch.ones(900), 2, 64, dtype, seed=1)
     v = normal(1, 900, 2, 64, dtype=dtype, seed=2)
-    before = torch.get_num_threads()
-    answers = []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            answers.append(fa3.flash_attn_func(q, k, v, causal=True, softmax_scale=1.0, num_splits=1))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(answers[0], answers[1])
-    assert torch.equal(answers[0], answers[2])
+    first, *others = answers(lambda: fa3.flash_attn_func(q, k, v, causal=True, softmax_scale=1.0, num_splits=1))
+    assert all(torch.equal(first, other) for other in others)
 
 
 @pytest.mark.parametrize("num_splits", [0, 1, 4])

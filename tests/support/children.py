@@ -47,7 +47,7 @@ class Child:
         self.process.kill()
         self.process.join()
 
-    def outcome(self, timeout: float = 180) -> Outcome:
+    def outcome(self, timeout: float = 600) -> Outcome:
         """Wait for its end and tell what it did."""
         if not self._receiver.poll(timeout):
             self.kill()

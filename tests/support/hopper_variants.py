@@ -1,0 +1,36 @@
+"""The Hopper variants that tests compile without a GPU, and what NVRTC makes of one."""
+
+from __future__ import annotations
+
+from jit_kernel import config
+from jit_kernel.device import Target
+from jit_kernel.engine import compiler, nvrtc
+from jit_kernel.fa3.hopper import kernels as hopper_kernels
+
+TARGET = Target("cuda", "sm_90a")
+# One of each tile, both dtypes, with and without mask and softcap: dtype, d, dv, is masked, has softcap.
+NAMED = [
+    ("bf16", 64, 64, False, False),
+    ("bf16", 64, 64, True, False),
+    ("bf16", 128, 128, False, False),
+    ("bf16", 128, 128, True, False),
+    ("bf16", 256, 256, False, False),
+    ("bf16", 256, 256, True, False),
+    ("fp16", 128, 128, True, True),
+    ("fp16", 192, 128, True, False),
+    ("bf16", 192, 192, True, False),
+    ("fp16", 96, 96, False, False),
+]
+
+
+def compile_variant(fields: tuple[str, int, int, bool, bool]) -> tuple[bytes, str]:
+    """The cubin of a variant and the compiler's log; nothing is taken from NVRTC's own cache."""
+    spec = hopper_kernels.forward_spec(*fields)
+    sources = config.kernel_sources_dir()
+    return nvrtc.compile_cubin(
+        spec.unit,
+        name="unit.cu",
+        architecture=TARGET.architecture,
+        include_dirs=[sources, sources / "include"],
+        flags=[*compiler.flags("cuda", TARGET, spec.flags)[1:], "--no-cache"],
+    )
