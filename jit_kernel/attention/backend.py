@@ -19,6 +19,7 @@ from jit_kernel.attention.cascade import merged
 from jit_kernel.attention.metadata import AttentionLayer, ForwardMetadata
 from jit_kernel.attention.plan import GraphMetadata
 from jit_kernel.attention.step import ForwardContext
+from jit_kernel.device import detect_device
 
 Result = Tensor | tuple[Tensor, Tensor]
 VERSIONS = (3,)
@@ -91,7 +92,7 @@ class FlashAttentionBackend:
         layer = layer or AttentionLayer()
         if metadata.has_cache:
             caches = _need_caches(k_cache, v_cache)
-            return self._with_cache(q, *caches, metadata, layer, qv, return_softmax_lse, out, None)
+            return self._with_cache(q, *caches, metadata, layer, qv, return_softmax_lse, out, {})
         if k is None or v is None:
             raise ValueError("k and v are None; they must be given when metadata has no cache_seqlens")
         if qv is not None:
@@ -129,7 +130,7 @@ class FlashAttentionBackend:
         """
         if not metadata.has_cache:
             raise ValueError("metadata.cache_seqlens is None; forward_decode needs the lengths of the cache")
-        new = None if k is None and v is None else (k, v)
+        new = {} if k is None and v is None else {"k": k, "v": v}
         return self._with_cache(
             q, k_cache, v_cache, metadata, layer or AttentionLayer(), qv, return_softmax_lse, out, new
         )
@@ -171,21 +172,19 @@ class FlashAttentionBackend:
         qv: Tensor | None,
         return_softmax_lse: bool,
         out: Tensor | None,
-        new: tuple[Tensor | None, Tensor | None] | None,
+        new: dict[str, Tensor | None],
     ) -> Result:
         plan = None
         # With new keys the lengths that count are known only inside the call.
-        if self._maker is not None and new is None and qv is None:
+        if self._maker is not None and not new and qv is None:
             context = steps.current(self._owner)
             key = steps.key_for(context, metadata, layer, q, k_cache, v_cache, self.num_splits)
             plan = steps.obtain(context, key, metadata, self._maker, q.device)
-        k, v = (None, None) if new is None else new
         result: Result = self._kvcache(
             q=q,
             k_cache=k_cache,
             v_cache=v_cache,
-            k=k,
-            v=v,
+            **new,
             qv=qv,
             **metadata.cache_arguments(),
             **layer.arguments(),
@@ -205,7 +204,7 @@ def _need_caches(k_cache: Tensor | None, v_cache: Tensor | None) -> tuple[Tensor
 
 def resolved_device(device: torch.device | str | None) -> torch.device:
     """The device to serve. Raises NotImplementedError with what is missing for MUSA on a machine without it."""
-    name = flash_attention_v3.detect_device() if device is None else str(device)
+    name = detect_device() if device is None else str(device)
     if name.partition(":")[0] == "musa" and not moore_threads.probe().usable:
         lines = "\n  ".join(str(part) for part in moore_threads.probe().missing)
         raise NotImplementedError(f"device is {name!r}, and no Moore Threads GPU can be used here:\n  {lines}")

@@ -74,3 +74,7 @@ class AttentionLayer:
     def arguments(self) -> dict[str, Any]:
         """Each by its name in the public functions."""
         return {each.name: getattr(self, each.name) for each in fields(self)}
+
+    def part_arguments(self, causal: bool) -> dict[str, Any]:
+        """The same for a part of the keys, causal or not, whose result is merged by its lse."""
+        return {**self.arguments(), "causal": causal, "window_size": (-1, -1), "return_softmax_lse": True}

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -38,15 +37,11 @@ import torch
 
 from jit_kernel import config
 from jit_kernel.device import Target, device_target
+from jit_kernel.engine.progress import warn_once
 from jit_kernel.fa3.call import Arguments, Call, MetadataParameters, Result
 from jit_kernel.fa3.decision import Accepted, Decision, Rejected, refusal
 from jit_kernel.fa3.features import Features, plain_features, planned_features
 from jit_kernel.jit import KernelSpec
-
-log = logging.getLogger("jit_kernel")
-
-_said: set[tuple[str, str]] = set()
-_said_guard = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -133,16 +128,8 @@ def resolve(target: Target, features: Features, function: str) -> ModuleType:
             text = f"{name} does not serve {what}: {decision.reason}"
             if config.strict():
                 raise NotImplementedError(f"{text}; {choice.name} would take it (JIT_KERNEL_STRICT is set)")
-            _warn_once(name, decision.reason, f"{text}; {choice.name} takes it")
+            warn_once(f"{text}; {choice.name} takes it", (name, decision.reason))
     return implementation(choice.name)
-
-
-def _warn_once(name: str, reason: str, text: str) -> None:
-    with _said_guard:
-        if (name, reason) in _said:
-            return
-        _said.add((name, reason))
-    log.warning(text)
 
 
 class Dispatcher:

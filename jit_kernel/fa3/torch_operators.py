@@ -49,7 +49,7 @@ _TYPES = {
 }
 _PAIR = "(Tensor, Tensor)"
 
-_library = torch.library.Library(_NAMESPACE, "DEF")
+_library: Any = torch.library.Library(_NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 
 
 def schema_of(function: Callable[..., Any], result: str, written: tuple[str, ...] = ()) -> str:

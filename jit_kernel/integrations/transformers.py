@@ -226,7 +226,7 @@ def _ragged(q: Tensor, k: Tensor, v: Tensor, mask: Mask, settings: dict[str, Any
     )
     assert isinstance(found, Tensor)
     out = found.new_zeros(q.shape[0] * q.shape[1], *found.shape[1:])
-    return out.index_copy_(0, rows_q, found).unflatten(0, q.shape[:2])
+    return out.index_copy_(0, rows_q, found).view(*q.shape[:2], *found.shape[1:])
 
 
 def _refuse(dropout: float, attention_mask: object, others: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ from jit_kernel.attention import (
 from jit_kernel.attention.dense import sage, selection
 from jit_kernel.attention.parallel import exchange as communication
 from jit_kernel.device import Target
+from jit_kernel.engine import progress
 from jit_kernel.fa3.musa import rules as musa_rules
 from jit_kernel.fa3.seam import FUNCTIONS as CPU
 from tests.support.musa_device import Machine, machine, on_path, to_cpu, to_musa, write_distribution, write_package
@@ -34,9 +35,9 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 @pytest.fixture(autouse=True)
 def nothing_said() -> Iterator[None]:
-    selection._said.clear()
+    progress._warned.clear()
     yield
-    selection._said.clear()
+    progress._warned.clear()
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ import jit_kernel
 from jit_kernel import config, flash_attention_v3
 from jit_kernel.commands import why
 from jit_kernel.device import Target, cpu_target
+from jit_kernel.engine import progress
 from jit_kernel.fa3 import call as calls
 from jit_kernel.fa3 import cpu, dispatch
 from jit_kernel.fa3.checks.call import checked
@@ -68,7 +69,7 @@ def choosy(tmp_path, monkeypatch):
 
     (tmp_path / "choosy.py").write_text(CHOOSY)
     monkeypatch.setattr(family, "__path__", [*family.__path__, str(tmp_path)])
-    monkeypatch.setattr(dispatch, "_said", set())
+    monkeypatch.setattr(progress, "_warned", set())
     monkeypatch.setattr(config, "IMPLEMENTATIONS", {**config.IMPLEMENTATIONS, "cpu": ("choosy", "cpu")})
     config.reload()
     yield dispatch.implementation("choosy")

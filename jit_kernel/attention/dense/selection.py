@@ -6,8 +6,6 @@ missing, and an error under strict.
 
 from __future__ import annotations
 
-import logging
-import threading
 from dataclasses import dataclass
 
 import torch
@@ -16,19 +14,15 @@ from jit_kernel import config
 from jit_kernel.attention.backend import resolved_device
 from jit_kernel.attention.dense import sage
 from jit_kernel.device import device_target
+from jit_kernel.engine.progress import warn_once
 from jit_kernel.fa3 import dispatch
 from jit_kernel.fa3.decision import Rejected
 from jit_kernel.fa3.features import DTYPE_NAMES, Features
-
-log = logging.getLogger("jit_kernel")
 
 BACKENDS = ("fa", "sage", "sdpa")
 # What is tried in turn for each wish. Sage rounds to 8 bits, so it is taken only where it is asked for.
 ORDER = {None: ("fa", "sdpa"), "fa": ("fa", "sdpa"), "sage": ("sage", "fa", "sdpa"), "sdpa": ("sdpa",)}
 INSTALL_FA = {"cuda": 'pip install "jit_kernel[cuda13]"', "musa": "python -m jit_kernel doctor", "cpu": "install g++"}
-
-_said: set[tuple[str, str]] = set()
-_saying = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -73,11 +67,7 @@ def _answer(found: Selection, device: torch.device, strict: bool) -> Selection:
     text = f"attention backend {wanted!r} is not available on {device.type}: {'; '.join(found.reasons)}{hint}"
     if strict or config.strict():
         raise NotImplementedError(text)
-    with _saying:
-        new = (wanted, text) not in _said
-        _said.add((wanted, text))
-    if new:
-        log.warning("%s; %r takes its place", text, found.backend)
+    warn_once(f"{text}; {found.backend!r} takes its place", (wanted, text))
     return found
 
 

@@ -121,8 +121,7 @@ def all_gather_attention(
             max_seqlen_q=max(half, default=0),
             max_seqlen_k=max(lengths, default=0),
             seqused_k=torch.tensor(ends, dtype=torch.int32, device=q.device),
-            **{**layer.arguments(), "causal": causal, "window_size": (-1, -1)},
-            return_softmax_lse=True,
+            **layer.part_arguments(causal),
         )
         out[where], lse[:, where] = part, part_lse
     return (out, lse) if return_softmax_lse else out

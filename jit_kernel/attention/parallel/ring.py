@@ -133,8 +133,7 @@ def _attend(q: Tensor, keys: list[Tensor], block: Block, layer: AttentionLayer) 
         max_seqlen_q=block.max_seqlen_q,
         max_seqlen_k=block.max_seqlen_k,
         seqused_k=block.seqused_k,
-        **{**layer.arguments(), "causal": block.causal, "window_size": (-1, -1)},
-        return_softmax_lse=True,
+        **layer.part_arguments(block.causal),
     )
     return out, lse
 
