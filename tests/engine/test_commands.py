@@ -12,7 +12,7 @@ import pytest
 from jit_kernel import __main__, config
 from jit_kernel.commands import cache
 from jit_kernel.engine.store import CacheError, Store, write_manifest
-from tests.engine.test_warmup import command
+from tests.support.commands import command
 
 KEYS = ("0" * 32, "1" * 32)
 

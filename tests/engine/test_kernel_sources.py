@@ -14,7 +14,7 @@ from jit_kernel.fa3.checks import values
 SOURCES = config.kernel_sources_dir()
 WRAPPERS = "include/jit_kernel"
 CPU = "flash_attention_v3/cpu"
-SUFFIXES = (".h", ".cuh", ".cu", ".cpp")
+SUFFIXES = (".h", ".cuh", ".cu", ".cpp", ".inc")
 # Folders of the CPU kernels and what each may include of them beside itself.
 CPU_FOLDERS = {
     "common": set(),
@@ -104,7 +104,7 @@ def test_a_plain_call_has_the_limits_of_the_checks():
         "kLargestNumber": values.FLOAT32_MAX,
         "kSmallestNumber": values.FLOAT32_MIN,
         "kMostSplits": values.MAX_SPLITS,
-        "kMostHeadDim": cpu.MAX_HEAD_DIM,
+        "kMostHeadDim": cpu.kernels.MAX_HEAD_DIM,
         "kMostIndex": values.INT32_MAX,
     }
 

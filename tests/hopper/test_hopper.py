@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import types
 
 import pytest
 import torch
 
+import jit_kernel
 from jit_kernel.device import Target
 from jit_kernel.engine import nvrtc
-from jit_kernel.fa3 import hopper
+from jit_kernel.fa3 import call as calls
+from jit_kernel.fa3 import dispatch, hopper
+from jit_kernel.fa3.call import Call
 from jit_kernel.fa3.decision import Accepted, Rejected
 from jit_kernel.fa3.features import Features
 from tests.support.hopper_variants import NAMED, TARGET, compile_variant
@@ -143,16 +147,23 @@ def test_only_a_known_kind_of_call_passes_by_the_dispatcher(
 ) -> None:
     kernels = KernelsDouble(aligned)
     monkeypatch.setattr(hopper, "_kernels_of", lambda device: kernels)
-    asked: list[dict[str, object]] = []
-    serve = hopper.shortcut("flash_attn_varlen_func", lambda **call: asked.append(call))  # type: ignore[arg-type, return-value]
+    asked: list[Call] = []
+    double = types.SimpleNamespace(
+        NAME="next", attend=asked.append, decide=lambda target, features: Accepted(),
+        supports=hopper.supports, FUNCTIONS=hopper.FUNCTIONS,
+    )  # fmt: skip
+    monkeypatch.setattr(dispatch, "candidates", lambda target: ("next",))
+    monkeypatch.setattr(dispatch, "implementation", lambda name: double)
+    made = dispatch.Dispatcher(TARGET, (hopper, double))  # type: ignore[arg-type]
     x, cu = torch.zeros(3, 2, 64, dtype=torch.bfloat16), torch.tensor([0, 3], dtype=torch.int32)
     given: dict[str, object] = {"q": x, "k": x, "v": x, "cu_seqlens_q": cu, "cu_seqlens_k": cu, "causal": True}
-    names = inspect.signature(hopper.flash_attn_varlen_func).parameters
+    names = inspect.signature(jit_kernel.flash_attn_varlen_func).parameters
     defaults = {name: p.default for name, p in names.items() if p.default is not inspect.Parameter.empty}
-    call = {**defaults, **given, **change}
-    result = serve(**call)
+    call = Call(*calls.of(calls.VARLEN, {**defaults, **given, **change}))
+    result = made.attend(call)
     if launched:
         assert not asked
+        assert isinstance(result, torch.Tensor)
         assert result.shape == x.shape
         assert kernels.launched[0][:4] == (7, x, x, x)
     else:

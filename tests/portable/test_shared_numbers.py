@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from jit_kernel import config
-from jit_kernel.engine import triton_compiler
+from jit_kernel.engine import triton_process
 from jit_kernel.fa3.portable import kernels as portable_kernels
 from tests.support import shared_numbers
 
@@ -44,9 +44,9 @@ def test_the_launcher_takes_the_kernels_arguments(name: str) -> None:
 def test_the_launchers_letters_are_the_compilers() -> None:
     text = LAUNCHER.read_text(encoding="utf-8")
     taken = set(re.findall(r"type == '(\w)'", text))
-    assert taken == {"p", *triton_compiler._TYPE_LETTERS.values()}
+    assert taken == {"p", *triton_process._TYPE_LETTERS.values()}
     kinds = {kind for name in ("forward", "combine", "append") for kind in signature(name).values()}
-    assert {kind for kind in kinds if not kind.startswith("*")} == set(triton_compiler._TYPE_LETTERS)
+    assert {kind for kind in kinds if not kind.startswith("*")} == set(triton_process._TYPE_LETTERS)
 
 
 def test_blocks_of_keys_and_rows_are_what_the_host_counts_with() -> None:
