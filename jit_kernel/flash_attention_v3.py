@@ -127,6 +127,11 @@ def flash_attn_varlen_func(
     Returns out, q's shape with dv last, in q's dtype (bf16 for float8_e4m3fn), 0 in rows that see no key or hold no
     query; with return_softmax_lse also lse, float32, natural logarithm, (hq, total_q) or (b, hq, sq). Formulas:
     FlashAttention-3 (Shah et al., 2024), sinks as in gpt-oss.
+
+    Raises ValueError or TypeError that name the argument, for a bad shape, dtype, device, stride or value, before
+    anything is launched or written (index tensors' values on the CPU, elsewhere under JIT_KERNEL_CHECK_INDICES=1);
+    NotImplementedError, with every implementation's reason, for what the device cannot do, and for an input that
+    requires grad in grad mode; what `jit_kernel.jit.load` raises when a kernel can be neither loaded nor compiled.
     """
     call = (
         VARLEN, q, k, v, softmax_scale, causal, window_size, attention_chunk, softcap, num_splits, return_softmax_lse,
@@ -184,8 +189,11 @@ def flash_attn_with_kvcache(
     cache_batch_idx: (b,), the row of the cache, or of the page table, of each sequence.
     cache_leftpad: (b,), how many of the first tokens of a cache are no keys.
     scheduler_metadata: what `get_scheduler_metadata` made for the same parameters; may be a copy of it.
+    num_splits: 0 by default, where `flash_attn_varlen_func` has 1: a heuristic chooses, so that a sequence's last bits
+        may depend on the rest of the batch.
 
-    The other arguments, the result and its formulas are those of `flash_attn_varlen_func`.
+    The other arguments, the result, its formulas and the errors are those of `flash_attn_varlen_func`; ValueError also
+    for new keys that the cache has no room for, and for metadata that was made with other parameters.
     """
     call = (
         KVCACHE, q, k_cache, v_cache, softmax_scale, causal, window_size, attention_chunk, softcap, num_splits,
@@ -221,7 +229,7 @@ def flash_attn_func(
     """Attention over sequences of one length: q (b, sq, hq, d), k (b, sk, hk, d), v (b, sk, hk, dv).
 
     deterministic: accepted for FA3's sake; the forward pass always is.
-    The other arguments, the result and its formulas are those of `flash_attn_varlen_func`.
+    The other arguments, the result, its formulas and the errors are those of `flash_attn_varlen_func`.
     """
     call = (
         DENSE, q, k, v, softmax_scale, causal, window_size, attention_chunk, softcap, num_splits, return_softmax_lse,
@@ -257,10 +265,10 @@ def get_scheduler_metadata(
 
     Arguments as in that call; batch_size is b, headdim is d, headdim_v is dv, page_size None without page_table,
     max_seqlen_k at most what the cache has room for, max_seqlen_k_new 0 without new keys.
-
-    Returns an int32 tensor on cache_seqlens's device. Its length depends on the batch alone and it may be copied
-    into a static buffer for graph replay. It serves the implementation that made it and opens with the parameters,
-    which the call verifies: on the CPU always, elsewhere under JIT_KERNEL_CHECK_INDICES=1.
+    Returns an int32 tensor on cache_seqlens's device; its length depends on the batch alone, so it may be copied into a
+    static buffer for graph replay. It serves the implementation that made it, and the call verifies the parameters that
+    it opens with: on the CPU, elsewhere under JIT_KERNEL_CHECK_INDICES=1. Raises ValueError or TypeError that name a
+    bad argument, NotImplementedError where nothing serves such a call.
     """
     parameters = MetadataParameters(
         batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim, cache_seqlens, qkv_dtype, headdim_v,
@@ -280,7 +288,8 @@ def flash_attn_combine(
     out: where to write, out_partial's shape without splits. out_dtype: out's, else out_partial's dtype.
 
     Returns (out, lse): lse = log(sum over parts of exp(lse_partial)), out = sum of exp(lse_partial - lse) *
-    out_partial; 0 and -inf where every part is -inf. lse has out's shape without dv.
+    out_partial; 0 and -inf where every part is -inf. lse has out's shape without dv. Raises ValueError or TypeError
+    for a bad argument, by name, and NotImplementedError for an input that requires grad in grad mode.
     """
     if is_compiling():
         return torch_operators.combine(out_partial, lse_partial, out, out_dtype)
@@ -294,7 +303,8 @@ def merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> t
     lse_a, lse_b: float32, natural logarithm, any strides; -inf where a set held no key.
 
     Returns (out, lse) of the same shapes, out in out_a's dtype; 0 and -inf where both are -inf. A sink must be in one
-    of the two alone.
+    of the two alone. Raises ValueError or TypeError for a bad argument, by name, and NotImplementedError for an input
+    that requires grad in grad mode.
     """
     if is_compiling():
         return torch_operators.merge(out_a, lse_a, out_b, lse_b)

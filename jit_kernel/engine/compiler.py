@@ -122,8 +122,9 @@ def require(route: str) -> Found:
             "Fedora: dnf install gcc-c++; macOS: xcode-select --install), or set CXX",
             "cuda": "nvcc is not on PATH: install a CUDA toolkit, or unset JIT_KERNEL_CUDA_COMPILER"
             if config.cuda_compiler() == "nvcc"
-            else "NVRTC was not found: pip install 'jit_kernel[cuda13]' (driver 580 or newer) or 'jit_kernel[cuda12]'",
-            "triton": "Triton was not found: pip install 'jit_kernel[cuda13]' or triton",
+            else "NVRTC was not found: pip install nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cuda-crt (driver 580 "
+            "or newer), or the packages of this package's extra cuda12",
+            "triton": "Triton was not found: pip install triton",
         }[route]
     )
 

@@ -15,22 +15,33 @@ from torch import Tensor
 
 from jit_kernel.fa3 import call as calls
 from jit_kernel.fa3 import dispatch
-from jit_kernel.fa3.call import Arguments, MetadataParameters, Result, lse_shape
-from jit_kernel.fa3.checks.call import checked
-from jit_kernel.fa3.checks.combine import check_combine, check_merge
-from jit_kernel.fa3.checks.metadata import check_parameters
+from jit_kernel.fa3.call import Arguments, Call, MetadataParameters, Result, lse_shape
+
+
+def _import_checks(arguments: Arguments) -> Call:
+    """Import the checks with the first call: that takes 12 ms, which an import of the package does not pay."""
+    global _checked
+    from jit_kernel.fa3.checks.call import checked
+
+    _checked = checked
+    return checked(arguments)
+
+
+_checked: Callable[[Arguments], Call] = _import_checks
 
 
 def attend(arguments: Arguments) -> Result:
     """Attention of a call that nobody has checked."""
     if (try_known := dispatch.try_unchecked) is not None and (result := try_known(arguments)) is not None:
         return result
-    call = checked(arguments)
+    call = _checked(arguments)
     return dispatch.dispatcher(call.q.device).attend(call)
 
 
 def plan(parameters: MetadataParameters) -> Tensor:
     """Scheduler metadata for parameters that nobody has checked."""
+    from jit_kernel.fa3.checks.metadata import check_parameters
+
     parameters = check_parameters(parameters)
     return dispatch.dispatcher(parameters.cache_seqlens.device).plan(parameters)
 
@@ -166,6 +177,8 @@ def flash_attn_combine(
     *, out_partial: Tensor, lse_partial: Tensor, out: Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
     """See `jit_kernel.flash_attention_v3.flash_attn_combine`."""
+    from jit_kernel.fa3.checks.combine import check_combine
+
     dtype = check_combine(out_partial, lse_partial, out, out_dtype)
     combine = dispatch.dispatcher(out_partial.device).first_with("flash_attn_combine")
     if out is None:
@@ -177,6 +190,8 @@ def flash_attn_combine(
 
 def merge_state(*, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """See `jit_kernel.flash_attention_v3.merge_state`."""
+    from jit_kernel.fa3.checks.combine import check_merge
+
     check_merge(out_a, lse_a, out_b, lse_b)
     merge = dispatch.dispatcher(out_a.device).first_with("merge_state")
     out, lse = out_a.new_empty(out_a.shape), lse_a.new_empty(lse_shape(out_a))

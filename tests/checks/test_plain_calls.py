@@ -85,7 +85,7 @@ def plain(function: str, call: Call) -> Any:
         raise DeclinedError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(seam, "checked", declined)
+        patch.setattr(seam, "_checked", declined)
         try:
             return getattr(jit_kernel, function)(**call)
         except DeclinedError:

@@ -22,7 +22,11 @@ from jit_kernel.fa3.features import DTYPE_NAMES, Features
 BACKENDS = ("fa", "sage", "sdpa")
 # What is tried in turn for each wish. Sage rounds to 8 bits, so it is taken only where it is asked for.
 ORDER = {None: ("fa", "sdpa"), "fa": ("fa", "sdpa"), "sage": ("sage", "fa", "sdpa"), "sdpa": ("sdpa",)}
-INSTALL_FA = {"cuda": 'pip install "jit_kernel[cuda13]"', "musa": "python -m jit_kernel doctor", "cpu": "install g++"}
+INSTALL_FA = {
+    "cuda": "pip install nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cuda-crt triton",
+    "musa": "python -m jit_kernel doctor",
+    "cpu": "install g++",
+}
 
 
 @dataclass(frozen=True)

@@ -93,10 +93,9 @@ def try_unchecked(arguments: Arguments) -> Result | None:
         out = empty(q.shape, dtype=out_dtype, device="cpu")
     numbers = (scale, causal, left, right, chunk, softcap, num_splits, get_num_threads())
     try:
-        served = forward(q, k, v, out, lse, *layout, *numbers)
+        if not forward(q, k, v, out, lse, *layout, *numbers):
+            return None
     except (RuntimeError, TypeError):  # no DLPack tensor (sparse, quantized) or no int64: the checks know its name
-        return None
-    if not served:
         return None
     return out if lse is None else (out, lse)
 

@@ -170,6 +170,7 @@ class DeviceKernels(cubin.DeviceKernels):
     `launch` takes a handle, a grid, tensors and scalars, and launches on the tensors' current stream.
     """
 
+    compiles_under_capture = True  # Triton compiles in a process of its own, which touches no stream
     launch: Callable[..., None]
 
     def __init__(self, index: int, target: Target) -> None:
