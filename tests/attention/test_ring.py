@@ -32,8 +32,8 @@ def test_processes_give_what_one_call_gives(world_size: int, cases: int, tmp_pat
         while not ended:  # join() returns as soon as one process has ended
             ended = context.join(timeout=300)
     except Exception as error:
-        told = "\n".join(path.read_text() for path in tmp_path.glob("rank*.txt"))
-        raise AssertionError(told or str(error)) from error
+        output = "\n".join(path.read_text() for path in tmp_path.glob("rank*.txt"))
+        raise AssertionError(output or str(error)) from error
     worst = json.loads((tmp_path / "worst.json").read_text())
     say.append(f"context parallelism, {world_size} processes, {cases} cases: worst shares {worst}")
     assert 0.0 < worst["ring_attention"] <= 1.0
