@@ -22,7 +22,7 @@ from jit_kernel.fa3.checks.metadata import check_parameters
 
 
 def attend(arguments: Arguments) -> Result:
-    """Attention of a call that nobody has checked."""
+    """Attention of an unchecked call."""
     if (try_known := dispatch.try_unchecked) is not None and (result := try_known(arguments)) is not None:
         return result
     call = checked(arguments)
@@ -30,7 +30,7 @@ def attend(arguments: Arguments) -> Result:
 
 
 def plan(parameters: MetadataParameters) -> Tensor:
-    """Scheduler metadata for parameters that nobody has checked."""
+    """Scheduler metadata for unchecked parameters."""
     parameters = check_parameters(parameters)
     return dispatch.dispatcher(parameters.cache_seqlens.device).plan(parameters)
 
