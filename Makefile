@@ -14,7 +14,7 @@ demo: $(VENV)/.ready $(VENV)/.demo
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -m "not gpu and not musa" $(PYTEST_ARGS)
 
-# Some tests of every room, within a minute.
+# Some tests of every folder, within a minute.
 test-quick: $(VENV)/.ready
 	$(BIN)/python -m pytest -m "quick and not gpu and not musa" $(PYTEST_ARGS)
 

@@ -42,7 +42,7 @@ def main() -> int:
         print(f"\n{name}")
         known = len(jit.events())
         seconds, out = timed(ours)
-        print(f"  first call          {seconds * 1e3:10.2f} ms   {told(known)}")
+        print(f"  first call          {seconds * 1e3:10.2f} ms   {described(known)}")
         error = float((out.double().cpu() - exact).abs().max())
         right &= error <= allowed
         print(f"  largest error       {error:10.1e}      against float64; allowed {allowed:.0e}")
@@ -59,13 +59,11 @@ def second_process() -> int:
     device = detect_device()
     ours, _, _ = prefill(device, torch.float32 if device == "cpu" else torch.bfloat16)
     seconds, _ = timed(ours)
-    print(
-        f"  first call          {seconds * 1e3:10.2f} ms   {told(0)}; the rest is Python's imports and the call itself"
-    )
+    print(f"  first call          {seconds * 1e3:10.2f} ms   {described(0)}; the rest is imports and the call itself")
     return 0 if all(event.action != "compiled" for event in jit.events()) else 1
 
 
-def told(known: int) -> str:
+def described(known: int) -> str:
     """What the loader did since it had done `known` things."""
     done = [f"{event.action} {event.spec.kernel} in {event.seconds * 1e3:,.1f} ms" for event in jit.events()[known:]]
     return "; ".join(done) or "nothing to compile or load: the kernel of the first call serves this one, too"

@@ -1,4 +1,4 @@
-"""The one door to compiled code: memory, then disk, then the compiler."""
+"""The only way to compiled code: memory, then disk, then the compiler."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The house stands: a file imports only from lower floors, and importing anything does no work."""
+"""The structure of the source code: a file imports only from lower floors, and importing anything does no work."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ class GraphMetadata:
         for key in self._plans:
             if key.tag == made.key.tag and key.lengths != made.key.lengths:
                 raise ValueError(
-                    f"graph {self.name!r}: tag {key.tag!r} has two batches, told by the memory of their lengths; each "
+                    f"graph {self.name!r}: tag {key.tag!r} has two batches, whose lengths are different memory; each "
                     "must have a tag of its own"
                 )
         self._plans[made.key] = (made, maker)

@@ -19,7 +19,7 @@ and, where it has them,
     try_known(call)             the result of a checked call that `decide` would accept, by a faster way, or None: it
                                 declines what asks for a feature of the table that `decide` reads (features.ARGUMENTS)
                                 and that it does not claim
-    try_unchecked(arguments)    the same for the fields of a call that nobody has checked, asked before the checks: it
+    try_unchecked(arguments)    the same for the fields of an unchecked call, asked before the checks: it
                                 declines whatever they would refuse
 It imports neither another implementation nor this module; it is imported when its device is first used.
 """

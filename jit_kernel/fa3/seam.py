@@ -31,7 +31,7 @@ _checked: Callable[[Arguments], Call] = _import_checks
 
 
 def attend(arguments: Arguments) -> Result:
-    """Attention of a call that nobody has checked."""
+    """Attention of an unchecked call."""
     if (try_known := dispatch.try_unchecked) is not None and (result := try_known(arguments)) is not None:
         return result
     call = _checked(arguments)

@@ -138,7 +138,7 @@ def _has_holes(real: Tensor) -> bool:
 
 
 def _recognise(mask_function: Callable[..., Any]) -> tuple[bool, tuple[int, int], int]:
-    """(causal, window_size, attention_chunk) of a transformers mask function, told by what made it."""
+    """(causal, window_size, attention_chunk) of a transformers mask function, by the function that made it."""
     if mask_function is causal_mask_function:
         return True, (-1, -1), 0
     if mask_function is bidirectional_mask_function:

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
+import jit_kernel
 from jit_kernel.attention import AttentionLayer, all_gather_attention, backend_name, plan_ring, ring_attention
 from jit_kernel.attention.parallel import zigzag
-from jit_kernel.fa3 import cpu
 from tests.support import ring_worker
 
 
@@ -20,7 +20,7 @@ from tests.support import ring_worker
 def test_processes_give_what_one_call_gives(world_size: int, cases: int, tmp_path: Path, say: list[str]) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):  # compiled here, once, and not by every process
         x = torch.zeros(1, 1, 1, 64, dtype=dtype)
-        cpu.flash_attn_func(q=x, k=x, v=x, softmax_scale=1.0)
+        jit_kernel.flash_attn_func(q=x, k=x, v=x, softmax_scale=1.0)
     context = multiprocessing.spawn(
         ring_worker.run,
         (world_size, str(tmp_path / "store"), cases, str(tmp_path)),
@@ -32,8 +32,8 @@ def test_processes_give_what_one_call_gives(world_size: int, cases: int, tmp_pat
         while not ended:  # join() returns as soon as one process has ended
             ended = context.join(timeout=300)
     except Exception as error:
-        told = "\n".join(path.read_text() for path in tmp_path.glob("rank*.txt"))
-        raise AssertionError(told or str(error)) from error
+        output = "\n".join(path.read_text() for path in tmp_path.glob("rank*.txt"))
+        raise AssertionError(output or str(error)) from error
     worst = json.loads((tmp_path / "worst.json").read_text())
     say.append(f"context parallelism, {world_size} processes, {cases} cases: worst shares {worst}")
     assert 0.0 < worst["ring_attention"] <= 1.0

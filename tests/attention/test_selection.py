@@ -217,7 +217,7 @@ def test_an_lse_that_would_be_swallowed_is_refused(install: Any) -> None:
         found(q, q[:, :4], q[:, :4], True, None, False)
 
 
-def test_later_packages_are_told_by_signature_or_version(install: Any) -> None:
+def test_later_packages_are_recognised_by_signature_or_version(install: Any) -> None:
     install(SAGE_1.replace("smooth_k=True", "return_lse=False"), "2.2.0")
     found = sage.find()
     assert isinstance(found, sage.Sage)
@@ -329,8 +329,8 @@ def sizes_in(text: str) -> set[int]:
 
 
 def test_the_table_of_fallbacks_is_the_codes() -> None:
-    told = {row[0]: tuple(row[1].split(", ")) for row in rows_below("What falls back to what")}
-    assert told == {str(None) if k is None else f'"{k}"': v for k, v in selection.ORDER.items()}
+    documented = {row[0]: tuple(row[1].split(", ")) for row in rows_below("What falls back to what")}
+    assert documented == {str(None) if k is None else f'"{k}"': v for k, v in selection.ORDER.items()}
 
 
 def test_the_table_of_backends_is_the_codes(stack: Machine, install: Any) -> None:
@@ -368,10 +368,10 @@ def test_the_table_for_cuda_is_the_codes() -> None:
 
 
 def test_the_table_of_mates_versions_is_the_codes() -> None:
-    told = rows_below("Moore Threads GPUs")
-    start = next(i for i, row in enumerate(told) if row[0].startswith("page_table in"))
+    documented = rows_below("Moore Threads GPUs")
+    start = next(i for i, row in enumerate(documented) if row[0].startswith("page_table in"))
     versions = [(0, 1, 3), (0, 2, 0), (0, 2, 1), (0, 2, 2)]
-    by_name = {row[0]: [cell == "yes" for cell in row[1:]] for row in told[start:]}
+    by_name = {row[0]: [cell == "yes" for cell in row[1:]] for row in documented[start:]}
     base = selection.plain_features_of(128, torch.bfloat16)
     mla = {"qv": True, "head_dim": 64, "head_dim_v": 512, "page_size": 64}
     cases = {

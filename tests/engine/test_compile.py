@@ -139,7 +139,7 @@ def test_only_an_append_declares_the_caches_written():
 
 
 @pytest.mark.parametrize("name", ["dense", "varlen", "kvcache", "kvcache_append"])
-def test_operators_keep_their_word(name):
+def test_operators_match_their_schema_and_fake(name):
     """Schema and fake implementation against the real one."""
     operator = getattr(torch.ops.jit_kernel, name).default
     if name == "dense":
@@ -161,7 +161,7 @@ def test_operators_keep_their_word(name):
 
 
 def test_bad_arguments_raise_from_the_compiled_program():
-    """Shapes, numbers and index tensors are checked when it runs, as ever."""
+    """Shapes, numbers and index tensors are checked when it runs, as without torch.compile."""
     program = compiled(varlen)
     q, k, v, offsets_q, offsets_k, used = varlen_inputs()
     with pytest.raises(ValueError, match="cu_seqlens_k decreases"):

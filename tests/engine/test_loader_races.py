@@ -64,7 +64,7 @@ def test_a_process_that_waits_names_the_holder_and_a_dead_holder_frees_the_lock(
     waiter = children.Child(loader_work.small_call, environment=environment, scratch=tmp_path)
     wait_for(lambda: "waiting for" in waiter.stderr())
     assert f"process {holder.process.pid} on {os.uname().nodename} has been compiling it for" in waiter.stderr()
-    assert compilations(starts) == 1, "who waits does not compile"
+    assert compilations(starts) == 1, "a process that waits does not compile"
     holder.kill()
     outcome = waiter.outcome()
     assert outcome.error == "" and outcome.result["right"] and len(outcome.result["compiled"]) == 1

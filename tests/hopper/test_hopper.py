@@ -1,4 +1,4 @@
-"""The Hopper kernels without a GPU: what the compiler says of them, which variants there are, who is served."""
+"""The Hopper kernels without a GPU: the compiler's report, the variants, and the calls that are served."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_variant_compiles_without_spills_or_serialised_products(fields: tuple[
     assert re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log) == [("0", "0")]
 
 
-def test_a_source_that_does_not_compile_raises_with_the_compilers_words() -> None:
+def test_a_source_that_does_not_compile_raises_with_the_compilers_message() -> None:
     with pytest.raises(nvrtc.NvrtcError, match="no storage class") as caught:
         nvrtc.compile_cubin("wrong", name="wrong.cu", architecture="sm_90a", include_dirs=[])
     assert "wrong.cu(1)" in caught.value.log
@@ -123,7 +123,7 @@ class KernelsDouble:
         self.aligned = aligned
 
     def forward(self, *arguments: object) -> bool:
-        assert arguments[-1] is True, "addresses must be looked at: nobody has checked them"
+        assert arguments[-1] is True, "the launcher must check addresses: no other code has"
         if self.aligned:
             self.launched.append(arguments)
         return self.aligned

@@ -1,4 +1,4 @@
-"""No warpgroup may skip so many keys that the producer waits for values that nobody gives back: a model shows it."""
+"""A warpgroup must not skip so many keys that the producer waits without end for values: a model shows it."""
 
 from __future__ import annotations
 

@@ -205,7 +205,7 @@ def test_fp8_and_descales_are_refused(newest: Machine) -> None:
 
 
 def test_decide_agrees_with_the_call(newest: Machine) -> None:
-    """What dispatch and `why` are told is what a call meets."""
+    """Dispatch and `why` get the same decision as a call."""
     target = Target("musa", "mp_31")
     for seed in range(150):
         plan = cases.draw(seed, dataclasses.replace(cases.CPU, lengths=(8, 12, 16)))
@@ -288,8 +288,8 @@ def test_checked_metadata_names_the_parameter_that_differs(newest: Machine, monk
     kvcache = getattr(fa3, cases.KVCACHE)
     try:
         kvcache(**to_musa(call), scheduler_metadata=metadata_of(call))
-        for change, told in (({"causal": False}, "causal = 0"), ({"num_heads_q": 8}, "num_heads_q = 8")):
-            with pytest.raises(ValueError, match=f"scheduler_metadata was made with {told}"):
+        for change, parameter in (({"causal": False}, "causal = 0"), ({"num_heads_q": 8}, "num_heads_q = 8")):
+            with pytest.raises(ValueError, match=f"scheduler_metadata was made with {parameter}"):
                 kvcache(**to_musa(call), scheduler_metadata=metadata_of(call, **change))
         with pytest.raises(ValueError, match="max_seqlen_k = 4096; it must be at most 47"):
             kvcache(**to_musa(call), scheduler_metadata=metadata_of(call, max_seqlen_k=4096))

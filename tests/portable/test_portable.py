@@ -147,7 +147,7 @@ def test_the_compiler_leaves_the_users_triton_alone(tmp_path: Path, monkeypatch:
     assert os.environ["TRITON_INTERPRET"] == "1"
 
 
-def test_a_refusal_keeps_the_compilers_words() -> None:
+def test_a_refusal_keeps_the_compilers_message() -> None:
     spec = portable_kernels.combine_spec("fp32", "bf16", 64, True, 2)
     folder = config.kernel_sources_dir() / spec.kernel
     unit = json.loads(spec.unit) | {"function": "nothing"}

@@ -1,7 +1,7 @@
-"""What the house looks like, in numbers: `python tests/support/house.py [folder of a checkout]` prints them.
+"""The structure of the source code in numbers: `python tests/support/house.py [folder of a checkout]` prints them.
 
-The imports of files, where arguments of the public functions are listed, who reads the environment, who starts a
-process, long functions. tests/test_house.py holds the numbers to their limits.
+The imports of files; the places that list arguments of the public functions, read the environment or start a process;
+long functions. tests/test_house.py holds the numbers to their limits.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The tests of `make test-quick`: of every room some that compute or compile, within a minute together."""
+"""The tests of `make test-quick`: of every folder some that compute or compile, within a minute together."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ QUICK: dict[str, set[str]] = {
         "test_attention_chunk_none_counts_as_zero",
     },
     "engine/test_loader.py": {"test_first_call_compiles_and_the_next_process_loads"},
-    "hopper/test_hopper.py": {"test_a_source_that_does_not_compile_raises_with_the_compilers_words"},
+    "hopper/test_hopper.py": {"test_a_source_that_does_not_compile_raises_with_the_compilers_message"},
     "integrations/test_transformers.py": {"test_sinks", "test_llama_logits_of_a_padded_batch"},
     "musa/test_calls.py": {"test_mla_decode"},
     "numeric/test_combine.py": {"test_combine_is_the_formula", "test_two_halves_of_the_keys_merge_to_the_whole"},

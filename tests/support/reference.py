@@ -117,7 +117,7 @@ def attend(s: Sequence, problem: Problem, dtype: torch.dtype) -> tuple[Tensor, T
     if problem.sinks is not None:
         sink = problem.sinks.to(dtype)[:, None, None].expand(-1, logits.shape[1], 1)
         logits = torch.cat([logits, sink], dim=-1)
-    if logits.shape[-1] == 0:  # no key at all: one column that nobody sees
+    if logits.shape[-1] == 0:  # no key at all: one column that no query sees
         logits = logits.new_full((*logits.shape[:2], 1), -math.inf)
     p = torch.softmax(logits, dim=-1).nan_to_num(nan=0.0)[..., : s.k.shape[0]]
     out = (p @ _heads(s.v, dtype, group)).transpose(0, 1)

@@ -164,7 +164,7 @@ class Block:
 
 
 def stuck(kernel: Kernel, tiles: Sequence[Tile], choose: Callable[[list[str]], str]) -> list[str]:
-    """The parts that wait for ever, none where the run ends. `choose` says which of those that can go on does so."""
+    """The parts that wait without end, none where the run ends. `choose` says which of those that can go on does so."""
     parts = Block(kernel, tiles).parts()
     waiting = {name: next(steps) for name, steps in parts.items()}
     while waiting:

@@ -2,7 +2,7 @@
 
 Two packages share the module name. PyPI's 1.x (Triton, CUDA) subtracts the mean from the caller's k in place and
 swallows return_lse; later ones and MATE's wrapper (MUSA) do neither. Under torchada a MUSA tensor says is_cuda, so
-1.x would accept it: the package is told by what it is, not by whether it takes the tensor.
+1.x would accept it: the package is recognised by its signature and version, not by whether it takes the tensor.
 """
 
 from __future__ import annotations

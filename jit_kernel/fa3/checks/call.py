@@ -26,7 +26,7 @@ from jit_kernel.fa3.checks.values import (
     refuse_gradients,
 )
 
-_MOST_REMEMBERED = 8192  # a ragged server makes new shapes for ever; the memory of them must not grow so
+_MOST_REMEMBERED = 8192  # a ragged server never stops making new shapes; the memory of them must not grow without end
 
 # By the function and the types of all arguments: the places of the tensors among them, and what passed before, by all
 # of these tensors but their numbers.

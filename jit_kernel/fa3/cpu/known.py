@@ -1,4 +1,4 @@
-"""Plain calls on the CPU: the library checks what it is given, and what it declines goes the long way.
+"""Plain calls on the CPU: the library checks the arguments itself; Python checks the calls that it declines.
 
 The checks in Python take 4 of 8 us of the smallest call. After a call that has driven Python from the caches, each
 object that the next one touches is a wait for memory, so few are touched on the way here. Before a call of 512 tokens
@@ -39,7 +39,7 @@ def serve(dtype: torch.dtype, library: Any) -> None:
 
 
 def try_unchecked(arguments: Arguments) -> Result | None:
-    """The result of a plain call that nobody has checked; None where it has a mistake or asks for more.
+    """The result of an unchecked plain call; None where it has a mistake or asks for more.
 
     A page or a window_size that is none raises the ValueError or TypeError of the checks.
     """

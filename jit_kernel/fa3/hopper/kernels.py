@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from jit_kernel.device import Target
@@ -55,13 +55,15 @@ def all_specs() -> Iterator[KernelSpec]:
 class DeviceKernels(cubin.DeviceKernels):
     """The kernels of one GPU; `forward` launches one by its handle."""
 
-    forward: Callable[..., bool]
-
     def __init__(self, index: int, target: Target) -> None:
         super().__init__(index, target, LAUNCHER)
 
     def _keep(self, functions: Any) -> None:
-        self.forward = functions["forward"]
+        self.forward = functions["forward"]  # type: ignore[method-assign]
+
+    def forward(self, *arguments: object) -> bool:
+        """What `forward` is until the launcher is loaded."""
+        return bool(self._launcher()["forward"](*arguments))
 
     def _load_arguments(self, spec: KernelSpec, cubin: Cubin) -> tuple[Any, ...]:
         fields = dict(spec.variant)

@@ -1,9 +1,9 @@
-"""The door to MATE: its wrapper's functions by version, and how they are called.
+"""Access to MATE: its wrapper's functions by version, and how they are called.
 
 They are called by keyword only, under no_grad (its varlen function is an autograd.Function whose backward is for varlen
 alone) and under the guard of the inputs' device (its metadata is allocated on the current device). An assert of MATE's
-that fails becomes an error of ours; what an assert would have caught is refused before (musa_rules.py), because
-python -O removes asserts.
+that fails becomes an error of ours; arguments that an assert would have caught are refused before (rules.py),
+because python -O removes asserts.
 """
 
 from __future__ import annotations

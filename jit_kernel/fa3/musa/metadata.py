@@ -24,7 +24,7 @@ MLA_WORKSPACE = 1 << 20
 
 
 def mask(causal: bool, window_size: tuple[int, int]) -> dict[str, Any]:
-    """The mask as MATE wants it: its prebuilt path asserts on a window of (-1, 0), which is causal by another name."""
+    """The mask as MATE wants it: its prebuilt path asserts on a window of (-1, 0), which means causal."""
     left, right = window_size
     if left < 0 and (causal or right == 0):
         return {"causal": True, "window_size": (-1, -1)}

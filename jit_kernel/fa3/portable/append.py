@@ -7,8 +7,7 @@ from torch import Tensor
 
 from jit_kernel.fa3.call import Call, batch_of
 from jit_kernel.fa3.features import DTYPE_NAMES
-from jit_kernel.fa3.portable import planning
-from jit_kernel.fa3.portable.forward import kernels_of
+from jit_kernel.fa3.portable import forward, planning
 from jit_kernel.fa3.portable.kernels import APPEND_ROWS
 from jit_kernel.fa3.portable.planning import Layout
 
@@ -42,7 +41,7 @@ def append(call: Call) -> Tensor:
     aligned = not any(x.data_ptr() & 15 for x in tensors) and not any(stride & 7 for stride in strides)
     if aligned:
         strides = [stride >> 3 for stride in strides]
-    kernels = kernels_of(q.device)
+    kernels = forward.kernels_of(q.device)
     kernels.launch(
         kernels.handle(("append", DTYPE_NAMES[q.dtype], head_dim, head_dim_v, aligned)), programs,
         *tensors, cos, sin, call.cu_seqlens_q, call.cu_seqlens_k_new,

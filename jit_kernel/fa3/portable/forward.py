@@ -15,7 +15,7 @@ from jit_kernel.fa3.portable import planning
 from jit_kernel.fa3.portable.kernels import DeviceKernels
 from jit_kernel.fa3.portable.planning import Layout, Plan
 
-_MOST_PLANS = 4096  # a ragged server makes new shapes for ever; the memory of them must not grow so
+_MOST_PLANS = 4096  # a ragged server never stops making new shapes; the memory of them must not grow without end
 
 _devices: dict[int, DeviceKernels] = {}
 

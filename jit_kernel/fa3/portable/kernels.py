@@ -171,14 +171,17 @@ class DeviceKernels(cubin.DeviceKernels):
     """
 
     compiles_under_capture = True  # Triton compiles in a process of its own, which touches no stream
-    launch: Callable[..., None]
 
     def __init__(self, index: int, target: Target) -> None:
         super().__init__(index, target, LAUNCHER)
         self.plans: dict[object, Any] = {}
 
     def _keep(self, functions: Any) -> None:
-        self.launch = functions["launch"]
+        self.launch = functions["launch"]  # type: ignore[method-assign]
+
+    def launch(self, *arguments: object) -> None:
+        """What `launch` is until the launcher is loaded: a call may name it before it asks for a handle."""
+        self._launcher()["launch"](*arguments)
 
     def handle(self, key: tuple[Any, ...]) -> int:
         """The handle of a variant; `key` is the function's name and its spec's arguments."""

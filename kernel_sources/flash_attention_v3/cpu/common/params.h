@@ -54,7 +54,7 @@ struct ForwardParams {
   bool stream_out = false;  // whether out is written past the caches: its lines are whole ones
   int64_t num_splits = 1, num_threads = 1;
 
-  // Whether the query's position matters to what it sees; then rotary positions advance by token.
+  // Whether the keys that a query sees depend on its place; then rotary positions go by token.
   bool is_masked() const { return window_left >= 0 || window_right >= 0 || attention_chunk > 0; }
 };
 

@@ -10,8 +10,8 @@
 namespace jit_kernel {
 
 // Asks for one head's keys and values of a block, a few rows at a time between computations: a core
-// has too few requests for memory to ask for a block at once. They go into L2, as L1 holds what is
-// being read; and the runs of one head after the other are what the core's own prefetcher follows.
+// has too few requests for memory to ask for a block at once. They go into L2, as L1 holds the
+// lines in use; and the core's own prefetcher follows the runs of one head after the other.
 class Prefetch {
  public:
   Prefetch() = default;

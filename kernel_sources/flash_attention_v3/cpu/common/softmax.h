@@ -21,7 +21,7 @@ constexpr int kExpDegree = std::is_same<Math, float>::value ? 6 : 3;
 
 struct ScoreScale {
   float softcap;   // 0: none
-  float inner;     // what scores are multiplied by before the cap
+  float inner;     // scores are multiplied by it before the cap
   float natural;   // raw scores times this are in units of e; positive
   bool transform;  // whether scores need a pass of their own before the maximum is taken
 
@@ -137,7 +137,7 @@ struct SoftmaxArgs {
   int64_t p_stride;
   int64_t columns;
   float *maxima, *sums;  // of the rows so far; kLanes of each are read and written
-  float* factors;        // kLanes: what was summed before is to be multiplied by these
+  float* factors;        // kLanes: earlier sums are to be multiplied by these
 };
 
 // Scores to probabilities of up to kLanes rows. Maxima and sums are made side by side: row by row,

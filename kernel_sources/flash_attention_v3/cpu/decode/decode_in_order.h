@@ -14,7 +14,7 @@ namespace jit_kernel {
 // but with 16 keys memory is read at nine tenths of the rate with 8, as fewer lie side by side.
 constexpr int64_t kValueKeys = 8;
 
-// How many rows later lies what is asked for a second time: 16 KiB where a token has 2 KiB.
+// How many rows ahead lines are asked for a second time: 16 KiB where a token has 2 KiB.
 constexpr int64_t kRowsAgain = 8;
 
 template <class Element, class Math>
@@ -26,7 +26,7 @@ struct DecodeInOrder : DecodeState<Element, Math> {
   static_assert(kBlocks == 3, "a block and two to come: open_pages()");
   static constexpr int64_t kBytesAhead = 32 << 10;
 
-  // Rows of a block's keys, of its values, and of what is read next, so that each has one
+  // Rows of a block's keys, of its values, and of the ones read next, so that each has one
   // kRowsAgain rows later. Elements in place, or one head converted.
   const void** near;
   Math *keys, *values;  // a head's, converted

@@ -33,7 +33,7 @@ struct DecodeState {
   };
   struct Head {
     ScoreScale scale;
-    float mix;  // what q·k is multiplied by before qv·v is added
+    float mix;  // q·k is multiplied by it before qv·v is added
   };
 
   HeadSizes sizes;
@@ -130,8 +130,8 @@ struct DecodeState {
     write();
   }
 
-  // Asks for the first line of pages of a block to come, those of `count` rows: what a core
-  // fetches by itself, and its walk to a page's address, begin there. 1 to 2 % of a decode from
+  // Asks for the first line of pages of a block to come, those of `count` rows: a core's
+  // own prefetcher, and its walk to a page's address, begin there. 1 to 2 % of a decode from
   // pages of 16 tokens.
   template <class Params>
   void open_pages(const Params& params, const Block& b, int64_t first, int64_t count) const {

@@ -78,8 +78,8 @@ struct DecodeTiles : DecodeState<Element, Math> {
     return (this->head_begin + step % heads) * head_stride;
   }
 
-  // Locates the blocks of a step and the next one, and what is asked for while the step runs;
-  // returns what of it is left to ask for.
+  // Locates the blocks of a step and the next one, and the lines asked for while the step runs;
+  // returns those that are left to ask for.
   template <class Params>
   Prefetch look_ahead(const Params& params, const Sequence& s, int64_t step) {
     const int64_t ahead = std::min(step + kStepsAhead, steps - 1);
@@ -106,7 +106,7 @@ struct DecodeTiles : DecodeState<Element, Math> {
   static void add_products(const Halves& k, const Math* b, int64_t columns, int64_t n,
                            Asking& asking) {
     int64_t at = asking.at;
-    asm volatile("" ::: "memory");  // what tiles load is written
+    asm volatile("" ::: "memory");  // the lines that tiles load are written
     for (int64_t i = 0; i < n; i += kDepth, b += kDepth * columns) {
       _tile_loadd(6, b, columns * 4);
       _tile_loadd(5, k.low.first + i, k.low.bytes);
@@ -303,8 +303,8 @@ struct DecodeTiles : DecodeState<Element, Math> {
     }
   }
 
-  // Returns what is to be done again without tiles, as its sums are not all finite: a value that is
-  // not reaches its neighbour's column here, as 0 · inf is NaN.
+  // Returns the items to be done again without tiles, as their sums are not all finite: a value
+  // that is not finite reaches the neighbouring column here, as 0 · inf is NaN.
   template <class Params>
   std::vector<Item> run(const Params& params, const Sequence& s, const Item& item,
                         const Partials& partials) {

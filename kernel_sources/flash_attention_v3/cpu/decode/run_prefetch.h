@@ -9,8 +9,8 @@
 namespace jit_kernel {
 
 // Asks for the keys, then the values of block after block, a token's heads in one run where they
-// lie side by side: what a core fetches by itself follows such runs. Into L2, as L1 holds what is
-// being read. A core drops requests when too many are under way (Zen 4 does), so the
+// lie side by side: a core's own prefetcher follows such runs. Into L2, as L1 holds the lines in
+// use. A core drops requests when too many are under way (Zen 4 does), so the
 // loops that read ask a second time, shortly before: that is 4 to 6 of the 84 to 100 % of reading
 // that are reached.
 template <class Block, int64_t kBlocks>
@@ -57,7 +57,7 @@ class RunPrefetch {
  private:
   static constexpr int64_t kPiece = 512;
 
-  // A piece that is longer than what is left of the run.
+  // A piece that is longer than the rest of the run.
   __attribute__((noinline)) void ask_rest() {
     for (int64_t left = kPiece; left > 0;) {
       if (at_ >= end_ && !open()) return;
@@ -99,7 +99,7 @@ class RunPrefetch {
   const Block* blocks_ = nullptr;
   int64_t first_kind_ = 0, offset_[2] = {}, bytes_[2] = {}, apart_[2] = {}, runs_[2] = {};
   int64_t due_ = 0;                            // bytes
-  const char *at_ = nullptr, *end_ = nullptr;  // what is left of a run
+  const char *at_ = nullptr, *end_ = nullptr;  // the rest of a run
   const char* const* from_ = nullptr;          // rows of the block and kind
   int64_t kind_ = 0, row_ = 0, rows_ = 0, run_ = 0, block_ = -1, located_ = 0;
 };

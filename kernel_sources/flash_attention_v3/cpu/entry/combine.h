@@ -46,7 +46,7 @@ struct RowWalk {
   }
 };
 
-// Part i of a row: where its values lie and what they weigh.
+// Part i of a row: where its values lie, and their weight.
 struct Part {
   const char* values;
   DLDataType dtype;

@@ -69,7 +69,7 @@ inline const float* sinks_as_float(const MaybeTensor& sinks, std::vector<float>&
 }
 
 // From this size on (half of a large L2) out would leave the caches before it is read, and drive
-// out what is needed: it is written past them. 9 % of a call of 512 tokens and 8 heads with two
+// needed lines out: it is written past them. 9 % of a call of 512 tokens and 8 heads with two
 // threads, 4 % of a causal one of 2048; with a product of out after it 1 to 3 % and nothing.
 constexpr int64_t kStreamBytes = 1 << 20;
 

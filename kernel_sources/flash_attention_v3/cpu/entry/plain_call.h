@@ -1,4 +1,4 @@
-// Whether a call is a plain one: without a mistake, and without what few calls ask for.
+// Whether a call is a plain one: without a mistake, and without rarely used arguments.
 //
 // Python checks every argument and says what is wrong with it. After a call that has driven Python
 // from the caches this saves 22 us of that, 3 to 4 % of a call of 512 tokens and 8 heads. It may

@@ -71,7 +71,7 @@ struct GemmArgs {
   bool accumulate;  // add to C, else overwrite it
   int64_t piece;    // sums are added to C when they are this deep
   // Where the depth begins. A long one is parted at multiples of a length counted from there, so
-  // that a row's sums do not depend on what its tile leaves out in front.
+  // that a row's sums do not depend on the keys that its tile leaves out in front.
   int64_t offset = 0;
   Factors factors = {};
 };

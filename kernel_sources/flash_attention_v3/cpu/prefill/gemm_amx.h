@@ -27,7 +27,7 @@ class TileProducts {
   template <class Between>
   JIT_KERNEL_INLINE void multiply(const GemmArgs<Math>& g, int64_t panel, int64_t panels,
                                   Between&& between) {
-    asm volatile("" ::: "memory");  // tile loads do not tell the compiler what they read
+    asm volatile("" ::: "memory");  // the compiler does not know which memory tile loads read
     if (panel + 1 < panels) {
       two_panels(g, panel, between);
     } else {
@@ -50,7 +50,7 @@ class TileProducts {
   }
 
  private:
-// Stores what a tile of sums holds and begins another sum in it. A macro, as the intrinsics take
+// Stores a tile of sums and begins another sum in it. A macro, as the intrinsics take
 // nothing but a literal number.
 #define JIT_KERNEL_NEXT_SUM(tile, row, column)                       \
   if (sums_ && (two_ || column == 0)) {                              \

@@ -18,11 +18,11 @@ namespace jit_kernel {
 // 2.8e-4 then, and an lse may be off by 1e-3. Normal numbers have 11 at head size 128.
 constexpr float kLargestNorms = 32.0f;
 
-// Rows that see fewer keys are computed in floats: what sees one key is its value, and integers are
-// off by 2^-15 of a value's largest element.
+// Rows that see fewer keys are computed in floats: a row that sees one key is its value, and
+// integers are off by 2^-15 of a value's largest element.
 constexpr int64_t kFewKeysI16 = 16;
 
-// Keys of a block that are not finite and scored one by one. With more of them it is all in floats.
+// Keys of a block that are not finite and scored one by one. A block with more is all in floats.
 constexpr int64_t kMostOddKeys = 4;
 
 // The queries, keys and values of an item as integers, and which of them suit integers.
@@ -31,7 +31,7 @@ struct PackedI16 {
 
   bool on;            // whether anything is computed in integers
   int64_t depth, dv;  // padded
-  float score_scale;  // what q·k is multiplied by, without its sign
+  float score_scale;  // the factor of q·k, without its sign
   i16 *q, *keys, *values, *p, *spare;
   fp16* halves;  // rows that are no whole vectors
   float *q_factors, *key_factors, *value_factors, *p_factors;

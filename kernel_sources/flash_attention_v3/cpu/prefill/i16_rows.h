@@ -1,4 +1,4 @@
-// Rows of fp16 as 16-bit integers and factors; what they are for says prefill_i16.h.
+// Rows of fp16 as 16-bit integers and factors, for prefill_i16.h.
 #pragma once
 
 #include <algorithm>
@@ -43,9 +43,9 @@ inline simd::Vec to_integers(simd::Vec by, const RowSizes& sizes) {
 }
 
 // kLanes rows of queries or keys of n elements (a multiple of 32) to integers. In every row the
-// elements stand in the same order, that of VPACKSSDW. Returns their norms, infinite for what is
-// not finite. A factor makes the integers' norm that of the row, so no score is off by rounding
-// along it: elements that are all the same are all rounded the same way.
+// elements stand in the same order, that of VPACKSSDW. Returns their norms, infinite for rows
+// that are not finite. A factor makes the integers' norm that of the row, so no score is off by
+// rounding along it: elements that are all the same are all rounded the same way.
 template <class Load>
 inline simd::Vec rows_to_integers(Load&& load, int64_t n, i16* to, float* factors) {
   using simd::Vec, simd::kLanes;
@@ -84,8 +84,8 @@ constexpr float kOutlier = 7.0f, kLargestShare = 0.7f;
 
 // kDepth rows of values of n elements (a multiple of kLanes) to panels of kLanes columns, as
 // pack_values() packs pairs. Their keys' norms become infinite where a value does not suit
-// integers: it is not finite, or an element outweighs the others, which would lose what they add to
-// the row.
+// integers: it is not finite, or an element outweighs the others, which would lose their
+// precision.
 inline void values_to_integers(const fp16* const* rows, int64_t n, i16* out, int64_t panel,
                                float* factors, float* norms) {
   using simd::Vec, simd::kLanes;
@@ -98,7 +98,7 @@ inline void values_to_integers(const fp16* const* rows, int64_t n, i16* out, int
     const RowSizes sizes = sizes_of(load, n);
     const Vec top = sizes.largest, limit = most * sizes.norm * sizes.norm;
     simd::store(to_integer + first, to_integers(simd::set1(kLargestValue) / top, sizes));
-    // Of what is not finite nothing, as rows that do not see it are multiplied by it.
+    // 0 for rows that are not finite, as queries that do not see them are multiplied by it.
     const Vec infinity = simd::set1(kInfinity), factor = top * simd::set1(1.0f / kLargestValue);
     simd::store(factors + first, simd::where_less(sizes.norm, infinity, factor, simd::zero()));
     Vec norm = simd::where_less(limit, top * top, infinity, simd::load(norms + first));

@@ -11,7 +11,7 @@
 
 namespace jit_kernel {
 
-// Of probabilities times values' factors: what a row's largest may become, and its sum over
+// Bounds of probabilities times values' factors: a row's largest element, and its sum over
 // kI16Chunk keys. Below kSmallestP all of them are nothing. That values have 3 times fewer steps
 // than an integer could, and probabilities more, takes half of the error.
 constexpr float kLargestP = 32700.0f, kLargestSum = 195000.0f, kSmallestP = 1e-30f;
@@ -79,8 +79,8 @@ inline void softmax_rows_i16(const SoftmaxArgs<i16>& a, const ScoreScale& scale,
       sums[c][j] = _mm512_cvtepi32_ps(sum);
     }
   }
-  // Not what they were multiplied by, but what they add up to: where all are the same, all are
-  // rounded the same way.
+  // Factors follow from the rounded sums, not from the multipliers: where all elements are the
+  // same, all are rounded the same way.
   for (int64_t c = 0; c < chunks; ++c) {
     Vec sum = simd::reduce_each(sums[c]);
     simd::store(factors + c * next_factors,

@@ -23,7 +23,7 @@ struct Prefill : PrefillState<Element, Math> {
   using typename State::Tile, typename State::TileState;
 
   Integers<Element, Math> integers;
-  float mix = 1.0f;  // what q·k is multiplied by before qv·v is added
+  float mix = 1.0f;  // q·k is multiplied by it before qv·v is added
 
   template <class Params>
   Prefill(const Params& params, const Item& item, Scratch& scratch)
@@ -167,7 +167,7 @@ struct Prefill : PrefillState<Element, Math> {
     ScoreScale scale = score_scale_of(params, item.batch, item.head_begin);
     mix = qk_factor(params, item.batch, item.head_begin);
     int64_t begin = begins[0], end = ends[rows - 1];
-    // Blocks are counted from the item's first key, never from what a row sees first.
+    // Blocks are counted from the item's first key, never from the first key that a row sees.
     int64_t first = item.key_begin + (begin - item.key_begin) / tiles.block * tiles.block;
     auto load = [&](int64_t row) {
       if (this->state_of(row) == TileState::kTaken) load_tile(params, s, item, row);

@@ -70,11 +70,11 @@ class TilePipeline {
  private:
   static constexpr int64_t kRows = 2 * kAmxRows, kChunk = kDepth;
 
-  // What is known of a row beside its scores; as long as its 32 scores, so that one offset finds
+  // A row's data beside its scores; as long as its 32 scores, so that one offset finds
   // both.
   struct Row {
     Vec lanes;    // its sum or its maximum, lane by lane
-    float shift;  // what is added to its scores times to_log2_
+    float shift;  // added to its scores times to_log2_
     float unused[simd::kLanes - 1];
   };
   static_assert(sizeof(Row) == kChunk * sizeof(float), "one offset for both");
@@ -196,7 +196,7 @@ class TilePipeline {
 
   // Calls work(row, scores, more scores, where its P belongs) for all of a tile, each chunk while
   // the scores of the one after the next are made: after the last, those of `next`'s first chunks.
-  // Without kBeside, for what is rare, the work follows the products: less to compile.
+  // Without kBeside, for rare cases, the work follows the products: less to compile.
   template <bool kBeside, class Work>
   JIT_KERNEL_INLINE void each_row(const Tile& t, const Tile* next, Work&& work) {
     begin_scores(t, next);
@@ -309,8 +309,8 @@ class TilePipeline {
   bool odd_ = false;     // which of the two buffers the next chunk's scores are in
   int64_t begun_ = 0;    // chunks, at most two, whose scores are begun
   bool masked_ = false;  // whether the next chunk's scores went through mask_chunk()
-  // After the two buffers of scores: what is stored of a row and what is loaded of the next ones
-  // lie apart modulo a page; the core takes what does not for the same address.
+  // After the two buffers of scores: the stores of a row and the loads of the next ones lie apart
+  // modulo a page; the core takes those that do not for the same address.
   Row* const rows_ = reinterpret_cast<Row*>(state_.scores + 2 * kRows * kChunk);
 };
 

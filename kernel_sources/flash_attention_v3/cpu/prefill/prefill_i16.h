@@ -5,9 +5,9 @@
 // products is larger than 46,000^2 < 2^31 (Cauchy-Schwarz). Rounding moves a score by about
 // 9e-6 |q| |k| (its deviation). Values have a factor for each key, and are at most 10,900;
 // probabilities times these factors have one for each row and kI16Chunk keys, by which they add up
-// to 195,000 at most: sums of their products stay below 2^31, too. What rounding would show in is
-// computed in floats, tile by tile and block by block: large norms, values of which one element
-// outweighs the others, what is not finite, and rows that see few keys.
+// to 195,000 at most: sums of their products stay below 2^31, too. Where rounding would show,
+// floats are used, tile by tile and block by block: for large norms, values of which one element
+// outweighs the others, elements that are not finite, and rows that see few keys.
 #pragma once
 
 #include <algorithm>
@@ -19,8 +19,8 @@
 
 namespace jit_kernel {
 
-// What a Prefill has beside its floats: nothing, or for fp16 what is below. Of the prefill it reads
-// and changes the PrefillState alone, which every function takes.
+// A Prefill's data for integers: none, or for fp16 the struct below. Of the prefill it reads and
+// changes the PrefillState alone, which every function takes.
 template <class Element, class Math>
 struct Integers {
   template <class Params>

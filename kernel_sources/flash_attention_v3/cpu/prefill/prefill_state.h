@@ -63,7 +63,7 @@ struct PrefillState {
   int64_t loads = 0;
   const char** next_queries;  // the rows of the tile that begins at next_row, to be loaded next
   int64_t next_row = -1;
-  int64_t asked = kTileRows, query_bytes = 0;  // of these rows, and what there is of each
+  int64_t asked = kTileRows, query_bytes = 0;  // of these rows, and the bytes of each
 #ifdef JIT_KERNEL_AMX
   AmxTiles amx;
 #endif
@@ -157,7 +157,7 @@ struct PrefillState {
   }
 
   // The queries of the tile from row `row` on are to be asked for, where there is one: by the AMX
-  // pipeline while it computes, and what is left when they are loaded, all at once. That is 5 to
+  // pipeline while it computes, and the rest when they are loaded, all at once. That is 5 to
   // 8 % of a call of 512 tokens whose inputs come from memory, 2 % of a causal one of 2048.
   template <class Params>
   void find_queries(const Params& params, const Sequence& s, const Item& item, int64_t row) {
@@ -240,7 +240,7 @@ struct PrefillState {
     int64_t first, at;  // the block's first key, and how many are packed before it
     int64_t from, columns;
     Math* p;
-    float factors[kTileRows];  // what the rows' sums are multiplied by before P·V is added
+    float factors[kTileRows];  // of the rows' sums, before P·V is added
   };
 
   // The part that the rows from `row` on, of `rows`, see of the block that begins `at` keys after
@@ -298,7 +298,7 @@ struct PrefillState {
     return {begins[t.row + i] - start, ends[t.row + i] - start};
   }
 
-  // The values' product to come: what it adds to, and how.
+  // The values' product to come: its sums, and how it adds to them.
   GemmArgs<Math> begin_values(const Tile& t) {
     GemmArgs<Math> g = value_args(t);
     begin_sums(t);

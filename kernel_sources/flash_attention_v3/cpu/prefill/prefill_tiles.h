@@ -52,7 +52,7 @@ constexpr int64_t kRowsWorthJoining = 256;
 struct PrefillTiles {
   int64_t block;   // keys whose scores and values are taken at once
   int64_t blocks;  // of them packed at once
-  int64_t rows;    // rows that share what is packed, at most
+  int64_t rows;    // rows that share packed keys, at most
   // Items have a multiple of so many rows: tiles must be the same ones however a sequence is cut,
   // as an AMX tile decides when maxima rise, and one of fp16 whether it is computed in integers.
   int64_t row_multiple;
@@ -71,8 +71,8 @@ inline PrefillTiles prefill_tiles(const HeadSizes& h) {
 #endif
   // Rows of q and out fill the other half of a small L2 (512 KiB). Machines with AMX have 2 MiB,
   // and products so fast that packing shows: half of it is packed keys, and rows pass by. Floats
-  // take so long that packing them twice is less than what rows and sums that leave L2 cost: half
-  // as many are 4 % of a causal prefill.
+  // take so long that packing them twice costs less than rows and sums that leave L2: half as
+  // many are 4 % of a causal prefill.
 #ifdef JIT_KERNEL_AMX
   constexpr bool kFloat = sizeof(Packed) == 4;
   constexpr int64_t kMostRows = kFloat ? 1024 : 2048, kRowBytes = 2048 << 10,

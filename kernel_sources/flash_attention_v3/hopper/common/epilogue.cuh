@@ -16,7 +16,7 @@ __device__ __forceinline__ float sink_log2(const ForwardParams& params, int head
   return sink * kLog2E;
 }
 
-// 16 bytes, predicated: a branch would end the overlap of what comes before and after.
+// 16 bytes, predicated: a branch would end the overlap of the code before and after.
 __device__ __forceinline__ void store_16_if(void* destination, const u32 (&words)[4], bool stores) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n@p st.global.v4.b32 [%0], {%1, %2, %3, %4};\n}" ::

@@ -1,5 +1,5 @@
-// What the launcher hands to the kernel. Included by both, so it knows only the language's own
-// types.
+// The arguments that the launcher passes to the kernel. Included by both, so it uses only the
+// language's own types.
 #pragma once
 
 namespace jit_kernel::hopper {
@@ -12,7 +12,7 @@ struct alignas(64) TensorMap {
 // How a tensor's tiles are reached by the copy engine. Map dimensions: (column, row, head, place,
 // wrap). Dense: place is the batch, the map's own row count bounds a sequence. With lengths on the
 // device (cu_seqlens, seqused) the map has `bound` = 2^30 rows, and a sequence of n rows is
-// addressed as the last n of them, so that the engine fills what lies past its end with 0; `place`
+// addressed as the last n of them, so that the engine fills rows past its end with 0; `place`
 // moves the base forward in steps of the strides' common divisor, and `wrap` takes 2^30 rows back
 // by 64-bit overflow of the address (the stride of `wrap` is 2^34 - the row's).
 struct TensorRows {

@@ -11,9 +11,9 @@ namespace jit_kernel::hopper {
 constexpr float kRescaleThreshold = 8.f;
 
 struct Softmax {
-  float reference[2];  // what is subtracted in the exponent, as exponent of 2; -inf before any key
+  float reference[2];  // subtracted in the exponent, as exponent of 2; -inf before any key
   float sum[2];        // this thread's part of the denominator
-  float rescale[2];    // factor for what was accumulated before the last block
+  float rescale[2];    // factor of the output before the last block
   bool must_rescale;   // some row of this warp has a factor other than 1
   bool settled;        // every row of this warp has seen a key
 };
@@ -125,7 +125,7 @@ __device__ __forceinline__ void rescale_output(float (&output)[kCount], const So
 }
 
 struct RowResult {
-  float factor;  // what the accumulated output is multiplied by
+  float factor;  // the accumulated output is multiplied by it
   float lse;     // natural logarithm
 };
 

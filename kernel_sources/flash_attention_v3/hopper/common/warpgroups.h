@@ -1,9 +1,9 @@
-// What a consumer warpgroup holds: rows of queries, and its share of the registers. No device code.
+// A consumer warpgroup's rows of queries and its share of the registers. No device code.
 #pragma once
 
 namespace jit_kernel::hopper {
 
-constexpr int kRowsPerWarpgroup = 64;  // what one wgmma has
+constexpr int kRowsPerWarpgroup = 64;  // the rows of one wgmma
 
 // Registers a thread, once the producer's warpgroup has given most of its own to the consumers,
 // which hold scores, probabilities and output. setmaxnreg takes multiples of 8; together no more

@@ -268,8 +268,8 @@ struct Consumer {
       tile_at.advance();
       const bool more = open_tile();
       if (more) wait_queries();
-      // After the last tile this multiplies what lies in shared memory, and nobody looks at the
-      // result: a branch between the two products would make ptxas serialise them.
+      // After the last tile this multiplies old contents of shared memory, and the result is not
+      // used: a branch between the two products would make ptxas serialise them.
       issue_scores();
       wgmma_wait<1>();
       release_output();

@@ -8,9 +8,9 @@
 namespace jit_kernel::hopper {
 
 // The next tile is claimed when so many blocks of keys of the present one are still to be loaded:
-// early enough to be found in time (5,000 cycles), and so late that who has long tiles does not
-// also hold others back. Claims a whole tile ahead left the blocks 447,000 to 648,000 cycles of
-// work (d 256, 4096, causal).
+// early enough to be found in time (5,000 cycles), and so late that a block with long tiles does
+// not claim another too early. Claims a whole tile ahead left the blocks 447,000 to 648,000
+// cycles of work (d 256, 4096, causal).
 constexpr int kClaimBlocks = 2;
 
 // Tiles of one length are as well claimed at once: waiting cost 1 % there.

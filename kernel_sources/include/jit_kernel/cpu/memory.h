@@ -1,4 +1,4 @@
-// Sizes of what memory is read and mapped in.
+// The units in which memory is read and mapped.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// A launcher that knows no kernel: loads cubins, launches them with tensors and scalars on the
+// A launcher for any kernel: loads cubins, launches them with tensors and scalars on the
 // caller's stream.
 //
 //   prepare(device) -> multiprocessors: what a launch needs that does not depend on the kernel

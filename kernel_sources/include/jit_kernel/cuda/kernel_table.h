@@ -1,4 +1,4 @@
-// Handles for a process's loaded kernels: Python holds numbers, the launcher what lies behind them.
+// Handles for a process's loaded kernels: Python holds numbers, the launcher the kernels.
 #ifndef JIT_KERNEL_CUDA_KERNEL_TABLE_H_
 #define JIT_KERNEL_CUDA_KERNEL_TABLE_H_
 

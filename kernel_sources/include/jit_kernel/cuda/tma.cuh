@@ -13,8 +13,8 @@ __device__ __forceinline__ void tma_prefetch_descriptor(const void* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// Copies one box to `destination` and counts its bytes on `barrier`; what lies outside is filled
-// with 0.
+// Copies one box to `destination` and counts its bytes on `barrier`; elements outside the
+// tensor are filled with 0.
 __device__ __forceinline__ void tma_load(u32 destination, const void* map, u32 barrier, u64 policy,
                                          int c0, int c1, int c2, int c3, int c4) {
   asm volatile(
