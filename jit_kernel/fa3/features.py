@@ -63,7 +63,11 @@ _NEUTRAL: dict[str, object] = {
 }
 
 # How a feature is named in a refusal where its arguments' names do not say it.
-_SHOWN = {"append": "new keys and values", "split": "num_splits other than 1"}
+_SHOWN = {
+    "append": "new keys and values",
+    "split": "num_splits other than 1",
+    "descale": "q_descale, k_descale and v_descale",
+}
 
 
 @dataclass(frozen=True)
@@ -200,13 +204,15 @@ def fields_ask_for_more(claimed: frozenset[str], count: int) -> Callable[[Argume
 
 def _compiled(fields: list[str], claimed: frozenset[str]) -> Callable[[Any], bool]:
     names = {name for feature, names in ARGUMENTS.items() if feature not in claimed for name in names}
-    asked = [
-        f"{field} != {_NEUTRAL[name]!r}" if name in _NEUTRAL else f"{field} is not None"
-        for name, field in zip(FIELDS, fields, strict=False)
-        if name in names
-    ]
+    asked = [f"{field} {_asks(name)}" for name, field in zip(FIELDS, fields, strict=False) if name in names]
     test: Callable[[Any], bool] = eval(f"lambda x: {' or '.join(asked) or False}")
     return test
+
+
+def _asks(name: str) -> str:
+    """The comparison that says that a field asks for something. A bool by identity: 0 is no False to the checks."""
+    neutral = _NEUTRAL.get(name)
+    return f"is not {neutral!r}" if neutral is None or isinstance(neutral, bool) else f"!= {neutral!r}"
 
 
 def _aligned(*tensors: Tensor | None) -> bool:

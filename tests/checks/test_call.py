@@ -18,6 +18,7 @@ from jit_kernel.fa3.call import Call, MetadataParameters
 from jit_kernel.fa3.checks.call import checked
 from jit_kernel.fa3.cpu import known
 from jit_kernel.fa3.decision import Accepted, Rejected
+from jit_kernel.fa3.musa import rules
 
 ATTENTION = (calls.VARLEN, calls.KVCACHE, calls.DENSE)
 HOPPER = Target("cuda", "sm_90a")
@@ -107,7 +108,7 @@ def test_the_table_agrees_with_the_features_of_a_call(feature):
 
 
 @pytest.mark.parametrize("feature", features.ARGUMENTS)
-@pytest.mark.parametrize("module", [known, hopper, portable], ids=lambda module: module.__name__[15:])
+@pytest.mark.parametrize("module", [known, hopper, portable, rules], ids=lambda module: module.__name__[15:])
 def test_a_fast_way_declines_what_is_not_claimed(module, feature):
     """By each argument of each feature, in both forms of a call."""
     claimed = module.CLAIMED
@@ -136,6 +137,15 @@ def test_hopper_declines_a_new_feature_by_either_way(new_feature, monkeypatch):
     decision = hopper.decide(HOPPER, features.features_of(call))
     assert isinstance(decision, Rejected)
     assert "return_softmax_lse" in decision.reason
+
+
+def test_gpus_reject_a_new_feature_until_they_claim_it(new_feature):
+    """Each by its own list, so that an argument that is added for one is never ignored by another."""
+    plain = features.features_of(Call(*calls.of(calls.DENSE, dense_arguments(torch.empty(1, 8, 4, 128).bfloat16()))))
+    for reject in (hopper.decide(HOPPER, plain), portable.decide(HOPPER, plain)):
+        assert isinstance(reject, Rejected)
+        assert "return_softmax_lse" in reject.reason
+    assert "return_softmax_lse" in str(rules.rejection((0, 2, 2), plain))
 
 
 def test_the_cpus_plain_way_declines_a_new_feature(monkeypatch):

@@ -89,8 +89,8 @@ def _sizes(d: int, dv: int) -> dict[str, int]:
 
 
 def _mend_interpreter() -> None:
-    """Two faults of Triton 3.6's interpreter: it truncates float32 to bf16, where every GPU rounds to nearest, and it
-    makes an int of an array of one element, which NumPy 2.4 refuses."""
+    """Faults of Triton 3.6's interpreter: it truncates float32 to bf16, where every GPU rounds to nearest; it makes an
+    int of an array of one element, which NumPy 2.4 refuses; its products depend on where a row lies in a tile."""
     convert, patch = interpreter._convert_float, interpreter._patch_lang_tensor
 
     def rounded(data: Any, source: Any, target: Any, mode: Any) -> Any:
@@ -103,7 +103,13 @@ def _mend_interpreter() -> None:
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
+    def dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
+        # BLAS sums a row in an order of where it lies in the tile; in float64 the sums of these products are exact.
+        product = np.matmul(a.data, b.data, dtype=np.float64).astype(d.data.dtype)
+        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+
     interpreter._convert_float, interpreter._patch_lang_tensor = rounded, patched
+    interpreter.InterpreterBuilder.create_dot = dot
 
 
 def install() -> InterpretedKernels:

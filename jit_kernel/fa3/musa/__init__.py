@@ -17,7 +17,7 @@ from jit_kernel.device import Target, is_capturing
 from jit_kernel.fa3 import call as calls
 from jit_kernel.fa3.call import Call, Result
 from jit_kernel.fa3.decision import Accepted, Decision, Rejected
-from jit_kernel.fa3.features import Features, plain_features
+from jit_kernel.fa3.features import ARGUMENTS, Features, plain_features
 from jit_kernel.fa3.musa import mate as mates
 from jit_kernel.fa3.musa import metadata, prebuilt, results, rules
 from jit_kernel.fa3.musa.merge import combine, merge
@@ -102,10 +102,15 @@ def _refuse_unserved_varlen(mate: mates.Mate, call: Call) -> None:
 # What goes to either of MATE's functions under the name that it has here.
 _COMMON = ("softmax_scale", "softcap", "attention_chunk", "num_splits", "pack_gqa", "sm_margin")
 _VARLEN = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
-# The same of kvcache, by MATE's names, which are the public ones. MATE has neither only_qv nor out there, its sinks
-# drop metadata and splits, and it ignores descales.
-_OURS = ("only_qv", "out", "sinks", "q_descale", "k_descale", "v_descale", "deterministic", "function")
-_NOT_OF_KVCACHE = ("cu_seqlens_k", "max_seqlen_k", "seqused_q")
+# The same of kvcache, under MATE's names, which are the public ones: these, and what asks for a feature that is claimed
+# but for what is not its function's, and for sinks, which would drop metadata and splits.
+_KVCACHE = ("q", "k", "v", "max_seqlen_q", "rotary_interleaved", *_COMMON)
+_NOT_OF_KVCACHE = ("cu_seqlens_k", "seqused_q", "sinks")
+
+
+def _kvcache_fields() -> list[str]:
+    claimed = (name for feature, names in ARGUMENTS.items() if feature in rules.CLAIMED for name in names)
+    return [name for name in dict.fromkeys((*_KVCACHE, *claimed)) if name not in _NOT_OF_KVCACHE]
 
 
 def _attend(mate: mates.Mate, call: Call) -> Result:
@@ -150,9 +155,8 @@ def _kvcache_arguments(call: Call) -> dict[str, Any]:
             "captured into a graph; pass k and v as (b, s_new, hk, d)"
         )
     names = calls.NAME_OF[calls.KVCACHE]
-    passed = (name for name in calls.FIELDS if name not in _OURS and name not in _NOT_OF_KVCACHE)
     return {
-        **{names.get(name, name): getattr(call, name) for name in passed},
+        **{names.get(name, name): getattr(call, name) for name in _kvcache_fields()},
         **_new_keys(call.k_new, call.v_new, new),
         "rotary_cos": _as_long_as_pages(call.rotary_cos, call.k, call.page_table),
         "rotary_sin": _as_long_as_pages(call.rotary_sin, call.k, call.page_table),

@@ -6,12 +6,22 @@ MATE asserts, ignores or misreads what it does not serve; each rule says which. 
 from __future__ import annotations
 
 from jit_kernel import moore_threads
-from jit_kernel.fa3.features import Features
+from jit_kernel.fa3.features import Features, unclaimed
 
 HEAD_SIZES = (64, 128, 192, 256, 384, 512)
 HEAD_PAIRS = ((64, 64), (128, 128), (192, 128), (192, 192), (256, 256), (384, 384), (512, 512))
 MLA_PAIR, MLA_PAGE_SIZE = (64, 512), 64
 CHUNK_TOOLKIT = (5, 1, 0)
+
+
+# What a call may ask for, by the names of features.ARGUMENTS: MATE has no argument for the rest.
+CLAIMED = frozenset(
+    (
+        *("ragged_q", "ragged_k", "page_size", "seqused_q", "seqused_k", "append", "ragged_append", "rotary"),
+        *("cache_batch_idx", "cache_leftpad", "causal", "window", "chunk", "softcap", "sinks", "lse", "split"),
+        *("qv", "metadata"),
+    )
+)
 
 
 def rejection(version: tuple[int, ...], call: Features) -> str | None:
@@ -22,6 +32,9 @@ def rejection(version: tuple[int, ...], call: Features) -> str | None:
         return "q_descale, k_descale and v_descale: MATE ignores them, it has no fp8"
     if call.only_qv:
         return "only_qv: MATE has no such mode"
+    arguments = unclaimed(call, CLAIMED)
+    if arguments is not None:
+        return f"{arguments}: MATE has no such argument"
     if call.qv:
         return _mla_rejection(call)
     return _pair_rejection(call.head_dim, call.head_dim_v) or _version_rejection(version, call)

@@ -16,7 +16,7 @@ from jit_kernel.fa3 import call as calls
 from jit_kernel.fa3 import header
 from jit_kernel.fa3.call import Call, MetadataParameters, Result
 from jit_kernel.fa3.decision import Accepted, Decision, Rejected, refusal
-from jit_kernel.fa3.features import ARGUMENTS, Features, asks_for_more
+from jit_kernel.fa3.features import Features, asks_for_more, features_of, unclaimed
 from jit_kernel.fa3.portable import append, forward, kernels, planning
 from jit_kernel.jit import KernelSpec
 
@@ -25,12 +25,15 @@ FUNCTIONS = (calls.VARLEN, calls.KVCACHE, calls.DENSE)
 REFUSES = True
 LEAST_CAPABILITY = 80
 
-_UNSERVED = {
-    "qv": "qv: it has no second product for scores",
-    "only_qv": "only_qv: it has no second product for scores",
-    "descale": "q_descale, k_descale and v_descale: it has no fp8",
-}
-CLAIMED = frozenset(ARGUMENTS) - frozenset(_UNSERVED)
+# What a call may ask for, by the names of features.ARGUMENTS: the rest is rejected.
+CLAIMED = frozenset(
+    (
+        *("ragged_q", "ragged_k", "page_size", "seqused_q", "seqused_k", "append", "ragged_append", "rotary"),
+        *("cache_batch_idx", "cache_leftpad", "causal", "window", "chunk", "softcap", "sinks", "lse", "split"),
+        "metadata",
+    )
+)
+_WHY = {"qv": "it has no second product for scores", "descale": "it has no fp8"}
 
 _asks_for_more = asks_for_more(CLAIMED)
 
@@ -46,10 +49,15 @@ def supports(target: Target) -> Decision:
 
 def decide(target: Target, features: Features) -> Decision:
     """bf16 and fp16 with head sizes up to 256, without qv and descales."""
+    return _decide(features)
+
+
+def _decide(features: Features) -> Decision:
     reason = kernels.unserved(features.dtype, features.head_dim, features.head_dim_v)
-    for feature, text in _UNSERVED.items():
-        if getattr(features, feature):
-            reason = text
+    arguments = unclaimed(features, CLAIMED)
+    if arguments is not None:
+        why = next((text for feature, text in _WHY.items() if getattr(features, feature)), "its kernels have none")
+        reason = f"{arguments}: {why}"
     return Accepted() if reason is None else Rejected(reason, claimed=False)
 
 
@@ -92,9 +100,7 @@ def canonical(field: str, value: str) -> str:
 def attend(call: Call) -> Result:
     """Attention of a checked call. Raises NotImplementedError for one that `decide` rejects."""
     if _asks_for_more(call):
-        unserved = call.qv is not None or call.only_qv
-        reason = _UNSERVED["qv" if unserved else "descale"]
-        raise refusal("this call", [(NAME, Rejected(reason, claimed=False))])
+        raise refusal("this call", [(NAME, _decide(features_of(call)))])
     if call.scheduler_metadata is not None and config.check_indices():
         header.verify(NAME, call)
     if call.k_new is not None:
