@@ -84,11 +84,9 @@ def try_unchecked(arguments: Arguments) -> Result | None:
         return None
     left, right = window if window is UNBOUNDED else need_window(window)
     forward, out_dtype = library
-    lse = None
-    if with_lse:
-        if q.dim() < 3:
-            return None
-        lse = empty(lse_shape(q), dtype=torch.float32, device="cpu")
+    if with_lse and q.dim() < 3:
+        return None
+    lse = empty(lse_shape(q), dtype=torch.float32, device="cpu") if with_lse else None
     if out is None:  # of q's head size: another one is declined
         out = empty(q.shape, dtype=out_dtype, device="cpu")
     numbers = (scale, causal, left, right, chunk, softcap, num_splits, get_num_threads())
