@@ -108,9 +108,12 @@ _KVCACHE = ("q", "k", "v", "max_seqlen_q", "rotary_interleaved", *_COMMON)
 _NOT_OF_KVCACHE = ("cu_seqlens_k", "seqused_q", "sinks")
 
 
-def _kvcache_fields() -> list[str]:
+def _kvcache_fields() -> tuple[str, ...]:
     claimed = (name for feature, names in ARGUMENTS.items() if feature in rules.CLAIMED for name in names)
-    return [name for name in dict.fromkeys((*_KVCACHE, *claimed)) if name not in _NOT_OF_KVCACHE]
+    return tuple(name for name in dict.fromkeys((*_KVCACHE, *claimed)) if name not in _NOT_OF_KVCACHE)
+
+
+_KVCACHE_FIELDS = _kvcache_fields()
 
 
 def _attend(mate: mates.Mate, call: Call) -> Result:
@@ -156,7 +159,7 @@ def _kvcache_arguments(call: Call) -> dict[str, Any]:
         )
     names = calls.NAME_OF[calls.KVCACHE]
     return {
-        **{names.get(name, name): getattr(call, name) for name in _kvcache_fields()},
+        **{names.get(name, name): getattr(call, name) for name in _KVCACHE_FIELDS},
         **_new_keys(call.k_new, call.v_new, new),
         "rotary_cos": _as_long_as_pages(call.rotary_cos, call.k, call.page_table),
         "rotary_sin": _as_long_as_pages(call.rotary_sin, call.k, call.page_table),
