@@ -32,11 +32,16 @@ Rounds = dict[str, list[dict[str, float]]]  # of each checkout: what each round 
 
 
 def environment_of(checkout: Path, store: Path) -> dict[str, str]:
-    """The environment of a child that finds the package in a checkout and keeps its kernels in a store."""
+    """The environment of a child that finds the package in a checkout and keeps its kernels in a store.
+
+    Bytecode is kept beside the store, whatever the environment says of it: users have it from the second process on.
+    """
+    others = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     return {
-        **os.environ,
+        **others,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(checkout), os.environ.get("PYTHONPATH")])),
-        "JIT_KERNEL_CACHE_DIR": str(store),
+        "JIT_KERNEL_CACHE_DIR": str(store / "kernels"),
+        "PYTHONPYCACHEPREFIX": str(store / "bytecode"),
         "JIT_KERNEL_LOG": "quiet",
         "CUDA_CACHE_DISABLE": "1",  # a cold call is cold in the driver as well
     }

@@ -19,9 +19,8 @@ from torch.compiler import is_compiling
 
 from jit_kernel import config
 from jit_kernel.device import VENDORS, detect_device, device_target
-from jit_kernel.fa3 import dispatch, seam, torch_operators
+from jit_kernel.fa3 import seam, torch_operators
 from jit_kernel.fa3.call import DENSE, KVCACHE, UNBOUNDED, VARLEN, MetadataParameters
-from jit_kernel.fa3.decision import Accepted
 
 Kernels = Mapping[str, Callable[..., Any]]
 Device = torch.device | str | None
@@ -60,6 +59,9 @@ def _is_fa3_supported(device: Device = None) -> bool:
 
 
 def _ask_support(device: torch.device | str) -> bool:
+    from jit_kernel.fa3 import dispatch  # with the first call: an import of a public name does not pay for it
+    from jit_kernel.fa3.decision import Accepted
+
     try:
         answers = dispatch.supporting(device_target(device))
     except NotImplementedError:  # a device that is absent, of a kind that nothing serves, or ruled out by a setting
@@ -74,7 +76,9 @@ def _load_fa3_kernels(device: Device = None) -> Kernels:
     immutable and the same for every device; what was loaded is remembered, for each device. Raises
     NotImplementedError when nothing serves the device, and what `jit_kernel.jit.load` raises.
     """
-    dispatch.dispatcher(_device_of(device))
+    from jit_kernel.fa3.dispatch import dispatcher
+
+    dispatcher(_device_of(device))
     return seam.FUNCTIONS
 
 

@@ -24,7 +24,7 @@ FLOORS: list[set[str]] = [
     {"engine"},
     {"jit"},
     {"fa3.call", "fa3.decision"},
-    {"fa3.features"},
+    {"fa3.features", "fa3.shortcut"},
     {"fa3.checks"},
     {"fa3.header"},
     {"fa3.cpu", "fa3.hopper", "fa3.portable", "fa3.musa"},

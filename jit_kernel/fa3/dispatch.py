@@ -39,6 +39,7 @@ import torch
 from jit_kernel import config
 from jit_kernel.device import Target, device_target
 from jit_kernel.engine.progress import warn_once
+from jit_kernel.fa3 import shortcut
 from jit_kernel.fa3.call import Arguments, Call, MetadataParameters, Result
 from jit_kernel.fa3.decision import Accepted, Decision, Rejected, refusal
 from jit_kernel.fa3.features import Features, plain_features, planned_features
@@ -188,8 +189,6 @@ class Dispatcher:
 # By device: the settings that it was made under, and its dispatcher. config.reload() makes new settings.
 _made: dict[torch.device | str, tuple[config.Settings, Dispatcher]] = {}
 _making = threading.Lock()
-# try_known of the implementation that looks at the arguments itself, once its device is loaded: the CPU's alone.
-try_unchecked: Callable[[Arguments], Result | None] | None = None
 
 
 def dispatcher(device: torch.device | str) -> Dispatcher:
@@ -220,17 +219,15 @@ def _new_dispatcher(device: str, target: Target) -> Dispatcher:
 
 
 def _remember_unchecked(made: Dispatcher, settings: config.Settings) -> None:
-    global try_unchecked
     if made.try_unchecked is not None:
         config.on_reload(_forget_unchecked)
-        try_unchecked = made.try_unchecked
+        shortcut.try_unchecked = made.try_unchecked
         if config.settings() is not settings:  # forgotten since
             _forget_unchecked()
 
 
 def _forget_unchecked() -> None:
-    global try_unchecked
-    try_unchecked = None
+    shortcut.try_unchecked = None
 
 
 def all_variants(target: Target) -> list[KernelSpec]:

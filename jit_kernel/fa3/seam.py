@@ -8,42 +8,48 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from jit_kernel.fa3 import call as calls
-from jit_kernel.fa3 import dispatch
+from jit_kernel.fa3 import shortcut
 from jit_kernel.fa3.call import Arguments, Call, MetadataParameters, Result, lse_shape
+
+if TYPE_CHECKING:
+    from jit_kernel.fa3.dispatch import Dispatcher
 
 
 def _import_checks(arguments: Arguments) -> Call:
-    """Import the checks with the first call: that takes 12 ms, which an import of the package does not pay."""
-    global _checked
+    """Import the checks and the dispatch with the first call: 18 ms, which an import of the package does not pay."""
+    global _checked, _dispatcher
     from jit_kernel.fa3.checks.call import checked
+    from jit_kernel.fa3.dispatch import dispatcher
 
-    _checked = checked
+    _checked, _dispatcher = checked, dispatcher
     return checked(arguments)
 
 
 _checked: Callable[[Arguments], Call] = _import_checks
+_dispatcher: Callable[[torch.device], Dispatcher]
 
 
 def attend(arguments: Arguments) -> Result:
     """Attention of an unchecked call."""
-    if (try_known := dispatch.try_unchecked) is not None and (result := try_known(arguments)) is not None:
+    if (try_known := shortcut.try_unchecked) is not None and (result := try_known(arguments)) is not None:
         return result
     call = _checked(arguments)
-    return dispatch.dispatcher(call.q.device).attend(call)
+    return _dispatcher(call.q.device).attend(call)
 
 
 def plan(parameters: MetadataParameters) -> Tensor:
     """Scheduler metadata for parameters that nobody has checked."""
     from jit_kernel.fa3.checks.metadata import check_parameters
+    from jit_kernel.fa3.dispatch import dispatcher
 
     parameters = check_parameters(parameters)
-    return dispatch.dispatcher(parameters.cache_seqlens.device).plan(parameters)
+    return dispatcher(parameters.cache_seqlens.device).plan(parameters)
 
 
 def flash_attn_varlen_func(
@@ -178,9 +184,10 @@ def flash_attn_combine(
 ) -> tuple[Tensor, Tensor]:
     """See `jit_kernel.flash_attention_v3.flash_attn_combine`."""
     from jit_kernel.fa3.checks.combine import check_combine
+    from jit_kernel.fa3.dispatch import dispatcher
 
     dtype = check_combine(out_partial, lse_partial, out, out_dtype)
-    combine = dispatch.dispatcher(out_partial.device).first_with("flash_attn_combine")
+    combine = dispatcher(out_partial.device).first_with("flash_attn_combine")
     if out is None:
         out = out_partial.new_empty(out_partial.shape[1:], dtype=dtype)
     lse = lse_partial.new_empty(out_partial.shape[1:-1])
@@ -191,9 +198,10 @@ def flash_attn_combine(
 def merge_state(*, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """See `jit_kernel.flash_attention_v3.merge_state`."""
     from jit_kernel.fa3.checks.combine import check_merge
+    from jit_kernel.fa3.dispatch import dispatcher
 
     check_merge(out_a, lse_a, out_b, lse_b)
-    merge = dispatch.dispatcher(out_a.device).first_with("merge_state")
+    merge = dispatcher(out_a.device).first_with("merge_state")
     out, lse = out_a.new_empty(out_a.shape), lse_a.new_empty(lse_shape(out_a))
     merge(out_a, lse_a, out_b, lse_b, out, lse)
     return out, lse
