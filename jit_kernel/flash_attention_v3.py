@@ -11,7 +11,7 @@ is cheaper, as far as the function has any; tests/checks/test_call.py holds the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,11 +20,13 @@ from torch.compiler import is_compiling
 from jit_kernel import config
 from jit_kernel.device import VENDORS, detect_device, device_target
 from jit_kernel.fa3 import dispatch, seam, torch_operators
-from jit_kernel.fa3.call import DENSE, KVCACHE, UNBOUNDED, VARLEN, MetadataParameters
+from jit_kernel.fa3.call import DENSE, KVCACHE, UNBOUNDED, VARLEN, Arguments, MetadataParameters, Result
+from jit_kernel.fa3.checks.plain import TracedTensorError, is_traced
 from jit_kernel.fa3.decision import Accepted
 
 Kernels = Mapping[str, Callable[..., Any]]
 Device = torch.device | str | None
+T = TypeVar("T")
 
 # By device: the settings that it was asked under, and the answer. config.reload() makes new settings.
 _supported: dict[torch.device | str, tuple[config.Settings, bool]] = {}
@@ -76,6 +78,30 @@ def _load_fa3_kernels(device: Device = None) -> Kernels:
     """
     dispatch.dispatcher(_device_of(device))
     return seam.FUNCTIONS
+
+
+def _attend(call: Arguments) -> Result:
+    """A call at once, or as a torch operator where something traces it or one of its tensors is a fake one."""
+    if is_compiling():
+        return torch_operators.attend(call)
+    if is_traced():
+        return torch_operators.attend_traced(call)
+    try:
+        return seam.attend(call)
+    except TracedTensorError:
+        return torch_operators.attend_traced(call)
+
+
+def _taken(compiled: Callable[..., T], traced: Callable[..., T], now: Callable[..., T], *arguments: Any) -> T:
+    """The same choice for the other functions."""
+    if is_compiling():
+        return compiled(*arguments)
+    if is_traced():
+        return traced(*arguments)
+    try:
+        return now(*arguments)
+    except TracedTensorError:
+        return traced(*arguments)
 
 
 def flash_attn_varlen_func(
@@ -138,7 +164,7 @@ def flash_attn_varlen_func(
         out, sinks, qv, q_descale, k_descale, v_descale, pack_gqa, sm_margin, False, only_qv,
         cu_seqlens_q, max_seqlen_q, seqused_k, page_table, cu_seqlens_k, max_seqlen_k, seqused_q,
     )  # fmt: skip
-    return torch_operators.attend(call) if is_compiling() else seam.attend(call)
+    return _attend(call)
 
 
 def flash_attn_with_kvcache(
@@ -202,7 +228,7 @@ def flash_attn_with_kvcache(
         k, v, cu_seqlens_k_new, cache_batch_idx, cache_leftpad,
         rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved, scheduler_metadata,
     )  # fmt: skip
-    return torch_operators.attend(call) if is_compiling() else seam.attend(call)
+    return _attend(call)
 
 
 def flash_attn_func(
@@ -235,7 +261,7 @@ def flash_attn_func(
         DENSE, q, k, v, softmax_scale, causal, window_size, attention_chunk, softcap, num_splits, return_softmax_lse,
         out, sinks, qv, q_descale, k_descale, v_descale, pack_gqa, sm_margin, deterministic,
     )  # fmt: skip
-    return torch_operators.attend(call) if is_compiling() else seam.attend(call)
+    return _attend(call)
 
 
 def get_scheduler_metadata(
@@ -275,7 +301,7 @@ def get_scheduler_metadata(
         cu_seqlens_q, cu_seqlens_k_new, cache_leftpad, page_size, max_seqlen_k_new, causal, window_size,
         attention_chunk, has_softcap, num_splits, pack_gqa, sm_margin,
     )  # fmt: skip
-    return torch_operators.plan(parameters) if is_compiling() else seam.plan(parameters)
+    return _taken(torch_operators.plan, torch_operators.plan_traced, seam.plan, parameters)
 
 
 def flash_attn_combine(
@@ -291,9 +317,8 @@ def flash_attn_combine(
     out_partial; 0 and -inf where every part is -inf. lse has out's shape without dv. Raises ValueError or TypeError
     for a bad argument, by name, and NotImplementedError for an input that requires grad in grad mode.
     """
-    if is_compiling():
-        return torch_operators.combine(out_partial, lse_partial, out, out_dtype)
-    return seam.flash_attn_combine(out_partial=out_partial, lse_partial=lse_partial, out=out, out_dtype=out_dtype)
+    arguments = (out_partial, lse_partial, out, out_dtype)
+    return _taken(torch_operators.combine, torch_operators.combine_traced, seam.combine, *arguments)
 
 
 def merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -306,6 +331,4 @@ def merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> t
     of the two alone. Raises ValueError or TypeError for a bad argument, by name, and NotImplementedError for an input
     that requires grad in grad mode.
     """
-    if is_compiling():
-        return torch_operators.merge(out_a, lse_a, out_b, lse_b)
-    return seam.merge_state(out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
+    return _taken(torch_operators.merge, torch_operators.merge_traced, seam.merge, out_a, lse_a, out_b, lse_b)

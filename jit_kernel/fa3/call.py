@@ -129,8 +129,11 @@ def result_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def new_result(call: Call) -> Tensor:
     """Memory for the result of a call without `out`, on q's device, whatever the default device is."""
-    q = call.q
-    return torch.empty((*q.shape[:-1], call.v.shape[-1]), dtype=result_dtype(q.dtype), device=q.device)
+    q, head_dim_v = call.q, call.v.shape[-1]
+    dtype = result_dtype(q.dtype)
+    if head_dim_v == q.shape[-1]:  # 1.4 us less than from a shape
+        return torch.empty_like(q, dtype=dtype, memory_format=torch.contiguous_format)
+    return torch.empty((*q.shape[:-1], head_dim_v), dtype=dtype, device=q.device)
 
 
 def new_lse(call: Call) -> Tensor | None:

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, empty, get_num_threads, is_grad_enabled
+from torch import Tensor, contiguous_format, empty, empty_like, get_num_threads, is_grad_enabled
+from torch.autograd import forward_ad
 
 from jit_kernel.fa3.call import DEFAULTS, FIELDS, OF_DENSE, UNBOUNDED, Arguments, Result, lse_shape, result_dtype
 from jit_kernel.fa3.checks.values import need_window
@@ -82,18 +83,22 @@ def try_unchecked(arguments: Arguments) -> Result | None:
         q.requires_grad or k.requires_grad or v.requires_grad or (out is not None and out.requires_grad)
     ):
         return None
+    # What has no memory the library declines; what lies in memory otherwise than as it is only torch knows.
+    if q.is_neg() or k.is_neg() or v.is_neg() or (out is not None and out.is_neg()) or forward_ad._current_level >= 0:
+        return None
     left, right = window if window is UNBOUNDED else need_window(window)
     forward, out_dtype = library
     if with_lse and q.dim() < 3:
         return None
-    lse = empty(lse_shape(q), dtype=torch.float32, device="cpu") if with_lse else None
-    if out is None:  # of q's head size: another one is declined
-        out = empty(q.shape, dtype=out_dtype, device="cpu")
     numbers = (scale, causal, left, right, chunk, softcap, num_splits, get_num_threads())
     try:
+        lse = empty(lse_shape(q), dtype=torch.float32, device="cpu") if with_lse else None
+        if out is None:  # of q's head size: another one is declined. From its shape it would take 1.4 us more
+            out = empty_like(q, dtype=out_dtype, memory_format=contiguous_format)
         if not forward(q, k, v, out, lse, *layout, *numbers):
             return None
-    except (RuntimeError, TypeError):  # no DLPack tensor (sparse, quantized) or no int64: the checks know its name
+    # No DLPack tensor (sparse, quantized, batched), no int64, no room for such a q: the checks know its name.
+    except (RuntimeError, TypeError):
         return None
     return out if lse is None else (out, lse)
 
@@ -101,7 +106,7 @@ def try_unchecked(arguments: Arguments) -> Result | None:
 def _has_plain_types(*layout: Any) -> bool:
     """None or tensors, then two times None or an int."""
     for value in layout[:4]:
-        if value is not None and value.__class__ is not Tensor:
+        if value is not None and (value.__class__ is not Tensor or value.is_neg()):
             return False
     longest_q, longest_k = layout[4:]
     return (longest_q is None or longest_q.__class__ is int) and (longest_k is None or longest_k.__class__ is int)
