@@ -31,6 +31,7 @@ FLOORS: list[set[str]] = [
     {"fa3.dispatch"},
     {"fa3.seam"},
     {"fa3.torch_operators"},
+    {"fa3.entry"},
     {"flash_attention_v3"},
     {"", "fa3"},  # the packages' own __init__, which only names what stands below
     {"attention", "integrations", "warmup", "commands"},

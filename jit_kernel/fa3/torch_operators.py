@@ -159,7 +159,7 @@ _FIELDS = {
 
 
 def _number(value: Any) -> Any:
-    """An argument that is one number as a schema takes it: a tensor's is read, or traced as the number that it holds."""
+    """An argument that is one number as a schema takes it: that of a tensor is read, or traced."""
     return value.item() if isinstance(value, Tensor) else value
 
 
@@ -195,7 +195,7 @@ def attend(arguments: Arguments) -> Result:
 def attend_traced(arguments: Arguments) -> Result:
     """The same outside of torch.compile and torch.export, where arguments may be anything yet."""
     call = Call(*arguments)
-    _refuse_untraceable({name: getattr(call, field) for name, field in _FIELDS[call.function]})
+    refuse_untraceable({name: getattr(call, field) for name, field in _FIELDS[call.function]})
     for name in ("attention_chunk", "num_splits", "sm_margin", "max_seqlen_q", "max_seqlen_k", "seqused_k"):
         value = getattr(call, name)
         if not (value is None or isinstance(value, (Tensor, torch.SymInt))):
@@ -206,19 +206,21 @@ def attend_traced(arguments: Arguments) -> Result:
     return attend(tuple(getattr(call, name) for name in FIELDS))
 
 
-def _refuse_untraceable(arguments: Mapping[str, Any]) -> None:
-    """Raise for a tensor that no operator can take, by its name: of torch.func's transforms, or no fake beside fakes."""
+def refuse_untraceable(arguments: Mapping[str, Any]) -> None:
+    """Raise for a tensor that no operator can take: one of torch.func's transforms, or no fake one beside fakes."""
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
     for name, value in tensors.items():
         refused = refusal_of_transform(name, value)
         if refused is not None:
             raise refused
+    from torch._subclasses.fake_tensor import FakeTensor
+
     mode = fake_mode_of(tensors.values())
     if mode is None or mode.allow_non_fake_inputs:
         return
     for name, value in tensors.items():
-        if is_in_memory(value) and value.dim() > 0:
-            raise TypeError(f"{name} is no FakeTensor, in a call under FakeTensorMode or with fakes; it must be one too")
+        if not isinstance(value, FakeTensor) and is_in_memory(value) and value.dim() > 0:
+            raise TypeError(f"{name} is no FakeTensor, beside fakes or under FakeTensorMode; it must be one too")
 
 
 def plan(parameters: MetadataParameters) -> Tensor:
@@ -245,23 +247,3 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
     refuse_derivatives(call.items())
     merged: tuple[Tensor, Tensor] = torch.ops.jit_kernel.merge_state(**call)
     return merged
-
-
-def plan_traced(parameters: MetadataParameters) -> Tensor:
-    """`get_scheduler_metadata` traced otherwise than by torch.compile."""
-    _refuse_untraceable(parameters.arguments())
-    return plan(parameters)
-
-
-def combine_traced(
-    out_partial: Tensor, lse_partial: Tensor, out: Tensor | None, out_dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor]:
-    """`flash_attn_combine` traced otherwise than by torch.compile."""
-    _refuse_untraceable({"out_partial": out_partial, "lse_partial": lse_partial, "out": out})
-    return combine(out_partial, lse_partial, out, out_dtype)
-
-
-def merge_traced(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """`merge_state` traced otherwise than by torch.compile."""
-    _refuse_untraceable({"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b})
-    return merge(out_a, lse_a, out_b, lse_b)

@@ -32,7 +32,7 @@ from jit_kernel.fa3.checks.values import (
 _MOST_REMEMBERED = 8192  # a ragged server never stops making new shapes; the memory of them must not grow without end
 
 # By the function and the types of all arguments: the places of the tensors among them, and what passed before, by all
-# of these tensors but their numbers; with it, whether an argument that is one number has another form than Python's own.
+# of these tensors but their numbers; with it, whether an argument that is one number is none of Python's own.
 _Passed = dict[tuple[object, ...] | None, tuple[Facts, bool]]
 _passed: dict[tuple[object, ...], tuple[tuple[int, ...], _Passed]] = {}
 
@@ -152,7 +152,7 @@ def refuse_shared_memory(call: Call, extents: tuple[tuple[str, int], ...]) -> No
             if place != at and starts[place] < end and start < starts[place] + length and overlap(tensor, given):
                 names = NAME_OF[call.function]
                 one, two = names.get(name, name), names.get(other, other)
-                raise ValueError(f"{one} shares its memory with {two}; it is written, so it must have memory of its own")
+                raise ValueError(f"{one} shares its memory with {two}; what is written must have memory of its own")
 
 
 def _check_lengths(call: Call, facts: Facts) -> None:

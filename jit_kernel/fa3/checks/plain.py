@@ -8,14 +8,15 @@ whose tangent would be lost.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+T = TypeVar("T")
 _TRACING_MODES = (
     torch._C._TorchDispatchModeKey.FAKE,
     torch._C._TorchDispatchModeKey.PROXY,
@@ -24,6 +25,7 @@ _TRACING_MODES = (
 _mode_of = torch._C._get_dispatch_mode
 _count_modes = torch._C._len_torch_dispatch_stack
 _tracing_state = torch._C._get_tracing_state
+_transform = torch._C._functorch.peek_interpreter_stack
 _has_function_mode = torch._C._is_torch_function_mode_enabled
 
 
@@ -42,13 +44,33 @@ def is_traced() -> bool:
     return bool(_has_function_mode() and torch._ops._len_torch_dispatch_stack_pre_dispatch())
 
 
+def is_transformed() -> bool:
+    """Whether torch.vmap or a transform of torch.func runs here, of whatever tensors."""
+    return _transform() is not None
+
+
 def refuse_traced(function: str) -> None:
     """What no operator stands for cannot be traced: its kernels would run once, on the example's numbers."""
-    if is_traced():
+    if is_traced() or is_transformed():
         raise NotImplementedError(
             f"{function} of _load_fa3_kernels() cannot be traced (FakeTensorMode, make_fx, torch.jit.trace, "
-            f"torch.export); jit_kernel.{function} can: it becomes a torch operator"
+            f"torch.export) or transformed (torch.func); jit_kernel.{function} becomes a torch operator there"
         )
+
+
+def outside_of_transforms(function: Callable[..., T], named: Mapping[str, object], *arguments: Any) -> T:
+    """function(*arguments) where torch.func transforms something else: what it allocates is plain memory.
+
+    Raises NotImplementedError for one of the named arguments that is transformed.
+    """
+    for name, value in named.items():
+        refused = refusal_of_transform(name, value) if isinstance(value, Tensor) else None
+        if refused is not None:
+            raise refused
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    with temporarily_clear_interpreter_stack():
+        return function(*arguments)
 
 
 def in_memory(name: str, tensor: Tensor, *, written: bool = False) -> Tensor:

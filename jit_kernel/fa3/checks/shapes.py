@@ -105,7 +105,7 @@ def _extents(call: Call) -> tuple[tuple[str, int], ...]:
     """What `call.refuse_shared_memory` asks of the shapes: nothing where nothing of the caller's is written."""
     if call.out is None and call.k_new is None:
         return ()
-    given = ((name, getattr(call, name)) for name in FIELDS)
+    given = ((name, getattr(call, name)) for name in FIELDS if name != "window_size")
     return tuple((name, memory.extent(value)) for name, value in given if isinstance(value, Tensor) and value.numel())
 
 

@@ -185,7 +185,7 @@ def _bound(side: str, given: Any) -> int:
 
 
 def refuse_derivatives(named: Iterable[tuple[str, Any]]) -> None:
-    """There is no derivative of either kind: an argument that asks for one, the backward one in grad mode, is an error."""
+    """There is no derivative: an argument that asks for one, forward or (in grad mode) backward, is an error."""
     if torch.is_grad_enabled():
         named = list(named)
         for name, value in named:

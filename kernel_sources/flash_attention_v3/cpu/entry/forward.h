@@ -29,9 +29,16 @@ inline void check_pages(const Params& p, int64_t pages) {
   }
 }
 
+// Where a transform of torch makes every tensor, Python could not allocate memory for the result.
+inline void need_memory(const TensorView& out) {
+  if (out.data_ptr() != nullptr || out.numel() == 0) return;
+  TVM_FFI_THROW(TypeError) << "out has no memory; torch may not transform what is allocated here";
+}
+
 template <class Element>
 inline void forward(FfiArguments& from) {
   const ForwardArguments a(from);
+  need_memory(a.out);
   std::vector<float> sink_memory;
   const ForwardParams<Element> p = forward_params<Element>(a, sink_memory);
   check_pages(p, a.k.size(0));

@@ -1,0 +1,70 @@
+"""How a public function's call is taken: at once, or as a torch operator where something traces it.
+
+Something traces it under torch.compile, torch.export, make_fx, torch.jit.trace and FakeTensorMode, and when one of its
+tensors is a fake one. A transform of torch.func has nothing to do with a call whose tensors it does not reach.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from jit_kernel.fa3 import seam, torch_operators
+from jit_kernel.fa3.call import FIELDS, NAME_OF, Arguments, MetadataParameters, Result
+from jit_kernel.fa3.checks.plain import TracedTensorError, is_traced, is_transformed, outside_of_transforms
+
+T = TypeVar("T")
+
+
+def attend(call: Arguments) -> Result:
+    """Attention of an unchecked call."""
+    if is_compiling():
+        return torch_operators.attend(call)
+    if is_transformed():
+        names = NAME_OF[call[0]]
+        named = {names.get(name, name): value for name, value in zip(FIELDS, call, strict=False)}
+        return outside_of_transforms(attend, named, call)
+    if is_traced():
+        return torch_operators.attend_traced(call)
+    try:
+        return seam.attend(call)
+    except TracedTensorError:
+        return torch_operators.attend_traced(call)
+
+
+def plan(parameters: MetadataParameters) -> Tensor:
+    """Scheduler metadata for parameters that nobody has checked."""
+    return _taken(torch_operators.plan, seam.plan, parameters.arguments(), parameters)
+
+
+def combine(
+    out_partial: Tensor, lse_partial: Tensor, out: Tensor | None, out_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """`flash_attn_combine` of arguments that nobody has checked."""
+    named = {"out_partial": out_partial, "lse_partial": lse_partial, "out": out}
+    return _taken(torch_operators.combine, seam.combine, named, out_partial, lse_partial, out, out_dtype)
+
+
+def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """`merge_state` of arguments that nobody has checked."""
+    named = {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}
+    return _taken(torch_operators.merge, seam.merge, named, out_a, lse_a, out_b, lse_b)
+
+
+def _taken(traced: Callable[..., T], now: Callable[..., T], named: dict[str, object], *arguments: Any) -> T:
+    """The same choice for the other functions, whose tensors are among `named`."""
+    if is_compiling():
+        return traced(*arguments)
+    if is_transformed():
+        return outside_of_transforms(_taken, named, traced, now, named, *arguments)
+    if not is_traced():
+        try:
+            return now(*arguments)
+        except TracedTensorError:
+            pass  # a fake tensor outside of its mode
+    torch_operators.refuse_untraceable(named)
+    return traced(*arguments)
