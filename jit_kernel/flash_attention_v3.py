@@ -24,7 +24,7 @@ is cheaper, as far as the function has any; tests/checks/test_call.py holds the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -37,7 +37,6 @@ from jit_kernel.fa3.call import DENSE, KVCACHE, UNBOUNDED, VARLEN, MetadataParam
 from jit_kernel.fa3.decision import Accepted
 
 Kernels = Mapping[str, Callable[..., Any]]
-Window = Sequence[int | None] | Tensor | None
 Device = torch.device | str | None
 
 # By device: the settings that it was asked under, and the answer. config.reload() makes new settings.
@@ -94,7 +93,7 @@ def _load_fa3_kernels(device: Device = None) -> Kernels:
 
 def flash_attn_varlen_func(
     q: Tensor,
-    k: Tensor | None,
+    k: Tensor,
     v: Tensor,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
@@ -109,7 +108,7 @@ def flash_attn_varlen_func(
     q_descale: Tensor | None = None,
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
-    window_size: Window = UNBOUNDED,
+    window_size: tuple[int, int] = UNBOUNDED,
     attention_chunk: int | None = 0,
     softcap: float = 0.0,
     num_splits: int = 1,
@@ -160,7 +159,7 @@ def flash_attn_varlen_func(
 
 def flash_attn_with_kvcache(
     q: Tensor,
-    k_cache: Tensor | None,
+    k_cache: Tensor,
     v_cache: Tensor,
     k: Tensor | None = None,
     v: Tensor | None = None,
@@ -180,7 +179,7 @@ def flash_attn_with_kvcache(
     v_descale: Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: Window = UNBOUNDED,
+    window_size: tuple[int, int] = UNBOUNDED,
     attention_chunk: int | None = 0,
     softcap: float = 0.0,
     rotary_interleaved: bool = True,
@@ -235,7 +234,7 @@ def flash_attn_func(
     q_descale: Tensor | None = None,
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
-    window_size: Window = UNBOUNDED,
+    window_size: tuple[int, int] = UNBOUNDED,
     attention_chunk: int | None = 0,
     softcap: float = 0.0,
     num_splits: int = 1,
@@ -274,7 +273,7 @@ def get_scheduler_metadata(
     page_size: int | None = None,
     max_seqlen_k_new: int = 0,
     causal: bool = False,
-    window_size: Window = UNBOUNDED,
+    window_size: tuple[int, int] = UNBOUNDED,
     attention_chunk: int | None = 0,
     has_softcap: bool = False,
     num_splits: int = 0,

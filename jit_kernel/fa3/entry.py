@@ -15,7 +15,7 @@ from torch.compiler import is_compiling
 
 from jit_kernel.fa3 import seam, torch_operators
 from jit_kernel.fa3.call import FIELDS, NAME_OF, Arguments, MetadataParameters, Result
-from jit_kernel.fa3.checks.plain import TracedTensorError, is_traced, is_transformed, outside_of_transforms
+from jit_kernel.fa3.checks.plain import TracedTensorError, are_wrapped, is_traced, is_transformed, outside_of_transforms
 
 T = TypeVar("T")
 
@@ -27,7 +27,7 @@ def attend(call: Arguments) -> Result:
     if is_transformed():
         names = NAME_OF[call[0]]
         named = {names.get(name, name): value for name, value in zip(FIELDS, call, strict=False)}
-        return outside_of_transforms(attend, named, call)
+        return torch_operators.attend_traced(call) if are_wrapped(named) else outside_of_transforms(attend, call)
     if is_traced():
         return torch_operators.attend_traced(call)
     try:
@@ -60,7 +60,9 @@ def _taken(traced: Callable[..., T], now: Callable[..., T], named: dict[str, obj
     if is_compiling():
         return traced(*arguments)
     if is_transformed():
-        return outside_of_transforms(_taken, named, traced, now, named, *arguments)
+        if are_wrapped(named):
+            return traced(*arguments)
+        return outside_of_transforms(_taken, traced, now, named, *arguments)
     if not is_traced():
         try:
             return now(*arguments)

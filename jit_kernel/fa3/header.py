@@ -93,16 +93,17 @@ def _parameters_of(call: Call) -> MetadataParameters:
     )
 
 
-def verify(maker: str, call: Call) -> None:
+def verify(maker: str, call: Call, *, exact: bool = False) -> dict[str, int]:
     """Check that scheduler_metadata was made with the parameters of this `flash_attn_with_kvcache` call.
 
-    A longer max_seqlen_k serves it too, and so does metadata made for new keys that it has not, or without its window
-    or softcap.
-    Reads the metadata, so on a GPU it synchronises. Raises ValueError with the parameter that differs.
+    Unless the maker's own room depends on every parameter (exact), a longer max_seqlen_k serves it too, and so does
+    metadata made for new keys that it has not, or without its window or softcap.
+    Reads the metadata, so on a GPU it synchronises. Returns the parameters that it was made with. Raises ValueError
+    with the one that differs.
     """
     metadata, wanted = call.scheduler_metadata, _numbers(_parameters_of(call))
     if metadata is None:
-        return
+        return {}
     batch = wanted["batch_size"]
     if metadata.shape[0] < length(batch):
         raise ValueError(
@@ -114,8 +115,9 @@ def verify(maker: str, call: Call) -> None:
         raise ValueError(f"scheduler_metadata must come from get_scheduler_metadata of the {maker} implementation")
     made = dict(zip(wanted, numbers[3:], strict=False))
     skipped = {"max_seqlen_k"}  # engines plan once for all layers and for the longest request
-    skipped.update(name for name, without in _MADE_WITHOUT.items() if made[name] == without)
-    if call.k_new is None or call.cu_seqlens_k_new is not None:
+    if not exact:
+        skipped.update(name for name, without in _MADE_WITHOUT.items() if made[name] == without)
+    if (call.k_new is None and not exact) or call.cu_seqlens_k_new is not None:
         skipped.add("max_seqlen_k_new")
     if call.cu_seqlens_q is None:
         wanted["max_seqlen_q"] = call.q.shape[1]
@@ -130,3 +132,4 @@ def verify(maker: str, call: Call) -> None:
             f"scheduler_metadata was made with max_seqlen_q = {made['max_seqlen_q']}; "
             f"it must be at least {longest_q} for this call"
         )
+    return made

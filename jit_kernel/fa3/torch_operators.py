@@ -34,7 +34,7 @@ from jit_kernel.fa3.call import (
     result_dtype,
 )
 from jit_kernel.fa3.checks.forms import settle_absent_keys
-from jit_kernel.fa3.checks.plain import fake_mode_of, is_in_memory, refusal_of_transform
+from jit_kernel.fa3.checks.plain import active_fake_mode, is_in_memory, refusal_of_transform
 from jit_kernel.fa3.checks.values import need_integer, need_number, refuse_derivatives
 
 _NAMESPACE = "jit_kernel"
@@ -215,12 +215,15 @@ def refuse_untraceable(arguments: Mapping[str, Any]) -> None:
             raise refused
     from torch._subclasses.fake_tensor import FakeTensor
 
-    mode = fake_mode_of(tensors.values())
+    fake = next((name for name, value in tensors.items() if isinstance(value, FakeTensor)), None)
+    mode = active_fake_mode() if fake is None else tensors[fake].fake_mode
     if mode is None or mode.allow_non_fake_inputs:
         return
     for name, value in tensors.items():
         if not isinstance(value, FakeTensor) and is_in_memory(value) and value.dim() > 0:
-            raise TypeError(f"{name} is no FakeTensor, beside fakes or under FakeTensorMode; it must be one too")
+            if fake is None:
+                raise TypeError(f"{name} is no FakeTensor, under FakeTensorMode; it must be one")
+            raise TypeError(f"{fake} is a FakeTensor and {name} is none; either all of a call must be, or none")
 
 
 def plan(parameters: MetadataParameters) -> Tensor:

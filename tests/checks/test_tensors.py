@@ -44,6 +44,10 @@ def results(function: Any, call: Call) -> list[Tensor]:
     return [*(found if isinstance(found, tuple) else (found,)), *(v for v in call.values() if isinstance(v, Tensor))]
 
 
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().resolve_neg().contiguous().view(torch.uint8)
+
+
 def memory_of(call: Call) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in call.items() if type(value) is Tensor}
 
@@ -57,7 +61,7 @@ def refuses(error: type[Exception], base: Any, call: Call, name: str) -> str:
     assert type(caught.value) is error or error is TypeError
     assert str(caught.value).startswith(f"{name} "), caught.value
     for key, copy in before.items():
-        assert torch.equal(others[key].view(torch.uint8), copy.view(torch.uint8)), f"{key} was written"
+        assert torch.equal(bits(others[key]), bits(copy)), f"{key} was written"
     return str(caught.value)
 
 
@@ -65,6 +69,8 @@ def refuses(error: type[Exception], base: Any, call: Call, name: str) -> str:
 @each_place
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_has_no_memory_is_refused_by_name(kind, base, name, device):
+    if kind == "fake" and base is malformed_calls.metadata:
+        pytest.skip("it has no other tensor, and a call of fake tensors is served")
     error, make = REFUSED[kind]
     call = to(device, base())
     call[name] = make(call[name])
@@ -108,7 +114,7 @@ def test_lazily_negated_tensors_are_resolved(make, base, name, device):
         assert "negated" in refuses(TypeError, base, odd, name)
         return
     for found, expected in zip(results(FUNCTIONS[base], odd), results(FUNCTIONS[base], call), strict=True):
-        assert torch.equal(found.nan_to_num() if found.is_floating_point() else found, expected)
+        assert torch.equal(bits(found), bits(expected))
 
 
 @each_device
@@ -125,7 +131,7 @@ def test_subclasses_that_own_memory_are_plain(base, name, device):
         else:
             call[name] = call[name].as_subclass(Named)
         for a, b in zip(results(FUNCTIONS[base], call), expected, strict=True):
-            assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+            assert torch.equal(bits(a), bits(b))
 
 
 @each_device
@@ -142,7 +148,7 @@ def test_asynchronous_tensors_are_waited_for(base, name, device):
     found = FUNCTIONS[base](**call)
     found = found[0] if isinstance(found, tuple) else found
     assert type(found) is Tensor
-    assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+    assert torch.equal(bits(found), bits(expected))
 
 
 @each_device

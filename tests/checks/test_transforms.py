@@ -227,6 +227,9 @@ def test_a_call_that_a_transform_does_not_reach_is_served(device):
     assert torch.equal(tangent, shift)
     found = torch.func.grad(lambda x: (x * jit_kernel.flash_attn_func(**call)).sum())(shift[0])
     assert torch.equal(found, expected)
+    # A product inside is wrapped, too, though nothing is differentiated through it.
+    found = torch.func.grad(lambda x: (x * jit_kernel.flash_attn_func(**call | {"q": call["q"] * 1})).sum())(shift[0])
+    assert torch.equal(found, expected)
     traced = make_fx(torch.vmap(shifted))(shift)
     assert operators_in(traced.graph) == ["jit_kernel.dense.default"]
     assert torch.equal(traced(shift * 2), shift * 2 + expected)

@@ -8,7 +8,7 @@ whose tangent would be lost.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -58,15 +58,21 @@ def refuse_traced(function: str) -> None:
         )
 
 
-def outside_of_transforms(function: Callable[..., T], named: Mapping[str, object], *arguments: Any) -> T:
-    """function(*arguments) where torch.func transforms something else: what it allocates is plain memory.
+def are_wrapped(named: Mapping[str, object]) -> bool:
+    """Whether a transform of torch.func wraps one of the arguments, though nothing depends on it.
 
-    Raises NotImplementedError for one of the named arguments that is transformed.
+    Raises NotImplementedError for one that it transforms.
     """
-    for name, value in named.items():
-        refused = refusal_of_transform(name, value) if isinstance(value, Tensor) else None
+    tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+    for name, value in tensors.items():
+        refused = refusal_of_transform(name, value)
         if refused is not None:
             raise refused
+    return any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors.values()))
+
+
+def outside_of_transforms(function: Callable[..., T], *arguments: Any) -> T:
+    """function(*arguments) where torch.func transforms something else: what it allocates is plain memory."""
     from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
     with temporarily_clear_interpreter_stack():
@@ -77,7 +83,7 @@ def in_memory(name: str, tensor: Tensor, *, written: bool = False) -> Tensor:
     """The tensor to launch on: the given one, or a lazily negated or asynchronous one as plain memory.
 
     written: whether the call writes it: then it must be plain memory already. Raises TypeError that names the argument;
-    NotImplementedError for what torch.vmap, torch.func.grad and torch.func.jvp pass.
+    NotImplementedError for what transforms of torch.func pass.
     """
     if tensor.is_nested:
         raise TypeError(
@@ -159,12 +165,12 @@ def refusal_of_transform(name: str, tensor: Tensor) -> NotImplementedError | Non
             f"{name} is batched by torch.vmap, which jit_kernel does not serve: the functions have a batch dimension, "
             "and cu_seqlens for sequences of different lengths"
         )
-    if functorch.is_gradtrackingtensor(tensor):
+    if functorch.is_gradtrackingtensor(tensor) and (tensor.requires_grad or _has_tangent(tensor)):
         return NotImplementedError(
             f"{name} is differentiated by torch.func (grad, vjp or jvp); jit_kernel has the forward pass alone: "
             "detach the tensor"
         )
-    if tensor.__class__ is Tensor and torch._is_functional_tensor(tensor):
+    if tensor.__class__ in (Tensor, Parameter) and torch._is_functional_tensor(tensor):
         return NotImplementedError(
             f"{name} is a tensor of torch.func.functionalize, which jit_kernel does not serve: its operators declare "
             "that they may write; torch.compile and torch.export turn them into functions"
@@ -172,12 +178,9 @@ def refusal_of_transform(name: str, tensor: Tensor) -> NotImplementedError | Non
     return None
 
 
-def fake_mode_of(tensors: Iterable[Tensor]) -> Any:
-    """The FakeTensorMode that is on, or that one of these tensors belongs to; None where there is none."""
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    active = _mode_of(torch._C._TorchDispatchModeKey.FAKE) if _count_modes() else None
-    return active or next((tensor.fake_mode for tensor in tensors if isinstance(tensor, FakeTensor)), None)
+def active_fake_mode() -> Any:
+    """The FakeTensorMode that is on, None where there is none."""
+    return _mode_of(torch._C._TorchDispatchModeKey.FAKE) if _count_modes() else None
 
 
 def in_forward_mode() -> bool:
@@ -185,9 +188,13 @@ def in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+def _has_tangent(tensor: Tensor) -> bool:
+    return in_forward_mode() and forward_ad.unpack_dual(tensor).tangent is not None
+
+
 def refuse_tangent(name: str, value: Any) -> None:
     """A forward-mode derivative that would be lost. torch.no_grad() does not switch such derivatives off."""
-    if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+    if isinstance(value, Tensor) and _has_tangent(value):
         raise NotImplementedError(
             f"{name} has a forward-mode tangent; jit_kernel has the forward pass alone: "
             "pass its primal (torch.autograd.forward_ad.unpack_dual) or detach the tensor"

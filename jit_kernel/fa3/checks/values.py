@@ -197,7 +197,7 @@ def refuse_derivatives(named: Iterable[tuple[str, Any]]) -> None:
 
 def refuse_gradients(name: str, tensor: Any) -> None:
     """There is no backward pass: an input that asks for one, in grad mode, is an error."""
-    if getattr(tensor, "requires_grad", False):
+    if isinstance(tensor, Tensor) and tensor.requires_grad:
         raise NotImplementedError(
             f"{name} requires grad; jit_kernel has the forward pass alone: "
             "call it under torch.no_grad() or detach the tensor"

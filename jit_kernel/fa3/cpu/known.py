@@ -77,7 +77,7 @@ def try_unchecked(arguments: Arguments) -> Result | None:
         return None
     layout = (page_table, cu_seqlens_q, cu_seqlens_k, seqused_k, longest_q, longest_k)
     dense = page_table is cu_seqlens_q is cu_seqlens_k is seqused_k is longest_q is longest_k is None
-    if not dense and not _has_plain_types(*layout):
+    if (not dense and not _has_plain_types(*layout)) or (with_lse and q.dim() < 3):
         return None
     if is_grad_enabled() and (
         q.requires_grad or k.requires_grad or v.requires_grad or (out is not None and out.requires_grad)
@@ -88,8 +88,6 @@ def try_unchecked(arguments: Arguments) -> Result | None:
         return None
     left, right = window if window is UNBOUNDED else need_window(window)
     forward, out_dtype = library
-    if with_lse and q.dim() < 3:
-        return None
     numbers = (scale, causal, left, right, chunk, softcap, num_splits, get_num_threads())
     try:
         lse = empty(lse_shape(q), dtype=torch.float32, device="cpu") if with_lse else None
