@@ -35,6 +35,11 @@ def attend(arguments: Arguments) -> Result:
     """Attention of an unchecked call."""
     if (try_known := dispatch.try_unchecked) is not None and (result := try_known(arguments)) is not None:
         return result
+    return attend_checked(arguments)
+
+
+def attend_checked(arguments: Arguments) -> Result:
+    """The same of a call that no faster way serves."""
     call = _checked(arguments)
     return dispatch.dispatcher(call.q.device).attend(call)
 

@@ -215,12 +215,13 @@ def refuse_untraceable(arguments: Mapping[str, Any]) -> None:
             raise refused
     from torch._subclasses.fake_tensor import FakeTensor
 
-    fake = next((name for name, value in tensors.items() if isinstance(value, FakeTensor)), None)
-    mode = active_fake_mode() if fake is None else tensors[fake].fake_mode
+    fakes = {name: value for name, value in tensors.items() if isinstance(value, FakeTensor)}
+    fake = next(iter(fakes), None)
+    mode = active_fake_mode() if fake is None else fakes[fake].fake_mode
     if mode is None or mode.allow_non_fake_inputs:
         return
     for name, value in tensors.items():
-        if not isinstance(value, FakeTensor) and is_in_memory(value) and value.dim() > 0:
+        if name not in fakes and is_in_memory(value) and value.dim() > 0:
             if fake is None:
                 raise TypeError(f"{name} is no FakeTensor, under FakeTensorMode; it must be one")
             raise TypeError(f"{fake} is a FakeTensor and {name} is none; either all of a call must be, or none")

@@ -7,15 +7,17 @@ are the values of index tensors: always on the CPU, elsewhere under JIT_KERNEL_C
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from jit_kernel import config
 from jit_kernel.fa3.call import DENSE, FIELDS, KVCACHE, NAME_OF, UNBOUNDED, Arguments, Call
 from jit_kernel.fa3.checks import forms, indices, shapes
-from jit_kernel.fa3.checks.memory import overlap
-from jit_kernel.fa3.checks.plain import in_forward_mode
+from jit_kernel.fa3.checks.memory import extent, share
 from jit_kernel.fa3.checks.shapes import Facts
 from jit_kernel.fa3.checks.values import (
     FLOAT32_MAX,
@@ -30,11 +32,21 @@ from jit_kernel.fa3.checks.values import (
 )
 
 _MOST_REMEMBERED = 8192  # a ragged server never stops making new shapes; the memory of them must not grow without end
+_NO_MEMORY = ("window_size", "max_seqlen_q", "max_seqlen_k", *forms.INTEGERS)  # a tensor of these is read at once
+
+
+class Passed(NamedTuple):
+    """What is known of calls with such types and shapes, of which one passed."""
+
+    facts: Facts
+    has_odd_numbers: bool  # an argument that is one number is none of Python's own
+    extents: tuple[int, ...]  # by tensor, in bytes; 0 where its memory does not matter
+    written: tuple[int, ...]  # which of the tensors the call writes
+
 
 # By the function and the types of all arguments: the places of the tensors among them, and what passed before, by all
-# of these tensors but their numbers; with it, whether an argument that is one number is none of Python's own.
-_Passed = dict[tuple[object, ...] | None, tuple[Facts, bool]]
-_passed: dict[tuple[object, ...], tuple[tuple[int, ...], _Passed]] = {}
+# of these tensors but their numbers.
+_passed: dict[tuple[object, ...], tuple[tuple[int, ...], dict[tuple[object, ...], Passed]]] = {}
 
 
 def checked(arguments: Arguments) -> Call:
@@ -48,15 +60,21 @@ def checked(arguments: Arguments) -> Call:
     call = Call(*arguments)
     kinds = (call.function, *map(type, arguments))
     known = _passed.get(kinds)
-    passed = None if known is None or in_forward_mode() else known[1].get(_key(arguments, known[0]))
+    passed = None
+    starts: list[int] = []
+    if known is not None and forward_ad._current_level < 0:
+        key = _key(arguments, known[0], starts)
+        passed = None if key is None else known[1].get(key)
     if passed is None:
         facts = _looked_at(call, arguments, kinds)
     else:
-        facts, has_odd_numbers = passed
-        if has_odd_numbers:
+        facts = passed.facts
+        if passed.has_odd_numbers:
             forms.settle_numbers(call)
         if call.k is None:
             forms.settle_absent_keys(call)
+        if passed.written and _ranges_meet(starts, passed):
+            refuse_shared_memory(call)
     check_numbers(call)
     scale: float | None = facts.scale
     if call.only_qv:
@@ -64,9 +82,8 @@ def checked(arguments: Arguments) -> Call:
         need_present("qv", scale, "with only_qv")
     if call.softmax_scale is None:
         call.softmax_scale = scale
-    if facts.extents:
-        refuse_shared_memory(call, facts.extents)
-    forms.drop_what_is_not_read(call)
+    for name in facts.unread:
+        setattr(call, name, None)
     if call.function == DENSE:
         call.max_seqlen_q, call.max_seqlen_k = facts.q_rows, facts.k_rows
     else:
@@ -83,29 +100,35 @@ def _looked_at(call: Call, arguments: Arguments, kinds: tuple[object, ...]) -> F
     facts = shapes.check(call)
     names = NAME_OF[call.function]
     refuse_derivatives((names.get(name, name), value) for name, value in zip(FIELDS, arguments, strict=False))
-    _remember(arguments, kinds, facts)
+    refuse_shared_memory(call)
+    _remember(call, arguments, kinds, facts)
     return facts
 
 
-def _key(arguments: Arguments, places: tuple[int, ...]) -> tuple[object, ...] | None:
+def _key(arguments: Arguments, places: tuple[int, ...], starts: list[int]) -> tuple[object, ...] | None:
     """All that the checks of shapes look at in these tensors, and the grad mode; None where one must be looked at anew.
 
     Of tensors whose class is Tensor or Parameter, those that are no plain memory have no address, or are negated.
+    Their addresses are appended to `starts`.
     """
-    seen: list[object] = [torch.is_grad_enabled()]
+    with_gradients = torch.is_grad_enabled()
+    seen: list[object] = [with_gradients]
     try:
         for place in places:
             tensor = arguments[place]
             if tensor.is_neg():
                 return None
-            has_address = tensor.data_ptr() != 0
-            seen += (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad, has_address)
+            start = tensor.data_ptr()
+            starts.append(start)
+            seen += (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, start != 0)
+            if with_gradients:
+                seen.append(tensor.requires_grad)
     except RuntimeError:  # a sparse or batched tensor: never remembered, and the checks refuse it
         return None
     return tuple(seen)
 
 
-def _remember(arguments: Arguments, kinds: tuple[object, ...], facts: Facts) -> None:
+def _remember(call: Call, arguments: Arguments, kinds: tuple[object, ...], facts: Facts) -> None:
     types = kinds[1:]
     if any(isinstance(kind, type) and issubclass(kind, Tensor) for kind in {*types} - {Tensor, Parameter}):
         return  # another subclass may say of itself what it likes
@@ -113,9 +136,24 @@ def _remember(arguments: Arguments, kinds: tuple[object, ...], facts: Facts) -> 
     passed = _passed.setdefault(kinds, (places, {}))[1]
     if len(passed) >= _MOST_REMEMBERED:
         passed.clear()
-    key = _key(arguments, places)
+    key = _key(arguments, places, [])
     if key is not None:
-        passed[key] = facts, forms.has_odd_numbers(arguments)
+        fields = [FIELDS[place] for place in places]
+        extents = tuple(0 if name in _NO_MEMORY else extent(arguments[FIELDS.index(name)]) for name in fields)
+        written = tuple(at for at, name in enumerate(fields) if name in forms.written_fields(call))
+        passed[key] = Passed(facts, forms.has_odd_numbers(arguments), extents, written)
+
+
+def _ranges_meet(starts: list[int], passed: Passed) -> bool:
+    """Whether the range of addresses of something that is written meets another one."""
+    extents = passed.extents
+    for written in passed.written:
+        start = starts[written]
+        end = start + extents[written]
+        for at, other in enumerate(starts):
+            if other < end and start < other + extents[at] and at != written:
+                return True
+    return False
 
 
 def check_numbers(call: Call) -> None:
@@ -137,22 +175,16 @@ def check_numbers(call: Call) -> None:
         need_range("sm_margin", call.sm_margin, 0, INT32_MAX)
 
 
-def refuse_shared_memory(call: Call, extents: tuple[tuple[str, int], ...]) -> None:
-    """out, and a cache that is appended to, share no byte with another tensor: what one thread writes, others read.
-
-    extents: every tensor of the call that has memory, by its field, with its extent in bytes.
-    """
-    placed = [(name, getattr(call, name), size) for name, size in extents]
-    starts = [tensor.data_ptr() for _, tensor, _ in placed]
-    for at, (name, tensor, size) in enumerate(placed):
-        if name != "out" and (call.k_new is None or name not in ("k", "v")):
-            continue
-        start, end = starts[at], starts[at] + size
-        for place, (other, given, length) in enumerate(placed):
-            if place != at and starts[place] < end and start < starts[place] + length and overlap(tensor, given):
-                names = NAME_OF[call.function]
-                one, two = names.get(name, name), names.get(other, other)
-                raise ValueError(f"{one} shares its memory with {two}; what is written must have memory of its own")
+def refuse_shared_memory(call: Call) -> None:
+    """out, and a cache that is appended to, share no byte with another tensor: what one thread writes, others read."""
+    names = NAME_OF[call.function]
+    given = [(names.get(name, name), value) for name in FIELDS if isinstance(value := getattr(call, name), Tensor)]
+    for field in forms.written_fields(call):
+        written = getattr(call, field)
+        for name, tensor in given:
+            if (tensor is not written or name != names.get(field, field)) and share(written, tensor):
+                one = names.get(field, field)
+                raise ValueError(f"{one} shares its memory with {name}; it must have memory of its own: it is written")
 
 
 def _check_lengths(call: Call, facts: Facts) -> None:

@@ -15,14 +15,14 @@ from jit_kernel.fa3.call import FIELDS, KVCACHE, NAME_OF, Arguments, Call
 from jit_kernel.fa3.checks.plain import in_memory
 from jit_kernel.fa3.checks.values import as_kernel_index, need_integer, need_number, need_present
 
-_INTEGERS = ("num_splits", "sm_margin", "attention_chunk", "max_seqlen_q", "max_seqlen_k")
+INTEGERS = ("num_splits", "sm_margin", "attention_chunk", "max_seqlen_q", "max_seqlen_k")
 _OPTIONAL = ("attention_chunk", "max_seqlen_q", "max_seqlen_k")
 
 
 def has_odd_numbers(arguments: Arguments) -> bool:
     """Whether an argument that is one number is no int, or no float, of Python's own."""
     given = dict(zip(FIELDS, arguments, strict=False))
-    if any(given.get(name).__class__ not in (int, NoneType) for name in _INTEGERS):
+    if any(given.get(name).__class__ not in (int, NoneType) for name in INTEGERS):
         return True
     if any(given[name].__class__ not in (float, NoneType) for name in ("softmax_scale", "softcap")):
         return True
@@ -32,7 +32,7 @@ def has_odd_numbers(arguments: Arguments) -> bool:
 
 def settle_numbers(call: Call) -> None:
     """Every argument that is one number, as an int or a float of Python's. Raises TypeError for what is none."""
-    for name in _INTEGERS:
+    for name in INTEGERS:
         value = getattr(call, name)
         if value is not None or name not in _OPTIONAL:
             setattr(call, name, need_integer(name, value))
@@ -61,18 +61,25 @@ def settle_tensors(call: Call) -> None:
     for name in FIELDS:
         value = getattr(call, name)
         if isinstance(value, Tensor):
-            written = name == "out" or (call.k_new is not None and name in ("k", "v"))
-            setattr(call, name, in_memory(names.get(name, name), value, written=written))
+            setattr(call, name, in_memory(names.get(name, name), value, written=name in written_fields(call)))
 
 
-def drop_what_is_not_read(call: Call) -> None:
-    """What has no effect in this call, as in FlashAttention-3: no implementation has to look at it."""
+def written_fields(call: Call) -> tuple[str, ...]:
+    """The fields of the tensors that a call writes."""
+    caches = () if call.k_new is None else ("k", "v")
+    return caches if call.out is None else ("out", *caches)
+
+
+def unread_fields(call: Call) -> tuple[str, ...]:
+    """The fields that were given and have no effect, as in FlashAttention-3: no implementation has to look at them."""
+    unread: list[str] = []
     if call.k_new is None:
-        call.cu_seqlens_k_new = None  # serving engines pass it with every call
+        unread.append("cu_seqlens_k_new")  # serving engines pass it with every call
     if call.rotary_cos is None:
-        call.rotary_seqlens = None
+        unread.append("rotary_seqlens")
     if call.k.dtype != torch.float8_e4m3fn:
-        call.q_descale = call.k_descale = call.v_descale = None
+        unread += ("q_descale", "k_descale", "v_descale")
+    return tuple(name for name in unread if getattr(call, name) is not None)
 
 
 def convert_indices(call: Call, fields: tuple[str, ...], *, exact: bool) -> None:

@@ -65,7 +65,7 @@ def _numbers(given: MetadataParameters) -> dict[str, Any]:
     }
 
 
-def _tensors(given: MetadataParameters) -> dict[str, Tensor]:
+def _tensors(given: MetadataParameters) -> dict[str, Any]:
     """The index tensors as kernels take them."""
     seqlens, batch = given.cache_seqlens, given.batch_size
     if not isinstance(seqlens, Tensor):

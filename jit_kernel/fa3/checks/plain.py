@@ -23,10 +23,12 @@ _TRACING_MODES = (
     torch._C._TorchDispatchModeKey.FUNCTIONAL,
 )
 _mode_of = torch._C._get_dispatch_mode
-_count_modes = torch._C._len_torch_dispatch_stack
-_tracing_state = torch._C._get_tracing_state
-_transform = torch._C._functorch.peek_interpreter_stack
-_has_function_mode = torch._C._is_torch_function_mode_enabled
+count_modes = torch._C._len_torch_dispatch_stack
+tracing_state = torch._C._get_tracing_state
+transform = torch._C._functorch.peek_interpreter_stack
+_count_before_dispatch: Any = torch._ops._len_torch_dispatch_stack_pre_dispatch
+_unpack_dual: Any = forward_ad.unpack_dual
+has_function_mode = torch._C._is_torch_function_mode_enabled
 
 
 class TracedTensorError(TypeError):
@@ -38,15 +40,15 @@ def is_traced() -> bool:
 
     A dispatch mode that only looks on changes no result, and is not asked.
     """
-    if _tracing_state() is not None or (_count_modes() and any(map(_mode_of, _TRACING_MODES))):
+    if tracing_state() is not None or (count_modes() and any(map(_mode_of, _TRACING_MODES))):
         return True
     # make_fx(pre_dispatch=True) keeps its mode in a stack of its own, beside a mode for functions.
-    return bool(_has_function_mode() and torch._ops._len_torch_dispatch_stack_pre_dispatch())
+    return bool(has_function_mode() and _count_before_dispatch())
 
 
 def is_transformed() -> bool:
     """Whether torch.vmap or a transform of torch.func runs here, of whatever tensors."""
-    return _transform() is not None
+    return transform() is not None
 
 
 def refuse_traced(function: str) -> None:
@@ -180,7 +182,7 @@ def refusal_of_transform(name: str, tensor: Tensor) -> NotImplementedError | Non
 
 def active_fake_mode() -> Any:
     """The FakeTensorMode that is on, None where there is none."""
-    return _mode_of(torch._C._TorchDispatchModeKey.FAKE) if _count_modes() else None
+    return _mode_of(torch._C._TorchDispatchModeKey.FAKE) if count_modes() else None
 
 
 def in_forward_mode() -> bool:
@@ -189,7 +191,7 @@ def in_forward_mode() -> bool:
 
 
 def _has_tangent(tensor: Tensor) -> bool:
-    return in_forward_mode() and forward_ad.unpack_dual(tensor).tangent is not None
+    return in_forward_mode() and _unpack_dual(tensor).tangent is not None
 
 
 def refuse_tangent(name: str, value: Any) -> None:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jit_kernel.fa3.call import FIELDS, KVCACHE, NAME_OF, Call, batch_of, default_scale, result_dtype
-from jit_kernel.fa3.checks import memory
+from jit_kernel.fa3.call import KVCACHE, NAME_OF, Call, batch_of, default_scale, result_dtype
+from jit_kernel.fa3.checks.forms import unread_fields
 from jit_kernel.fa3.checks.values import (
     INPUT_DTYPES,
     is_kernel_index,
@@ -52,7 +52,7 @@ class Facts:
     indexed: bool  # some index tensor was given
     on_host: bool
     converted: tuple[str, ...]  # the fields of index tensors that kernels do not take as they are
-    extents: tuple[tuple[str, int], ...]  # of a call that writes: each tensor's field and extent in bytes, out last
+    unread: tuple[str, ...]  # the fields that were given and have no effect
 
 
 def check(call: Call) -> Facts:
@@ -93,20 +93,12 @@ def check(call: Call) -> Facts:
         converted=tuple(
             name for name in INDEX_FIELDS if (x := getattr(call, name)) is not None and not _is_kernel_index(x)
         ),
-        extents=_extents(call),
+        unread=unread_fields(call),
     )
 
 
 def _is_kernel_index(value: object) -> bool:
     return not isinstance(value, Tensor) or is_kernel_index(value)
-
-
-def _extents(call: Call) -> tuple[tuple[str, int], ...]:
-    """What `call.refuse_shared_memory` asks of the shapes: nothing where nothing of the caller's is written."""
-    if call.out is None and call.k_new is None:
-        return ()
-    given = ((name, getattr(call, name)) for name in FIELDS if name != "window_size")
-    return tuple((name, memory.extent(value)) for name, value in given if isinstance(value, Tensor) and value.numel())
 
 
 _LENGTHS = ("seqused_q", "seqused_k", "cache_batch_idx", "cache_leftpad", "rotary_seqlens")  # one number a sequence

@@ -137,7 +137,8 @@ def need_bool(name: str, value: object) -> None:
 def need_integer(name: str, value: Any) -> int:
     """An int: one, or what has an index (a number of numpy, a 0-dim tensor of integers), but no bool."""
     if value.__class__ is int:
-        return value  # type: ignore[no-any-return]
+        number: int = value
+        return number
     if isinstance(value, Tensor):
         if value.dim() == 0 and value.dtype in _INTEGER_DTYPES:
             plain.in_memory(name, value)
@@ -149,11 +150,10 @@ def need_integer(name: str, value: Any) -> int:
 
 def need_number(name: str, value: Any) -> float:
     """A float or an int, of Python or numpy, and no bool; an int that no float holds stays one."""
-    if value.__class__ is float:
-        return value  # type: ignore[no-any-return]
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name} is {described(value)}; it must be a float")
-    return float(value) if -FLOAT32_MAX <= value <= FLOAT32_MAX else value  # type: ignore[return-value]
+    number: Any = value
+    return float(number) if -FLOAT32_MAX <= number <= FLOAT32_MAX else number
 
 
 def need_range(name: str, value: int, low: int, high: int, why: str = "") -> None:

@@ -28,6 +28,10 @@ CLAIMED = frozenset(
 _libraries: dict[torch.dtype, tuple[Callable[..., bool], torch.dtype]] = {}
 
 
+# What an argument of another kind comes to on its way to the library, and room that no machine has for the result of an
+# expanded q: the checks know the argument's name.
+_DECLINED = (RuntimeError, TypeError, ValueError, OverflowError, AttributeError, IndexError)
+
 # By how many fields a call has: whether it asks for more than that.
 _asks_for_more = {count: fields_ask_for_more(CLAIMED, count) for count in (OF_DENSE, len(FIELDS))}
 
@@ -42,7 +46,7 @@ def serve(dtype: torch.dtype, library: Any) -> None:
 def try_unchecked(arguments: Arguments) -> Result | None:
     """The result of an unchecked plain call; None where it has a mistake or asks for more.
 
-    A page or a window_size that is none raises the ValueError or TypeError of the checks.
+    A window_size that is none raises the ValueError or TypeError of the checks.
     """
     page_table = cu_seqlens_q = cu_seqlens_k = seqused_k = longest_q = longest_k = None
     only_qv, rotary_interleaved = False, True
@@ -64,47 +68,35 @@ def try_unchecked(arguments: Arguments) -> Result | None:
     library = _libraries.get(q.dtype)
     if library is None or _asks_for_more[len(arguments)](arguments):
         return None
+    # The library looks at the types of what it is given; these it is not given.
     if not (
-        causal.__class__ is with_lse.__class__ is deterministic.__class__ is rotary_interleaved.__class__ is bool
-        and chunk.__class__ is num_splits.__class__ is sm_margin.__class__ is int
-        and softcap.__class__ is float
-        and (scale is None or scale.__class__ is float)
-        and (out is None or out.__class__ is Tensor)
+        deterministic.__class__ is rotary_interleaved.__class__ is with_lse.__class__ is bool
+        and sm_margin.__class__ is int
+        and sm_margin == 0
         and pack_gqa is None
         and only_qv is False
-        and sm_margin == 0
+        and (out is None or out.__class__ is Tensor)
     ):
-        return None
-    layout = (page_table, cu_seqlens_q, cu_seqlens_k, seqused_k, longest_q, longest_k)
-    dense = page_table is cu_seqlens_q is cu_seqlens_k is seqused_k is longest_q is longest_k is None
-    if (not dense and not _has_plain_types(*layout)) or (with_lse and q.dim() < 3):
         return None
     if is_grad_enabled() and (
         q.requires_grad or k.requires_grad or v.requires_grad or (out is not None and out.requires_grad)
     ):
         return None
-    # What has no memory the library declines; what lies in memory otherwise than as it is only torch knows.
+    # What has no memory, and an index tensor whose sign is lazy, the library declines. Other signs only torch knows.
     if q.is_neg() or k.is_neg() or v.is_neg() or (out is not None and out.is_neg()) or forward_ad._current_level >= 0:
         return None
+    layout = (page_table, cu_seqlens_q, cu_seqlens_k, seqused_k, longest_q, longest_k)
     left, right = window if window is UNBOUNDED else need_window(window)
     forward, out_dtype = library
-    numbers = (scale, causal, left, right, chunk, softcap, num_splits, get_num_threads())
     try:
         lse = empty(lse_shape(q), dtype=torch.float32, device="cpu") if with_lse else None
         if out is None:  # of q's head size: another one is declined. From its shape it would take 1.4 us more
             out = empty_like(q, dtype=out_dtype, memory_format=contiguous_format)
-        if not forward(q, k, v, out, lse, *layout, *numbers):
+        if not forward(
+            q, k, v, out, lse, *layout,
+            scale, causal, left, right, chunk, softcap, num_splits, get_num_threads(),
+        ):  # fmt: skip
             return None
-    # No DLPack tensor (sparse, quantized, batched), no int64, no room for such a q: the checks know its name.
-    except (RuntimeError, TypeError):
+    except _DECLINED:
         return None
     return out if lse is None else (out, lse)
-
-
-def _has_plain_types(*layout: Any) -> bool:
-    """None or tensors, then two times None or an int."""
-    for value in layout[:4]:
-        if value is not None and (value.__class__ is not Tensor or value.is_neg()):
-            return False
-    longest_q, longest_k = layout[4:]
-    return (longest_q is None or longest_q.__class__ is int) and (longest_k is None or longest_k.__class__ is int)
