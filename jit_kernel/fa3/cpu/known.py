@@ -48,7 +48,7 @@ def try_unchecked(arguments: Arguments) -> Result | None:
 
     A window_size that is none raises the ValueError or TypeError of the checks.
     """
-    page_table = cu_seqlens_q = cu_seqlens_k = seqused_k = longest_q = longest_k = None
+    table = offsets_q = offsets_k = used_k = longest_q = longest_k = None
     only_qv, rotary_interleaved = False, True
     if len(arguments) == OF_DENSE:
         (
@@ -60,7 +60,7 @@ def try_unchecked(arguments: Arguments) -> Result | None:
         (
             _, q, k, v, scale, causal, window, chunk, softcap, num_splits, with_lse,
             out, _, _, _, _, _, pack_gqa, sm_margin, deterministic, only_qv,
-            cu_seqlens_q, longest_q, seqused_k, page_table, cu_seqlens_k, longest_k, _,
+            offsets_q, longest_q, used_k, table, offsets_k, longest_k, _,
             _, _, _, _, _, _, _, _, rotary_interleaved, _,
         ) = arguments  # fmt: skip
     if q.__class__ is not Tensor or k.__class__ is not Tensor or v.__class__ is not Tensor or not q.is_cpu:
@@ -85,7 +85,6 @@ def try_unchecked(arguments: Arguments) -> Result | None:
     # What has no memory, and an index tensor whose sign is lazy, the library declines. Other signs only torch knows.
     if q.is_neg() or k.is_neg() or v.is_neg() or (out is not None and out.is_neg()) or forward_ad._current_level >= 0:
         return None
-    layout = (page_table, cu_seqlens_q, cu_seqlens_k, seqused_k, longest_q, longest_k)
     left, right = window if window is UNBOUNDED else need_window(window)
     forward, out_dtype = library
     try:
@@ -93,7 +92,7 @@ def try_unchecked(arguments: Arguments) -> Result | None:
         if out is None:  # of q's head size: another one is declined. From its shape it would take 1.4 us more
             out = empty_like(q, dtype=out_dtype, memory_format=contiguous_format)
         if not forward(
-            q, k, v, out, lse, *layout,
+            q, k, v, out, lse, table, offsets_q, offsets_k, used_k, longest_q, longest_k,
             scale, causal, left, right, chunk, softcap, num_splits, get_num_threads(),
         ):  # fmt: skip
             return None
