@@ -1,8 +1,22 @@
 """FlashAttention-3's functions on every device: the device of `q` decides which implementation serves a call.
 
 Letters in the docstrings: b sequences; hq query heads and hk key/value heads, hq % hk == 0; d the head size of q
-and k, dv that of v; sq and sk lengths; total_q and total_k the rows of all sequences, laid end to end. Index tensors
-are int32, contiguous and on q's device. UNBOUNDED is (-1, -1).
+and k, dv that of v; sq and sk lengths; total_q and total_k the rows of all sequences, laid end to end. UNBOUNDED is
+(-1, -1).
+
+Index tensors lie on q's device, int32, the last stride 1. int64 ones, and a page_table with gaps between its rows, are
+copied at each call: 1 us on a CPU, a launch or two on a GPU. An argument that is one integer may also be a number of
+numpy or a 0-dim tensor; reading one on a GPU synchronises.
+
+Tensors must lie in memory. A lazily negated view (torch's neg and conj) is resolved, which copies it, and the result
+of an asynchronous collective is waited for; neither may be written. TypeError, by name: subclasses without memory of
+their own (DTensor), nested, sparse and efficient zero tensors. Fake tensors, make_fx, torch.jit.trace, torch.compile
+and torch.export get the operators torch.ops.jit_kernel.*; NotImplementedError, by name: an argument that torch.vmap
+batches, torch.func.functionalize wraps, or a derivative is asked of (requires_grad in grad mode, a forward-mode
+tangent in any).
+
+What is written, out and a cache that is appended to, shares no byte with another tensor of the call, and none with
+itself: ValueError. Slices that lie between each other's rows share none (q, k, v and out of one buffer).
 
 Each function passes its arguments on in the canonical order (jit_kernel/fa3/call.py), as a plain tuple because nothing
 is cheaper, as far as the function has any; tests/checks/test_call.py holds the positions.
@@ -15,11 +29,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from jit_kernel import config
 from jit_kernel.device import VENDORS, detect_device, device_target
-from jit_kernel.fa3 import seam, torch_operators
+from jit_kernel.fa3 import entry, seam
 from jit_kernel.fa3.call import DENSE, KVCACHE, UNBOUNDED, VARLEN, MetadataParameters
 
 Kernels = Mapping[str, Callable[..., Any]]
@@ -114,14 +127,16 @@ def flash_attn_varlen_func(
 
     q: (total_q, hq, d) with cu_seqlens_q (b + 1,), else (b, sq, hq, d); fp32, bf16, fp16 or float8_e4m3fn.
     k, v: (total_k, hk, d or dv) with cu_seqlens_k (b + 1,); (b, sk, hk, d or dv); or (pages, page_size, hk, d or dv)
-        with page_table (b, max_pages), which needs seqused_k.
+        with page_table (b, max_pages), which needs seqused_k. With only_qv k is not read and may be None.
     max_seqlen_q, max_seqlen_k: at least the longest lengths; None finds them, or a bound on a GPU.
     seqused_q, seqused_k: (b,), only the first so many tokens of each sequence count.
     softmax_scale: default 1/sqrt(d); 1/sqrt(d + dv) with qv; 1/sqrt(dv) with only_qv.
     causal: query i sees key j when j <= i + sk - sq. attention_chunk: keys of the query's own chunk only.
-    window_size: (left, right), i + sk - sq - left <= j <= i + sk - sq + right; -1 is unbounded.
+    window_size: (left, right), i + sk - sq - left <= j <= i + sk - sq + right; -1 is unbounded, and so is None, in
+        the pair or for it. A list or a CPU tensor of two integers is a pair, too.
     qv: q's shape with dv last, with d = 64 and dv 256 or 512: adds qv @ v.T to q @ k.T; only_qv drops q @ k.T.
-    q_descale, k_descale, v_descale: (b, hk) float32, factors of float8_e4m3fn inputs.
+    q_descale, k_descale, v_descale: (b, hk) float32, factors of float8_e4m3fn inputs; beside others not read, as in
+        FlashAttention-3.
     softcap: scores become softcap * tanh(scores / softcap); 0 is off.
     num_splits: ways to split the keys; 1 never splits (bitwise the same in any batch), 0 chooses.
     pack_gqa, sm_margin: hints, None and 0 by default, that no result depends on.
@@ -135,14 +150,15 @@ def flash_attn_varlen_func(
     Raises ValueError or TypeError that name the argument, for a bad shape, dtype, device, stride or value, before
     anything is launched or written (index tensors' values on the CPU, elsewhere under JIT_KERNEL_CHECK_INDICES=1);
     NotImplementedError, with every implementation's reason, for what the device cannot do, and for an input that
-    requires grad in grad mode; what `jit_kernel.jit.load` raises when a kernel can be neither loaded nor compiled.
+    requires grad in grad mode or has a forward-mode tangent; what `jit_kernel.jit.load` raises when a kernel can be
+    neither loaded nor compiled.
     """
     call = (
         VARLEN, q, k, v, softmax_scale, causal, window_size, attention_chunk, softcap, num_splits, return_softmax_lse,
         out, sinks, qv, q_descale, k_descale, v_descale, pack_gqa, sm_margin, False, only_qv,
         cu_seqlens_q, max_seqlen_q, seqused_k, page_table, cu_seqlens_k, max_seqlen_k, seqused_q,
     )  # fmt: skip
-    return torch_operators.attend(call) if is_compiling() else seam.attend(call)
+    return entry.attend(call)
 
 
 def flash_attn_with_kvcache(
@@ -184,15 +200,18 @@ def flash_attn_with_kvcache(
 
     q: (b, sq, hq, d), or (total_q, hq, d) with cu_seqlens_q (b + 1,).
     k_cache, v_cache: (b_cache, sk, hk, d or dv), or (pages, page_size, hk, d or dv) with page_table (b, max_pages).
+        k_cache may be None with only_qv and without k.
     k, v: (b, s_new, hk, d or dv), or (total_new, hk, d or dv) with cu_seqlens_k_new (b + 1,): written to the cache
         behind cache_seqlens, then attended to. cu_seqlens_k_new without k has no meaning and no effect, as in FA3.
     rotary_cos, rotary_sin: (max_pos, rotary_dim / 2) in q's dtype, rotary_dim a multiple of 16 and at most d: turn q
         and k from position rotary_seqlens (b,), else cache_seqlens, on; pairs (2i, 2i + 1) if rotary_interleaved,
-        else (i, i + rotary_dim / 2). q's positions advance by token with causal, window or chunk only.
+        else (i, i + rotary_dim / 2). q's positions advance by token with causal, window or chunk only. Without
+        rotary_cos, rotary_seqlens is not read, as in FA3.
     cache_seqlens: (b,) or one int for all: tokens in the cache before this call; None: all of it.
     cache_batch_idx: (b,), the row of the cache, or of the page table, of each sequence.
     cache_leftpad: (b,), how many of the first tokens of a cache are no keys.
-    scheduler_metadata: what `get_scheduler_metadata` made for the same parameters; may be a copy of it.
+    scheduler_metadata: what `get_scheduler_metadata` made for the same parameters; may be a copy of it. max_seqlen_k
+        may have been longer, and it may have been made for new keys, or without a window or softcap, that differ here.
     num_splits: 0 by default, where `flash_attn_varlen_func` has 1: a heuristic chooses, so that a sequence's last bits
         may depend on the rest of the batch.
 
@@ -206,7 +225,7 @@ def flash_attn_with_kvcache(
         k, v, cu_seqlens_k_new, cache_batch_idx, cache_leftpad,
         rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved, scheduler_metadata,
     )  # fmt: skip
-    return torch_operators.attend(call) if is_compiling() else seam.attend(call)
+    return entry.attend(call)
 
 
 def flash_attn_func(
@@ -239,7 +258,7 @@ def flash_attn_func(
         DENSE, q, k, v, softmax_scale, causal, window_size, attention_chunk, softcap, num_splits, return_softmax_lse,
         out, sinks, qv, q_descale, k_descale, v_descale, pack_gqa, sm_margin, deterministic,
     )  # fmt: skip
-    return torch_operators.attend(call) if is_compiling() else seam.attend(call)
+    return entry.attend(call)
 
 
 def get_scheduler_metadata(
@@ -268,7 +287,7 @@ def get_scheduler_metadata(
     """What a `flash_attn_with_kvcache` call with these parameters may reuse, for as long as they hold.
 
     Arguments as in that call; batch_size is b, headdim is d, headdim_v is dv, page_size None without page_table,
-    max_seqlen_k at most what the cache has room for, max_seqlen_k_new 0 without new keys.
+    max_seqlen_k any bound of the cache's lengths, max_seqlen_k_new the new keys, which a call may do without.
     Returns an int32 tensor on cache_seqlens's device; its length depends on the batch alone, so it may be copied into a
     static buffer for graph replay. It serves the implementation that made it, and the call verifies the parameters that
     it opens with: on the CPU, elsewhere under JIT_KERNEL_CHECK_INDICES=1. Raises ValueError or TypeError that name a
@@ -279,7 +298,7 @@ def get_scheduler_metadata(
         cu_seqlens_q, cu_seqlens_k_new, cache_leftpad, page_size, max_seqlen_k_new, causal, window_size,
         attention_chunk, has_softcap, num_splits, pack_gqa, sm_margin,
     )  # fmt: skip
-    return torch_operators.plan(parameters) if is_compiling() else seam.plan(parameters)
+    return entry.plan(parameters)
 
 
 def flash_attn_combine(
@@ -293,11 +312,9 @@ def flash_attn_combine(
 
     Returns (out, lse): lse = log(sum over parts of exp(lse_partial)), out = sum of exp(lse_partial - lse) *
     out_partial; 0 and -inf where every part is -inf. lse has out's shape without dv. Raises ValueError or TypeError
-    for a bad argument, by name, and NotImplementedError for an input that requires grad in grad mode.
+    for a bad argument, by name, and NotImplementedError for an input that requires grad in grad mode or has a tangent.
     """
-    if is_compiling():
-        return torch_operators.combine(out_partial, lse_partial, out, out_dtype)
-    return seam.flash_attn_combine(out_partial=out_partial, lse_partial=lse_partial, out=out, out_dtype=out_dtype)
+    return entry.combine(out_partial, lse_partial, out, out_dtype)
 
 
 def merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -308,8 +325,6 @@ def merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> t
 
     Returns (out, lse) of the same shapes, out in out_a's dtype; 0 and -inf where both are -inf. A sink must be in one
     of the two alone. Raises ValueError or TypeError for a bad argument, by name, and NotImplementedError for an input
-    that requires grad in grad mode.
+    that requires grad in grad mode or has a tangent.
     """
-    if is_compiling():
-        return torch_operators.merge(out_a, lse_a, out_b, lse_b)
-    return seam.merge_state(out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
+    return entry.merge(out_a, lse_a, out_b, lse_b)

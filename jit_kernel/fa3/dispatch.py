@@ -39,7 +39,7 @@ import torch
 from jit_kernel import config
 from jit_kernel.device import Target, device_target
 from jit_kernel.engine.progress import warn_once
-from jit_kernel.fa3 import shortcut
+from jit_kernel.fa3 import call as calls
 from jit_kernel.fa3.call import Arguments, Call, MetadataParameters, Result
 from jit_kernel.fa3.decision import Accepted, Decision, Rejected, refusal
 from jit_kernel.fa3.features import Features, plain_features, planned_features
@@ -221,13 +221,13 @@ def _new_dispatcher(device: str, target: Target) -> Dispatcher:
 def _remember_unchecked(made: Dispatcher, settings: config.Settings) -> None:
     if made.try_unchecked is not None:
         config.on_reload(_forget_unchecked)
-        shortcut.try_unchecked = made.try_unchecked
+        calls.try_unchecked = made.try_unchecked
         if config.settings() is not settings:  # forgotten since
             _forget_unchecked()
 
 
 def _forget_unchecked() -> None:
-    shortcut.try_unchecked = None
+    calls.try_unchecked = None
 
 
 def all_variants(target: Target) -> list[KernelSpec]:

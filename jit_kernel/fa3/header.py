@@ -21,6 +21,9 @@ _VERSION = 1
 MAKERS = tuple(itertools.chain.from_iterable(config.IMPLEMENTATIONS.values()))
 HEADER_LENGTH = 24  # magic, version, maker, 20 parameters, one spare
 
+# What a layer may have that its metadata was made without: engines plan once for layers with and without it.
+_MADE_WITHOUT = {"window_left": -1, "window_right": -1, "has_softcap": 0}
+
 
 def length(batch_size: int) -> int:
     """How many numbers the metadata of a batch holds: the header, and eight a sequence for the maker."""
@@ -90,14 +93,17 @@ def _parameters_of(call: Call) -> MetadataParameters:
     )
 
 
-def verify(maker: str, call: Call) -> None:
+def verify(maker: str, call: Call, *, exact: bool = False) -> dict[str, int]:
     """Check that scheduler_metadata was made with the parameters of this `flash_attn_with_kvcache` call.
 
-    Reads the metadata, so on a GPU it synchronises. Raises ValueError with the parameter that differs.
+    Unless the maker's own room depends on every parameter (exact), a longer max_seqlen_k serves it too, and so does
+    metadata made for new keys that it has not, or without its window or softcap.
+    Reads the metadata, so on a GPU it synchronises. Returns the parameters that it was made with. Raises ValueError
+    with the one that differs.
     """
     metadata, wanted = call.scheduler_metadata, _numbers(_parameters_of(call))
     if metadata is None:
-        return
+        return {}
     batch = wanted["batch_size"]
     if metadata.shape[0] < length(batch):
         raise ValueError(
@@ -108,13 +114,15 @@ def verify(maker: str, call: Call) -> None:
     if numbers[:3] != [_MAGIC, _VERSION, MAKERS.index(maker)]:
         raise ValueError(f"scheduler_metadata must come from get_scheduler_metadata of the {maker} implementation")
     made = dict(zip(wanted, numbers[3:], strict=False))
-    skipped = {"max_seqlen_k"}
+    skipped = {"max_seqlen_k"}  # engines plan once for all layers and for the longest request
+    if not exact:
+        skipped.update(name for name, without in _MADE_WITHOUT.items() if made[name] == without)
+    if (call.k_new is None and not exact) or call.cu_seqlens_k_new is not None:
+        skipped.add("max_seqlen_k_new")
     if call.cu_seqlens_q is None:
         wanted["max_seqlen_q"] = call.q.shape[1]
     else:
         skipped.add("max_seqlen_q")
-    if call.k_new is not None and call.cu_seqlens_k_new is not None:
-        skipped.add("max_seqlen_k_new")
     for name, value in wanted.items():
         if name not in skipped and made[name] != value:
             raise ValueError(f"scheduler_metadata was made with {name} = {made[name]}; this call has {value}")
@@ -124,9 +132,4 @@ def verify(maker: str, call: Call) -> None:
             f"scheduler_metadata was made with max_seqlen_q = {made['max_seqlen_q']}; "
             f"it must be at least {longest_q} for this call"
         )
-    capacity = call.k.shape[1] * (1 if call.page_table is None else call.page_table.shape[1])
-    if made["max_seqlen_k"] > capacity:
-        raise ValueError(
-            f"scheduler_metadata was made with max_seqlen_k = {made['max_seqlen_k']}; "
-            f"it must be at most {capacity}, what the cache has room for"
-        )
+    return made

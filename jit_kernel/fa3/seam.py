@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from jit_kernel.fa3 import call as calls
-from jit_kernel.fa3 import shortcut
 from jit_kernel.fa3.call import Arguments, Call, MetadataParameters, Result, lse_shape
+from jit_kernel.fa3.checks.plain import refuse_traced
 
 if TYPE_CHECKING:
     from jit_kernel.fa3.dispatch import Dispatcher
@@ -37,10 +37,20 @@ _dispatcher: Callable[[torch.device], Dispatcher]
 
 def attend(arguments: Arguments) -> Result:
     """Attention of an unchecked call."""
-    if (try_known := shortcut.try_unchecked) is not None and (result := try_known(arguments)) is not None:
+    if (try_known := calls.try_unchecked) is not None and (result := try_known(arguments)) is not None:
         return result
+    return attend_checked(arguments)
+
+
+def attend_checked(arguments: Arguments) -> Result:
+    """The same of a call that no faster way serves."""
     call = _checked(arguments)
     return _dispatcher(call.q.device).attend(call)
+
+
+def _attend_directly(function: str, arguments: Mapping[str, object]) -> Result:
+    refuse_traced(function)
+    return attend(calls.of(function, arguments))
 
 
 def plan(parameters: MetadataParameters) -> Tensor:
@@ -50,6 +60,34 @@ def plan(parameters: MetadataParameters) -> Tensor:
 
     parameters = check_parameters(parameters)
     return dispatcher(parameters.cache_seqlens.device).plan(parameters)
+
+
+def combine(
+    out_partial: Tensor, lse_partial: Tensor, out: Tensor | None, out_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """`flash_attn_combine` of arguments that nobody has checked."""
+    from jit_kernel.fa3.checks.combine import check_combine
+    from jit_kernel.fa3.dispatch import dispatcher
+
+    parts, sums, dtype = check_combine(out_partial, lse_partial, out, out_dtype)
+    combine = dispatcher(parts.device).first_with("flash_attn_combine")
+    if out is None:
+        out = parts.new_empty(parts.shape[1:], dtype=dtype)
+    lse = sums.new_empty(parts.shape[1:-1])
+    combine(parts, sums, out, lse)
+    return out, lse
+
+
+def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """`merge_state` of arguments that nobody has checked."""
+    from jit_kernel.fa3.checks.combine import check_merge
+    from jit_kernel.fa3.dispatch import dispatcher
+
+    parts = check_merge(out_a, lse_a, out_b, lse_b)
+    merge = dispatcher(parts[0].device).first_with("merge_state")
+    out, lse = parts[0].new_empty(parts[0].shape), parts[1].new_empty(lse_shape(parts[0]))
+    merge(*parts, out, lse)
+    return out, lse
 
 
 def flash_attn_varlen_func(
@@ -82,7 +120,7 @@ def flash_attn_varlen_func(
     out: Tensor | None = None,
 ) -> Result:
     """See `jit_kernel.flash_attention_v3.flash_attn_varlen_func`."""
-    return attend(calls.of(calls.VARLEN, locals()))
+    return _attend_directly(calls.VARLEN, locals())
 
 
 def flash_attn_with_kvcache(
@@ -122,7 +160,7 @@ def flash_attn_with_kvcache(
     out: Tensor | None = None,
 ) -> Result:
     """See `jit_kernel.flash_attention_v3.flash_attn_with_kvcache`."""
-    return attend(calls.of(calls.KVCACHE, locals()))
+    return _attend_directly(calls.KVCACHE, locals())
 
 
 def flash_attn_func(
@@ -148,7 +186,7 @@ def flash_attn_func(
     out: Tensor | None = None,
 ) -> Result:
     """See `jit_kernel.flash_attention_v3.flash_attn_func`."""
-    return attend(calls.of(calls.DENSE, locals()))
+    return _attend_directly(calls.DENSE, locals())
 
 
 def get_scheduler_metadata(
@@ -176,35 +214,23 @@ def get_scheduler_metadata(
     sm_margin: int = 0,
 ) -> Tensor:
     """See `jit_kernel.flash_attention_v3.get_scheduler_metadata`."""
-    return plan(MetadataParameters(**locals()))
+    parameters = MetadataParameters(**locals())
+    refuse_traced("get_scheduler_metadata")
+    return plan(parameters)
 
 
 def flash_attn_combine(
     *, out_partial: Tensor, lse_partial: Tensor, out: Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
     """See `jit_kernel.flash_attention_v3.flash_attn_combine`."""
-    from jit_kernel.fa3.checks.combine import check_combine
-    from jit_kernel.fa3.dispatch import dispatcher
-
-    dtype = check_combine(out_partial, lse_partial, out, out_dtype)
-    combine = dispatcher(out_partial.device).first_with("flash_attn_combine")
-    if out is None:
-        out = out_partial.new_empty(out_partial.shape[1:], dtype=dtype)
-    lse = lse_partial.new_empty(out_partial.shape[1:-1])
-    combine(out_partial, lse_partial, out, lse)
-    return out, lse
+    refuse_traced("flash_attn_combine")
+    return combine(out_partial, lse_partial, out, out_dtype)
 
 
 def merge_state(*, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """See `jit_kernel.flash_attention_v3.merge_state`."""
-    from jit_kernel.fa3.checks.combine import check_merge
-    from jit_kernel.fa3.dispatch import dispatcher
-
-    check_merge(out_a, lse_a, out_b, lse_b)
-    merge = dispatcher(out_a.device).first_with("merge_state")
-    out, lse = out_a.new_empty(out_a.shape), lse_a.new_empty(lse_shape(out_a))
-    merge(out_a, lse_a, out_b, lse_b, out, lse)
-    return out, lse
+    refuse_traced("merge_state")
+    return merge(out_a, lse_a, out_b, lse_b)
 
 
 FUNCTIONS: Mapping[str, Callable[..., Any]] = MappingProxyType(

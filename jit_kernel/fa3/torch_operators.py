@@ -1,7 +1,8 @@
-"""The public functions as torch operators, for torch.compile and torch.export; eager calls never come here.
+"""The public functions as torch operators, for whatever traces a program; eager calls never come here.
 
-While a function is traced, its call becomes one operator with a fake implementation (shapes and dtypes alone). When
-the compiled program runs, the operator calls the keyword-only function of seam.py, which checks and computes. What a
+While a function is traced (torch.compile, torch.export, make_fx, torch.jit.trace, fake tensors), its call becomes one
+operator with a fake implementation (shapes and dtypes alone). When the traced program runs, the operator calls the
+function of seam.py, which checks and computes. What a
 call writes is declared: `out`, and the caches when new keys are appended. An operator may not return its own argument,
 so with `out` it returns an empty tensor in its place, and no lse is an empty tensor too. Schemas are derived from the
 functions' signatures.
@@ -16,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jit_kernel.fa3 import seam
+from jit_kernel.fa3 import header, seam
 from jit_kernel.fa3.call import (
     DENSE,
     FIELD_OF,
+    FIELDS,
     KVCACHE,
+    UNBOUNDED,
     VARLEN,
     Arguments,
     Call,
@@ -30,6 +33,9 @@ from jit_kernel.fa3.call import (
     lse_shape,
     result_dtype,
 )
+from jit_kernel.fa3.checks.forms import settle_absent_keys
+from jit_kernel.fa3.checks.plain import active_fake_mode, is_in_memory, refusal_of_transform
+from jit_kernel.fa3.checks.values import need_integer, need_number, refuse_derivatives
 
 _NAMESPACE = "jit_kernel"
 # By annotation of a parameter: its type in an operator's schema. An int of cache_seqlens becomes a tensor before.
@@ -77,10 +83,8 @@ def _define(
     real = seam.FUNCTIONS[function]
     _library.define(name + schema_of(real, result, written))
     _library.impl(name, _as_operator(real) if wrap else real, "CompositeExplicitAutograd")
-    if result == _PAIR:  # as a Meta kernel: register_fake looks up its caller's source line, 0.7 ms each
-        _library.impl(name, fake, "Meta")
-    else:
-        torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_library)
+    _library.impl(name, _forward_alone(name), "Autograd")
+    _library.impl(name, fake, "Meta")  # register_fake looks up its caller's source line, 0.7 ms each
 
 
 def _as_operator(function: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -96,6 +100,17 @@ def _as_operator(function: Callable[..., Any]) -> Callable[..., tuple[Tensor, Te
     return call
 
 
+def _forward_alone(name: str) -> Callable[..., Any]:
+    """An operator's autograd kernel: the forward pass where nothing asks for a derivative, under torch.func too."""
+
+    def call(**arguments: Any) -> Any:
+        refuse_derivatives(arguments.items())
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(torch.ops.jit_kernel, name).default(**arguments)
+
+    return call
+
+
 def _fake_attention(*, q: Tensor, out: Tensor | None = None, **rest: Any) -> tuple[Tensor, Tensor]:
     values: Tensor = rest["v_cache"] if "v_cache" in rest else rest["v"]
     if out is None:
@@ -106,10 +121,8 @@ def _fake_attention(*, q: Tensor, out: Tensor | None = None, **rest: Any) -> tup
     return made, q.new_empty(shape, dtype=torch.float32)
 
 
-def _fake_metadata(*, cache_seqlens: Tensor, **rest: Any) -> Tensor:
-    # Each implementation has a length of its own for it.
-    length = torch.library.get_ctx().new_dynamic_size()
-    return cache_seqlens.new_empty(length)
+def _fake_metadata(*, batch_size: int, cache_seqlens: Tensor, **rest: Any) -> Tensor:
+    return cache_seqlens.new_empty(header.length(batch_size), dtype=torch.int32)
 
 
 def _fake_combine(
@@ -145,20 +158,33 @@ _FIELDS = {
 }
 
 
-def _refuse_gradients(arguments: Mapping[str, Any]) -> None:
-    if torch.is_grad_enabled():
-        for name, value in arguments.items():
-            if isinstance(value, Tensor) and value.requires_grad:
-                raise NotImplementedError(f"{name} requires grad; jit_kernel has the forward pass alone")
+def _number(value: Any) -> Any:
+    """An argument that is one number as a schema takes it: that of a tensor is read, or traced."""
+    return value.item() if isinstance(value, Tensor) else value
+
+
+def _window(window: Any) -> Any:
+    """window_size as a schema takes it."""
+    if window is None:
+        return UNBOUNDED
+    if isinstance(window, Tensor):
+        window = window.tolist()
+    if isinstance(window, (tuple, list)):
+        return tuple(-1 if bound is None else _number(bound) for bound in window)
+    return window
 
 
 def attend(arguments: Arguments) -> Result:
     """A public attention function while it is traced."""
     call = Call(*arguments)
+    if call.k is None:
+        settle_absent_keys(call)
     if isinstance(call.seqused_k, int):
         call.seqused_k = torch.full((batch_of(call),), call.seqused_k, dtype=torch.int32, device=call.q.device)
+    call.max_seqlen_q, call.max_seqlen_k = _number(call.max_seqlen_q), _number(call.max_seqlen_k)
+    call.window_size = _window(call.window_size)
     named = {name: getattr(call, field) for name, field in _FIELDS[call.function]}
-    _refuse_gradients(named)
+    refuse_derivatives(named.items())
     name = "kvcache_append" if call.k_new is not None else _OPERATORS[call.function]
     out, lse = getattr(torch.ops.jit_kernel, name)(**named)
     if call.out is not None:
@@ -166,9 +192,46 @@ def attend(arguments: Arguments) -> Result:
     return (out, lse) if call.return_softmax_lse else out
 
 
+def attend_traced(arguments: Arguments) -> Result:
+    """The same outside of torch.compile and torch.export, where arguments may be anything yet."""
+    call = Call(*arguments)
+    refuse_untraceable({name: getattr(call, field) for name, field in _FIELDS[call.function]})
+    for name in ("attention_chunk", "num_splits", "sm_margin", "max_seqlen_q", "max_seqlen_k", "seqused_k"):
+        value = getattr(call, name)
+        if not (value is None or isinstance(value, (Tensor, torch.SymInt))):
+            setattr(call, name, need_integer(name, value))
+    if call.softmax_scale is not None:
+        call.softmax_scale = need_number("softmax_scale", call.softmax_scale)
+    call.softcap = need_number("softcap", call.softcap)
+    return attend(tuple(getattr(call, name) for name in FIELDS))
+
+
+def refuse_untraceable(arguments: Mapping[str, Any]) -> None:
+    """Raise for a tensor that no operator can take: one of torch.func's transforms, or no fake one beside fakes."""
+    tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+    for name, value in tensors.items():
+        refused = refusal_of_transform(name, value)
+        if refused is not None:
+            raise refused
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    fakes = {name: value for name, value in tensors.items() if isinstance(value, FakeTensor)}
+    fake = next(iter(fakes), None)
+    mode = active_fake_mode() if fake is None else fakes[fake].fake_mode
+    if mode is None or mode.allow_non_fake_inputs:
+        return
+    for name, value in tensors.items():
+        if name not in fakes and is_in_memory(value) and value.dim() > 0:
+            if fake is None:
+                raise TypeError(f"{name} is no FakeTensor, under FakeTensorMode; it must be one")
+            raise TypeError(f"{fake} is a FakeTensor and {name} is none; either all of a call must be, or none")
+
+
 def plan(parameters: MetadataParameters) -> Tensor:
     """`get_scheduler_metadata` while it is traced."""
-    made: Tensor = torch.ops.jit_kernel.metadata(**parameters.arguments())
+    arguments = parameters.arguments()
+    arguments["window_size"] = _window(parameters.window_size)
+    made: Tensor = torch.ops.jit_kernel.metadata(**arguments)
     return made
 
 
@@ -177,7 +240,7 @@ def combine(
 ) -> tuple[Tensor, Tensor]:
     """`flash_attn_combine` while it is traced."""
     call = {"out_partial": out_partial, "lse_partial": lse_partial, "out": out, "out_dtype": out_dtype}
-    _refuse_gradients(call)
+    refuse_derivatives(call.items())
     made, lse = torch.ops.jit_kernel.combine(**call)
     return (made if out is None else out), lse
 
@@ -185,6 +248,6 @@ def combine(
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """`merge_state` while it is traced."""
     call = {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}
-    _refuse_gradients(call)
+    refuse_derivatives(call.items())
     merged: tuple[Tensor, Tensor] = torch.ops.jit_kernel.merge_state(**call)
     return merged

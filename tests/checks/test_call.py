@@ -33,7 +33,7 @@ def sentinels(function: str) -> dict[str, object]:
 def test_every_argument_arrives_in_its_field(function, monkeypatch):
     """The public function and the keyword-only one put each argument where calls.of, by names, puts it."""
     seen = []
-    monkeypatch.setattr(seam, "attend", seen.append)
+    monkeypatch.setattr(seam, "attend_checked", seen.append)
     given = sentinels(function)
     getattr(jit_kernel, function)(*given.values())
     seam.FUNCTIONS[function](**given)

@@ -17,6 +17,7 @@ from jit_kernel.fa3 import header
 from jit_kernel.fa3.call import Call
 from jit_kernel.fa3.checks import call as arguments
 from jit_kernel.fa3.checks import combine as combine_arguments
+from jit_kernel.fa3.checks import forms
 from jit_kernel.fa3.checks import indices as index_checks
 from jit_kernel.fa3.checks import metadata as metadata_checks
 from jit_kernel.fa3.checks import shapes as attention_shapes
@@ -24,7 +25,7 @@ from jit_kernel.fa3.checks import values as argument_shapes
 from tests.support import malformed_calls
 from tests.support.malformed_calls import CASES, FUNCTIONS, INDEX_CASES, Malformed
 
-CHECKS = (argument_shapes, arguments, attention_shapes, combine_arguments, index_checks, metadata_checks, header)
+CHECKS = (argument_shapes, arguments, attention_shapes, combine_arguments, forms, index_checks, metadata_checks, header)
 
 
 @pytest.fixture(autouse=True)

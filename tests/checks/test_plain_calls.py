@@ -13,7 +13,8 @@ from torch import Tensor
 
 import jit_kernel
 from jit_kernel import config
-from jit_kernel.fa3 import seam, shortcut
+from jit_kernel.fa3 import call as calls
+from jit_kernel.fa3 import seam
 from tests.support import malformed_calls
 from tests.support.malformed_calls import Call, ints
 
@@ -95,7 +96,7 @@ def plain(function: str, call: Call) -> Any:
 def by_python(function: str, call: Call) -> Any:
     """The call as it goes without the library's own checks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shortcut, "try_unchecked", None)
+        patch.setattr(calls, "try_unchecked", None)
         return jit_kernel._load_fa3_kernels("cpu")[function](**call)
 
 

@@ -201,7 +201,7 @@ def of_tensors() -> Iterator[Malformed]:
                 yield Malformed(base, name, _put(name, Tensor.to_sparse), TypeError, "dense")
             if name not in _OWNERS and base is not metadata:
                 yield Malformed(base, name, _put(name, lambda t: t.to("meta")), ValueError, "device")
-            wrong = torch.int64 if value.dtype == torch.int32 else torch.float64
+            wrong = torch.int16 if value.dtype == torch.int32 else torch.float64
             yield Malformed(base, name, _put(name, lambda t, wrong=wrong: t.to(wrong)), ValueError, "dtype")
             yield Malformed(base, name, _put(name, lambda t: t[None]), ValueError, "shape")
             if "lse" not in name and "descale" not in name:
@@ -218,6 +218,8 @@ def of_numbers() -> Iterator[Malformed]:
             yield Malformed(base, "softmax_scale", lambda _, v=value: {"softmax_scale": v}, ValueError, f"{value}")
         for value in (-1.0, math.nan, math.inf, 1e39, 1e-300):
             yield Malformed(base, "softcap", lambda _, v=value: {"softcap": v}, ValueError, f"{value}")
+        for name in ("softmax_scale", "softcap"):
+            yield Malformed(base, name, lambda _, n=name: {n: 10**5000}, ValueError, "an int of")
         for name, value in (("softmax_scale", "8"), ("softmax_scale", True), ("softcap", None), ("softcap", "50")):
             yield Malformed(base, name, lambda _, n=name, v=value: {n: v}, TypeError, "must be a float")
         for name, values in {
@@ -228,12 +230,14 @@ def of_numbers() -> Iterator[Malformed]:
             for value in values:
                 yield Malformed(base, name, lambda _, n=name, v=value: {n: v}, ValueError, f"{value}; it must be")
             yield Malformed(base, name, lambda _, n=name: {n: 1.0}, TypeError, "must be an int")
-            yield Malformed(base, name, lambda _, n=name: {n: True}, TypeError, "must be an int")
-        for window in (3, None, "ab", torch.zeros(2), (1,), (1, 2, 3)):
+            for value in (True, torch.tensor(1.0), torch.tensor([1]), torch.tensor(True)):
+                yield Malformed(base, name, lambda _, n=name, v=value: {n: v}, TypeError, "must be an int")
+            yield Malformed(base, name, lambda _, n=name: {n: 10**5000}, ValueError, "an int of")
+        for window in (3, "ab", torch.zeros(2), torch.ones(3).int(), torch.ones(2).bool(), (1,), (1, 2, 3)):
             yield Malformed(base, "window_size", lambda _, w=window: {"window_size": w}, TypeError, "pair")
         for window in ((-2, 0), (0, -2), (2**31, 0), (0, 2**40)):
             yield Malformed(base, "window_size", lambda _, w=window: {"window_size": w}, ValueError, "between -1")
-        for window in ((1.0, 0), (0, None), (True, 1), (-1.0, -1)):
+        for window in ((1.0, 0), (0, "1"), (True, 1), (-1.0, -1), (0, torch.tensor(1.0)), (0, torch.tensor([1]))):
             yield Malformed(base, "window_size", lambda _, w=window: {"window_size": w}, TypeError, "must be an int")
     for base, name in ((varlen, "max_seqlen_q"), (varlen, "max_seqlen_k"), (cache, "max_seqlen_q")):
         for value in (-1, 0, 1, 2**31):
@@ -264,7 +268,6 @@ def of_shapes() -> Iterator[Malformed]:
     yield _shape(dense, "sinks", "(hq,)", sinks=torch.randn(2))
     yield _shape(dense, "out", "dv", out=torch.randn(2, 5, 4, 32))
     yield _shape(dense, "out", "expanded", out=torch.randn(2, 1, 4, 16).expand(2, 5, 4, 16))
-    yield _shape(dense, "q_descale", "float8_e4m3fn", q_descale=torch.ones(2, 2))
     yield _shape(dense, "k", "at most 2147483647", k=torch.randn(1, 1, 2, 32).expand(2, 2**31, 2, 32))
     for name in ("q", "k", "v"):
         yield Malformed(
@@ -288,7 +291,6 @@ def of_shapes() -> Iterator[Malformed]:
     yield _shape(cache, "v_cache", "expanded", v_cache=torch.randn(3, 1, 2, 32).expand(3, 16, 2, 32))
     yield _shape(cache, "rotary_sin", "with rotary_cos", rotary_sin=None)
     yield _shape(cache, "rotary_sin", "without rotary_cos", rotary_cos=None)
-    yield _shape(cache, "rotary_seqlens", "without rotary_cos", rotary_cos=None, rotary_sin=None)
     yield _shape(cache, "k", "new keys", k=None, v=None)
     yield _shape(cache, "rotary_sin", "rotary_cos's shape", rotary_sin=torch.randn(19, 8))
     for half in (0, 4, 12, 24):
@@ -323,7 +325,9 @@ def of_indices() -> Iterator[Malformed]:
         yield holds(varlen, name, "decreases", ints(0, -3, last))
         yield holds(varlen, name, f"must be at most {last}", ints(0, 4, last + 1))
         yield holds(varlen, name, f"must be at most {last}", ints(0, 4, INT32_MAX))
+        yield holds(varlen, name, "an int32 holds", torch.tensor([0, 4, last + 2**32]))
     for name in ("seqused_q", "seqused_k"):
+        yield holds(varlen, name, "an int32 holds", torch.tensor([-(2**32) + 3, 5]))
         for numbers in (ints(-1, 2), ints(2, INT32_MAX), ints(6, 2), ints(-INT32_MAX, 2)):
             yield holds(varlen, name, "must be between 0 and", numbers)
     for numbers in (ints(13, 8), ints(8, INT32_MAX)):
@@ -400,7 +404,6 @@ def of_plain_calls() -> Iterator[Malformed]:
     for page in (-1, 8, INT32_MAX):
         table = ints(1, page, 3, 4).reshape(2, 2)
         yield _shape(plain_paged_cache, "page_table[0, 1]", "between 0 and 7", page_table=table)
-    yield _shape(plain_paged_cache, "page_table", "contiguous", page_table=ints(1, 2, 0, 3, 4, 0).reshape(2, 3)[:, :2])
     yield _shape(plain_paged_cache, "cu_seqlens_q", "decreases", cu_seqlens_q=ints(0, 4, 3))
     yield _shape(plain_paged_cache, "v_cache", "(pages, page_size, hk, dv)", v_cache=torch.randn(7, 4, 2, 32))
 
@@ -443,8 +446,6 @@ def of_metadata() -> Iterator[Malformed]:
         ("qkv_dtype", torch.bfloat16),
         ("page_size", 4),
         ("max_seqlen_q", 3),
-        ("max_seqlen_k", 17),
-        ("max_seqlen_k_new", 1),
         ("causal", False),
         ("window_size", (5, 0)),
         ("attention_chunk", 4),

@@ -7,13 +7,17 @@ are the values of index tensors: always on the CPU, elsewhere under JIT_KERNEL_C
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from jit_kernel import config
 from jit_kernel.fa3.call import DENSE, FIELDS, KVCACHE, NAME_OF, UNBOUNDED, Arguments, Call
-from jit_kernel.fa3.checks import indices, shapes
+from jit_kernel.fa3.checks import forms, indices, shapes
+from jit_kernel.fa3.checks.memory import extent, share
 from jit_kernel.fa3.checks.shapes import Facts
 from jit_kernel.fa3.checks.values import (
     FLOAT32_MAX,
@@ -23,34 +27,54 @@ from jit_kernel.fa3.checks.values import (
     need_present,
     need_range,
     need_window,
-    refuse_gradients,
+    refuse_derivatives,
+    shown,
 )
 
 _MOST_REMEMBERED = 8192  # a ragged server never stops making new shapes; the memory of them must not grow without end
+_NO_MEMORY = ("window_size", "max_seqlen_q", "max_seqlen_k", *forms.INTEGERS)  # a tensor of these is read at once
+
+
+class Passed(NamedTuple):
+    """What is known of calls with such types and shapes, of which one passed."""
+
+    facts: Facts
+    has_odd_numbers: bool  # an argument that is one number is none of Python's own
+    extents: tuple[int, ...]  # by tensor, in bytes; 0 where its memory does not matter
+    written: tuple[int, ...]  # which of the tensors the call writes
+
 
 # By the function and the types of all arguments: the places of the tensors among them, and what passed before, by all
 # of these tensors but their numbers.
-_passed: dict[tuple[object, ...], tuple[tuple[int, ...], dict[tuple[object, ...] | None, Facts]]] = {}
+_passed: dict[tuple[object, ...], tuple[tuple[int, ...], dict[tuple[object, ...], Passed]]] = {}
 
 
 def checked(arguments: Arguments) -> Call:
     """The call of `flash_attn_varlen_func`, `flash_attn_with_kvcache` or `flash_attn_func` with these fields, checked.
 
     Its softmax_scale, attention_chunk, window_size, max_seqlen_q, max_seqlen_k and an int seqused_k are replaced by
-    what they stand for. Raises TypeError and ValueError for bad arguments, NotImplementedError for inputs that require
-    grad while grad mode is on.
+    what they stand for, its tensors by what a kernel takes, and what has no effect by None. Raises TypeError and
+    ValueError for bad arguments, NotImplementedError for inputs that require grad while grad mode is on, or have a
+    forward-mode tangent.
     """
     call = Call(*arguments)
     kinds = (call.function, *map(type, arguments))
     known = _passed.get(kinds)
-    facts = None if known is None else known[1].get(_key(arguments, known[0]))
-    if facts is None:
-        facts = shapes.check(call)
-        if torch.is_grad_enabled():
-            names = NAME_OF[call.function]
-            for name, value in zip(FIELDS, arguments, strict=False):
-                refuse_gradients(names.get(name, name), value)
-        _remember(arguments, kinds, facts)
+    passed = None
+    starts: list[int] = []
+    if known is not None and forward_ad._current_level < 0:
+        key = _key(arguments, known[0], starts)
+        passed = None if key is None else known[1].get(key)
+    if passed is None:
+        facts = _looked_at(call, arguments, kinds)
+    else:
+        facts = passed.facts
+        if passed.has_odd_numbers:
+            forms.settle_numbers(call)
+        if call.k is None:
+            forms.settle_absent_keys(call)
+        if passed.written and _ranges_meet(starts, passed):
+            refuse_shared_memory(call)
     check_numbers(call)
     scale: float | None = facts.scale
     if call.only_qv:
@@ -58,8 +82,8 @@ def checked(arguments: Arguments) -> Call:
         need_present("qv", scale, "with only_qv")
     if call.softmax_scale is None:
         call.softmax_scale = scale
-    if call.out is not None:
-        _refuse_shared_memory(call)
+    for name in facts.unread:
+        setattr(call, name, None)
     if call.function == DENSE:
         call.max_seqlen_q, call.max_seqlen_k = facts.q_rows, facts.k_rows
     else:
@@ -67,19 +91,44 @@ def checked(arguments: Arguments) -> Call:
     return call
 
 
-def _key(arguments: Arguments, places: tuple[int, ...]) -> tuple[object, ...] | None:
-    """All that the checks of shapes look at in these tensors, and the grad mode."""
-    seen: list[object] = [torch.is_grad_enabled()]
+def _looked_at(call: Call, arguments: Arguments, kinds: tuple[object, ...]) -> Facts:
+    """What is the same for every call with such types and shapes, which are remembered."""
+    forms.settle_tensors(call)
+    forms.settle_numbers(call)
+    if call.k is None:
+        forms.settle_absent_keys(call)
+    facts = shapes.check(call)
+    names = NAME_OF[call.function]
+    refuse_derivatives((names.get(name, name), value) for name, value in zip(FIELDS, arguments, strict=False))
+    refuse_shared_memory(call)
+    _remember(call, arguments, kinds, facts)
+    return facts
+
+
+def _key(arguments: Arguments, places: tuple[int, ...], starts: list[int]) -> tuple[object, ...] | None:
+    """All that the checks of shapes look at in these tensors, and the grad mode; None where one must be looked at anew.
+
+    Of tensors whose class is Tensor or Parameter, those that are no plain memory have no address, or are negated.
+    Their addresses are appended to `starts`.
+    """
+    with_gradients = torch.is_grad_enabled()
+    seen: list[object] = [with_gradients]
     try:
         for place in places:
             tensor = arguments[place]
-            seen += (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad)
-    except RuntimeError:  # a sparse tensor has no strides: never remembered, and the checks refuse it
+            if tensor.is_neg():
+                return None
+            start = tensor.data_ptr()
+            starts.append(start)
+            seen += (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, start != 0)
+            if with_gradients:
+                seen.append(tensor.requires_grad)
+    except RuntimeError:  # a sparse or batched tensor: never remembered, and the checks refuse it
         return None
     return tuple(seen)
 
 
-def _remember(arguments: Arguments, kinds: tuple[object, ...], facts: Facts) -> None:
+def _remember(call: Call, arguments: Arguments, kinds: tuple[object, ...], facts: Facts) -> None:
     types = kinds[1:]
     if any(isinstance(kind, type) and issubclass(kind, Tensor) for kind in {*types} - {Tensor, Parameter}):
         return  # another subclass may say of itself what it likes
@@ -87,18 +136,33 @@ def _remember(arguments: Arguments, kinds: tuple[object, ...], facts: Facts) -> 
     passed = _passed.setdefault(kinds, (places, {}))[1]
     if len(passed) >= _MOST_REMEMBERED:
         passed.clear()
-    key = _key(arguments, places)
+    key = _key(arguments, places, [])
     if key is not None:
-        passed[key] = facts
+        fields = [FIELDS[place] for place in places]
+        extents = tuple(0 if name in _NO_MEMORY else extent(arguments[FIELDS.index(name)]) for name in fields)
+        written = tuple(at for at, name in enumerate(fields) if name in forms.written_fields(call))
+        passed[key] = Passed(facts, forms.has_odd_numbers(arguments), extents, written)
+
+
+def _ranges_meet(starts: list[int], passed: Passed) -> bool:
+    """Whether the range of addresses of something that is written meets another one."""
+    extents = passed.extents
+    for written in passed.written:
+        start = starts[written]
+        end = start + extents[written]
+        for at, other in enumerate(starts):
+            if other < end and start < other + extents[at] and at != written:
+                return True
+    return False
 
 
 def check_numbers(call: Call) -> None:
-    """The numbers that shapes say nothing about; their types were checked with the shapes."""
+    """The numbers that shapes say nothing about; their types were settled before."""
     scale, softcap, chunk = call.softmax_scale, call.softcap, call.attention_chunk
     if scale is not None and not FLOAT32_MIN <= scale <= FLOAT32_MAX:
-        raise ValueError(f"softmax_scale is {scale}; it must be positive and finite in float32, or None")
+        raise ValueError(f"softmax_scale is {shown(scale)}; it must be positive and finite in float32, or None")
     if softcap != 0 and not FLOAT32_MIN <= softcap <= FLOAT32_MAX:
-        raise ValueError(f"softcap is {softcap}; it must be 0 (off), or positive and finite in float32")
+        raise ValueError(f"softcap is {shown(softcap)}; it must be 0 (off), or positive and finite in float32")
     if call.window_size is not UNBOUNDED:
         call.window_size = need_window(call.window_size)
     if chunk is None:
@@ -111,15 +175,16 @@ def check_numbers(call: Call) -> None:
         need_range("sm_margin", call.sm_margin, 0, INT32_MAX)
 
 
-def _refuse_shared_memory(call: Call) -> None:
-    """out must not start where an input starts: other threads still read what one has written."""
-    start = call.out.data_ptr() if call.out is not None else 0
-    if start:
-        for name in ("q", "k", "v", "k_new", "v_new", "qv"):
-            value = getattr(call, name)
-            if value is not None and value.data_ptr() == start:
-                shown = NAME_OF[call.function].get(name, name)
-                raise ValueError(f"out shares its memory with {shown}; it must have memory of its own")
+def refuse_shared_memory(call: Call) -> None:
+    """out, and a cache that is appended to, share no byte with another tensor: what one thread writes, others read."""
+    names = NAME_OF[call.function]
+    given = [(names.get(name, name), value) for name in FIELDS if isinstance(value := getattr(call, name), Tensor)]
+    for field in forms.written_fields(call):
+        written = getattr(call, field)
+        for name, tensor in given:
+            if (tensor is not written or name != names.get(field, field)) and share(written, tensor):
+                one = names.get(field, field)
+                raise ValueError(f"{one} shares its memory with {name}; it must have memory of its own: it is written")
 
 
 def _check_lengths(call: Call, facts: Facts) -> None:
@@ -129,10 +194,10 @@ def _check_lengths(call: Call, facts: Facts) -> None:
     if isinstance(seqlens, int):
         need_range("cache_seqlens", seqlens, 0, facts.k_rows, ", the keys that the cache has room for")
         call.seqused_k = torch.full((facts.batch,), seqlens, dtype=torch.int32, device=call.q.device)
-    if call.k_new is None:
-        call.cu_seqlens_k_new = None  # serving engines pass it with every call; FA3 ignores it too
     longest_q, longest_k = facts.q_rows, facts.k_rows
     exact = facts.on_host or config.check_indices()
+    if facts.converted:
+        forms.convert_indices(call, facts.converted, exact=exact)
     if exact and facts.indexed:
         longest_q, longest_k = indices.check(call, facts)
     call.max_seqlen_q = _longest("max_seqlen_q", call.max_seqlen_q, longest_q, exact)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from jit_kernel.fa3.call import lse_shape
+from jit_kernel.fa3.checks.memory import share
 from jit_kernel.fa3.checks.values import (
     MAX_SPLITS,
     OUTPUT_DTYPES,
@@ -17,14 +18,17 @@ from jit_kernel.fa3.checks.values import (
     need_tensor,
     need_unit_stride,
     need_writable,
-    refuse_gradients,
+    refuse_derivatives,
 )
 
 
 def check_combine(
     out_partial: Tensor, lse_partial: Tensor, out: Tensor | None, out_dtype: torch.dtype | None
-) -> torch.dtype:
-    """Check the arguments of `flash_attn_combine`; returns the dtype of out. Raises TypeError or ValueError."""
+) -> tuple[Tensor, Tensor, torch.dtype]:
+    """Check the arguments of `flash_attn_combine`; returns the parts as a kernel takes them, and the dtype of out.
+
+    Raises TypeError or ValueError; NotImplementedError for an input that requires grad or has a tangent.
+    """
     parts, lse = need_tensor("out_partial", out_partial), need_tensor("lse_partial", lse_partial)
     need_dtype("out_partial", parts, OUTPUT_DTYPES)
     if parts.dim() not in (4, 5):
@@ -41,30 +45,32 @@ def check_combine(
         wanted = ", ".join(str(known) for known in OUTPUT_DTYPES)
         raise ValueError(f"out_dtype is {described(out_dtype)}; it must be one of {wanted}, or None")
     if out is not None:
-        _check_out(out, parts, out_dtype)
-    if torch.is_grad_enabled():
-        for name, tensor in (("out_partial", parts), ("lse_partial", lse), ("out", out)):
-            refuse_gradients(name, tensor)
+        _check_out(out, parts, lse, out_dtype)
+    refuse_derivatives((("out_partial", out_partial), ("lse_partial", lse_partial), ("out", out)))
     if out is not None:
-        return out.dtype
-    return parts.dtype if out_dtype is None else out_dtype
+        return parts, lse, out.dtype
+    return parts, lse, parts.dtype if out_dtype is None else out_dtype
 
 
-def _check_out(out: Tensor, parts: Tensor, dtype: torch.dtype | None) -> None:
-    need_tensor("out", out)
+def _check_out(out: Tensor, parts: Tensor, lse: Tensor, dtype: torch.dtype | None) -> None:
+    need_tensor("out", out, written=True)
     need_dtype("out", out, OUTPUT_DTYPES if dtype is None else (dtype,), "" if dtype is None else ", out_dtype")
     need_device("out", out, parts.device, "out_partial")
     need_shape("out", out, parts.shape[1:], "out_partial's shape without splits")
     need_unit_stride("out", out)
     need_writable("out", out)
-    if out.data_ptr() and out.data_ptr() == parts.data_ptr():
-        raise ValueError("out shares its memory with out_partial; it must have memory of its own")
+    for name, part in (("out_partial", parts), ("lse_partial", lse)):
+        if share(out, part):
+            raise ValueError(f"out shares its memory with {name}; it must have memory of its own")
 
 
-def check_merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
-    """Check the arguments of `merge_state`. Raises TypeError or ValueError."""
-    need_tensor("out_a", out_a)
-    need_tensor("out_b", out_b)
+def check_merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Check the arguments of `merge_state`; returns them as a kernel takes them.
+
+    Raises TypeError or ValueError; NotImplementedError for an input that requires grad or has a tangent.
+    """
+    given = (("out_a", out_a), ("lse_a", lse_a), ("out_b", out_b), ("lse_b", lse_b))
+    out_a, lse_a, out_b, lse_b = (need_tensor(name, tensor) for name, tensor in given)
     need_dtype("out_a", out_a, OUTPUT_DTYPES)
     need_dtype("out_b", out_b, (out_a.dtype,), ", the dtype of out_a")
     if out_a.dim() not in (3, 4):
@@ -76,10 +82,8 @@ def check_merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> N
     form = "(hq, total_q)" if out_a.dim() == 3 else "(b, hq, sq)"
     shape = lse_shape(out_a)
     for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):
-        need_tensor(name, lse)
         need_dtype(name, lse, (torch.float32,))
         need_device(name, lse, out_a.device, "out_a")
         need_shape(name, lse, shape, form)
-    if torch.is_grad_enabled():
-        for name, tensor in (("out_a", out_a), ("lse_a", lse_a), ("out_b", out_b), ("lse_b", lse_b)):
-            refuse_gradients(name, tensor)
+    refuse_derivatives(given)
+    return out_a, lse_a, out_b, lse_b

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from jit_kernel.fa3.call import KVCACHE, NAME_OF, Call, batch_of, default_scale, result_dtype
+from jit_kernel.fa3.checks.forms import unread_fields
 from jit_kernel.fa3.checks.values import (
     INPUT_DTYPES,
-    described,
+    is_kernel_index,
     need_absent,
     need_bool,
     need_contiguous,
@@ -23,8 +24,6 @@ from jit_kernel.fa3.checks.values import (
     need_dims,
     need_dtype,
     need_index,
-    need_integer,
-    need_number,
     need_present,
     need_shape,
     need_tensor,
@@ -33,7 +32,6 @@ from jit_kernel.fa3.checks.values import (
 )
 
 _BOOLS = ("causal", "rotary_interleaved", "only_qv", "deterministic", "return_softmax_lse")
-_INTEGERS = ("num_splits", "sm_margin")
 _QV_HEAD_DIM, _QV_HEAD_DIMS_V = 64, (256, 512)  # MLA in its absorbed form
 
 
@@ -53,6 +51,8 @@ class Facts:
     scale_of_qv: float | None  # the same with only_qv; None without qv
     indexed: bool  # some index tensor was given
     on_host: bool
+    converted: tuple[str, ...]  # the fields of index tensors that kernels do not take as they are
+    unread: tuple[str, ...]  # the fields that were given and have no effect
 
 
 def check(call: Call) -> Facts:
@@ -90,29 +90,27 @@ def check(call: Call) -> Facts:
         scale_of_qv=None if qv is None else default_scale(q, qv, only_qv=True),
         indexed=any(tensor is not None for tensor in _index_tensors(call)),
         on_host=q.device.type == "cpu",
+        converted=tuple(
+            name for name in INDEX_FIELDS if (x := getattr(call, name)) is not None and not _is_kernel_index(x)
+        ),
+        unread=unread_fields(call),
     )
 
 
+def _is_kernel_index(value: object) -> bool:
+    return not isinstance(value, Tensor) or is_kernel_index(value)
+
+
 _LENGTHS = ("seqused_q", "seqused_k", "cache_batch_idx", "cache_leftpad", "rotary_seqlens")  # one number a sequence
-_index_tensors = operator.attrgetter("cu_seqlens_q", "cu_seqlens_k", "page_table", "cu_seqlens_k_new", *_LENGTHS)
+INDEX_FIELDS = ("cu_seqlens_q", "cu_seqlens_k", "page_table", "cu_seqlens_k_new", *_LENGTHS)
+_index_tensors = operator.attrgetter(*INDEX_FIELDS)
 
 
 def _check_types(call: Call) -> None:
     for name in _BOOLS:
         need_bool(name, getattr(call, name))
-    for name in _INTEGERS:
-        need_integer(name, getattr(call, name))
-    for name in ("max_seqlen_q", "max_seqlen_k", "attention_chunk"):
-        if getattr(call, name) is not None:
-            need_integer(name, getattr(call, name))
-    if call.softmax_scale is not None:
-        need_number("softmax_scale", call.softmax_scale)
-    need_number("softcap", call.softcap)
     if call.pack_gqa is not None:
         need_bool("pack_gqa", call.pack_gqa)
-    window = call.window_size
-    if not isinstance(window, (tuple, list)):
-        raise TypeError(f"window_size is {described(window)}; it must be a pair of ints (left, right)")
 
 
 def _check_queries(call: Call, q: Tensor) -> int:
@@ -188,9 +186,7 @@ def _check_used(call: Call, q: Tensor, batch: int) -> None:
     for name in _LENGTHS:
         value = getattr(call, name)
         shown = NAME_OF[call.function].get(name, name)
-        if shown == "cache_seqlens" and value is not None and not isinstance(value, Tensor):
-            need_integer(shown, value)
-        elif value is not None:
+        if value is not None and not (shown == "cache_seqlens" and isinstance(value, int)):
             need_index(shown, value, (batch,), "(b,)", q.device)
 
 
@@ -225,7 +221,6 @@ def _check_rotary(call: Call, q: Tensor) -> int:
     """The rotary tables; returns how many positions they hold."""
     if call.rotary_cos is None:
         need_absent("rotary_sin", call.rotary_sin, "without rotary_cos")
-        need_absent("rotary_seqlens", call.rotary_seqlens, "without rotary_cos")
         return 0
     need_present("rotary_sin", call.rotary_sin, "with rotary_cos")
     need_present("k", call.k_new, "with rotary_cos: the rotation applies to q and to new keys")
@@ -264,9 +259,7 @@ def _check_extras(call: Call, q: Tensor, k: Tensor, v: Tensor, batch: int) -> No
     """Descales, sinks, scheduler_metadata and out."""
     for name in ("q_descale", "k_descale", "v_descale"):
         scale = getattr(call, name)
-        if scale is not None:
-            if q.dtype != torch.float8_e4m3fn:
-                need_absent(name, scale, f"for inputs of dtype {str(q.dtype)[6:]}: it scales float8_e4m3fn")
+        if scale is not None and not (isinstance(scale, Tensor) and k.dtype is not torch.float8_e4m3fn):  # else unread
             descale = need_tensor(name, scale)
             need_dtype(name, descale, (torch.float32,))
             need_device(name, descale, q.device)

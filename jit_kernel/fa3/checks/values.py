@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import numbers
+import operator
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from jit_kernel.fa3.call import UNBOUNDED
+from jit_kernel.fa3.checks import memory, plain
 
 INT32_MAX = 2**31 - 1
 FLOAT32_MAX = 3.4e38
@@ -15,26 +20,32 @@ MAX_SPLITS = 256  # what FA3's combine takes, and more than any machine has use 
 
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
 OUTPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INDEX_DTYPES = (torch.int32, torch.int64)
+_INTEGER_DTYPES = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 
 def described(value: object) -> str:
     """A value as an error text shows it: a tensor by its dtype and shape, all else by repr and type."""
     if isinstance(value, Tensor):
         return f"a {str(value.dtype)[6:]} tensor of shape {tuple(value.shape)}"
-    text = repr(value)
+    text = shown(value) if isinstance(value, int) else repr(value)
     return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"
 
 
-def need_tensor(name: str, value: object) -> Tensor:
-    """`value` as a dense tensor whose sizes an int32 can hold."""
+def shown(value: float) -> str:
+    """A number as an error text shows it; Python refuses to print an int of more than 4300 digits."""
+    return f"an int of {value.bit_length()} bits" if isinstance(value, int) and value.bit_length() > 256 else str(value)
+
+
+def need_tensor(name: str, value: object, *, written: bool = False) -> Tensor:
+    """`value` as a dense tensor in memory whose sizes an int32 can hold; a copy of one that is lazily negated."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is {described(value)}; it must be a torch.Tensor")
-    if value.layout is not torch.strided:
-        raise TypeError(f"{name} has layout {value.layout}; it must be a dense (strided) tensor")
-    for size in value.shape:
+    tensor = plain.in_memory(name, value, written=written)
+    for size in tensor.shape:
         if size > INT32_MAX:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}; every size must be at most {INT32_MAX}")
-    return value
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; every size must be at most {INT32_MAX}")
+    return tensor
 
 
 def need_dims(name: str, tensor: Tensor, form: str) -> None:
@@ -75,24 +86,46 @@ def need_contiguous(name: str, tensor: Tensor) -> None:
 
 
 def need_writable(name: str, tensor: Tensor) -> None:
-    """Memory of its own for every element: what is written must not be an expanded view."""
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        if size > 1 and stride == 0:
-            raise ValueError(
-                f"{name} has strides {tensor.stride()}; it is written, so it must not be an expanded tensor"
-            )
+    """Memory of its own for every element: what is written must not be an expanded view, nor overlap itself."""
+    if memory.overlaps_itself(tensor):
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}; it is written, so it must not be "
+            "an expanded tensor, nor may its elements share memory otherwise"
+        )
 
 
 def need_index(name: str, value: object, shape: Sequence[int] | None, form: str, device: torch.device) -> Tensor:
-    """An index tensor: int32, contiguous, on q's device, of this shape."""
+    """An index tensor: int32 or int64, the last stride 1, on q's device, of this shape."""
     tensor = need_tensor(name, value)
-    need_dtype(name, tensor, (torch.int32,))
+    need_dtype(name, tensor, INDEX_DTYPES)
     need_device(name, tensor, device)
     need_dims(name, tensor, form)
     if shape is not None:
         need_shape(name, tensor, shape, form)
-    need_contiguous(name, tensor)
+    need_unit_stride(name, tensor)
     return tensor
+
+
+def is_kernel_index(tensor: Tensor) -> bool:
+    """Whether kernels take an index tensor as it is."""
+    return tensor.dtype is torch.int32 and tensor.is_contiguous()
+
+
+def as_kernel_index(name: str, tensor: Tensor, *, exact: bool) -> Tensor:
+    """An index tensor as kernels take it, int32 and contiguous; a copy where it is not.
+
+    exact: whether to look at the numbers, which synchronises on a GPU: ValueError for one that an int32 cannot hold.
+    Otherwise, and in a page_table, whose unread entries may hold anything, such a number becomes the largest or
+    smallest int32, which names nothing either.
+    """
+    if tensor.dtype is not torch.int32:
+        if exact and name != "page_table" and tensor.numel():
+            low, high = (int(bound) for bound in torch.aminmax(tensor))
+            if not -INT32_MAX <= low <= high <= INT32_MAX:
+                wrong = high if high > INT32_MAX else low
+                raise ValueError(f"{name} holds {wrong}; every number must be one that an int32 holds")
+        tensor = tensor.clamp(-INT32_MAX, INT32_MAX).to(torch.int32)
+    return tensor.contiguous()
 
 
 def need_bool(name: str, value: object) -> None:
@@ -101,38 +134,70 @@ def need_bool(name: str, value: object) -> None:
         raise TypeError(f"{name} is {described(value)}; it must be a bool")
 
 
-def need_integer(name: str, value: object) -> None:
-    """An int, and not a bool."""
-    if value.__class__ is not int:
-        raise TypeError(f"{name} is {described(value)}; it must be an int")
+def need_integer(name: str, value: Any) -> int:
+    """An int: one, or what has an index (a number of numpy, a 0-dim tensor of integers), but no bool."""
+    if value.__class__ is int:
+        number: int = value
+        return number
+    if isinstance(value, Tensor):
+        if value.dim() == 0 and value.dtype in _INTEGER_DTYPES:
+            plain.in_memory(name, value)
+            return int(value)
+    elif not isinstance(value, bool) and hasattr(value, "__index__"):
+        return operator.index(value)
+    raise TypeError(f"{name} is {described(value)}; it must be an int")
 
 
-def need_number(name: str, value: object) -> None:
-    """A float or an int, and not a bool."""
-    if value.__class__ is not float and value.__class__ is not int:
+def need_number(name: str, value: Any) -> float:
+    """A float or an int, of Python or numpy, and no bool; an int that no float holds stays one."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name} is {described(value)}; it must be a float")
+    number: Any = value
+    return float(number) if -FLOAT32_MAX <= number <= FLOAT32_MAX else number
 
 
 def need_range(name: str, value: int, low: int, high: int, why: str = "") -> None:
     """low <= value <= high."""
     if not low <= value <= high:
-        raise ValueError(f"{name} is {value}; it must be between {low} and {high}{why}")
+        raise ValueError(f"{name} is {shown(value)}; it must be between {low} and {high}{why}")
 
 
 def need_window(window: Any) -> tuple[int, int]:
-    """window_size as a pair of ints, -1 for a side without bound. Raises TypeError or ValueError."""
+    """window_size as a pair of ints, -1 for a side without bound. Raises TypeError or ValueError.
+
+    None, as the pair or in it, is unbounded; a tensor of two integers in the CPU's memory is a pair.
+    """
+    if window is None:
+        return UNBOUNDED
+    if isinstance(window, Tensor) and window.dtype in _INTEGER_DTYPES and window.is_cpu:
+        window = plain.in_memory("window_size", window).tolist()
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise TypeError(f"window_size is {described(window)}; it must be a pair of ints (left, right)")
-    left, right = window
-    for side, bound in (("left", left), ("right", right)):
-        need_integer(f"window_size's {side} bound", bound)
-        need_range(f"window_size's {side} bound", bound, -1, INT32_MAX, "; -1 is unbounded")
-    return left, right
+    return _bound("left", window[0]), _bound("right", window[1])
+
+
+def _bound(side: str, given: Any) -> int:
+    name = f"window_size's {side} bound"
+    bound = -1 if given is None else need_integer(name, given)
+    if not -1 <= bound <= INT32_MAX:
+        need_range(name, bound, -1, INT32_MAX, "; -1 is unbounded")
+    return bound
+
+
+def refuse_derivatives(named: Iterable[tuple[str, Any]]) -> None:
+    """There is no derivative: an argument that asks for one, forward or (in grad mode) backward, is an error."""
+    if torch.is_grad_enabled():
+        named = list(named)
+        for name, value in named:
+            refuse_gradients(name, value)
+    if plain.in_forward_mode():
+        for name, value in named:
+            plain.refuse_tangent(name, value)
 
 
 def refuse_gradients(name: str, tensor: Any) -> None:
     """There is no backward pass: an input that asks for one, in grad mode, is an error."""
-    if getattr(tensor, "requires_grad", False):
+    if isinstance(tensor, Tensor) and tensor.requires_grad:
         raise NotImplementedError(
             f"{name} requires grad; jit_kernel has the forward pass alone: "
             "call it under torch.no_grad() or detach the tensor"

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, contiguous_format, empty, empty_like, get_num_threads, is_grad_enabled
+from torch.autograd import forward_ad
 
 from jit_kernel.fa3.call import DEFAULTS, FIELDS, OF_DENSE, UNBOUNDED, Arguments, Result, lse_shape, result_dtype
 from jit_kernel.fa3.checks.values import need_window
@@ -27,8 +28,9 @@ CLAIMED = frozenset(
 _libraries: dict[torch.dtype, tuple[Callable[..., bool], torch.dtype]] = {}
 
 
-# page_table, cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_q and max_seqlen_k of flash_attn_func.
-_DENSE_LAYOUT = (None,) * 6
+# What an argument of another kind comes to on its way to the library, and room that no machine has for the result of an
+# expanded q: the checks know the argument's name.
+_DECLINED = (RuntimeError, TypeError, ValueError, OverflowError, AttributeError, IndexError)
 
 # Whether a call asks for more than that: of flash_attn_func, and of the others.
 _dense_asks_for_more = fields_ask_for_more(CLAIMED, OF_DENSE)
@@ -46,9 +48,9 @@ def serve(dtype: torch.dtype, library: Any) -> None:
 def try_unchecked(arguments: Arguments) -> Result | None:
     """The result of an unchecked plain call; None where it has a mistake or asks for more.
 
-    A page or a window_size that is none raises the ValueError or TypeError of the checks.
+    A window_size that is none raises the ValueError or TypeError of the checks.
     """
-    layout = _DENSE_LAYOUT
+    table = offsets_q = offsets_k = used_k = longest_q = longest_k = None
     if len(arguments) == OF_DENSE:
         (
             _, q, k, v, scale, causal, window, chunk, softcap, num_splits, with_lse,
@@ -60,21 +62,16 @@ def try_unchecked(arguments: Arguments) -> Result | None:
         (
             _, q, k, v, scale, causal, window, chunk, softcap, num_splits, with_lse,
             out, _, _, _, _, _, pack_gqa, sm_margin, _, _,
-            cu_seqlens_q, longest_q, seqused_k, page_table, cu_seqlens_k, longest_k, _,
+            offsets_q, longest_q, used_k, table, offsets_k, longest_k, _,
             _, _, _, _, _, _, _, _, rotary_interleaved, _,
         ) = arguments  # fmt: skip
-        layout = (page_table, cu_seqlens_q, cu_seqlens_k, seqused_k, longest_q, longest_k)
-        declined = (
-            _asks_for_more(arguments) or rotary_interleaved.__class__ is not bool or not _has_plain_types(*layout)
-        )
+        declined = _asks_for_more(arguments) or rotary_interleaved.__class__ is not bool
+    # The library looks at the types of what it is given; some it is not given.
     if declined or not (
         q.__class__ is k.__class__ is v.__class__ is Tensor
         and q.is_cpu
         and (library := _libraries.get(q.dtype)) is not None
-        and causal.__class__ is with_lse.__class__ is bool
-        and chunk.__class__ is num_splits.__class__ is int
-        and softcap.__class__ is float
-        and (scale is None or scale.__class__ is float)
+        and with_lse.__class__ is bool
         and (out is None or out.__class__ is Tensor)
         and pack_gqa is None
         and sm_margin.__class__ is int
@@ -85,31 +82,20 @@ def try_unchecked(arguments: Arguments) -> Result | None:
         q.requires_grad or k.requires_grad or v.requires_grad or (out is not None and out.requires_grad)
     ):
         return None
+    # What has no memory, and an index tensor whose sign is lazy, the library declines. Other signs only torch knows.
+    if q.is_neg() or k.is_neg() or v.is_neg() or (out is not None and out.is_neg()) or forward_ad._current_level >= 0:
+        return None
     left, right = window if window is UNBOUNDED else need_window(window)
     forward, out_dtype = library
-    if with_lse and q.dim() < 3:
-        return None
-    lse = empty(lse_shape(q), dtype=torch.float32, device="cpu") if with_lse else None
-    numbers = (scale, causal, left, right, chunk, softcap, num_splits, get_num_threads())
     try:
-        if out is None:  # of q's head size: another one is declined
-            out = empty_like(q, dtype=out_dtype, memory_format=contiguous_format)  # 1 us, where `empty` takes 2.2
-        if not forward(q, k, v, out, lse, *layout, *numbers):
+        lse = empty(lse_shape(q), dtype=torch.float32, device="cpu") if with_lse else None
+        if out is None:  # of q's head size: another one is declined. From its shape it would take 1.4 us more
+            out = empty_like(q, dtype=out_dtype, memory_format=contiguous_format)
+        if not forward(
+            q, k, v, out, lse, table, offsets_q, offsets_k, used_k, longest_q, longest_k,
+            scale, causal, left, right, chunk, softcap, num_splits, get_num_threads(),
+        ):  # fmt: skip
             return None
-    except (RuntimeError, TypeError):  # no DLPack tensor (sparse, quantized) or no int64: the checks know its name
+    except _DECLINED:
         return None
     return out if lse is None else (out, lse)
-
-
-def _has_plain_types(
-    page_table: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, seqused_k: Any, longest_q: Any, longest_k: Any
-) -> bool:
-    """None or tensors, then two times None or an int."""
-    return (
-        (page_table is None or page_table.__class__ is Tensor)
-        and (cu_seqlens_q is None or cu_seqlens_q.__class__ is Tensor)
-        and (cu_seqlens_k is None or cu_seqlens_k.__class__ is Tensor)
-        and (seqused_k is None or seqused_k.__class__ is Tensor)
-        and (longest_q is None or longest_q.__class__ is int)
-        and (longest_k is None or longest_k.__class__ is int)
-    )

@@ -86,7 +86,13 @@ def for_call(call: Call) -> Tensor | tuple[Tensor, bool] | None:
     metadata, batch = call.scheduler_metadata, batch_of(call)
     table = None if metadata is None else table_of(metadata, batch)
     if metadata is not None and config.check_indices():
-        header.verify("musa", call)
+        longest = header.verify("musa", call, exact=True)["max_seqlen_k"]
+        capacity = call.k.shape[1] * (1 if call.page_table is None else call.page_table.shape[1])
+        if longest > capacity:  # MATE's table reaches as far
+            raise ValueError(
+                f"scheduler_metadata was made with max_seqlen_k = {longest}; "
+                f"it must be at most {capacity}, what the cache has room for"
+            )
     if call.qv is None:
         return None if _is_local(call) and not rules.plans_windows(mates.version()) else table
     size = MLA_WORKSPACE + 4 * (batch + 1)

@@ -70,15 +70,15 @@ struct PlainArguments : CallTensors {
   MaybeTensor cu_seqlens_q = from.maybe_tensor();
   MaybeTensor cu_seqlens_k = from.maybe_tensor();
   MaybeTensor seqused_k = from.maybe_tensor();
-  std::optional<int64_t> max_seqlen_q = from.maybe_integer();
-  std::optional<int64_t> max_seqlen_k = from.maybe_integer();
-  std::optional<double> softmax_scale = from.maybe_number();
-  bool causal = from.boolean();
+  std::optional<int64_t> max_seqlen_q = from.maybe_exact_integer();
+  std::optional<int64_t> max_seqlen_k = from.maybe_exact_integer();
+  std::optional<double> softmax_scale = from.maybe_exact_number();
+  bool causal = from.exact_boolean();
   int64_t window_left = from.integer();
   int64_t window_right = from.integer();
-  int64_t attention_chunk = from.integer();
-  double softcap = from.number();
-  int64_t num_splits = from.integer();
+  int64_t attention_chunk = from.exact_integer();
+  double softcap = from.exact_number();
+  int64_t num_splits = from.exact_integer();
   int64_t num_threads = from.integer();
 
   int64_t batch() const { return cu_seqlens_q.has_value() ? cu_seqlens_q->size(0) - 1 : q.size(0); }

@@ -15,38 +15,45 @@ namespace jit_kernel {
 // written. The other checks are Python's; this one took it 60 us of a decode that finds nothing
 // in cache.
 template <class Params>
-inline void check_pages(const Params& p, int64_t pages) {
+inline bool check_pages(const Params& p, int64_t pages, bool may_decline) {
   for (int64_t b = 0; p.page_size && b < p.batch; ++b) {
     const Sequence s = sequence_of(p, b);
     const int64_t keys = s.k_begin + s.sk;
     const int32_t* row = p.page_table + s.k_batch * p.table_width;
     for (int64_t i = s.k_begin / p.page_size; i * p.page_size < keys; ++i) {
       if (row[i] >= 0 && row[i] < pages) continue;
+      if (may_decline) return false;
       TVM_FFI_THROW(ValueError) << "page_table[" << s.k_batch << ", " << i << "] is " << row[i]
                                 << "; it must be between 0 and " << pages - 1 << ": sequence " << b
                                 << " has " << keys << " keys in pages of " << p.page_size;
     }
   }
+  return true;
+}
+
+// Where a transform of torch makes every tensor, Python could not allocate memory for the result.
+inline void need_memory(const TensorView& out) {
+  if (out.data_ptr() != nullptr || out.numel() == 0) return;
+  TVM_FFI_THROW(TypeError) << "out has no memory; torch may not transform what is allocated here";
 }
 
 template <class Element>
 inline void forward(FfiArguments& from) {
   const ForwardArguments a(from);
+  need_memory(a.out);
   std::vector<float> sink_memory;
   const ForwardParams<Element> p = forward_params<Element>(a, sink_memory);
-  check_pages(p, a.k.size(0));
+  check_pages(p, a.k.size(0), false);
   Attention<Element>::attend(p);
 }
 
-// A plain call: checked, computed and true; or nothing at all and false. A page table entry
-// that names no page is a ValueError here, too.
+// A plain call: checked, computed and true; or nothing at all and false.
 template <class Element>
 inline bool plain_forward(FfiArguments& from) {
   const PlainArguments a(from);
   if (!shapes_fit<Element>(a) || !numbers_fit(a)) return false;
   const ForwardParams<Element> p = plain_params<Element>(a);
-  if (!lengths_fit(p, a)) return false;
-  check_pages(p, a.k.size(0));
+  if (!lengths_fit(p, a) || !check_pages(p, a.k.size(0), true)) return false;
   Attention<Element>::attend(p);
   return true;
 }

@@ -30,9 +30,10 @@ constexpr DLDataType dtype_of() {
   return {kDLFloat, kBits, 1};
 }
 
-// On the CPU, of this type and number of dimensions, none of them empty; unit stride in the last.
+// In the CPU's memory, of this type and number of dimensions, none of them empty; unit stride in
+// the last. Tensors of torch's transforms have no memory.
 inline bool is_dense(const TensorView& t, DLDataType dtype, int32_t dims) {
-  if (t.device().device_type != kDLCPU || t.ndim() != dims) return false;
+  if (t.device().device_type != kDLCPU || t.data_ptr() == nullptr || t.ndim() != dims) return false;
   if (t.dtype().code != dtype.code || t.dtype().bits != dtype.bits || t.dtype().lanes != 1) {
     return false;
   }
@@ -54,15 +55,48 @@ inline bool have_same_rows(const TensorView& a, const TensorView& b) {
   return true;
 }
 
-inline bool is_written_freely(const PlainArguments& a) {
-  for (int32_t i = 0; i < a.out.ndim(); ++i) {
-    if (a.out.stride(i) == 0 && a.out.size(i) > 1) return false;
+// The range of addresses from the first byte of a tensor to behind its last.
+struct Extent {
+  const char* begin;
+  const char* end;
+};
+
+inline Extent extent_of(const TensorView& t) {
+  const char* begin = static_cast<const char*>(t.data_ptr()) + t.byte_offset();
+  int64_t last = 0;
+  for (int32_t i = 0; i < t.ndim(); ++i) last += (t.size(i) - 1) * t.stride(i);
+  return {begin, begin + (last + 1) * (t.dtype().bits / 8)};
+}
+
+// Unless each stride, from the smallest up, leaves everything below it behind, as in every slice of
+// a dense tensor. Python looks at the rest.
+inline bool may_overlap_itself(const TensorView& t) {
+  for (int64_t reach = 0, below = -1;;) {
+    int32_t next = -1;
+    for (int32_t i = 0; i < t.ndim(); ++i) {
+      if (t.size(i) < 2 || t.stride(i) <= below) continue;
+      if (next >= 0 && t.stride(i) == t.stride(next)) return true;
+      if (next < 0 || t.stride(i) < t.stride(next)) next = i;
+    }
+    if (next < 0) return false;
+    below = t.stride(next);
+    if (below <= reach) return true;
+    reach += (t.size(next) - 1) * below;
   }
-  auto begin = [](const TensorView& x) {
-    return static_cast<char*>(x.data_ptr()) + x.byte_offset();
+}
+
+// Whether out has memory of its own. Ranges that meet may still be slices of one buffer: Python
+// looks at those.
+inline bool is_written_freely(const PlainArguments& a) {
+  const Extent out = extent_of(a.out);
+  auto is_apart = [&](const Extent& x) { return x.end <= out.begin || out.end <= x.begin; };
+  auto is_index_apart = [&](const MaybeTensor& t) {
+    return !t.has_value() || is_apart(extent_of(*t));
   };
-  char* out = begin(a.out);
-  return out != begin(a.q) && out != begin(a.k) && out != begin(a.v);
+  return !may_overlap_itself(a.out) && is_apart(extent_of(a.q)) && is_apart(extent_of(a.k)) &&
+         is_apart(extent_of(a.v)) && is_index_apart(a.page_table) &&
+         is_index_apart(a.cu_seqlens_q) && is_index_apart(a.cu_seqlens_k) &&
+         is_index_apart(a.seqused_k);
 }
 
 // Types and shapes.
@@ -81,7 +115,8 @@ inline bool shapes_fit(const PlainArguments& a) {
       !have_same_rows(a.out, a.q) || !is_written_freely(a)) {
     return false;
   }
-  if (a.cu_seqlens_q.has_value() && !is_index(a.cu_seqlens_q, 1, a.cu_seqlens_q->size(0))) {
+  if (a.cu_seqlens_q.has_value() &&
+      (a.cu_seqlens_q->ndim() != 1 || !is_index(a.cu_seqlens_q, 1, a.cu_seqlens_q->size(0)))) {
     return false;
   }
   const int64_t batch = a.batch();

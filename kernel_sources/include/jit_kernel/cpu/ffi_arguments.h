@@ -26,25 +26,50 @@ class FfiArguments {
   int64_t integer() { return read<int64_t>("an integer"); }
   bool boolean() { return read<bool>("a bool"); }
 
+  // Of Python's type of this name and no other: a bool is no integer, and an integer no float.
+  double exact_number() { return exact<double>(tvm::ffi::TypeIndex::kTVMFFIFloat, "a float"); }
+  int64_t exact_integer() { return exact<int64_t>(tvm::ffi::TypeIndex::kTVMFFIInt, "an int"); }
+  bool exact_boolean() { return exact<bool>(tvm::ffi::TypeIndex::kTVMFFIBool, "a bool"); }
+
   // One of these, or nothing for None.
+  std::optional<double> maybe_exact_number() {
+    return skips_none() ? std::nullopt : std::optional<double>(exact_number());
+  }
+  std::optional<int64_t> maybe_exact_integer() {
+    return skips_none() ? std::nullopt : std::optional<int64_t>(exact_integer());
+  }
   std::optional<TensorView> maybe_tensor() { return maybe<TensorView>("a tensor"); }
   std::optional<double> maybe_number() { return maybe<double>("a number"); }
   std::optional<int64_t> maybe_integer() { return maybe<int64_t>("an integer"); }
 
  private:
+  bool skips_none() {
+    const bool is_none = values_[next_] == nullptr;
+    next_ += is_none;
+    return is_none;
+  }
+
   template <class T>
   __attribute__((noinline)) std::optional<T> maybe(const char* what) {
-    if (values_[next_] != nullptr) return read<T>(what);
-    ++next_;
-    return std::nullopt;
+    if (skips_none()) return std::nullopt;
+    return read<T>(what);
+  }
+
+  template <class T>
+  T exact(int32_t type, const char* what) {
+    if (values_[next_].type_index() != type) refuse(what);
+    return read<T>(what);
+  }
+
+  [[noreturn]] __attribute__((noinline)) void refuse(const char* what) {
+    TVM_FFI_THROW(TypeError) << function_ << ": argument " << next_ << " is not " << what;
+    __builtin_unreachable();
   }
 
   template <class T>
   __attribute__((noinline)) T read(const char* what) {
     std::optional<T> value = values_[next_].try_cast<T>();
-    if (!value.has_value()) {
-      TVM_FFI_THROW(TypeError) << function_ << ": argument " << next_ << " is not " << what;
-    }
+    if (!value.has_value()) refuse(what);
     ++next_;
     return *value;
   }

@@ -1,0 +1,203 @@
+"""What a tensor must be for a kernel to be launched on it: the one place that decides, for every function and argument.
+
+A kernel reads and writes addresses, so a tensor must have memory that holds its numbers as they are. Tensors without
+it: those of torch's transforms (fake, functional, batched, gradient-tracking), wrapper subclasses, efficient zeros,
+freed storages. Tensors whose numbers are not what lies in memory: lazily negated views, nested ones, and dual ones,
+whose tangent would be lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+T = TypeVar("T")
+_TRACING_MODES = (
+    torch._C._TorchDispatchModeKey.FAKE,
+    torch._C._TorchDispatchModeKey.PROXY,
+    torch._C._TorchDispatchModeKey.FUNCTIONAL,
+)
+_mode_of = torch._C._get_dispatch_mode
+count_modes = torch._C._len_torch_dispatch_stack
+tracing_state = torch._C._get_tracing_state
+transform = torch._C._functorch.peek_interpreter_stack
+_count_before_dispatch: Any = torch._ops._len_torch_dispatch_stack_pre_dispatch
+_unpack_dual: Any = forward_ad.unpack_dual
+has_function_mode = torch._C._is_torch_function_mode_enabled
+
+
+class TracedTensorError(TypeError):
+    """A fake or functional tensor: a torch operator can take it, a kernel cannot."""
+
+
+def is_traced() -> bool:
+    """Whether torch records or replaces operators here: FakeTensorMode, make_fx, torch.jit.trace, export.
+
+    A dispatch mode that only looks on changes no result, and is not asked.
+    """
+    if tracing_state() is not None or (count_modes() and any(map(_mode_of, _TRACING_MODES))):
+        return True
+    # make_fx(pre_dispatch=True) keeps its mode in a stack of its own, beside a mode for functions.
+    return bool(has_function_mode() and _count_before_dispatch())
+
+
+def is_transformed() -> bool:
+    """Whether torch.vmap or a transform of torch.func runs here, of whatever tensors."""
+    return transform() is not None
+
+
+def refuse_traced(function: str) -> None:
+    """What no operator stands for cannot be traced: its kernels would run once, on the example's numbers."""
+    if is_traced() or is_transformed():
+        raise NotImplementedError(
+            f"{function} of _load_fa3_kernels() cannot be traced (FakeTensorMode, make_fx, torch.jit.trace, "
+            f"torch.export) or transformed (torch.func); jit_kernel.{function} becomes a torch operator there"
+        )
+
+
+def are_wrapped(named: Mapping[str, object]) -> bool:
+    """Whether a transform of torch.func wraps one of the arguments, though nothing depends on it.
+
+    Raises NotImplementedError for one that it transforms.
+    """
+    tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+    for name, value in tensors.items():
+        refused = refusal_of_transform(name, value)
+        if refused is not None:
+            raise refused
+    return any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors.values()))
+
+
+def outside_of_transforms(function: Callable[..., T], *arguments: Any) -> T:
+    """function(*arguments) where torch.func transforms something else: what it allocates is plain memory."""
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    with temporarily_clear_interpreter_stack():
+        return function(*arguments)
+
+
+def in_memory(name: str, tensor: Tensor, *, written: bool = False) -> Tensor:
+    """The tensor to launch on: the given one, or a lazily negated or asynchronous one as plain memory.
+
+    written: whether the call writes it: then it must be plain memory already. Raises TypeError that names the argument;
+    NotImplementedError for what transforms of torch.func pass.
+    """
+    if tensor.is_nested:
+        raise TypeError(
+            f"{name} is a nested tensor; it must be a dense one: sequences of different lengths lie end to end, "
+            "with cu_seqlens_q and cu_seqlens_k"
+        )
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} has layout {tensor.layout}; it must be a dense (strided) tensor")
+    kind = tensor.__class__
+    if kind is not Tensor and kind is not Parameter:
+        tensor = _of_subclass(name, tensor, written)
+    if not is_in_memory(tensor) and tensor.device.type != "meta":  # nothing serves that device, which has its own error
+        raise _refusal(name, tensor)
+    if not tensor.is_neg():
+        return tensor
+    if written:
+        raise TypeError(f"{name} is a lazily negated view; it is written, so it must be plain memory")
+    return tensor.resolve_neg()
+
+
+def is_in_memory(tensor: Tensor) -> bool:
+    """Whether a tensor has an address, or is empty and needs none."""
+    try:
+        if tensor.data_ptr() != 0:
+            return True
+    except RuntimeError:  # torch's word for a tensor without storage
+        return False
+    # An empty tensor has no address. A wrapper that is empty is a wrapper still, unless it answers for its memory.
+    wraps = _has_dispatch(tensor) and type(tensor).data_ptr is Tensor.data_ptr
+    return tensor.numel() == 0 and not wraps and not torch._is_functional_tensor(tensor)
+
+
+def _has_dispatch(tensor: Tensor) -> bool:
+    return torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.Python)
+
+
+def _of_subclass(name: str, tensor: Tensor, written: bool) -> Tensor:
+    """A subclass that owns memory, or what an asynchronous one comes to."""
+    if not _has_dispatch(tensor):
+        return tensor
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    if isinstance(tensor, (FakeTensor, FunctionalTensor)):
+        raise _refusal_of_traced(name, type(tensor).__name__)
+    wait = getattr(tensor, "wait", None)
+    if wait is None or written or is_in_memory(tensor):
+        return tensor
+    waited = wait()  # AsyncCollectiveTensor, the result of a functional collective
+    return in_memory(name, waited) if isinstance(waited, Tensor) and waited is not tensor else tensor
+
+
+def _refusal_of_traced(name: str, what: str) -> TracedTensorError:
+    return TracedTensorError(
+        f"{name} is a {what}, which has no memory; the functions of jit_kernel.flash_attention_v3 take it as torch "
+        "operators, these kernels do not"
+    )
+
+
+def _refusal(name: str, tensor: Tensor) -> Exception:
+    """The error for a tensor that has no memory."""
+    refused = refusal_of_transform(name, tensor)
+    if refused is not None:
+        return refused
+    if _has_dispatch(tensor):
+        return TypeError(
+            f"{name} is a {type(tensor).__name__}, a tensor subclass without memory of its own; "
+            "it must be a plain tensor (of a DTensor, to_local())"
+        )
+    what = "is an efficient zero tensor" if tensor._is_zerotensor() else "has no memory behind it"
+    return TypeError(f"{name} {what} (data_ptr() is 0); it must be a tensor with {tensor.numel()} numbers in memory")
+
+
+def refusal_of_transform(name: str, tensor: Tensor) -> NotImplementedError | None:
+    """The error for a tensor that one of torch.func's transforms made, None for any other."""
+    functorch = torch._C._functorch
+    if functorch.is_batchedtensor(tensor):
+        return NotImplementedError(
+            f"{name} is batched by torch.vmap, which jit_kernel does not serve: the functions have a batch dimension, "
+            "and cu_seqlens for sequences of different lengths"
+        )
+    if functorch.is_gradtrackingtensor(tensor) and (tensor.requires_grad or _has_tangent(tensor)):
+        return NotImplementedError(
+            f"{name} is differentiated by torch.func (grad, vjp or jvp); jit_kernel has the forward pass alone: "
+            "detach the tensor"
+        )
+    if tensor.__class__ in (Tensor, Parameter) and torch._is_functional_tensor(tensor):
+        return NotImplementedError(
+            f"{name} is a tensor of torch.func.functionalize, which jit_kernel does not serve: its operators declare "
+            "that they may write; torch.compile and torch.export turn them into functions"
+        )
+    return None
+
+
+def active_fake_mode() -> Any:
+    """The FakeTensorMode that is on, None where there is none."""
+    return _mode_of(torch._C._TorchDispatchModeKey.FAKE) if count_modes() else None
+
+
+def in_forward_mode() -> bool:
+    """Whether tensors may have tangents here."""
+    return forward_ad._current_level >= 0
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return in_forward_mode() and _unpack_dual(tensor).tangent is not None
+
+
+def refuse_tangent(name: str, value: Any) -> None:
+    """A forward-mode derivative that would be lost. torch.no_grad() does not switch such derivatives off."""
+    if isinstance(value, Tensor) and _has_tangent(value):
+        raise NotImplementedError(
+            f"{name} has a forward-mode tangent; jit_kernel has the forward pass alone: "
+            "pass its primal (torch.autograd.forward_ad.unpack_dual) or detach the tensor"
+        )
