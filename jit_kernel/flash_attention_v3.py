@@ -127,7 +127,8 @@ def flash_attn_varlen_func(
 
     q: (total_q, hq, d) with cu_seqlens_q (b + 1,), else (b, sq, hq, d); fp32, bf16, fp16 or float8_e4m3fn.
     k, v: (total_k, hk, d or dv) with cu_seqlens_k (b + 1,); (b, sk, hk, d or dv); or (pages, page_size, hk, d or dv)
-        with page_table (b, max_pages), which needs seqused_k. With only_qv k is not read and may be None.
+        with page_table (b, max_pages), which needs seqused_k. Entries of pages without a key that some query sees may
+        hold anything: they are not read. With only_qv k is not read and may be None.
     max_seqlen_q, max_seqlen_k: at least the longest lengths; None finds them, or a bound on a GPU.
     seqused_q, seqused_k: (b,), only the first so many tokens of each sequence count.
     softmax_scale: default 1/sqrt(d); 1/sqrt(d + dv) with qv; 1/sqrt(dv) with only_qv.
@@ -200,6 +201,7 @@ def flash_attn_with_kvcache(
 
     q: (b, sq, hq, d), or (total_q, hq, d) with cu_seqlens_q (b + 1,).
     k_cache, v_cache: (b_cache, sk, hk, d or dv), or (pages, page_size, hk, d or dv) with page_table (b, max_pages).
+        Entries of pages without a new key or one that some query sees may hold anything: they are not read.
         k_cache may be None with only_qv and without k.
     k, v: (b, s_new, hk, d or dv), or (total_new, hk, d or dv) with cu_seqlens_k_new (b + 1,): written to the cache
         behind cache_seqlens, then attended to. cu_seqlens_k_new without k has no meaning and no effect, as in FA3.
@@ -307,11 +309,12 @@ def flash_attn_combine(
     """Combine attention over parts of the keys into attention over all of them.
 
     out_partial: (splits, b, sq, hq, dv) or (splits, total_q, hq, dv), fp32, bf16 or fp16, last stride 1.
-    lse_partial: the same without dv, float32, natural logarithm; -inf where a part held no key.
+    lse_partial: the same without dv, float32, natural logarithm; -inf where a part held no key, or +inf, which is
+        FlashAttention-2's mark for it.
     out: where to write, out_partial's shape without splits. out_dtype: out's, else out_partial's dtype.
 
     Returns (out, lse): lse = log(sum over parts of exp(lse_partial)), out = sum of exp(lse_partial - lse) *
-    out_partial; 0 and -inf where every part is -inf. lse has out's shape without dv. Raises ValueError or TypeError
+    out_partial; 0 and -inf where no part held a key. lse has out's shape without dv. Raises ValueError or TypeError
     for a bad argument, by name, and NotImplementedError for an input that requires grad in grad mode or has a tangent.
     """
     return entry.combine(out_partial, lse_partial, out, out_dtype)
@@ -321,10 +324,11 @@ def merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> t
     """Merge attention over two sets of keys, as the functions above return it, into attention over both.
 
     out_a, out_b: (total_q, hq, dv) with lse (hq, total_q), or (b, sq, hq, dv) with lse (b, hq, sq).
-    lse_a, lse_b: float32, natural logarithm, any strides; -inf where a set held no key.
+    lse_a, lse_b: float32, natural logarithm, any strides; -inf where a set held no key, or +inf, which is
+        FlashAttention-2's mark for it.
 
-    Returns (out, lse) of the same shapes, out in out_a's dtype; 0 and -inf where both are -inf. A sink must be in one
-    of the two alone. Raises ValueError or TypeError for a bad argument, by name, and NotImplementedError for an input
-    that requires grad in grad mode or has a tangent.
+    Returns (out, lse) of the same shapes, out in out_a's dtype; 0 and -inf where neither held a key. A sink must be in
+    one of the two alone. Raises ValueError or TypeError for a bad argument, by name, and NotImplementedError for an
+    input that requires grad in grad mode or has a tangent.
     """
     return entry.merge(out_a, lse_a, out_b, lse_b)

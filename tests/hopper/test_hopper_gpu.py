@@ -18,7 +18,7 @@ from jit_kernel import config, device
 from jit_kernel.engine import build
 from jit_kernel.fa3 import hopper
 from jit_kernel.fa3.hopper import kernels as hopper_kernels
-from tests.support import case_run, cases, reference
+from tests.support import case_run, cases, hidden, reference
 
 pytestmark = pytest.mark.gpu
 
@@ -81,6 +81,41 @@ def test_random_cases(free: int, say: list[str]) -> None:
                 worst, worst_seed = shares.worst, seed
     blocks = torch.cuda.get_device_properties(0).multi_processor_count - free
     say.append(f"hopper: {CASES} random cases on {blocks} blocks, worst share {worst:.3f} (seed {worst_seed})")
+
+
+@pytest.mark.parametrize("free", [0, 131])
+def test_what_no_query_sees_reaches_no_result(free: int, say: list[str]) -> None:
+    """500 random masks: the bits that zeros give, whatever lies in the memory of hidden keys and values."""
+    functions = {name: partial(function, sm_margin=free) for name, function in FUNCTIONS.items()}
+    with forced("hopper"):
+        counts = [hidden.differ(hidden.draw(seed, SPACE), functions) for seed in range(free * 500, free * 500 + 500)]
+    with_some = sum(count > 0 for count in counts)
+    assert with_some > 250
+    say.append(f"hopper: {len(counts)} calls, {with_some} with hidden keys, {sum(counts)} elements not finite")
+
+
+@pytest.mark.parametrize("implementation", ["hopper", "portable"])
+@pytest.mark.parametrize("mask", [{"causal": True}, {"window_size": (200, 30)}, {"attention_chunk": 333}], ids=str)
+@pytest.mark.parametrize("sizes", hopper_kernels.HEAD_DIMS, ids=str)
+def test_what_no_row_of_a_tile_sees_reaches_none_of_them(
+    implementation: str, mask: dict, sizes: tuple[int, int]
+) -> None:
+    """A tile has at most 256 queries, and begins at a multiple of its size."""
+    torch.manual_seed(9)
+    length, tile = 1500, 256
+    q, k, v = randn(1, length, 2, sizes[0]), randn(1, length, 2, sizes[0]), randn(1, length, 2, sizes[1])
+    problem = reference.Problem([], **mask)
+    seen = reference.visible(problem, length, length, torch.device("cuda"))
+    with forced(implementation):
+        clean = fa3.flash_attn_func(q, k, v, **mask)
+        for key in (0, 40, 130, 255, 300, 511, 700, 1025, 1499):
+            bad = v.clone()
+            bad[0, key] = math.nan
+            out = fa3.flash_attn_func(q, k, bad, **mask)
+            rows = seen[:, key].nonzero().flatten() // tile
+            reached = torch.isin(torch.arange(length, device="cuda") // tile, rows)
+            assert bool(out[0, seen[:, key]].isnan().all())
+            assert torch.equal(out[0, ~reached], clean[0, ~reached]), (key, mask)
 
 
 @pytest.mark.parametrize("causal", [False, True])

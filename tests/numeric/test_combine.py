@@ -129,3 +129,21 @@ def test_two_halves_of_the_keys_merge_to_the_whole(dtype: torch.dtype) -> None:
     stacked = torch.stack([halves[0][0], halves[1][0]]), torch.stack([halves[0][1], halves[1][1]]).transpose(-1, -2)
     out, _ = flash_attn_combine(*stacked)
     assert torch.allclose(out.float(), merged.float(), atol=2 * ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_a_part_marked_as_flash_attention_2_marks_it_counts_as_empty(dtype: torch.dtype) -> None:
+    """+inf means what -inf means: no key; also where both parts, or all splits, are so marked."""
+    outs, lses = parts(2, 5, 3, dtype=dtype)
+    lses[:, 0] = -math.inf
+    marked = lses.masked_fill(lses == -math.inf, math.inf)
+    mixed = torch.stack([lses[0], marked[1]])
+    by_head = [x.transpose(1, 2) for x in (lses, marked, mixed)]
+    expected = merge_state(outs[0], by_head[0][0], outs[1], by_head[0][1])
+    combined_whole = flash_attn_combine(outs, lses)
+    assert not expected[0][0].any()
+    assert bool((expected[1][:, 0] == -math.inf).all())
+    assert expected[0].isfinite().all()
+    for lse, split in ((by_head[1], marked), (by_head[2], mixed)):
+        assert all(map(torch.equal, merge_state(outs[0], lse[0], outs[1], lse[1]), expected))
+        assert all(map(torch.equal, flash_attn_combine(outs, split), combined_whole))

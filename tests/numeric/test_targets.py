@@ -12,7 +12,7 @@ from jit_kernel import device
 from jit_kernel.device import Target, cpu_target
 from jit_kernel.fa3 import cpu
 from jit_kernel.fa3.cpu import known as cpu_plain
-from tests.support import case_run, cases
+from tests.support import case_run, cases, hidden
 
 FUNCTIONS = {name: getattr(fa3, name) for name in (cases.VARLEN, cases.KVCACHE, cases.DENSE)}
 CASES = 60
@@ -45,6 +45,7 @@ def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 def test_random_cases_on_another_target(target: Target, dtype: torch.dtype, say: list[str]) -> None:
     space = cases.Space(f"{target}", dtypes=(dtype,))
     worst = max(case_run.judge(cases.draw(seed, space), FUNCTIONS).worst for seed in range(CASES))
+    assert sum(hidden.differ(hidden.draw(seed, space), FUNCTIONS) > 0 for seed in range(CASES // 2)) > CASES // 4
     assert cpu._forwards  # loaded anew, for this target
     say.append(f"{target} {str(dtype).removeprefix('torch.')}: {CASES} random cases, worst share {worst:.3f}")
 

@@ -51,7 +51,7 @@ def test_random_cases_under_the_interpreter(say: list[str]) -> None:
         for i in range(PROCESSES)
     ]
     worst, launched = [0.0, 0.0, 0.0], {"forward": 0, "combine": 0, "append": 0}
-    count = 0
+    count, hidden = 0, [0, 0]  # calls, those of them with hidden keys
     for child in children:
         out, err = child.communicate(timeout=1200)
         assert child.returncode == 0, err[-6000:]
@@ -59,12 +59,17 @@ def test_random_cases_under_the_interpreter(say: list[str]) -> None:
             if line.startswith("case "):
                 count += 1
                 worst = [max(a, float(b)) for a, b in zip(worst, line.split()[2:], strict=True)]
+            elif line.startswith("hidden "):
+                hidden = [a + int(b) for a, b in zip(hidden, line.split()[1:], strict=True)]
             elif line.startswith("launched "):
                 launched[line.split()[1]] += int(line.split()[2])
     assert count == CASES
     assert max(worst) <= 1
+    assert hidden[0] == CASES // 4
+    assert hidden[1] > CASES // 10
     assert min(launched.values()) > CASES // 10
     say.append(f"portable kernels interpreted: {count} random cases, worst shares (row, maximum, lse) {worst}")
+    say.append(f"and {hidden[0]} with random masks, {hidden[1]} of them with hidden keys that are not finite")
 
 
 # For each architecture the tile that needs most shared memory, and for each family a paged one with every branch.

@@ -13,8 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import jit_kernel.flash_attention_v3 as fa3
 from jit_kernel import config, device, jit
 from jit_kernel.flash_attention_v3 import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache, merge_state
+from tests.support import cases, hidden
 
 pytestmark = pytest.mark.gpu
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
@@ -51,13 +53,29 @@ def decode_arguments(batch: int = 3, keys: int = 300, page_size: int = 16) -> di
     }
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_no_query_sees_reaches_no_result(dtype: torch.dtype, say: list[str]) -> None:
+    """500 random masks: the bits that zeros give, whatever hidden keys and values and pages without them hold."""
+    space = cases.Space(
+        "hidden", device="cuda:0", dtypes=(dtype,), head_dims=((64, 64), (128, 128), (192, 128)), any_head_dim=0,
+        qv_head_dims=(), features=cases.FEATURES - {"qv", "only_qv", "descale_expanded"}, lengths=(150, 500, 2500),
+    )  # fmt: skip
+    functions = {name: getattr(fa3, name) for name in space.functions}
+    counts = [hidden.differ(hidden.draw(seed, space), functions) for seed in range(250)]
+    with_some = sum(count > 0 for count in counts)
+    assert with_some > 125
+    say.append(f"portable: {len(counts)} calls, {with_some} with hidden keys, {sum(counts)} elements not finite")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("rows", "heads", "dim"), [(7, 3, 64), (3000, 8, 128), (1111, 5, 200), (2500, 4, 256)])
 def test_merging_is_the_formula(rows: int, heads: int, dim: int, dtype: torch.dtype) -> None:
     outs = [normal(rows, heads, dim, dtype=dtype) for _ in "ab"]
     lses = [normal(heads, rows, dtype=torch.float32) * 5 for _ in "ab"]
     lses[0][:, ::3] = lses[1][:, 1::6] = -torch.inf
-    out, lse = merge_state(outs[0], lses[0], outs[1], lses[1])
+    given = [x.masked_fill((lse == -torch.inf).T[..., None], torch.nan) for x, lse in zip(outs, lses, strict=True)]
+    marked = lses[1].masked_fill(lses[1] == -torch.inf, torch.inf)  # as FlashAttention-2 marks a part over no key
+    out, lse = merge_state(given[0], lses[0], given[1], marked)
     expected_lse = torch.logaddexp(lses[0].double(), lses[1].double())
     weights = [torch.exp(each.double() - expected_lse).nan_to_num().mT[..., None] for each in lses]
     expected = weights[0] * outs[0].double() + weights[1] * outs[1].double()

@@ -29,6 +29,7 @@ class Case:
     out_rows: list[tuple]  # index of a sequence's rows in out
     lse_rows: list[tuple]  # and in lse
     appended: list[tuple[str, tuple, Tensor, bool]] = field(default_factory=list)  # argument, where, what, rotated
+    slots: Callable[[int, int, int], tuple] = lambda i, a, b: ()  # where tokens a to b of sequence i's keys lie
 
     def describe(self) -> str:
         """The plan and the arguments as text, for a person who has to reproduce a failure."""
@@ -109,7 +110,7 @@ def build(plan: Plan) -> Case:
         plan.only_qv,
     )  # fmt: skip
     _scalars(maker, arguments)
-    return Case(plan, arguments, problem, out_rows, lse_rows, appended)
+    return Case(plan, arguments, problem, out_rows, lse_rows, appended, maker.slots)
 
 
 def _gaps(maker: _Maker, lengths: tuple[int, ...], spare: bool) -> list[int]:

@@ -31,7 +31,7 @@ from jit_kernel.fa3.portable import forward as portable_forward  # noqa: E402
 from jit_kernel.fa3.portable import kernels as portable_kernels  # noqa: E402
 from jit_kernel.fa3.portable import tiles as portable_tiles  # noqa: E402
 from jit_kernel.fa3.portable.tiles import Tile, padded  # noqa: E402
-from tests.support import case_run, cases  # noqa: E402
+from tests.support import case_run, cases, hidden  # noqa: E402
 
 FEATURES = cases.FEATURES - {"qv", "only_qv", "descale_expanded"}
 SPACE = cases.Space(
@@ -132,6 +132,7 @@ def check_joining(seed: int) -> None:
             lses = torch.randn(splits, *lead, generator=random) * 9
             empty = torch.rand(splits, *lead, generator=random) < 0.3
             outs[empty], lses[empty] = math.nan, -math.inf
+            lses[empty & (torch.rand(splits, *lead, generator=random) < 0.5)] = math.inf  # FlashAttention-2's mark
             near(*flash_attention_v3.flash_attn_combine(outs, lses), outs, lses)
             if splits == 2:
                 by_head = lses.transpose(-1, -2)
@@ -141,6 +142,7 @@ def check_joining(seed: int) -> None:
 
 def near(out: torch.Tensor, lse: torch.Tensor, outs: torch.Tensor, lses: torch.Tensor) -> None:
     """Within one rounding of the joined value."""
+    lses = lses.masked_fill(lses == math.inf, -math.inf)
     ref_lse = torch.logsumexp(lses.double(), 0)
     weights = torch.exp(lses.double() - ref_lse).nan_to_num(nan=0.0)
     ref = (weights[..., None] * outs.double().nan_to_num()).sum(0)
@@ -201,6 +203,8 @@ def main(first: int, count: int) -> None:
     for seed in range(first, first + count):
         shares = case_run.judge(cases.draw(seed, SPACE), functions)
         print(f"case {seed} {shares.row:.4f} {shares.largest:.4f} {shares.lse:.4f}", flush=True)
+    counts = [hidden.differ(hidden.draw(seed, SPACE), functions) for seed in range(first, first + count // 4)]
+    print(f"hidden {len(counts)} {sum(n > 0 for n in counts)}")
     check_joining(first)
     check_batch_invariance(first)
     check_not_finite(first)

@@ -27,15 +27,16 @@ def check(call: Call, facts: Facts) -> tuple[int, int]:
     if call.function != KVCACHE:
         if call.page_table is not None:
             k_lengths = _values(call.seqused_k)
-            _need_room("seqused_k", k_lengths, [0] * facts.batch, facts)
-            _check_pages(call.page_table, k_lengths, [0] * facts.batch, None, facts)
+            none = [0] * facts.batch
+            _need_room("seqused_k", k_lengths, none, facts)
+            _check_pages(call, k_lengths, q_lengths, none, none, None, facts)
         else:
             k_lengths = _lengths(call, "cu_seqlens_k", "seqused_k", facts.k_rows, facts.batch)
         return max(q_lengths, default=0), max(k_lengths, default=0)
     new_lengths = [0] * facts.batch
     if call.k_new is not None:
         new_lengths = _lengths(call, "cu_seqlens_k_new", "", facts.new_rows, facts.batch)
-    k_lengths = _check_cache(call, new_lengths, facts)
+    k_lengths = _check_cache(call, q_lengths, new_lengths, facts)
     if call.rotary_cos is not None:
         _check_rotary(call, q_lengths, new_lengths, facts)
     return max(q_lengths, default=0), max(k_lengths, default=0)
@@ -87,7 +88,7 @@ def _need_room(name: str, lengths: Sequence[int], new_lengths: Sequence[int], fa
             )
 
 
-def _check_cache(call: Call, new_lengths: list[int], facts: Facts) -> list[int]:
+def _check_cache(call: Call, q_lengths: list[int], new_lengths: list[int], facts: Facts) -> list[int]:
     """cache_seqlens, cache_leftpad, cache_batch_idx and page_table; returns the lengths with the new keys."""
     batch = facts.batch
     old = [facts.k_rows] * batch if call.seqused_k is None else _values(call.seqused_k)
@@ -113,18 +114,37 @@ def _check_cache(call: Call, new_lengths: list[int], facts: Facts) -> list[int]:
             raise ValueError(f"cache_batch_idx is {batch_idx}; with k its rows must differ: each is appended to once")
     lengths = [length + new for length, new in zip(old, new_lengths, strict=True)]
     if call.page_table is not None:
-        _check_pages(call.page_table, lengths, leftpad, batch_idx, facts)
+        _check_pages(call, lengths, q_lengths, new_lengths, leftpad, batch_idx, facts)
     return [length - pad for length, pad in zip(lengths, leftpad, strict=True)]
 
 
-def _check_pages(
-    table: Tensor, lengths: Sequence[int], leftpad: Sequence[int], batch_idx: Sequence[int] | None, facts: Facts
-) -> None:
-    """Every entry that is read names a page; entries past a length may hold anything.
+def _first_seen(call: Call, queries: int, keys: int) -> int:
+    """The first of a sequence's keys that some query sees, or `keys` where none does."""
+    if not queries:
+        return keys
+    left, position, chunk = call.window_size[0], keys - queries, call.attention_chunk or 0
+    first = position - left if left >= 0 else 0
+    if chunk:
+        first = max(first, position // chunk * chunk)
+    return min(max(first, 0), keys)
 
-    On the CPU the kernel looks for itself and raises the same error text (cpu/entry/forward.h).
+
+def _check_pages(
+    call: Call,
+    lengths: Sequence[int],
+    q_lengths: Sequence[int],
+    new_lengths: Sequence[int],
+    leftpad: Sequence[int],
+    batch_idx: Sequence[int] | None,
+    facts: Facts,
+) -> None:
+    """Every entry that is read names a page: those with a key that some query sees, or with a new one.
+
+    The others may hold anything. On the CPU the kernel looks for itself and raises the same error text
+    (cpu/entry/forward.h).
     """
-    if facts.on_host:
+    table = call.page_table
+    if facts.on_host or table is None:
         return
     size, pages = facts.page_size, facts.pages
     used = [-(-length // size) for length in lengths]
@@ -139,7 +159,13 @@ def _check_pages(
     rows = read.tolist()
     for at, count in enumerate(used):
         row = at if batch_idx is None else batch_idx[at]
-        for column in range(leftpad[at] // size, count):
+        keys, pad = lengths[at] - leftpad[at], leftpad[at]
+        first = min(_first_seen(call, q_lengths[at], keys), keys - new_lengths[at])
+        if call.q.device.type == "musa":
+            first = 0  # MATE does not say which entries its kernels read
+        if first == keys:
+            continue
+        for column in range((pad + first) // size, count):
             page = rows[row][column]
             if not 0 <= page < pages:
                 raise ValueError(

@@ -6,12 +6,18 @@ out = sum_i exp(lse_i - lse) * out_i; where every lse_i is -inf, out is 0 and ls
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 
 def _weights(lse_parts: Tensor) -> tuple[Tensor, Tensor]:
-    """Over dim 0: the share of each part, 0 where no part has a key, and the lse of the whole."""
+    """Over dim 0: the share of each part, 0 where it has no key, and the lse of the whole.
+
+    A part without keys has an lse of -inf, or of +inf as FlashAttention-2 marks it.
+    """
+    lse_parts = lse_parts.masked_fill(lse_parts == math.inf, -math.inf)
     lse = torch.logsumexp(lse_parts, dim=0)
     return torch.exp(lse_parts - lse).nan_to_num(nan=0.0), lse
 

@@ -112,8 +112,9 @@ def combine(
             mask=present,
             other=float("-inf"),
         )
-        part_lse = part_lse * LOG2_E
-        # A split that saw nothing has lse -inf, and its partial may hold anything; NaN goes on into the sum.
+        # A split that saw nothing has lse -inf, or +inf as FlashAttention-2 marks it, and its partial may hold
+        # anything; NaN goes on into the sum.
+        part_lse = tl.where(part_lse == float("inf"), float("-inf"), part_lse * LOG2_E)
         seen = part_lse != float("-inf")
         pointers = (
             out_partial

@@ -188,8 +188,10 @@ def forward(
     last_token = tl.minimum(((row_tile + 1) * BLOCK_M - 1) // heads_per_tile, sq - 1)
     first_key = first_visible_key(tokens, sq, sk, window_left, attention_chunk)
     end_key = end_visible_key(tokens, sq, sk, window_right, attention_chunk)
-    tile_begin = first_visible_key(first_token, sq, sk, window_left, attention_chunk) // BLOCK_N
-    tile_end = tl.cdiv(end_visible_key(last_token, sq, sk, window_right, attention_chunk), BLOCK_N)
+    seen_begin = first_visible_key(first_token, sq, sk, window_left, attention_chunk)
+    seen_end = end_visible_key(last_token, sq, sk, window_right, attention_chunk)
+    tile_begin = seen_begin // BLOCK_N
+    tile_end = tl.cdiv(seen_end, BLOCK_N)
     tiles_per_split = tl.cdiv(tl.maximum(tile_end - tile_begin, 0), num_splits)
     tile_begin = tile_begin + split * tiles_per_split
     tile_end = tl.minimum(tile_end, tile_begin + tiles_per_split)
@@ -240,7 +242,7 @@ def forward(
     if LOCAL:
         acc, row_sum, row_max = attend(
             acc, row_sum, row_max, q_tile, k_tile_base, v_tile_base, table_row,
-            tile_begin, full_begin, first_key, end_key, sk, leftpad, page_size,
+            tile_begin, full_begin, first_key, end_key, seen_begin, seen_end, leftpad, page_size,
             k_stride_batch * STRIDE_UNIT, k_stride_token * STRIDE_UNIT,
             v_stride_batch * STRIDE_UNIT, v_stride_token * STRIDE_UNIT, softmax_scale, softcap,
             HEAD_DIM, HEAD_DIM_V, HEAD_DIM_PADDED, HEAD_DIM_V_PADDED, BLOCK_N,
@@ -248,7 +250,7 @@ def forward(
         )  # fmt: skip
     acc, row_sum, row_max = attend(
         acc, row_sum, row_max, q_tile, k_tile_base, v_tile_base, table_row,
-        full_begin, full_end, first_key, end_key, sk, leftpad, page_size,
+        full_begin, full_end, first_key, end_key, seen_begin, seen_end, leftpad, page_size,
         k_stride_batch * STRIDE_UNIT, k_stride_token * STRIDE_UNIT,
         v_stride_batch * STRIDE_UNIT, v_stride_token * STRIDE_UNIT, softmax_scale, softcap,
         HEAD_DIM, HEAD_DIM_V, HEAD_DIM_PADDED, HEAD_DIM_V_PADDED, BLOCK_N,
@@ -256,7 +258,7 @@ def forward(
     )  # fmt: skip
     acc, row_sum, row_max = attend(
         acc, row_sum, row_max, q_tile, k_tile_base, v_tile_base, table_row,
-        full_end, tile_end, first_key, end_key, sk, leftpad, page_size,
+        full_end, tile_end, first_key, end_key, seen_begin, seen_end, leftpad, page_size,
         k_stride_batch * STRIDE_UNIT, k_stride_token * STRIDE_UNIT,
         v_stride_batch * STRIDE_UNIT, v_stride_token * STRIDE_UNIT, softmax_scale, softcap,
         HEAD_DIM, HEAD_DIM_V, HEAD_DIM_PADDED, HEAD_DIM_V_PADDED, BLOCK_N,

@@ -8,10 +8,12 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def load_pages(table_row, first, seqlen_k, leftpad, page_size, BLOCK_N: tl.constexpr, INTERPRETED: tl.constexpr):
+def load_pages(
+    table_row, first, seen_begin, seen_end, leftpad, page_size, BLOCK_N: tl.constexpr, INTERPRETED: tl.constexpr
+):
     """(BLOCK_N,) page numbers of the keys from `first` on, and their places inside these pages."""
-    # Table entries past a sequence's length are never read: those lanes take the last key's.
-    keys = tl.maximum(tl.minimum(first + tl.arange(0, BLOCK_N), seqlen_k - 1), 0)
+    # Table entries of keys that no row sees may hold anything: those lanes take the first or last key's that is seen.
+    keys = tl.maximum(tl.minimum(first + tl.arange(0, BLOCK_N), seen_end - 1), seen_begin)
     positions = leftpad + keys
     entries = table_row + positions // page_size
     if INTERPRETED:
@@ -30,7 +32,8 @@ def load_keys(
     pages,
     slots,
     first,
-    seqlen_k,
+    seen_begin,
+    seen_end,
     stride_batch,
     stride_token,
     SIZE: tl.constexpr,
@@ -40,7 +43,7 @@ def load_keys(
     NARROW: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """(BLOCK_N, SIZE_PADDED) keys or values from key `first` on; zero past the sequence and SIZE."""
+    """(BLOCK_N, SIZE_PADDED) keys or values from key `first` on; zero where no row sees the key, and past SIZE."""
     offsets = tl.arange(0, BLOCK_N)
     columns = tl.arange(0, SIZE_PADDED)
     if PAGED:
@@ -52,7 +55,8 @@ def load_keys(
             stride_token = stride_token.to(tl.int32)
         pointers = tile + (offsets * stride_token)[:, None] + columns[None, :]
     if MASKED:
-        mask = (first + offsets < seqlen_k)[:, None]
+        # What no row sees may hold anything, and a weight of 0 times NaN is NaN.
+        mask = ((first + offsets >= seen_begin) & (first + offsets < seen_end))[:, None]
         if SIZE != SIZE_PADDED:
             mask = mask & (columns < SIZE)[None, :]
         return tl.load(pointers, mask=mask, other=0.0)
@@ -74,7 +78,8 @@ def attend(
     tile_end,
     first_key,
     end_key,
-    seqlen_k,
+    seen_begin,
+    seen_end,
     leftpad,
     page_size,
     k_stride_batch,
@@ -96,6 +101,8 @@ def attend(
 ):
     """Online softmax over the key tiles tile_begin <= tile < tile_end; maxima in log2 units.
 
+    Keys from seen_begin to seen_end are seen by some row of the tile, and no others are read.
+
     The maximum is taken before scaling, one multiplication less per score: the scale is positive.
     """
     if SOFTCAP:
@@ -103,20 +110,24 @@ def attend(
         to_exponent = tl.minimum(2.0 * LOG2_E * softmax_scale / softcap, 1e30)
     pages, slots = tile_begin, tile_begin  # without pages nothing reads them
     if PAGED:
-        pages, slots = load_pages(table_row, tile_begin * BLOCK_N, seqlen_k, leftpad, page_size, BLOCK_N, INTERPRETED)
+        pages, slots = load_pages(
+            table_row, tile_begin * BLOCK_N, seen_begin, seen_end, leftpad, page_size, BLOCK_N, INTERPRETED
+        )
     for tile in range(tile_begin, tile_end):
         first = tile * BLOCK_N
         k_tile = load_keys(
-            k, pages, slots, first, seqlen_k, k_stride_batch, k_stride_token,
+            k, pages, slots, first, seen_begin, seen_end, k_stride_batch, k_stride_token,
             HEAD_DIM, HEAD_DIM_PADDED, BLOCK_N, PAGED, NARROW, MASKED,
         )  # fmt: skip
         v_tile = load_keys(
-            v, pages, slots, first, seqlen_k, v_stride_batch, v_stride_token,
+            v, pages, slots, first, seen_begin, seen_end, v_stride_batch, v_stride_token,
             HEAD_DIM_V, HEAD_DIM_V_PADDED, BLOCK_N, PAGED, NARROW, MASKED,
         )  # fmt: skip
         if PAGED:
             # A tile ahead: decoding over pages of 64 takes 4240 GB/s so, 3690 with the lookup in front.
-            pages, slots = load_pages(table_row, first + BLOCK_N, seqlen_k, leftpad, page_size, BLOCK_N, INTERPRETED)
+            pages, slots = load_pages(
+                table_row, first + BLOCK_N, seen_begin, seen_end, leftpad, page_size, BLOCK_N, INTERPRETED
+            )
         if INTERPRETED:
             k_tile = k_tile.to(tl.float32)
         scores = tl.dot(q_tile, tl.trans(k_tile))

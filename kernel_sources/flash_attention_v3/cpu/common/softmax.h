@@ -15,7 +15,7 @@ constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // P rounded to bf16 is off by 2^-9, to fp16 by 2^-12: beside that a polynomial of degree 3
-// (2^-13.7) is hardly seen, and 3 % of an AMX prefill faster than one of degree 4.
+// (2^-13.2) is hardly seen, and 3 % of an AMX prefill faster than one of degree 4.
 template <class Math>
 constexpr int kExpDegree = std::is_same<Math, float>::value ? 6 : 3;
 

@@ -22,14 +22,16 @@ struct DecodeInOrder : DecodeState<Element, Math> {
   using State = DecodeState<Element, Math>;
   using Block = typename State::Block;
   using State::blocks, State::kBlocks, State::sum_columns, State::head_begin, State::steps;
-  using State::sizes, State::heads, State::in_place;
+  using State::sizes, State::heads, State::rows, State::seen, State::in_place;
   static_assert(kBlocks == 3, "a block and two to come: open_pages()");
   static constexpr int64_t kBytesAhead = 32 << 10;
 
   // Rows of a block's keys, of its values, and of the ones read next, so that each has one
   // kRowsAgain rows later. Elements in place, or one head converted.
   const void** near;
-  Math *keys, *values;  // a head's, converted
+  Math *keys, *values;      // a head's, converted
+  Math* no_value;           // a row of zeros
+  bool row_by_row = false;  // whether each row has values of its own: see add_block()
   int64_t value_stride;
   RunPrefetch<Block, kBlocks> ahead;
   int64_t key_bytes, value_bytes;  // of one head
@@ -57,6 +59,7 @@ struct DecodeInOrder : DecodeState<Element, Math> {
     f(near, 3 * kDecodeBlock);
     f(keys, kDecodeBlock * sizes.qk);
     f(values, kDecodeBlock * value_stride);
+    f(no_value, value_stride);
   }
 
   template <class Key>
@@ -110,20 +113,38 @@ struct DecodeInOrder : DecodeState<Element, Math> {
   }
 
   // The values of a block whose scores are made: kValueKeys keys of all heads, then the next.
-  // softmax(head) is called before a head's first ones, add(head, key) for those from `key` on.
+  // softmax(head) is called before a head's first ones, add(head, key, begin, end) for those from
+  // `key` on and the rows from `begin` to `end`.
+  //
+  // A probability of 0 times a value that is not finite would be NaN: where a block has one, and a
+  // row that does not see its key, each row is added by itself, with zeros for what it does not
+  // see.
   template <class Softmax, class Add>
-  void add_block(const Heads& of, Softmax&& softmax, Add&& add) {
+  void add_block(const Block& block, const Heads& of, Softmax&& softmax, Add&& add) {
+    if (row_by_row) {
+      softmax(of.begin);
+      std::fill_n(no_value, value_stride, Math{});
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t j = 0; j < kDecodeBlock; ++j) {
+          const int64_t key = block.first + j;
+          const bool is_seen = key >= seen[i].begin && key < seen[i].end;
+          near[kDecodeBlock + j] = is_seen ? values + j * value_stride : no_value;
+        }
+        for (int64_t key = 0; key < kDecodeBlock; key += kValueKeys) add(of.begin, key, i, i + 1);
+      }
+      return;
+    }
     for (int64_t key = 0; key < kDecodeBlock; key += kValueKeys) {
       for (int64_t h = of.begin; h < of.end; ++h) {
         if (key == 0) softmax(h);
-        add(h, key);
+        add(h, key, 0, rows);
       }
     }
   }
 
   // Calls kernel.attend_heads<Key>(block, heads) for all heads of block after block, and write()
-  // when a part has ended. A block whose keys are not all seen is converted, too: a probability of
-  // 0 times a value that is not finite would be NaN.
+  // when a part has ended. A block whose keys not every row sees is converted, too, to clear what
+  // is not seen.
   template <class Kernel, class Params, class Write>
   void run_blocks(Kernel& kernel, const Params& params, const Sequence& s, Write&& write) {
     look_ahead_in_order(params);
@@ -136,12 +157,16 @@ struct DecodeInOrder : DecodeState<Element, Math> {
       this->end_parts(b * heads, write);
       const Block &block = blocks[b % kBlocks],
                   &next = blocks[std::min(count - 1, b + 1) % kBlocks];
-      if (in_place && this->is_whole(block)) {
+      const bool is_edge = !this->all_see(block);
+      if (in_place && this->is_whole(block) && !is_edge) {
         kernel.template attend_heads<Element>(block, find_heads(params, block, next));
         continue;
       }
       for (int64_t h = 0; h < heads; ++h) {
-        kernel.template attend_heads<Math>(block, convert_head(params, block, h));
+        const Heads of = convert_head(params, block, h);
+        row_by_row = is_edge && !are_finite(values, kDecodeBlock * value_stride);
+        kernel.template attend_heads<Math>(block, of);
+        row_by_row = false;
       }
     }
     this->end_last_parts(write);

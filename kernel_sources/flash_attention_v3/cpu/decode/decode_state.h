@@ -64,6 +64,11 @@ struct DecodeState {
 
   bool is_whole(const Block& b) const { return b.from == 0 && b.to == kDecodeBlock; }
 
+  // Whether every row sees the keys of a block that any row sees.
+  bool all_see(const Block& b) const {
+    return seen[rows - 1].begin <= b.first + b.from && seen[0].end >= b.first + b.to;
+  }
+
   template <class F>
   void each_state_array(F&& f) {
     int64_t all_rows = heads * rows;

@@ -151,18 +151,18 @@ struct Decode : DecodeInOrder<Element, float> {
     }
   }
 
-  // Adds the values of kValueKeys keys to a head's sums.
+  // Adds the values of kValueKeys keys to a head's sums of the rows from `begin` to `end`.
   template <class Value>
-  void add_keys(const Heads& of, int64_t head, int64_t key) {
+  void add_keys(const Heads& of, int64_t head, int64_t key, int64_t begin, int64_t end) {
     const Value* const* v = this->template values_from<Value>(key);
     const float* p = scores + head * rows * kDecodeBlock + key;
     float* sum = sums + head * rows * sizes.dv;
     ahead.ask(kValueKeys * value_bytes);
-    int64_t i = 0;
-    for (; i + 4 <= rows; i += 4) {
+    int64_t i = begin;
+    for (; i + 4 <= end; i += 4) {
       add_rows<4>(v, of.v(head), p + i * kDecodeBlock, sum + i * sizes.dv);
     }
-    for (; i < rows; ++i) add_rows<1>(v, of.v(head), p + i * kDecodeBlock, sum + i * sizes.dv);
+    for (; i < end; ++i) add_rows<1>(v, of.v(head), p + i * kDecodeBlock, sum + i * sizes.dv);
   }
 
   // Scores to probabilities; the head's sums are scaled to its new maximum.
@@ -193,8 +193,10 @@ struct Decode : DecodeInOrder<Element, float> {
       const int64_t together = rows % 4 == 0 ? kLanes / 4 : kLanes;
       for (int64_t key = 0; key < kDecodeBlock; key += together) score<Key>(of, key, together);
       this->add_block(
-          of, [&](int64_t head) { softmax(block, head); },
-          [&](int64_t head, int64_t key) { add_keys<Key>(of, head, key); });
+          block, of, [&](int64_t head) { softmax(block, head); },
+          [&](int64_t head, int64_t key, int64_t begin, int64_t end) {
+            add_keys<Key>(of, head, key, begin, end);
+          });
     }
   }
 

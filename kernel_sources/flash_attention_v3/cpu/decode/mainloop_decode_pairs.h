@@ -114,15 +114,16 @@ struct DecodePairs : DecodeInOrder<Element, bf16> {
     }
   }
 
-  // Adds the values of kValueKeys keys from `key` on to a head's sums.
-  void add_values(const Heads& of, int64_t head, int64_t key) {
+  // Adds the values of kValueKeys keys from `key` on to a head's sums of the rows from `begin` to
+  // `end`.
+  void add_values(const Heads& of, int64_t head, int64_t key, int64_t begin, int64_t end) {
     const bf16* const* v = this->template values_from<bf16>(key);
-    for (int64_t i = 0; i < rows;) {
+    for (int64_t i = begin; i < end;) {
       const int64_t in_group = i % kGroupRows;
       const bf16* pairs = p + padded_row(head, i / kGroupRows) * kDecodeBlock + key * kGroupRows +
                           in_group * kScoreKeys;
       float* sum = sums + (head * rows + i) * sum_columns;
-      if (in_group == 0 && i + kGroupRows <= rows) {
+      if (in_group == 0 && i + kGroupRows <= end) {
         add_rows<kGroupRows>(v, of.v(head), pairs, sum);
         i += kGroupRows;
       } else {
@@ -137,8 +138,10 @@ struct DecodePairs : DecodeInOrder<Element, bf16> {
     if constexpr (std::is_same<Key, bf16>::value) {
       for (int64_t key = 0; key < kDecodeBlock; key += kScoreKeys) score(of, key);
       this->add_block(
-          of, [&](int64_t head) { softmax(block, head); },
-          [&](int64_t head, int64_t key) { add_values(of, head, key); });
+          block, of, [&](int64_t head) { softmax(block, head); },
+          [&](int64_t head, int64_t key, int64_t begin, int64_t end) {
+            add_values(of, head, key, begin, end);
+          });
     }
   }
 

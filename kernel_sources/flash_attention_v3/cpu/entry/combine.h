@@ -1,8 +1,9 @@
 // The entry of the combine library: parts of attention over disjoint keys to the whole.
 //
 // out = sum_i exp(lse_i - lse) out_i and lse = log(sum_i exp(lse_i)); rows that no part saw give 0
-// and -inf. Any floating dtype, any strides with a unit last one; lse has out's shape without its
-// last dimension, float32.
+// and -inf. A part that saw nothing has an lse of -inf, or of +inf as FlashAttention-2 marks it.
+// Any floating dtype, any strides with a unit last one; lse has out's shape without its last
+// dimension, float32.
 #pragma once
 
 #include <cmath>
@@ -72,8 +73,9 @@ inline void combine_row(Part* parts, int64_t count, char* out, DLDataType dtype,
   }
 }
 
-inline float float_at(const RowWalk& lse, int64_t outer, int64_t row) {
-  return *reinterpret_cast<const float*>(lse.at(outer, row));
+inline double lse_at(const RowWalk& lse, int64_t outer, int64_t row) {
+  const float x = *reinterpret_cast<const float*>(lse.at(outer, row));
+  return x == INFINITY ? -INFINITY : x;
 }
 
 inline void combine(FfiArguments& from) {
@@ -85,7 +87,7 @@ inline void combine(FfiArguments& from) {
   for (int64_t r = 0; r < a.lse.numel(); ++r) {
     for (int64_t i = 0; i < splits; ++i) {
       parts[static_cast<size_t>(i)] = {values.at(i, r), a.out_partial.dtype(),
-                                       float_at(weights, i, r), 0.0};
+                                       lse_at(weights, i, r), 0.0};
     }
     combine_row(parts.data(), splits, to.at(0, r), a.out.dtype(), dv,
                 reinterpret_cast<float*>(to_lse.at(0, r)));
@@ -99,8 +101,8 @@ inline void merge_state(FfiArguments& from) {
   const RowWalk values_b{a.out_b, 0, 1}, weights_b{a.lse_b, 0, 0};
   const RowWalk to{a.out, 0, 1}, to_lse{a.lse, 0, 0};
   for (int64_t r = 0; r < a.lse.numel(); ++r) {
-    Part parts[2] = {{values_a.at(0, r), a.out_a.dtype(), float_at(weights_a, 0, r), 0.0},
-                     {values_b.at(0, r), a.out_b.dtype(), float_at(weights_b, 0, r), 0.0}};
+    Part parts[2] = {{values_a.at(0, r), a.out_a.dtype(), lse_at(weights_a, 0, r), 0.0},
+                     {values_b.at(0, r), a.out_b.dtype(), lse_at(weights_b, 0, r), 0.0}};
     combine_row(parts, 2, to.at(0, r), a.out.dtype(), dv,
                 reinterpret_cast<float*>(to_lse.at(0, r)));
   }

@@ -95,13 +95,16 @@ struct PackedI16 {
   // Packs the block that begins `at` keys after the first of those that are packed.
   void pack_block(const State& state, int64_t at) {
     const int64_t block = state.tiles.block, end = std::min(state.packed, at + block);
+    auto rows_from = [&](int64_t i) {
+      return PackedRows{state.hidden - i, end - i, state.packed - i};
+    };
     const fp16* rows[kDepth];
     const i16* integers[simd::kLanes];
     odd_counts[at / block] = 0;
     has_floats[at / block] = false;
     for (int64_t j = 0; j < simd::kLanes; ++j) integers[j] = spare + j * depth;
     for (int64_t i = at; i < end; i += kDepth) {
-      find_rows(state.key_pointers + i, end - i, state.packed - i, state.d, depth, rows);
+      find_rows(state.key_pointers + i, rows_from(i), state.d, depth, rows);
       for (int64_t j = 0; j < kDepth; j += simd::kLanes) {
         auto load = [&](int64_t row, int64_t n) { return simd::load_as_float(rows[j + row] + n); };
         simd::Vec norms = rows_to_integers(load, depth, spare, key_factors + i + j);
@@ -110,7 +113,7 @@ struct PackedI16 {
       }
     }
     for (int64_t i = at; i < end; i += kDepth) {
-      find_rows(state.value_pointers + i, end - i, state.packed - i, state.dv, dv, rows);
+      find_rows(state.value_pointers + i, rows_from(i), state.dv, dv, rows);
       values_to_integers(rows, dv, values + at * dv + (i - at) * simd::kLanes, simd::kLanes * block,
                          value_factors + i, key_norms + i);
     }
@@ -129,18 +132,19 @@ struct PackedI16 {
     return norms;
   }
 
-  // kDepth rows of n elements, filled up to `padded` with zeros; of them `count` are there. The
-  // next kDepth are asked for where there are so many.
-  void find_rows(const fp16* const* from, int64_t count, int64_t known, int64_t n, int64_t padded,
+  // kDepth rows of n elements, filled up to `padded` with zeros. The next kDepth are asked for
+  // where there are so many.
+  void find_rows(const fp16* const* from, const PackedRows& which, int64_t n, int64_t padded,
                  const fp16** rows) {
-    Prefetch ahead(reinterpret_cast<const void* const*>(from), n * int64_t{sizeof(fp16)}, known,
-                   kDepth);
+    Prefetch ahead(reinterpret_cast<const void* const*>(from), n * int64_t{sizeof(fp16)},
+                   which.known, kDepth);
     ahead.more(kDepth);
     for (int64_t j = 0; j < kDepth; ++j) {
-      rows[j] = from[std::min(j, count - 1)];
-      if (n == padded && j < count) continue;
+      const bool is_there = which.holds(j);
+      rows[j] = is_there ? from[j] : nullptr;
+      if (n == padded && is_there) continue;
       fp16* to = halves + j * padded;
-      convert_row<fp16>(rows[j], to, j < count ? n : 0, padded);
+      convert_row<fp16>(rows[j], to, is_there ? n : 0, padded);
       rows[j] = to;
     }
   }

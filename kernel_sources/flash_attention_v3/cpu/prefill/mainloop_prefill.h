@@ -7,6 +7,7 @@
 
 #include "flash_attention_v3/cpu/common/mask.h"
 #include "flash_attention_v3/cpu/common/query.h"
+#include "flash_attention_v3/cpu/prefill/edge_values.h"
 #include "flash_attention_v3/cpu/prefill/mainloop_prefill_amx.h"
 #include "flash_attention_v3/cpu/prefill/prefill_i16.h"
 #include "flash_attention_v3/cpu/prefill/prefill_state.h"
@@ -17,7 +18,7 @@ namespace jit_kernel {
 template <class Element, class Math = MathOf<Element>>
 struct Prefill : PrefillState<Element, Math> {
   using State = PrefillState<Element, Math>;
-  using State::keys, State::key_pointers, State::value_pointers, State::packed;
+  using State::keys, State::key_pointers, State::value_pointers, State::packed, State::hidden;
   using State::kI16, State::kTileRows, State::kTiles;
   using State::sizes, State::tiles, State::once, State::scores, State::begins, State::ends;
   using typename State::Tile, typename State::TileState;
@@ -46,12 +47,19 @@ struct Prefill : PrefillState<Element, Math> {
     }
   }
 
-  // The keys first .. first + count - 1, block after block.
+  // The keys first .. first + count - 1, block after block; no row sees those before `seen`.
   template <class Params>
-  void pack(const Params& params, const Sequence& s, int64_t head_k, int64_t first, int64_t count) {
-    if (!params.only_qv) key_rows(params, params.k, s, first, count, head_k, key_pointers);
-    key_rows(params, params.v, s, first, count, head_k, value_pointers);
+  void pack(const Params& params, const Sequence& s, int64_t head_k, int64_t first, int64_t count,
+            int64_t seen) {
     packed = count;
+    hidden = std::min(std::max<int64_t>(0, seen - first), count);
+    const auto find = [&](const Rows<Element>& rows, const Element** pointers) {
+      key_rows(params, rows, s, first + hidden, count - hidden, head_k, pointers + hidden);
+      // What is asked for ahead is one of the others.
+      std::fill_n(pointers, hidden, hidden < count ? pointers[hidden] : nullptr);
+    };
+    if (!params.only_qv) find(params.k, key_pointers);
+    find(params.v, value_pointers);
     for (int64_t at = 0; at < count; at += tiles.block) {
       if constexpr (kI16) {
         if (integers.on) {
@@ -93,7 +101,11 @@ struct Prefill : PrefillState<Element, Math> {
   }
 
   void add_values(const Tile& t) {
-    GemmArgs<Math> g = this->begin_values(t);
+    if (EdgeValues<State, Math>(*this, t).any_odd()) return add_odd_values(t);
+    multiply_values(t, this->begin_values(t));
+  }
+
+  void multiply_values(const Tile& t, const GemmArgs<Math>& g) {
     this->each_part(t, [&](int64_t i, int64_t rows, int64_t keys) {
       GemmArgs<Math> part = g;
       part.a += i * g.lda;
@@ -101,6 +113,14 @@ struct Prefill : PrefillState<Element, Math> {
       part.depth = part.piece = keys;
       multiply(part, rows, sizes.dv / simd::kLanes);
     });
+  }
+
+  __attribute__((noinline)) void add_odd_values(const Tile& t) {
+    GemmArgs<Math> g = this->begin_values(t);
+    EdgeValues<State, Math> edges(*this, t);
+    edges.leave_out(g);
+    multiply_values(t, g);
+    edges.add(g);
   }
 
   void multiply(const GemmArgs<Math>& g, int64_t rows, int64_t panels) {
@@ -181,7 +201,7 @@ struct Prefill : PrefillState<Element, Math> {
     };
     for (; first < end; first += this->packed_keys(), left = padded) {
       int64_t count = std::min(this->packed_keys(), end - first);
-      pack(params, s, item.head_begin, first, count);
+      pack(params, s, item.head_begin, first, count, begin);
       const bool last = first + count == end;
       packed_tiles(scale, rows, first, count, take, load, [&](int64_t row) {
         if (last) this->write_tile(params, s, item, parts, scale, row);

@@ -15,6 +15,7 @@
 #pragma once
 
 #include "flash_attention_v3/cpu/common/softmax.h"
+#include "flash_attention_v3/cpu/prefill/edge_values.h"
 #include "flash_attention_v3/cpu/prefill/gemm_amx.h"
 #include "flash_attention_v3/cpu/prefill/prefill_state.h"
 
@@ -100,6 +101,9 @@ class TilePipeline {
       raise_maxima(t);
     }
     GemmArgs<Math> g = state_.begin_values(t);
+    EdgeValues<State, Math> edges(state_, t);
+    const bool any_odd = edges.any_odd();
+    if (any_odd) edges.leave_out(g);
     const int64_t panels = state_.sizes.dv / simd::kLanes;
     for (int64_t j = 0; j < panels; j += 2) {
       products_.multiply(g, j, panels, [] {});
@@ -108,6 +112,10 @@ class TilePipeline {
       // While the values are added: 3 % of a prefill of 512 keys. Not where it has sums already,
       // for which it would have to remember its factors.
       if (next && next->row != t.row && !state_.has_sums(next->row)) begin_maxima(*next);
+    }
+    if (any_odd) {
+      products_.finish();
+      edges.add(g);
     }
   }
 

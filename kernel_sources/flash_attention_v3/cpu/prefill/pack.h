@@ -1,4 +1,4 @@
-// Rows of keys and values to panels, as gemm.h wants B; rows past the last one become zeros.
+// Rows of keys and values to panels, as gemm.h wants B; rows that no query sees become zeros.
 #pragma once
 
 #include "flash_attention_v3/cpu/common/convert.h"
@@ -29,21 +29,30 @@ inline void transpose_panel(const Math* const* rows, int64_t padded, Math* out, 
 #endif
 }
 
+// Which rows are packed: those from `hidden` to `count`. The ones around them become zeros: no
+// query sees them, so their memory may hold anything. Rows up to `known` have pointers to be asked
+// for.
+struct PackedRows {
+  int64_t hidden, count, known;
+
+  bool holds(int64_t row) const { return row >= hidden && row < count; }
+};
+
 // Keys to panels: panel after panel (`panel` elements apart) of kLanes keys.
-// `spare` holds kLanes rows of `padded` elements; keys past `count` become zeros. Of `known` rows
-// each is asked for a panel ahead, in the order of memory: packing 2,048 keys and values of head
-// size 128 takes 160 us instead of 230, where reading them alone takes 110.
+// `spare` holds kLanes rows of `padded` elements. Each row is asked for a panel ahead, in the order
+// of memory: packing 2,048 keys and values of head size 128 takes 160 us instead of 230, where
+// reading them alone takes 110.
 template <class Math, class Element>
-inline void pack_keys(const Element* const* rows, int64_t count, int64_t known, int64_t d,
+inline void pack_keys(const Element* const* rows, const PackedRows& which, int64_t d,
                       int64_t padded, Math* out, int64_t panel, Math* spare) {
-  Prefetch ahead(reinterpret_cast<const void* const*>(rows), d * int64_t{sizeof(Element)}, known,
-                 simd::kLanes);
+  Prefetch ahead(reinterpret_cast<const void* const*>(rows), d * int64_t{sizeof(Element)},
+                 which.known, simd::kLanes);
   bool in_place = std::is_same<Math, Element>::value && d == padded;
-  for (int64_t first = 0; first < count; first += simd::kLanes, out += panel) {
+  for (int64_t first = 0; first < which.count; first += simd::kLanes, out += panel) {
     const Math* lanes[simd::kLanes];
     for (int64_t j = 0; j < simd::kLanes; ++j) {
       lanes[j] = spare + j * padded;
-      if (first + j >= count) {
+      if (!which.holds(first + j)) {
         convert_row<Math>(static_cast<const Element*>(nullptr), spare + j * padded, 0, padded);
       } else if (in_place) {
         lanes[j] = reinterpret_cast<const Math*>(rows[first + j]);
@@ -55,24 +64,30 @@ inline void pack_keys(const Element* const* rows, int64_t count, int64_t known, 
   }
 }
 
-// Values to panels of kLanes columns. Rows count .. padded_count - 1 become zeros; of `known` rows
-// each is asked for ahead, as pack_keys does.
+// The key in the place `at` of packed values, within kDepth of them.
+template <class Math>
+constexpr int64_t key_at(int64_t at) {
+  constexpr int64_t kTogether = kStep<Math>, kApart = kStepApart<Math>;
+  const int64_t step = at / kTogether;
+  return step / kApart * kApart * kTogether + step % kApart + at % kTogether * kApart;
+}
+
+// Values to panels of kLanes columns, `padded_count` rows of them, asked for as pack_keys does.
 template <class Math, class Element>
-inline void pack_values(const Element* const* rows, int64_t count, int64_t known,
-                        int64_t padded_count, int64_t dv, int64_t padded, Math* out, int64_t panel,
-                        Math* spare) {
-  Prefetch ahead(reinterpret_cast<const void* const*>(rows), dv * int64_t{sizeof(Element)}, known,
-                 kDepth);
+inline void pack_values(const Element* const* rows, const PackedRows& which, int64_t padded_count,
+                        int64_t dv, int64_t padded, Math* out, int64_t panel, Math* spare) {
+  Prefetch ahead(reinterpret_cast<const void* const*>(rows), dv * int64_t{sizeof(Element)},
+                 which.known, kDepth);
   bool in_place = std::is_same<Math, Element>::value && dv == padded;
   constexpr int kTogether = kStep<Math>;
-  constexpr int64_t kApart = kStepApart<Math>;
   for (int64_t step = 0; step < padded_count / kTogether; ++step) {
     const Math* row[kTogether];
     ahead.more(kTogether);
     for (int i = 0; i < kTogether; ++i) {
-      int64_t key = step / kApart * kApart * kTogether + step % kApart + i * kApart;
+      const int64_t at = step * kTogether + i,
+                    key = at / kDepth * kDepth + key_at<Math>(at % kDepth);
       row[i] = spare + i * padded;
-      if (key >= count) {
+      if (!which.holds(key)) {
         convert_row<Math>(static_cast<const Element*>(nullptr), spare + i * padded, 0, padded);
       } else if (in_place) {
         row[i] = reinterpret_cast<const Math*>(rows[key]);

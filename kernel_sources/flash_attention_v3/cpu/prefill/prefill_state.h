@@ -67,8 +67,10 @@ struct PrefillState {
 #ifdef JIT_KERNEL_AMX
   AmxTiles amx;
 #endif
-  int64_t d, dv;       // not padded; d is 0 where only qv counts
-  int64_t packed = 0;  // keys
+  int64_t d, dv;                   // not padded; d is 0 where only qv counts
+  int64_t packed = 0, hidden = 0;  // keys; the first ones of them that no row of the item sees
+  enum class Finite : char { kUnknown, kYes, kNo };
+  Finite* finite;  // of each kDepth packed keys, whether their values are (edge_values.h)
 
   int64_t score_stride() const { return tiles.block + simd::kLanes; }  // off the powers of two
 
@@ -97,6 +99,7 @@ struct PrefillState {
     f(turned, sizes.depth);
     f(key_pointers, packed_keys());
     f(value_pointers, packed_keys());
+    f(finite, packed_keys() / kDepth);
   }
 
   int64_t packed_keys() const { return tiles.block * tiles.blocks; }  // at once
@@ -209,21 +212,28 @@ struct PrefillState {
 
   // The block that begins `at` keys after the first of those that are packed.
   void pack_block(int64_t at) {
-    const int64_t left = packed - at;
-    const int64_t count = std::min(tiles.block, left), padded = round_up(count, kDepth);
+    const PackedRows which = rows_of_block(at);
+    const int64_t count = which.count, padded = round_up(count, kDepth);
     const int64_t panel = simd::kLanes * sizes.depth;
     Math *to_keys = keys + at * sizes.depth, *to_values = values + at * sizes.dv;
     if (sizes.qk) {
-      pack_keys(key_pointers + at, count, left, d, sizes.qk, to_keys, panel, spare);
+      pack_keys(key_pointers + at, which, d, sizes.qk, to_keys, panel, spare);
       fill_panels(count, padded, sizes.qk, to_keys, panel);
     }
     if (sizes.qv) {
       Math* after = to_keys + simd::kLanes * sizes.qk;
-      pack_keys(value_pointers + at, count, left, dv, sizes.qv, after, panel, spare);
+      pack_keys(value_pointers + at, which, dv, sizes.qv, after, panel, spare);
       fill_panels(count, padded, sizes.qv, after, panel);
     }
-    pack_values(value_pointers + at, count, left, padded, dv, sizes.dv, to_values,
+    pack_values(value_pointers + at, which, padded, dv, sizes.dv, to_values,
                 simd::kLanes * tiles.block, spare);
+    std::fill_n(finite + at / kDepth, padded / kDepth, Finite::kUnknown);
+  }
+
+  // The rows of the block that begins `at` keys after the first of those that are packed.
+  PackedRows rows_of_block(int64_t at) const {
+    const int64_t left = packed - at;
+    return {std::max<int64_t>(0, hidden - at), std::min(tiles.block, left), left};
   }
 
   // Zeros in the panels that hold no key.

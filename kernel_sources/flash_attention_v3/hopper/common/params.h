@@ -10,11 +10,12 @@ struct alignas(64) TensorMap {
 };
 
 // How a tensor's tiles are reached by the copy engine. Map dimensions: (column, row, head, place,
-// wrap). Dense: place is the batch, the map's own row count bounds a sequence. With lengths on the
-// device (cu_seqlens, seqused) the map has `bound` = 2^30 rows, and a sequence of n rows is
-// addressed as the last n of them, so that the engine fills rows past its end with 0; `place`
-// moves the base forward in steps of the strides' common divisor, and `wrap` takes 2^30 rows back
-// by 64-bit overflow of the address (the stride of `wrap` is 2^34 - the row's).
+// wrap). Dense: place is the batch, the map's own row count bounds a sequence. Where the kernel
+// bounds it, with lengths on the device (cu_seqlens, seqused) and for values behind a mask, which
+// end where a tile of queries sees no more, the map has `bound` = 2^30 rows, and a sequence of n
+// rows is addressed as the last n of them, so that the engine fills rows past its end with 0;
+// `place` moves the base forward in steps of the strides' common divisor, and `wrap` takes 2^30
+// rows back by 64-bit overflow of the address (the stride of `wrap` is 2^34 - the row's).
 struct TensorRows {
   TensorMap map;
   int bound;

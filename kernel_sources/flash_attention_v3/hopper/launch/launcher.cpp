@@ -93,9 +93,12 @@ void set_tensors(ForwardParams& params, const Shape& shape, const TensorView& q,
   // Lengths on the device, or no key at all, need the map that bounds each sequence by itself.
   const bool bounded_q = ragged_q || lengths.seqused_q != nullptr;
   const bool bounded_k = ragged_k || lengths.seqused_k != nullptr || params.seqlen_k == 0;
+  // With a mask each tile of queries bounds the values that it sees. Of a dense tensor whose
+  // strides do not allow it, a tile's last block holds values that later queries alone see.
+  const bool bounded_v = bounded_k || (shape.masked && Places(v).reach_all);
   encode_map(params.q, "q", q, shape.panel, kRowsPerWarpgroup, bounded_q, q);
   encode_map(params.k, "k", k, shape.panel, shape.keys, bounded_k, q);
-  encode_map(params.v, "v", v, shape.panel_v, shape.keys, bounded_k, q);
+  encode_map(params.v, "v", v, shape.panel_v, shape.keys, bounded_v, q);
   params.out = data_of(out);
   params.out_batch_stride = ragged_q ? 0 : out.stride(0);
   params.out_row_stride = out.stride(out.ndim() - 3);

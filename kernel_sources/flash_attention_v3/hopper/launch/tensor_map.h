@@ -37,9 +37,23 @@ struct ByteStrides {
   int64_t row, head, batch;
 };
 
-// Fills `rows` for boxes of `box_rows` x `panel` elements. `bounded`: lengths come from the device.
-// A tensor without elements takes the address of `stand_in`: all of it is past the end and never
-// read.
+// How the base of a bounded map is moved to a sequence: in steps of the strides' common divisor.
+struct Places {
+  explicit Places(const tvm::ffi::TensorView& x) {
+    const ByteStrides strides(x);
+    unit = std::max<int64_t>(16, std::gcd(strides.row, strides.batch));
+    batch_step = strides.batch / unit;
+    row_step = strides.row / unit;
+    const int64_t batch = x.ndim() == 4 ? x.size(0) : 1, length = x.size(x.ndim() - 3);
+    reach_all = (batch - 1) * batch_step + (length + 1) * row_step <= kMostPlaces;
+  }
+  int64_t unit, batch_step, row_step;
+  bool reach_all;  // whether there are enough of them for the tensor
+};
+
+// Fills `rows` for boxes of `box_rows` x `panel` elements. `bounded`: the kernel says where a
+// sequence ends, by a length from the device or by what a tile of queries sees. A tensor without
+// elements takes the address of `stand_in`: all of it is past the end and never read.
 inline void encode_map(TensorRows& rows, const char* name, const tvm::ffi::TensorView& x, int panel,
                        int box_rows, bool bounded, const tvm::ffi::TensorView& stand_in) {
   static EncodeTiled* const encode = cuda::driver_function<EncodeTiled>("cuTensorMapEncodeTiled");
@@ -55,9 +69,8 @@ inline void encode_map(TensorRows& rows, const char* name, const tvm::ffi::Tenso
                                static_cast<uint64_t>(x.ndim() == 4 ? strides.batch : 16), 16};
   rows.batch_step = 1;
   if (bounded) {
-    const int64_t unit = std::max<int64_t>(16, std::gcd(strides.row, strides.batch));
-    const int64_t batch_step = strides.batch / unit, row_step = strides.row / unit;
-    if ((batch - 1) * batch_step + (length + 1) * row_step > kMostPlaces) {
+    const Places places(x);
+    if (!places.reach_all) {
       TVM_FFI_THROW(ValueError) << name << " has strides of " << strides.batch
                                 << " bytes a sequence and " << strides.row
                                 << " a row; with lengths on the device their common "
@@ -66,11 +79,11 @@ inline void encode_map(TensorRows& rows, const char* name, const tvm::ffi::Tenso
     sizes[1] = kBound;
     sizes[3] = kMostPlaces;
     sizes[4] = kBound + 1;
-    steps[2] = static_cast<uint64_t>(unit);
+    steps[2] = static_cast<uint64_t>(places.unit);
     steps[3] = static_cast<uint64_t>(kWrap - strides.row);
     rows.bound = static_cast<int>(kBound);
-    rows.batch_step = static_cast<int>(batch_step);
-    rows.row_step = static_cast<int>(row_step);
+    rows.batch_step = static_cast<int>(places.batch_step);
+    rows.row_step = static_cast<int>(places.row_step);
     rows.wrap = static_cast<int>(kBound);
   }
   const uint32_t box[kRank] = {static_cast<uint32_t>(panel), static_cast<uint32_t>(box_rows), 1, 1,

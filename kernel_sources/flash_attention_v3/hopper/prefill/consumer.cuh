@@ -15,6 +15,7 @@
 namespace jit_kernel::hopper {
 
 constexpr int kPingPongBarrier = 1;  // the first of one named barrier a warpgroup; 0 is the block's
+enum : int { kClearBarrier = 5 };    // as well; an enumerator leaves no symbol in cubins without it
 
 template <class C>
 struct Consumer {
@@ -189,6 +190,29 @@ struct Consumer {
     }
   }
 
+  // Before the output of a tile's last block, the one with the lowest keys: zeros for the values in
+  // front of the first key that a row of the tile sees. They may hold anything, and a probability
+  // of 0 times NaN is NaN. Each warpgroup writes them for itself, the same bytes, so none waits for
+  // another; no product is in flight here. A row of a panel is contiguous, however it is swizzled.
+  __device__ __forceinline__ void clear_hidden_values() {
+    if constexpr (!C::kMasked) return;
+    const TileInfo& tile = *shared.tile(tile_at.stage());
+    const int low = visible_keys<C::kMasked>(params, tile.row, tile.len_q, tile.len_k).low;
+    const int hidden = uniform(min(low - block_begin * C::kKeys, C::kKeys));
+    if (hidden <= 0) return;
+    mbarrier_wait(shared.v_full(v_at.stage()), v_at.parity());
+    constexpr int kPanelBytes = C::kKeys * C::kPanelV * 2, kPiece = 16;
+    const u32 v = shared.v(v_at.stage());
+    for (int at = threadIdx.x % 128 * kPiece; at < hidden * C::kPanelV * 2; at += 128 * kPiece) {
+#pragma unroll
+      for (int panel = 0; panel < C::kHeadDimV / C::kPanelV; ++panel) {
+        store_zeros(v + panel * kPanelBytes + at);
+      }
+    }
+    proxy_fence();
+    named_barrier_sync(kClearBarrier + warpgroup, 128);
+  }
+
   // All blocks but the output of the last one; the first one's scores have arrived. Returns whether
   // there is an output to add to.
   __device__ __forceinline__ bool run_overlapped() {
@@ -260,6 +284,7 @@ struct Consumer {
       skip_values(skipped_first());
       const bool pending = C::kOverlap ? run_overlapped() : run_in_turn();
       const int skipped = skipped_last();
+      clear_hidden_values();
       issue_output(pending);
       if constexpr (!C::kOverlap) wgmma_wait<0>();
       skip_keys(skipped);

@@ -42,8 +42,7 @@ __device__ __forceinline__ void forward(const ForwardParams& params, char* base)
   }
   if (is_sorted(params)) {
     sort_sequences(params, reinterpret_cast<int*>(base), shared.order());
-    // The copy engine writes next where the lengths lay.
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    proxy_fence();  // the copy engine writes next where the lengths lay
   }
   __syncthreads();
   if (threadIdx.x < 128) {

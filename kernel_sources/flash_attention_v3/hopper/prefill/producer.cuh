@@ -1,6 +1,7 @@
 // The producer warp: keeps the rings of queries, keys and values full, tile after tile.
 #pragma once
 
+#include "flash_attention_v3/hopper/common/mask.cuh"
 #include "flash_attention_v3/hopper/common/sequence.cuh"
 #include "flash_attention_v3/hopper/common/tensor_rows.cuh"
 #include "flash_attention_v3/hopper/prefill/shared_memory.cuh"
@@ -79,6 +80,15 @@ struct Producer {
     q_at.advance();
   }
 
+  // Values are loaded as if the sequence ended where the tile's last query sees no more: the copy
+  // engine fills the rest with zeros. What no row of a tile sees may hold anything, and a
+  // probability of 0 times NaN is NaN.
+  __device__ __forceinline__ int end_of_values(const TileInfo& tile) const {
+    if constexpr (!C::kMasked) return tile.len_k;
+    const int last_row = min(tile.row + C::kRows, tile.len_q) - 1;
+    return max(0, visible_keys<C::kMasked>(params, last_row, tile.len_q, tile.len_k).high);
+  }
+
   // Loads in the order of use: each block's keys before the values of the block before it, also
   // from one tile to the next.
   __device__ __forceinline__ void load_tile(const TileInfo& tile) {
@@ -89,7 +99,7 @@ struct Producer {
     if constexpr (C::kStagesQ == 1) load_last_values();
     load_queries(tile);
     if constexpr (C::kStagesQ > 1) load_last_values();
-    v_place = map_place(params.v, params.cu_seqlens_k, tile.batch, tile.len_k);
+    v_place = map_place(params.v, params.cu_seqlens_k, tile.batch, end_of_values(tile));
     v_head = head;
     const int claim_at =
         claims_late<C>(params) ? min(tile.block_end - 2, tile.block_begin + kClaimBlocks) : -1;

@@ -91,6 +91,34 @@ inline e4m3 from_float<e4m3>(float x) {  // saturates; round to nearest, ties to
   return e4m3{static_cast<uint8_t>(sign | rounded >> 20)};
 }
 
+// The bits of a number's exponent, all of them ones where it is infinite or NaN.
+inline uint32_t exponent_bits(f32 x) { return bit_cast<uint32_t>(x) & 0x7f800000u; }
+inline int16_t exponent_bits(bf16 x) { return static_cast<int16_t>(x.bits & 0x7f80); }
+inline int16_t exponent_bits(fp16 x) { return static_cast<int16_t>(x.bits & 0x7c00); }
+
+template <class Element>
+constexpr uint32_t kExponentOfOnes = 0x7f800000;
+template <>
+constexpr int16_t kExponentOfOnes<bf16> = 0x7f80;
+template <>
+constexpr int16_t kExponentOfOnes<fp16> = 0x7c00;
+
+template <class Element>
+inline bool is_finite(Element x) {
+  return exponent_bits(x) != kExponentOfOnes<Element>;
+}
+
+// Whether n numbers are finite. By the largest exponent: the compiler makes vectors of that.
+template <class Element>
+inline bool are_finite(const Element* x, int64_t n) {
+  decltype(exponent_bits(*x)) largest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const auto bits = exponent_bits(x[i]);
+    largest = largest < bits ? bits : largest;
+  }
+  return largest != kExponentOfOnes<Element>;
+}
+
 // What attention of these inputs gives: the inputs' dtype, and bf16 for e4m3.
 template <class Element>
 struct OutputOf {
