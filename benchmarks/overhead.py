@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,9 @@ def environment_of(checkout: Path, store: Path) -> dict[str, str]:
 class Worker:
     """A process that measures a round of smallest calls whenever it is asked to."""
 
-    def __init__(self, checkout: Path, store: Path, device: str, calls: int) -> None:
+    def __init__(self, checkout: Path, store: Path, device: str, calls: int, program: Path) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, str(WORKER), "calls", device, str(calls)],
+            [sys.executable, str(program), "calls", device, str(calls)],
             env=environment_of(checkout, store),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -88,9 +88,11 @@ def require_package(answer: dict[str, Any], checkout: Path) -> None:
 
 
 @contextlib.contextmanager
-def workers(checkouts: dict[str, Path], stores: Path, device: str, calls: int) -> Iterator[dict[str, Worker]]:
+def workers(
+    checkouts: dict[str, Path], stores: Path, device: str, calls: int, program: Path = WORKER
+) -> Iterator[dict[str, Worker]]:
     """A worker of each checkout."""
-    started = {name: Worker(checkout, stores / name, device, calls) for name, checkout in checkouts.items()}
+    started = {name: Worker(checkout, stores / name, device, calls, program) for name, checkout in checkouts.items()}
     try:
         yield started
     finally:
@@ -98,17 +100,19 @@ def workers(checkouts: dict[str, Path], stores: Path, device: str, calls: int) -
             worker.end()
 
 
-def smallest_calls(options: argparse.Namespace, checkouts: dict[str, Path], stores: Path) -> Rounds:
-    """Rounds of every checkout in turns; which goes first changes with every round."""
-    rounds: Rounds = {name: [] for name in checkouts}
-    for _ in range(options.processes):
-        with workers(checkouts, stores, options.device, options.calls) as started:
-            for turn in range(options.rounds + 1):
+def turns(
+    processes: int, count: int, start: Callable[[], contextlib.AbstractContextManager[dict[str, Worker]]]
+) -> Rounds:
+    """Rounds of every checkout in turns, in so many fresh processes; which goes first changes with every round."""
+    rounds: Rounds = {}
+    for _ in range(processes):
+        with start() as started:
+            for turn in range(count + 1):
                 names = list(started) if turn % 2 else list(reversed(started))
                 for name in names:
                     measured = started[name].round()
                     if turn:  # the first round warms up
-                        rounds[name].append(measured)
+                        rounds.setdefault(name, []).append(measured)
     return rounds
 
 
@@ -182,7 +186,15 @@ def main() -> None:
     lines: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as stores:
         for part in (
-            lambda: lines_of(smallest_calls(options, checkouts, Path(stores)), "us", 1),
+            lambda: lines_of(
+                turns(
+                    options.processes,
+                    options.rounds,
+                    lambda: workers(checkouts, Path(stores), options.device, options.calls),
+                ),
+                "us",
+                1,
+            ),
             lambda: lines_of(first_calls(options, checkouts), "ms", 1e3),
         ):
             for line in part():
