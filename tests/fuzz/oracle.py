@@ -1,0 +1,249 @@
+"""What a call did, and whether it may: `judge(drawn)` makes the call and gives a Verdict.
+
+A call is answered rightly, or refused by an error that names an argument with nothing written. Everything else is a
+fault: "unnamed" (an error that does not help), "refused" (a call that must be served), "written" (memory that changed
+before an error, or outside of what a call may write), "wrong" (an answer that is not what the arguments mean).
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as fwAD
+from torch import Tensor
+
+import jit_kernel
+from tests.fuzz import answers, kinds
+from tests.fuzz.drawing import Drawn
+from tests.fuzz.kinds import CANNOT, Made, Surroundings
+from tests.fuzz.meaning import MeaninglessError, UnjudgedError
+
+ANSWERED, REFUSED = "answered", "refused by name"
+FAULTS = ("crash", "hang", "unnamed", "refused", "written", "wrong")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    what: str  # ANSWERED, REFUSED or one of FAULTS
+    text: str = ""
+    judged: bool = True  # False: answered, and the contract leaves open with what
+
+
+class FaultError(Exception):
+    """A fault of the call under test."""
+
+    def __init__(self, what: str, text: str) -> None:
+        super().__init__(text)
+        self.what = what
+
+
+# What torch or a library beneath us says of itself, which tells a user nothing about the call.
+FOREIGN = re.compile(
+    r"INTERNAL ASSERT|please (file|report)|report a bug|\.tolist\(\) is not|CapturedTrace|Exception raised from|c10::|at::"
+    r"|aten::|argument \d+ is not|vtable|\.cpp:\d+|object has no attribute|missing \d+ required|Boolean value of Tensor"
+    r"|Cannot access data pointer|storage of size 0|doesn't have storage|Backtrace"
+)
+RULED_OUT = re.compile(r"can't allocate memory|not enough memory|bad_alloc|allocat")
+
+
+@contextmanager
+def surroundings(name: str) -> Iterator[None]:
+    """Modes of torch that a caller may have set."""
+    with ExitStack() as stack:
+        if name == "no grad":
+            stack.enter_context(torch.no_grad())
+        elif name == "inference":
+            stack.enter_context(torch.inference_mode())
+        elif name == "meta device":
+            stack.enter_context(torch.device("meta"))
+        elif name == "float64 default":
+            torch.set_default_dtype(torch.float64)
+            stack.callback(torch.set_default_dtype, torch.float32)
+        elif name == "autocast":
+            stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+        elif name == "function mode":
+            stack.enter_context(torch.overrides.BaseTorchFunctionMode())
+        elif name == "dispatch mode":
+            stack.enter_context(_Passing())
+        elif name == "deterministic":
+            torch.use_deterministic_algorithms(True)
+            stack.callback(torch.use_deterministic_algorithms, False)
+        yield
+
+
+class _Passing(torch.utils._python_dispatch.TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        return function(*args, **(kwargs or {}))
+
+
+class Snapshot:
+    """All memory behind some tensors, as it was."""
+
+    def __init__(self, tensors: list[Any]) -> None:
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}
+        for x in tensors:
+            if isinstance(x, Tensor) and x.layout is torch.strided and x.device.type == "cpu" and not x.is_quantized:
+                storage = x.untyped_storage()
+                if storage.data_ptr() not in self.before and storage.nbytes():
+                    memory = torch.empty(0, dtype=torch.uint8).set_(storage)
+                    self.before[storage.data_ptr()] = memory, memory.clone()
+
+    def copy_of(self, x: Any) -> Any:
+        """A tensor as it was, in memory of its own; other values as they are."""
+        if not isinstance(x, Tensor) or x.layout is not torch.strided or x.device.type != "cpu" or x.is_quantized:
+            return x
+        kept = self.before.get(x.untyped_storage().data_ptr())
+        if kept is None:
+            return x
+        return torch.empty(0, dtype=x.dtype).set_(kept[1].untyped_storage(), x.storage_offset(), x.shape, x.stride())
+
+    def forget(self, tensors: tuple[Tensor, ...]) -> None:
+        for x in tensors:
+            self.before.pop(x.untyped_storage().data_ptr(), None)
+
+    def changed(self) -> bool:
+        return any(not torch.equal(now, before) for now, before in self.before.values())
+
+
+def judge(drawn: Drawn) -> Verdict:
+    """Make one call and say what it did. A crash or a hang is seen from outside alone."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _judge(drawn)
+    except FaultError as fault:
+        return Verdict(fault.what, str(fault))
+
+
+def _judge(drawn: Drawn) -> Verdict:
+    function = getattr(jit_kernel, drawn.function)
+    with ExitStack() as stack:
+        around = Surroundings(stack)
+        if drawn.warm:
+            _warm(function, drawn)
+        made = _make_kinds(drawn, around)
+        given = {name: made[name].given if name in made else value for name, value in drawn.arguments.items()}
+        plain = {name: made[name].means if name in made else value for name, value in drawn.arguments.items()}
+        memory = [*drawn.arguments.values(), *plain.values(), *(x for each in made.values() for x in each.memory)]
+        snapshot = Snapshot(memory)
+        before = {name: snapshot.copy_of(value) for name, value in plain.items()}
+        torch.set_num_threads(drawn.threads)
+        error: Exception | None = None
+        try:
+            with surroundings(drawn.surroundings):
+                result = function(**given)
+        except Exception as raised:
+            error = raised
+        finally:
+            torch.set_num_threads(1)
+        if error is None:
+            found = _read(result, drawn, made, given)
+    if error is not None:
+        return _of_error(error, drawn, made, snapshot)
+    return _of_answer(found, drawn, made, given, before, snapshot)
+
+
+def _warm(function: Any, drawn: Drawn) -> None:
+    """A plain call of the same shapes, on copies."""
+    copies = Snapshot(list(drawn.plain.values()))
+    with torch.no_grad():
+        function(**{name: copies.copy_of(value) for name, value in drawn.plain.items()})
+
+
+def _make_kinds(drawn: Drawn, around: Surroundings) -> dict[str, Made]:
+    made = {}
+    for name, kind in drawn.kinds:
+        value = drawn.arguments[name]
+        if type(value) is not Tensor or value.numel() > 2**20:
+            continue
+        try:
+            made[name] = kind.make(around, value)
+        except (*CANNOT, RecursionError, UserWarning):
+            continue  # torch has no such tensor
+    return made
+
+
+def _must(drawn: Drawn, made: dict[str, Made]) -> str:
+    """What the kinds and the surroundings leave open for a call."""
+    musts = {kind.must for name, kind in drawn.kinds if name in made}
+    if musts & {"refuse"} and drawn.surroundings in ("no grad", "inference"):
+        without_grad = {"requires grad", "inner of a graph", "parameter of a model", "of grad", "of jvp", "dual"}
+        if all(kind.name in without_grad or kind.must == "serve" for name, kind in drawn.kinds if name in made):
+            return "either"  # nobody asks for a derivative
+    if "refuse" in musts:
+        return "refuse"
+    return "serve" if drawn.must_serve and musts <= {"serve"} else "either"
+
+
+def _of_error(error: Exception, drawn: Drawn, made: dict[str, Made], snapshot: Snapshot) -> Verdict:
+    text = f"{type(error).__name__}: {error}"
+    if snapshot.changed():
+        raise FaultError("written", f"memory changed before {text:.300}")
+    parameters = inspect.signature(getattr(jit_kernel, drawn.function)).parameters
+    kind = type(error)
+    ours = kind in (TypeError, ValueError, NotImplementedError) or kind.__module__.startswith("jit_kernel")
+    named = re.search(rf"(?<![\w.'])({'|'.join(parameters)}|head sizes?)(?!\w)", str(error))
+    if not ours and RULED_OUT.search(str(error)) and _is_large(drawn):
+        return Verdict(REFUSED, text)
+    if not ours or not named or FOREIGN.search(str(error)):
+        raise FaultError("unnamed", text)
+    if _must(drawn, made) == "serve":
+        raise FaultError("refused", text)
+    return Verdict(REFUSED, text)
+
+
+def _is_large(drawn: Drawn) -> bool:
+    """Whether the result of a call with sizes that exist may not fit into memory."""
+    tensors = [x for x in drawn.arguments.values() if isinstance(x, Tensor)]
+    return any(x.numel() > 2**28 for x in tensors) and all(size < 2**31 for x in tensors for size in x.shape)
+
+
+def _read(result: Any, drawn: Drawn, made: dict[str, Made], given: dict[str, Any]) -> tuple[Any, ...]:
+    """The values of a result, and of what it may have written, while the surroundings are still open."""
+    parts = result if isinstance(result, tuple) else (result,)
+    if not all(isinstance(x, Tensor) for x in parts):
+        raise FaultError("wrong", f"the result is {result!r:.200}")
+    asks = [name for name, kind in drawn.kinds if name in made and kind.name in ("dual", "of jvp")]
+    if asks and drawn.surroundings not in ("no grad", "inference"):
+        for x in parts:
+            if x.is_floating_point() and fwAD._current_level >= 0 and fwAD.unpack_dual(x).tangent is None:
+                raise FaultError("wrong", f"the tangent of {asks[0]} was dropped in silence")
+    if _must(drawn, made) == "refuse":
+        which = [f"{name} as {kind.name}" for name, kind in drawn.kinds if name in made and kind.must == "refuse"]
+        raise FaultError("wrong", f"answered a call that must be refused: {', '.join(which)}")
+    try:
+        read = [kinds.values(x) for x in parts]
+        written = {}
+        for name in ("out", "k_cache", "v_cache"):
+            if isinstance(given.get(name), Tensor):
+                written[name] = kinds.values(given[name]) if name in made else given[name]
+    except (*CANNOT, RecursionError) as error:
+        raise FaultError("wrong", f"a result that cannot be read: {type(error).__name__}: {error}") from error
+    shapes = [(tuple(x.shape), x.dtype) for x in parts]
+    return isinstance(result, tuple), read, shapes, written, [x is given.get("out") for x in parts]
+
+
+def _of_answer(
+    found: tuple[Any, ...], drawn: Drawn, made: dict[str, Made], given: dict[str, Any], before: dict[str, Any],
+    snapshot: Snapshot,
+) -> Verdict:  # fmt: skip
+    try:
+        if any(each.means is None for each in made.values()):
+            if any(value is not None for value in found[1]):
+                raise FaultError("wrong", "an answer with values to a call without")
+            return Verdict(ANSWERED, "shapes alone", judged=False)
+        answers.check(drawn.function, before, found, snapshot, made)
+    except MeaninglessError as why:
+        raise FaultError("wrong", f"answered a call without meaning: {why}") from why
+    except UnjudgedError as why:
+        return Verdict(ANSWERED, str(why), judged=False)
+    except AssertionError as wrong:
+        raise FaultError("wrong", str(wrong)) from wrong
+    return Verdict(ANSWERED)
