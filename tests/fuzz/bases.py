@@ -164,16 +164,16 @@ SOURCES: dict[Callable[[Random], tuple[str, Call]], int] = {
 }  # fmt: skip
 
 
-def draw(random: Random, *, guarded: bool = True) -> tuple[str, Call]:
-    """A valid call. torch's own generator is seeded from `random`."""
+def draw(random: Random, *, guarded: bool = True, device: str = "cpu") -> tuple[str, Call]:
+    """A valid call on a device. torch's own generator is seeded from `random`."""
     torch.manual_seed(random.getrandbits(40))
     source = random.choices(list(SOURCES), list(SOURCES.values()))[0]
     function, call = source(random)
     call = {name: value for name, value in call.items() if value is not None or name.startswith("cu_seqlens")}
-    return function, _guarded(call, random) if guarded else call
+    return function, _guarded(call, random, device) if guarded else call
 
 
-def _guarded(call: Call, random: Random) -> Call:
+def _guarded(call: Call, random: Random, device: str) -> Call:
     """The same tensors in memory with guards before and behind it; those that shared their memory share it again."""
     moved: dict[int, Tensor] = {}
     made = {}
@@ -185,9 +185,10 @@ def _guarded(call: Call, random: Random) -> Call:
                 front = GUARD + step * random.randint(0, 3)
                 memory = torch.empty(front + storage.nbytes() + GUARD, dtype=torch.uint8).fill_(0x7F)
                 memory[front : front + storage.nbytes()] = torch.empty(0, dtype=torch.uint8).set_(storage)
-                moved[storage.data_ptr()] = memory[front : front + storage.nbytes()]
+                moved[storage.data_ptr()] = memory.to(device)[front : front + storage.nbytes()]
             room = moved[storage.data_ptr()]
             start = room.storage_offset() // value.element_size() + value.storage_offset()
-            value = torch.empty(0, dtype=value.dtype).set_(room.untyped_storage(), start, value.shape, value.stride())
+            empty = torch.empty(0, dtype=value.dtype, device=device)
+            value = empty.set_(room.untyped_storage(), start, value.shape, value.stride())
         made[name] = value
     return made

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import re
 import sys
 import time
@@ -22,7 +23,6 @@ import torch
 from tests.fuzz import drawing, oracle, workers
 from tests.fuzz.oracle import ANSWERED, FAULTS, REFUSED
 
-Make = Callable[[int], tuple[str, str, dict[str, Any]]]
 BATCH = 400  # calls of one child
 
 
@@ -34,6 +34,7 @@ class Options:
     without: Collection[str] = ()
     guarded: bool = True
     jobs: int = 1
+    device: str = "cpu"
     limit: float = 60.0  # seconds without an answer that are a hang
 
 
@@ -55,12 +56,14 @@ class Total:
         )
 
 
-def maker(options: Options, keep: Collection[int] | None = None) -> Make:
+def maker(options: Options, keep: Collection[int] | None = None) -> workers.Make:
     """What a child does for one index."""
 
     def make(index: int) -> tuple[str, str, dict[str, Any]]:
         torch.set_num_threads(1)
-        drawn = drawing.draw(options.seed, index, without=options.without, keep=keep, guarded=options.guarded)
+        drawn = drawing.draw(
+            options.seed, index, without=options.without, keep=keep, guarded=options.guarded, device=options.device
+        )
         verdict = oracle.judge(drawn)
         more: dict[str, Any] = {}
         if verdict.what in FAULTS:
@@ -72,6 +75,10 @@ def maker(options: Options, keep: Collection[int] | None = None) -> Make:
     return make
 
 
+def _limits(options: Options) -> dict[str, Any]:
+    return {"limit": options.limit, "limited": options.device == "cpu"}
+
+
 def run(
     options: Options, *, calls: int | None = None, seconds: float | None = None, say: Callable[[str], None] = print
 ) -> Total:
@@ -80,7 +87,7 @@ def run(
     starts = itertools.count(0, BATCH) if calls is None else iter(range(0, calls, BATCH))
     batches = (range(start, start + BATCH if calls is None else min(start + BATCH, calls)) for start in starts)
     until = None if seconds is None else time.monotonic() + seconds
-    for report in workers.run(maker(options), batches, jobs=options.jobs, limit=options.limit, until=until):
+    for report in workers.run(maker(options), batches, jobs=options.jobs, until=until, **_limits(options)):
         total.counts[report.what] += 1
         total.counts["unjudged"] += report.more.get("judged") is False
         if report.what in FAULTS:
@@ -118,13 +125,13 @@ def _reduced(report: workers.Report, drawn: drawing.Drawn, options: Options) -> 
     """The fault with as few of its steps as it needs, each tried in a child of its own."""
     needed = [int(step.split()[0]) for step in drawn.steps]
     text = report.text
-    again = workers.alone(maker(options, needed), report.index, limit=options.limit)
+    again = workers.alone(maker(options, needed), report.index, **_limits(options))
     if again.what != report.what:
         first = report.index - report.index % BATCH
         return f"{text} (not when made alone: --only {options.seed}:{first}-{report.index})", drawn.steps
     for number in list(needed):
         fewer = [other for other in needed if other != number]
-        tried = workers.alone(maker(options, fewer), report.index, limit=options.limit)
+        tried = workers.alone(maker(options, fewer), report.index, **_limits(options))
         if tried.what == report.what:
             needed, text = fewer, tried.text
     return text, [step for step in drawn.steps if int(step.split()[0]) in needed]
@@ -149,7 +156,7 @@ def only(text: str, options: Options) -> int:
     batch = range(int(first), int(last or first) + 1)
     drawn = drawing.draw(options.seed, batch[-1], without=options.without, guarded=options.guarded)
     print(drawing.describe(drawn))
-    reports = list(workers.run(maker(options), iter([batch]), jobs=1, limit=options.limit))
+    reports = list(workers.run(maker(options), iter([batch]), jobs=1, **_limits(options)))
     print(f"{reports[-1].what}: {reports[-1].text}")
     for line in reports[-1].more.get("said", "").splitlines():
         print(f"    {line}")
@@ -161,6 +168,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, help="how long to go on; by default until --calls")
     parser.add_argument("--calls", type=int, help="how many calls; 1000 by default without --seconds")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds without an answer that are a hang")
     add = parser.add_argument
@@ -169,8 +177,11 @@ def main(arguments: list[str] | None = None) -> int:
     add("--no-guards", action="store_true", help="tensors in memory of their own, as AddressSanitizer needs it")
     parser.add_argument("--record", metavar="FILE", help="append the counts as a JSON line")
     given = parser.parse_args(arguments)
-    options = Options(given.seed, given.without, not given.no_guards, given.jobs, given.limit)
-    warm_up()
+    options = Options(given.seed, given.without, not given.no_guards, given.jobs, given.device, given.limit)
+    if given.device == "cpu":
+        warm_up()
+    else:
+        os.environ["JIT_KERNEL_CHECK_INDICES"] = "1"  # without it a GPU's index tensors are not looked at
     if given.only:
         return only(given.only, options)
     calls = given.calls or (None if given.seconds else 1000)

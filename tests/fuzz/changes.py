@@ -121,7 +121,7 @@ def strides(random: Random, x: Tensor) -> Tensor | None:
     place = random.randrange(x.dim())
 
     def gaps() -> Tensor:
-        wide = torch.zeros((*x.shape[:-1], 2 * x.shape[-1]), dtype=x.dtype)
+        wide = torch.zeros((*x.shape[:-1], 2 * x.shape[-1]), dtype=x.dtype, device=x.device)
         wide[..., ::2] = x
         return wide[..., ::2]
 
@@ -177,7 +177,7 @@ def _floats(function: Callable[[Random, Tensor], Tensor]) -> Change:
         if spans:
             return None
         with torch.no_grad():
-            made = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
+            made = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
             made.copy_(function(random, x.float()).to(x.dtype))
         return made
 
@@ -187,7 +187,7 @@ def _floats(function: Callable[[Random, Tensor], Tensor]) -> Change:
 
 @_floats
 def some_nan(random: Random, x: Tensor) -> Tensor:
-    x = x.clone()
+    x = x.contiguous().clone()
     rows = x.view(-1, x.shape[-1])
     rows[random.randrange(rows.shape[0])] = random.choice((math.nan, math.inf, -math.inf))
     return x
@@ -195,7 +195,7 @@ def some_nan(random: Random, x: Tensor) -> Tensor:
 
 @_floats
 def many_nan(random: Random, x: Tensor) -> Tensor:
-    return torch.where(torch.rand(x.shape[: x.dim() - 1])[..., None] < 0.5, x, math.nan)
+    return torch.where((torch.rand(x.shape[: x.dim() - 1]) < 0.5)[..., None].to(x.device), x, math.nan)
 
 
 @_floats
@@ -231,7 +231,7 @@ def sharing(random: Random, call: Call, name: str) -> Call | None:
     shift = random.choice((0, 0, 1, 8, 64))
     if x.dtype != value.dtype or x.numel() > 2**20:
         return None
-    memory = torch.zeros(shift + max(x.numel(), value.numel()) + 64, dtype=x.dtype)
+    memory = torch.zeros(shift + max(x.numel(), value.numel()) + 64, dtype=x.dtype, device=x.device)
     first = memory[: x.numel()].view(x.shape)
     second = memory[shift : shift + value.numel()].view(value.shape)
     second.view(torch.uint8).copy_(value.contiguous().view(torch.uint8))

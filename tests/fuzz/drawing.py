@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import jit_kernel
+from jit_kernel import flash_attention_v3
 from tests.fuzz import bases, changes
 from tests.fuzz.kinds import KINDS, Kind
 
@@ -36,9 +36,11 @@ class Drawn:
     steps: list[str] = field(default_factory=list)
     kinds: list[tuple[str, Kind]] = field(default_factory=list)  # argument and the kind of tensor it becomes
     surroundings: str = "grad"
+    way: str = "call"  # call | make_fx | jit trace: traced with other numbers, then run with these
     warm: bool = False
     must_serve: bool = True
     threads: int = 1
+    device: str = "cpu"
 
     @property
     def place(self) -> str:
@@ -46,13 +48,15 @@ class Drawn:
 
 
 def draw(
-    seed: int, index: int, *, without: Collection[str] = (), keep: Collection[int] | None = None, guarded: bool = True
-) -> Drawn:
+    seed: int, index: int, *, without: Collection[str] = (), keep: Collection[int] | None = None, guarded: bool = True,
+    device: str = "cpu",
+) -> Drawn:  # fmt: skip
     """The call of this seed and index. `without` names kinds, changes or surroundings that are left out; `keep` the
     steps that stay, all by default."""
     random = Random(f"{seed}:{index}")
-    function, arguments = bases.draw(random, guarded=guarded)
-    drawn = Drawn(seed, index, function, dict(arguments), dict(arguments), warm=random.random() < 0.4)
+    function, arguments = bases.draw(random, guarded=guarded, device=device)
+    drawn = Drawn(seed, index, function, dict(arguments), dict(arguments), warm=random.random() < 0.4, device=device)
+    drawn.must_serve = device == "cpu" or "scheduler_metadata" not in arguments  # made on the CPU
     drawn.threads = random.choice((1, 1, 2, 3))
     mood = random.choices(("valid", "extreme", "malformed", "kinds"), (20, 15, 38, 27))[0]
     steps: list[tuple[str, int]] = []
@@ -62,6 +66,8 @@ def draw(
         steps += [("change", i) for i in range(random.choice((1, 1, 1, 2, 3)))]
     if mood == "kinds" or random.random() < 0.1:
         steps += [("kind", i) for i in range(random.choice((1, 1, 1, 2)))]
+    if mood in ("valid", "extreme") and random.random() < 0.15:
+        steps.append(("way", 0))
     if random.random() < 0.35:
         steps.append(("surroundings", 0))
     for number, (what, i) in enumerate(steps):
@@ -73,9 +79,9 @@ def draw(
 def _names(drawn: Drawn, random: Random, *, tensors: bool) -> str:
     """An argument: mostly one that the call has."""
     given = [name for name, value in drawn.arguments.items() if isinstance(value, Tensor) or not tensors]
-    if tensors or random.random() < 0.7:
+    if given and (tensors or random.random() < 0.7):
         return random.choice(given)
-    return random.choice(list(inspect.signature(getattr(jit_kernel, drawn.function)).parameters))
+    return random.choice(list(inspect.signature(getattr(flash_attention_v3, drawn.function)).parameters))
 
 
 def _change(drawn: Drawn, random: Random, without: Collection[str], number: int) -> None:
@@ -125,7 +131,14 @@ def _surroundings(drawn: Drawn, random: Random, without: Collection[str], number
         drawn.steps.append(f"{number} surroundings {chosen}")
 
 
-_STEPS = {"change": _change, "valid change": _valid_change, "kind": _kind, "surroundings": _surroundings}
+def _way(drawn: Drawn, random: Random, without: Collection[str], number: int) -> None:
+    chosen = random.choice(("make_fx", "jit trace"))
+    if chosen not in without and not drawn.kinds:
+        drawn.way, drawn.must_serve = chosen, False
+        drawn.steps.append(f"{number} by {chosen}")
+
+
+_STEPS = {"change": _change, "valid change": _valid_change, "kind": _kind, "way": _way, "surroundings": _surroundings}
 
 
 def _shown(value: Any) -> str:
@@ -139,7 +152,8 @@ def _shown(value: Any) -> str:
 def describe(drawn: Drawn) -> str:
     """The call for a person who has to repeat it."""
     kinds = dict(drawn.kinds)
-    lines = [f"{drawn.function}, {'warm' if drawn.warm else 'cold'}, {drawn.surroundings}, {drawn.threads} threads"]
+    state = "warm" if drawn.warm else "cold"
+    lines = [f"{drawn.function}, {state}, {drawn.way}, {drawn.surroundings}, {drawn.threads} threads"]
     for name, value in drawn.arguments.items():
         lines.append(f"  {name} = {_shown(value)}" + (f" as {kinds[name].name}" if name in kinds else ""))
     return "\n".join(lines + [f"  step {step}" for step in drawn.steps])

@@ -105,7 +105,7 @@ class DispatchSubclass(Tensor):
 
 def negated(x: Tensor) -> Tensor:
     """-x in memory of its own with x's strides."""
-    y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
+    y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
     if x.dtype.itemsize == 1 and x.dtype.is_floating_point:
         y.view(torch.uint8).copy_(x.view(torch.uint8) ^ 0x80)
     else:
@@ -196,7 +196,7 @@ def _requires_grad(_: Surroundings, x: Tensor) -> Made:
 
 
 def _inner_of_a_graph(_: Surroundings, x: Tensor) -> Made:
-    memory = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x).requires_grad_()
+    memory = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x).requires_grad_()
     return Made(memory.view_as(memory), x, (memory,))
 
 
@@ -209,7 +209,7 @@ def _parameter_of_a_model(_: Surroundings, x: Tensor) -> Made:
 
 
 def _efficient_zero(_: Surroundings, x: Tensor) -> Made:
-    return Made(torch._efficientzerotensor(x.shape, dtype=x.dtype), torch.zeros_like(x))
+    return Made(torch._efficientzerotensor(x.shape, dtype=x.dtype, device=x.device), torch.zeros_like(x))
 
 
 def _freed(_: Surroundings, x: Tensor) -> Made:
@@ -231,7 +231,7 @@ def _uninitialized(_: Surroundings, x: Tensor) -> Made:
 
 def _inference(_: Surroundings, x: Tensor) -> Made:
     with torch.inference_mode():
-        made = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
+        made = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
         made.copy_(x)
     return Made(made, x, (made,))
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import jit_kernel
+from jit_kernel import flash_attention_v3
 from tests.support import reference
 from tests.support.case_tensors import raw
 from tests.support.cases import DENSE, FP8, KVCACHE
@@ -151,7 +151,7 @@ def overlaps_itself(x: Tensor) -> bool:
 
 
 def defaults_of(function: str) -> dict[str, Any]:
-    parameters = inspect.signature(getattr(jit_kernel, function)).parameters.values()
+    parameters = inspect.signature(getattr(flash_attention_v3, function)).parameters.values()
     return {p.name: None if p.default is p.empty else p.default for p in parameters}
 
 

@@ -8,9 +8,11 @@ before an error, or outside of what a call may write), "wrong" (an answer that i
 from __future__ import annotations
 
 import inspect
+import os
 import re
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,13 +20,16 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import jit_kernel
+from jit_kernel import flash_attention_v3
 from tests.fuzz import answers, kinds
 from tests.fuzz.drawing import Drawn
 from tests.fuzz.kinds import CANNOT, Made, Surroundings
 from tests.fuzz.meaning import MeaninglessError, UnjudgedError
 
+CUDA_ERROR = 71  # status of a process that a CUDA error ends
 ANSWERED, REFUSED = "answered", "refused by name"
 FAULTS = ("crash", "hang", "unnamed", "refused", "written", "wrong")
 
@@ -46,9 +51,9 @@ class FaultError(Exception):
 
 # What torch or a library beneath us says of itself, which tells a user nothing about the call.
 FOREIGN = re.compile(
-    r"INTERNAL ASSERT|please (file|report)|report a bug|\.tolist\(\) is not|CapturedTrace|Exception raised from|c10::|at::"
-    r"|aten::|argument \d+ is not|vtable|\.cpp:\d+|object has no attribute|missing \d+ required|Boolean value of Tensor"
-    r"|Cannot access data pointer|storage of size 0|doesn't have storage|Backtrace"
+    r"INTERNAL ASSERT|please (file|report)|report a bug|\.tolist\(\) is not|CapturedTrace|Exception raised from|c10::"
+    r"|\bat::|aten::|argument \d+ is not|vtable|\.cpp:\d+|object has no attribute|missing \d+ required|Backtrace"
+    r"|Boolean value of Tensor|Cannot access data pointer|storage of size 0|doesn't have storage"
 )
 RULED_OUT = re.compile(r"can't allocate memory|not enough memory|bad_alloc|allocat")
 
@@ -83,25 +88,29 @@ class _Passing(torch.utils._python_dispatch.TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def _has_memory(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.layout is torch.strided and x.device.type != "meta" and not x.is_quantized
+
+
 class Snapshot:
     """All memory behind some tensors, as it was."""
 
     def __init__(self, tensors: list[Any]) -> None:
         self.before: dict[int, tuple[Tensor, Tensor]] = {}
         for x in tensors:
-            if isinstance(x, Tensor) and x.layout is torch.strided and x.device.type == "cpu" and not x.is_quantized:
+            if _has_memory(x):
                 storage = x.untyped_storage()
                 if storage.data_ptr() not in self.before and storage.nbytes():
-                    memory = torch.empty(0, dtype=torch.uint8).set_(storage)
-                    self.before[storage.data_ptr()] = memory, memory.clone()
+                    memory = torch.empty(0, dtype=torch.uint8, device=x.device).set_(storage)
+                    self.before[storage.data_ptr()] = memory, memory.to("cpu", copy=True)
 
     def copy_of(self, x: Any) -> Any:
-        """A tensor as it was, in memory of its own; other values as they are."""
-        if not isinstance(x, Tensor) or x.layout is not torch.strided or x.device.type != "cpu" or x.is_quantized:
+        """A tensor as it was, on the CPU in memory of its own; other values as they are."""
+        if not _has_memory(x):
             return x
         kept = self.before.get(x.untyped_storage().data_ptr())
         if kept is None:
-            return x
+            return x.cpu()
         return torch.empty(0, dtype=x.dtype).set_(kept[1].untyped_storage(), x.storage_offset(), x.shape, x.stride())
 
     def forget(self, tensors: tuple[Tensor, ...]) -> None:
@@ -109,7 +118,7 @@ class Snapshot:
             self.before.pop(x.untyped_storage().data_ptr(), None)
 
     def changed(self) -> bool:
-        return any(not torch.equal(now, before) for now, before in self.before.values())
+        return any(not torch.equal(now.cpu(), before) for now, before in self.before.values())
 
 
 def judge(drawn: Drawn) -> Verdict:
@@ -138,9 +147,14 @@ def _judge(drawn: Drawn) -> Verdict:
         error: Exception | None = None
         try:
             with surroundings(drawn.surroundings):
-                result = function(**given)
+                result = _WAYS[drawn.way](function, given)
+                if drawn.device != "cpu":
+                    torch.cuda.synchronize()
         except Exception as raised:
             error = raised
+            if "CUDA error" in str(raised):  # the device answers nothing any more
+                print(raised, file=sys.stderr, flush=True)
+                os._exit(CUDA_ERROR)
         finally:
             torch.set_num_threads(1)
         if error is None:
@@ -150,11 +164,41 @@ def _judge(drawn: Drawn) -> Verdict:
     return _of_answer(found, drawn, made, given, before, snapshot)
 
 
+def _on_device(copy: Any, x: Any) -> Any:
+    return copy.to(x.device) if isinstance(copy, Tensor) else copy
+
+
+def _traced(trace: Callable[..., Any]) -> Callable[[Any, dict[str, Any]], Any]:
+    """A call that is traced with other numbers in its tensors, and what was traced run with the given ones."""
+
+    def run(function: Any, given: dict[str, Any]) -> Any:
+        names = [name for name, value in given.items() if isinstance(value, Tensor)]
+        copies = Snapshot([given[name] for name in names])
+        others = [_on_device(copies.copy_of(given[name]), given[name]) for name in names]
+        for x in others:
+            if x.is_floating_point() and x.element_size() > 1:
+                x.mul_(0.5)
+
+        def of_tensors(*tensors: Tensor) -> Any:
+            return function(**given | dict(zip(names, tensors, strict=True)))
+
+        return trace(of_tensors, others)(*(given[name] for name in names))
+
+    return run
+
+
+_WAYS: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
+    "call": lambda function, given: function(**given),
+    "make_fx": _traced(lambda f, others: make_fx(f)(*others)),
+    "jit trace": _traced(lambda f, others: torch.jit.trace(f, tuple(others), check_trace=False, strict=False)),
+}
+
+
 def _warm(function: Any, drawn: Drawn) -> None:
     """A plain call of the same shapes, on copies."""
     copies = Snapshot(list(drawn.plain.values()))
     with torch.no_grad():
-        function(**{name: copies.copy_of(value) for name, value in drawn.plain.items()})
+        function(**{name: _on_device(copies.copy_of(value), value) for name, value in drawn.plain.items()})
 
 
 def _make_kinds(drawn: Drawn, around: Surroundings) -> dict[str, Made]:
@@ -186,7 +230,7 @@ def _of_error(error: Exception, drawn: Drawn, made: dict[str, Made], snapshot: S
     text = f"{type(error).__name__}: {error}"
     if snapshot.changed():
         raise FaultError("written", f"memory changed before {text:.300}")
-    parameters = inspect.signature(getattr(jit_kernel, drawn.function)).parameters
+    parameters = inspect.signature(getattr(flash_attention_v3, drawn.function)).parameters
     kind = type(error)
     ours = kind in (TypeError, ValueError, NotImplementedError) or kind.__module__.startswith("jit_kernel")
     named = re.search(rf"(?<![\w.'])({'|'.join(parameters)}|head sizes?)(?!\w)", str(error))
@@ -194,7 +238,8 @@ def _of_error(error: Exception, drawn: Drawn, made: dict[str, Made], snapshot: S
         return Verdict(REFUSED, text)
     if not ours or not named or FOREIGN.search(str(error)):
         raise FaultError("unnamed", text)
-    if _must(drawn, made) == "serve":
+    declined = drawn.device != "cpu" and isinstance(error, NotImplementedError)
+    if _must(drawn, made) == "serve" and not declined:
         raise FaultError("refused", text)
     return Verdict(REFUSED, text)
 
@@ -219,15 +264,23 @@ def _read(result: Any, drawn: Drawn, made: dict[str, Made], given: dict[str, Any
         which = [f"{name} as {kind.name}" for name, kind in drawn.kinds if name in made and kind.must == "refuse"]
         raise FaultError("wrong", f"answered a call that must be refused: {', '.join(which)}")
     try:
-        read = [kinds.values(x) for x in parts]
+        read = [None if (value := kinds.values(x)) is None else value.cpu() for x in parts]
         written = {}
         for name in ("out", "k_cache", "v_cache"):
             if isinstance(given.get(name), Tensor):
-                written[name] = kinds.values(given[name]) if name in made else given[name]
+                value = kinds.values(given[name]) if name in made else given[name]
+                written[name] = None if value is None else value.cpu()
+        shapes = [(tuple(x.shape), x.dtype) for x in parts]
+        is_out = [_is_out(x, given.get("out")) for x in parts]
     except (*CANNOT, RecursionError) as error:
         raise FaultError("wrong", f"a result that cannot be read: {type(error).__name__}: {error}") from error
-    shapes = [(tuple(x.shape), x.dtype) for x in parts]
-    return isinstance(result, tuple), read, shapes, written, [x is given.get("out") for x in parts]
+    return isinstance(result, tuple), read, shapes, written, is_out
+
+
+def _is_out(x: Tensor, out: Any) -> bool:
+    """Whether a result is the given out; what a tracer returns is another object over the same memory."""
+    plain = isinstance(out, Tensor) and out.layout is torch.strided and type(x) is type(out) is Tensor
+    return x is out or (plain and x.data_ptr() == out.data_ptr() and x.stride() == out.stride())
 
 
 def _of_answer(

@@ -1,4 +1,4 @@
-"""Some seconds of the fuzzer: no crash, no hang, no wrong answer, no write before an error, no error that says nothing."""
+"""Some seconds of the fuzzer: no crash, no hang, no wrong answer, no write before an error, no unnamed error."""
 
 from __future__ import annotations
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 import jit_kernel
-from tests.fuzz import calls, drawing, oracle, workers
+from tests.fuzz import answers, bases, calls, drawing, meaning, oracle, workers
 from tests.fuzz.kinds import KINDS
+from tests.support import case_tensors, cases
 from tests.support.cases import DENSE, FP8, KVCACHE
 
 Function = Callable[..., Any]
@@ -56,6 +57,20 @@ def alone(drawn: drawing.Drawn, limit: float = 600) -> workers.Report:
 
 def test_a_right_call_is_answered():
     assert oracle.judge(a_dense_call()).what == oracle.ANSWERED
+
+
+def test_calls_mean_what_their_plans_say():
+    """The reading of arguments, written from the contract, agrees with the generator that laid them out."""
+    for seed in range(150):
+        case = case_tensors.build(cases.draw(seed, bases.SPACE))
+        read = meaning.attention(case.plan.function, case.arguments)
+        assert read.problem.softmax_scale == case.problem.softmax_scale
+        assert (read.out_rows, read.lse_rows) == (case.out_rows, case.lse_rows), seed
+        for ours, theirs in zip(read.problem.sequences, case.problem.sequences, strict=True):
+            for name in ("q", "k", "v", "qv", "q_descale", "k_descale", "v_descale"):
+                a, b = getattr(ours, name), getattr(theirs, name)
+                assert (a is None) == (b is None) and (a is None or answers.same_bits(a, b)), (seed, name)
+        assert not any(bool(taint.any()) for taint in read.tainted)
 
 
 def test_a_crash(plant):

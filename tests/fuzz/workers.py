@@ -6,6 +6,7 @@ afterwards. When a child dies or stands still, the next one goes on behind that 
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import mmap
 import os
@@ -22,6 +23,7 @@ from typing import Any
 
 _STATE = struct.Struct("q")
 _NOTHING = -1
+Make = Callable[[int], tuple[str, str, dict[str, Any]]]
 MEMORY = 12 << 30  # bytes that a child may address beyond its start; a call that asks for more is refused by torch
 
 
@@ -38,7 +40,7 @@ class Report:
 class Worker:
     """One child over a range of calls. `make(index)` makes one and gives a word, a text and more to report."""
 
-    def __init__(self, make: Callable[[int], tuple[str, str, dict[str, Any]]], indices: range, *, limit: float) -> None:
+    def __init__(self, make: Make, indices: range, *, limit: float, limited: bool) -> None:
         self.indices, self.limit = indices, limit
         self._make = make
         self._shared = mmap.mmap(-1, _STATE.size)
@@ -50,7 +52,7 @@ class Worker:
         sys.stderr.flush()
         self.pid = os.fork()
         if self.pid == 0:
-            self._child()
+            self._child(limited)
 
     def _set(self, index: int) -> None:
         self._shared[:] = _STATE.pack(index)
@@ -60,12 +62,13 @@ class Worker:
         """The call that the child makes now, or made last."""
         return int(_STATE.unpack(self._shared[:])[0])
 
-    def _child(self) -> None:
+    def _child(self, limited: bool) -> None:
         status = 70
         try:
             os.dup2(self._errors.fileno(), 2)
             os.dup2(self._errors.fileno(), 1)
-            _limit_memory()
+            faulthandler.disable()
+            _limit_memory(limited)
             for index in self.indices:
                 self._set(index)
                 what, text, more = self._make(index)
@@ -119,18 +122,17 @@ class Worker:
         os.waitpid(self.pid, 0)
 
 
-def _limit_memory() -> None:
-    """No core files; and, but under AddressSanitizer, which addresses all there is, a limit to memory."""
+def _limit_memory(limited: bool) -> None:
+    """No core files; and a limit to memory, but under AddressSanitizer and CUDA, which address all there is."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if "libasan" not in os.environ.get("LD_PRELOAD", ""):
+    if limited and "libasan" not in os.environ.get("LD_PRELOAD", ""):
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         used = pages * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
 
 
 def run(
-    make: Callable[[int], tuple[str, str, dict[str, Any]]], indices: Iterator[range], *, jobs: int, limit: float,
-    until: float | None = None,
+    make: Make, indices: Iterator[range], *, jobs: int, limit: float, until: float | None = None, limited: bool = True
 ) -> Iterator[Report]:  # fmt: skip
     """The reports of all calls of all ranges, `jobs` children at a time, until time.monotonic() is `until`."""
     left: list[range] = []
@@ -144,7 +146,7 @@ def run(
     try:
         while True:
             while len(workers) < jobs and (batch := following()) is not None:
-                workers.append(Worker(make, batch, limit=limit))
+                workers.append(Worker(make, batch, limit=limit, limited=limited))
             if not workers:
                 return
             time.sleep(0.01)
@@ -163,6 +165,6 @@ def run(
             worker.stop()
 
 
-def alone(make: Callable[[int], tuple[str, str, dict[str, Any]]], index: int, *, limit: float) -> Report:
+def alone(make: Make, index: int, *, limit: float, limited: bool = True) -> Report:
     """One call in a child of its own."""
-    return next(iter(run(make, iter([range(index, index + 1)]), jobs=1, limit=limit)))
+    return next(iter(run(make, iter([range(index, index + 1)]), jobs=1, limit=limit, limited=limited)))
