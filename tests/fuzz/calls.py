@@ -24,6 +24,7 @@ from tests.fuzz import drawing, oracle, workers
 from tests.fuzz.oracle import ANSWERED, FAULTS, REFUSED
 
 BATCH = 400  # calls of one child
+MOST_REDUCED = 40  # kinds of faults whose steps are tried one by one, each in a child
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Options:
     without: Collection[str] = ()
     guarded: bool = True
     jobs: int = 1
+    most_threads: int = 3  # 1 where the parent has threads: what torch runs on cannot be forked
     device: str = "cpu"
     limit: float = 60.0  # seconds without an answer that are a hang
 
@@ -64,6 +66,7 @@ def maker(options: Options, keep: Collection[int] | None = None) -> workers.Make
         drawn = drawing.draw(
             options.seed, index, without=options.without, keep=keep, guarded=options.guarded, device=options.device
         )
+        drawn.threads = min(drawn.threads, options.most_threads)
         verdict = oracle.judge(drawn)
         more: dict[str, Any] = {}
         if verdict.what in FAULTS:
@@ -97,9 +100,11 @@ def run(
 
 def _add(total: Total, report: workers.Report, options: Options, say: Callable[[str], None]) -> None:
     drawn = drawing.draw(options.seed, report.index, without=options.without, guarded=options.guarded)
-    key = (report.what, drawn.function, *(_words(step) for step in drawn.steps), _words(report.text)[:60])
+    key = (report.what, *(_words(step) for step in drawn.steps), _words(report.text)[:40])
     if key not in total.faults:
-        text, steps = _reduced(report, drawn, options)
+        text, steps = report.text, drawn.steps
+        if len(total.faults) < MOST_REDUCED:
+            text, steps = _reduced(report, drawn, options)
         total.steps[key] = steps
         say(f"{report.what} {drawn.place} {drawn.function}: {text[:300]}")
         for step in steps:
@@ -111,14 +116,14 @@ def _add(total: Total, report: workers.Report, options: Options, say: Callable[[
 
 def _words(text: str) -> str:
     """A step or a message without its numbers and arguments, to tell one kind of fault from another."""
-    return re.sub(r"[-+]?\d[\d.e+]*|0x[0-9a-f]+", "#", text.partition("\n")[0].split(" of ")[0])
+    return re.sub(r"[-+]?\d[\d.e+]*|inf|nan|0x[0-9a-f]+", "#", re.split(r"\n| of |: ", text)[0])
 
 
 def _telling(said: str) -> list[str]:
     """The lines of a dead child that say why: a sanitizer's error and where it stood."""
     lines = [line.strip() for line in said.splitlines()]
     telling = re.compile(r"ERROR: |runtime error|SUMMARY|#[0-9] .*(entry|prefill|decode|common)/")
-    return [line for line in lines if telling.search(line)][:8] or lines[-2:]
+    return [line for line in lines if telling.search(line)][:8]
 
 
 def _reduced(report: workers.Report, drawn: drawing.Drawn, options: Options) -> tuple[str, list[str]]:
@@ -144,7 +149,7 @@ def summary(total: Total, options: Options) -> list[str]:
         shown = " ".join(f"{options.seed}:{report.index}" for report in reports[:12])
         more = "" if len(reports) <= 12 else f" and {len(reports) - 12} more"
         steps, text = "; ".join(total.steps[key])[:200], reports[0].text[:120]
-        lines.append(f"{key[0]} x{len(reports)} {key[1]} | {steps} | {text!r} | {shown}{more}")
+        lines.append(f"{key[0]} x{len(reports)} | {steps} | {text!r} | {shown}{more}")
     return [*lines, total.line()]
 
 
@@ -158,7 +163,7 @@ def only(text: str, options: Options) -> int:
     print(drawing.describe(drawn))
     reports = list(workers.run(maker(options), iter([batch]), jobs=1, **_limits(options)))
     print(f"{reports[-1].what}: {reports[-1].text}")
-    for line in reports[-1].more.get("said", "").splitlines():
+    for line in reports[-1].more.get("said", "").splitlines()[:40]:
         print(f"    {line}")
     return int(reports[-1].what in FAULTS)
 
@@ -177,7 +182,9 @@ def main(arguments: list[str] | None = None) -> int:
     add("--no-guards", action="store_true", help="tensors in memory of their own, as AddressSanitizer needs it")
     parser.add_argument("--record", metavar="FILE", help="append the counts as a JSON line")
     given = parser.parse_args(arguments)
-    options = Options(given.seed, given.without, not given.no_guards, given.jobs, given.device, given.limit)
+    torch.set_num_threads(1)
+    options = Options(given.seed, given.without, not given.no_guards, given.jobs)
+    options.device, options.limit = given.device, given.limit
     if given.device == "cpu":
         warm_up()
     else:

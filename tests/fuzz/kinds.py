@@ -6,8 +6,8 @@ answer what its values mean, or to refuse.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,10 +15,12 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 from torch._functorch.eager_transforms import _create_differentiable, jvp_increment_nesting
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._mode_utils import no_dispatch
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
 functorch = torch._C._functorch
@@ -325,8 +327,15 @@ KINDS: dict[str, Kind] = {
 }
 
 
+@contextmanager
+def outside() -> Iterator[None]:
+    """As if no transform and no mode were active."""
+    with temporarily_clear_interpreter_stack(), _disable_current_modes(), torch._C.DisableTorchFunctionSubclass():
+        yield
+
+
 def values(x: Any) -> Tensor | None:
-    """A result's values as a plain tensor; None for a tensor that has none (fake, meta)."""
+    """A result's values as a plain tensor; None for a tensor that has none (fake, meta). To be called outside()."""
     while functorch.is_functorch_wrapped_tensor(x):
         place = functorch.maybe_get_bdim(x) if functorch.is_batchedtensor(x) else -1
         x = functorch.get_unwrapped(x)
@@ -347,7 +356,7 @@ def values(x: Any) -> Tensor | None:
         x = x.trigger_wait()
     if isinstance(x, FakeTensor) or x.is_meta:
         return None
-    with torch.no_grad(), torch._C.DisableTorchFunctionSubclass(), no_dispatch():
+    with torch.no_grad(), no_dispatch():
         x = x.detach()
         x = x.as_subclass(Tensor) if type(x) is not Tensor else x
         return x.resolve_conj().resolve_neg()

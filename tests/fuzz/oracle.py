@@ -97,6 +97,9 @@ class Snapshot:
 
     def __init__(self, tensors: list[Any]) -> None:
         self.before: dict[int, tuple[Tensor, Tensor]] = {}
+        self.add(tensors)
+
+    def add(self, tensors: list[Any]) -> None:
         for x in tensors:
             if _has_memory(x):
                 storage = x.untyped_storage()
@@ -137,12 +140,13 @@ def _judge(drawn: Drawn) -> Verdict:
         around = Surroundings(stack)
         if drawn.warm:
             _warm(function, drawn)
+        snapshot = Snapshot(list(drawn.arguments.values()))
         made = _make_kinds(drawn, around)
         given = {name: made[name].given if name in made else value for name, value in drawn.arguments.items()}
         plain = {name: made[name].means if name in made else value for name, value in drawn.arguments.items()}
-        memory = [*drawn.arguments.values(), *plain.values(), *(x for each in made.values() for x in each.memory)]
-        snapshot = Snapshot(memory)
-        before = {name: snapshot.copy_of(value) for name, value in plain.items()}
+        with kinds.outside():
+            snapshot.add([*plain.values(), *(x for each in made.values() for x in each.memory)])
+            before = {name: snapshot.copy_of(value) for name, value in plain.items()}
         torch.set_num_threads(drawn.threads)
         error: Exception | None = None
         try:
@@ -264,17 +268,21 @@ def _read(result: Any, drawn: Drawn, made: dict[str, Made], given: dict[str, Any
         which = [f"{name} as {kind.name}" for name, kind in drawn.kinds if name in made and kind.must == "refuse"]
         raise FaultError("wrong", f"answered a call that must be refused: {', '.join(which)}")
     try:
-        read = [None if (value := kinds.values(x)) is None else value.cpu() for x in parts]
-        written = {}
-        for name in ("out", "k_cache", "v_cache"):
-            if isinstance(given.get(name), Tensor):
-                value = kinds.values(given[name]) if name in made else given[name]
-                written[name] = None if value is None else value.cpu()
-        shapes = [(tuple(x.shape), x.dtype) for x in parts]
-        is_out = [_is_out(x, given.get("out")) for x in parts]
+        with kinds.outside():
+            return isinstance(result, tuple), *_read_outside(parts, made, given)
     except (*CANNOT, RecursionError) as error:
         raise FaultError("wrong", f"a result that cannot be read: {type(error).__name__}: {error}") from error
-    return isinstance(result, tuple), read, shapes, written, is_out
+
+
+def _read_outside(parts: tuple[Tensor, ...], made: dict[str, Made], given: dict[str, Any]) -> tuple[Any, ...]:
+    read = [None if (value := kinds.values(x)) is None else value.cpu() for x in parts]
+    written = {}
+    for name in ("out", "k_cache", "v_cache"):
+        if isinstance(given.get(name), Tensor):
+            value = kinds.values(given[name]) if name in made else given[name]
+            written[name] = None if value is None else value.cpu()
+    shapes = [(tuple(x.shape), x.dtype) for x in parts]
+    return read, shapes, written, [_is_out(x, given.get("out")) for x in parts]
 
 
 def _is_out(x: Tensor, out: Any) -> bool:

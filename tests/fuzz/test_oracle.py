@@ -28,7 +28,7 @@ def a_call(wanted: Callable[[drawing.Drawn], bool]) -> drawing.Drawn:
     for index in range(5000):
         drawn = drawing.draw(0, index, keep=())
         if wanted(drawn):
-            return dataclasses.replace(drawn, warm=False)
+            return dataclasses.replace(drawn, warm=False, threads=1)
     raise AssertionError("no such call was drawn")
 
 
@@ -95,7 +95,7 @@ def test_a_run_goes_on_behind_a_crash_and_names_its_call(plant):
 
     plant(crashes)
     said: list[str] = []
-    options = calls.Options(seed=3, without=[*KINDS])
+    options = calls.Options(seed=3, without=[*KINDS], most_threads=1)
     total = calls.run(options, calls=60, say=said.append)
     assert total.counts["crash"] > 0
     assert sum(total.counts[what] for what in (oracle.ANSWERED, oracle.REFUSED, *oracle.FAULTS)) == 60

@@ -45,7 +45,7 @@ class Worker:
         self._make = make
         self._shared = mmap.mmap(-1, _STATE.size)
         self._reports, self._errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
-        self._read = 0
+        self._read, self._ended = 0, False
         self._seen, self._since = _NOTHING, time.monotonic()
         self._set(_NOTHING)
         sys.stdout.flush()
@@ -101,6 +101,7 @@ class Worker:
         """False while it works, True when it is through, else the crash or the hang of its last call."""
         pid, status = os.waitpid(self.pid, os.WNOHANG)
         if pid:
+            self._ended = True
             if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0:
                 return True
             if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 70:
@@ -118,8 +119,10 @@ class Worker:
 
     def stop(self) -> None:
         """End it."""
-        os.kill(self.pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
+        if not self._ended:
+            self._ended = True
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
 
 
 def _limit_memory(limited: bool) -> None:
