@@ -32,7 +32,8 @@ def require(holds: bool, text: str) -> None:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    bits = [torch.empty(x.numel(), dtype=x.dtype).copy_(x.flatten()).view(torch.uint8) for x in (a, b)]
+    return torch.equal(*bits)
 
 
 def check(function: str, before: dict[str, Any], found: tuple[Any, ...], snapshot: Any, made: dict[str, Any]) -> None:

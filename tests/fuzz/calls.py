@@ -46,6 +46,7 @@ class Total:
 
     counts: Counter[str] = field(default_factory=Counter)
     faults: dict[tuple[str, ...], list[workers.Report]] = field(default_factory=dict)
+    known: dict[tuple[str, ...], tuple[str, ...]] = field(default_factory=dict)  # to these, from all steps
     steps: dict[tuple[str, ...], list[str]] = field(default_factory=dict)  # of each first one, those it needs
 
     def line(self) -> str:
@@ -100,18 +101,22 @@ def run(
 
 def _add(total: Total, report: workers.Report, options: Options, say: Callable[[str], None]) -> None:
     drawn = drawing.draw(options.seed, report.index, without=options.without, guarded=options.guarded)
-    key = (report.what, *(_words(step) for step in drawn.steps), _words(report.text)[:40])
-    if key not in total.faults:
+    raw = _kind(report.what, drawn.steps, report.text)
+    if raw not in total.known:
         text, steps = report.text, drawn.steps
-        if len(total.faults) < MOST_REDUCED:
+        if len(total.known) < MOST_REDUCED:
             text, steps = _reduced(report, drawn, options)
-        total.steps[key] = steps
-        say(f"{report.what} {drawn.place} {drawn.function}: {text[:300]}")
-        for step in steps:
-            say(f"    step {step[:160]}")
-        for line in _telling(report.more.get("said", "")):
-            say(f"    {line}")
-    total.faults.setdefault(key, []).append(report)
+        key = total.known[raw] = _kind(report.what, steps, text)
+        if key not in total.faults:
+            total.steps[key] = steps
+            say(f"{report.what} {drawn.place} {drawn.function}: {text[:300]}")
+            for line in [*(f"step {step[:160]}" for step in steps), *_telling(report.more.get("said", ""))]:
+                say(f"    {line}")
+    total.faults.setdefault(total.known[raw], []).append(report)
+
+
+def _kind(what: str, steps: list[str], text: str) -> tuple[str, ...]:
+    return what, *(_words(step) for step in steps), _words(text)[:40]
 
 
 def _words(text: str) -> str:
