@@ -7,6 +7,7 @@ Prints how many were made, answered and refused, and each fault with the seed an
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import json
 import os
@@ -166,7 +167,7 @@ def only(text: str, options: Options) -> int:
     batch = range(int(first), int(last or first) + 1)
     drawn = drawing.draw(options.seed, batch[-1], without=options.without, guarded=options.guarded)
     print(drawing.describe(drawn))
-    reports = list(workers.run(maker(options), iter([batch]), jobs=1, **_limits(options)))
+    reports = list(workers.run(maker(options), iter([batch]), jobs=1, traces=True, **_limits(options)))
     print(f"{reports[-1].what}: {reports[-1].text}")
     for line in reports[-1].more.get("said", "").splitlines()[:40]:
         print(f"    {line}")
@@ -220,6 +221,9 @@ def warm_up() -> None:
             jit.load(spec, cpu_target())
         return ANSWERED, "", {}
 
+    for name in ("fa3.checks.call", "fa3.checks.combine", "fa3.checks.metadata", "fa3.torch_operators"):
+        importlib.import_module(f"jit_kernel.{name}")  # so that children need not
+    importlib.import_module("torch._dynamo")  # for calls under a dispatch mode
     report = workers.alone(load, 0, limit=3600)
     if report.what != ANSWERED:
         raise RuntimeError(f"{report.text}: {report.more}")

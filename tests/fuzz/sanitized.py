@@ -41,7 +41,7 @@ def main() -> int:
     environment |= {
         "LD_PRELOAD": f"{library('libasan.so')} {library('libubsan.so')}",
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1:allocator_may_return_null=1:max_allocation_size_mb=16384:"
-        "handle_segv=1:detect_stack_use_after_return=0",
+        "handle_segv=2:detect_stack_use_after_return=0",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1:abort_on_error=1",
         "PYTHONMALLOC": "malloc",
     }

@@ -40,7 +40,7 @@ class Report:
 class Worker:
     """One child over a range of calls. `make(index)` makes one and gives a word, a text and more to report."""
 
-    def __init__(self, make: Make, indices: range, *, limit: float, limited: bool) -> None:
+    def __init__(self, make: Make, indices: range, *, limit: float, limited: bool, traces: bool) -> None:
         self.indices, self.limit = indices, limit
         self._make = make
         self._shared = mmap.mmap(-1, _STATE.size)
@@ -52,7 +52,7 @@ class Worker:
         sys.stderr.flush()
         self.pid = os.fork()
         if self.pid == 0:
-            self._child(limited)
+            self._child(limited, traces)
 
     def _set(self, index: int) -> None:
         self._shared[:] = _STATE.pack(index)
@@ -62,12 +62,14 @@ class Worker:
         """The call that the child makes now, or made last."""
         return int(_STATE.unpack(self._shared[:])[0])
 
-    def _child(self, limited: bool) -> None:
+    def _child(self, limited: bool, traces: bool) -> None:
         status = 70
         try:
             os.dup2(self._errors.fileno(), 2)
             os.dup2(self._errors.fileno(), 1)
             faulthandler.disable()
+            if not traces and not _watched():
+                signal.signal(signal.SIGSEGV, signal.SIG_DFL)  # tvm-ffi's handler takes a second to say where
             _limit_memory(limited)
             for index in self.indices:
                 self._set(index)
@@ -125,17 +127,23 @@ class Worker:
             os.waitpid(self.pid, 0)
 
 
+def _watched() -> bool:
+    """Whether this is a process of AddressSanitizer's."""
+    return "libasan" in os.environ.get("LD_PRELOAD", "")
+
+
 def _limit_memory(limited: bool) -> None:
     """No core files; and a limit to memory, but under AddressSanitizer and CUDA, which address all there is."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if limited and "libasan" not in os.environ.get("LD_PRELOAD", ""):
+    if limited and not _watched():
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         used = pages * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
 
 
 def run(
-    make: Make, indices: Iterator[range], *, jobs: int, limit: float, until: float | None = None, limited: bool = True
+    make: Make, indices: Iterator[range], *, jobs: int, limit: float, until: float | None = None, limited: bool = True,
+    traces: bool = False,
 ) -> Iterator[Report]:  # fmt: skip
     """The reports of all calls of all ranges, `jobs` children at a time, until time.monotonic() is `until`."""
     left: list[range] = []
@@ -149,7 +157,7 @@ def run(
     try:
         while True:
             while len(workers) < jobs and (batch := following()) is not None:
-                workers.append(Worker(make, batch, limit=limit, limited=limited))
+                workers.append(Worker(make, batch, limit=limit, limited=limited, traces=traces))
             if not workers:
                 return
             time.sleep(0.01)
