@@ -48,6 +48,7 @@ class Total:
     counts: Counter[str] = field(default_factory=Counter)
     faults: dict[tuple[str, ...], list[workers.Report]] = field(default_factory=dict)
     known: dict[tuple[str, ...], tuple[str, ...]] = field(default_factory=dict)  # to these, from all steps
+    texts: dict[tuple[str, ...], str] = field(default_factory=dict)
     steps: dict[tuple[str, ...], list[str]] = field(default_factory=dict)  # of each first one, those it needs
 
     def line(self) -> str:
@@ -109,7 +110,7 @@ def _add(total: Total, report: workers.Report, options: Options, say: Callable[[
             text, steps = _reduced(report, drawn, options)
         key = total.known[raw] = _kind(report.what, steps, text)
         if key not in total.faults:
-            total.steps[key] = steps
+            total.steps[key], total.texts[key] = steps, text
             say(f"{report.what} {drawn.place} {drawn.function}: {text[:300]}")
             for line in [*(f"step {step[:160]}" for step in steps), *_telling(report.more.get("said", ""))]:
                 say(f"    {line}")
@@ -154,7 +155,7 @@ def summary(total: Total, options: Options) -> list[str]:
     for key, reports in sorted(total.faults.items(), key=lambda item: (item[0][0], -len(item[1]))):
         shown = " ".join(f"{options.seed}:{report.index}" for report in reports[:12])
         more = "" if len(reports) <= 12 else f" and {len(reports) - 12} more"
-        steps, text = "; ".join(total.steps[key])[:200], reports[0].text[:120]
+        steps, text = "; ".join(total.steps[key])[:200], total.texts[key][:120]
         lines.append(f"{key[0]} x{len(reports)} | {steps} | {text!r} | {shown}{more}")
     return [*lines, total.line()]
 

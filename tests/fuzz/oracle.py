@@ -114,7 +114,8 @@ class Snapshot:
         kept = self.before.get(x.untyped_storage().data_ptr())
         if kept is None:
             return x.cpu()
-        return torch.empty(0, dtype=x.dtype).set_(kept[1].untyped_storage(), x.storage_offset(), x.shape, x.stride())
+        empty = torch.empty(0, dtype=x.dtype, device="cpu")  # whatever the default device is
+        return empty.set_(kept[1].untyped_storage(), x.storage_offset(), x.shape, x.stride())
 
     def forget(self, tensors: tuple[Tensor, ...]) -> None:
         for x in tensors:
