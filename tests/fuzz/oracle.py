@@ -41,6 +41,9 @@ class Verdict:
     judged: bool = True  # False: answered, and the contract leaves open with what
 
 
+DERIVATIVES = ("requires grad", "inner of a graph", "parameter of a model", "of grad", "of jvp", "dual")
+
+
 class FaultError(Exception):
     """A fault of the call under test."""
 
@@ -221,11 +224,9 @@ def _make_kinds(drawn: Drawn, around: Surroundings) -> dict[str, Made]:
 
 def _must(drawn: Drawn, made: dict[str, Made]) -> str:
     """What the kinds and the surroundings leave open for a call."""
-    musts = {kind.must for name, kind in drawn.kinds if name in made}
-    if musts & {"refuse"} and drawn.surroundings in ("no grad", "inference"):
-        without_grad = {"requires grad", "inner of a graph", "parameter of a model", "of grad", "of jvp", "dual"}
-        if all(kind.name in without_grad or kind.must == "serve" for name, kind in drawn.kinds if name in made):
-            return "either"  # nobody asks for a derivative
+    nobody_asks = drawn.surroundings in ("no grad", "inference")
+    used = [kind for name, kind in drawn.kinds if name in made]
+    musts = {"either" if nobody_asks and kind.name in DERIVATIVES else kind.must for kind in used}
     if "refuse" in musts:
         return "refuse"
     return "serve" if drawn.must_serve and musts <= {"serve"} else "either"

@@ -24,7 +24,7 @@ from typing import Any
 _STATE = struct.Struct("q")
 _NOTHING = -1
 Make = Callable[[int], tuple[str, str, dict[str, Any]]]
-MEMORY = 12 << 30  # bytes that a child may address beyond its start; a call that asks for more is refused by torch
+MEMORY = 4 << 30  # bytes that a child may address beyond its start; a call that asks for more is refused by torch
 
 
 @dataclass
