@@ -91,7 +91,12 @@ def _attended(
         *lead, heads, _ = wanted.q_shape
         lse_shape = (*lead[:-1], heads, lead[-1])
         require(shapes[1] == (lse_shape, torch.float32), f"lse is {shapes[1]}, must be {lse_shape} in float32")
-    _numbers(wanted, out, lse)
+    try:
+        _numbers(wanted, out, lse)
+    except RuntimeError as error:
+        if "without overflow" in str(error):  # a scalar that the inputs' dtype cannot hold
+            raise UnjudgedError(str(error)) from error
+        raise
     if before.get("out") is not None:
         require(is_out[0], "the returned out is not the given one")
         _wrote(before, "out", wanted.out_rows, out, written, made)
