@@ -73,7 +73,7 @@ def maker(options: Options, keep: Collection[int] | None = None) -> workers.Make
         verdict = oracle.judge(drawn)
         more: dict[str, Any] = {}
         if verdict.what in FAULTS:
-            more = {"steps": drawn.steps, "function": drawn.function}
+            more = {"last": True}
         elif not verdict.judged:
             more = {"judged": False}
         return verdict.what, verdict.text, more

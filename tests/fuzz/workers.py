@@ -75,6 +75,8 @@ class Worker:
                 self._set(index)
                 what, text, more = self._make(index)
                 os.write(self._reports.fileno(), json.dumps([index, what, text[:2000], more]).encode() + b"\n")
+                if more.get("last"):  # what went wrong may have left something behind
+                    break
             status = 0
         except BaseException:
             import traceback
@@ -98,6 +100,10 @@ class Worker:
         """The end of the child's output."""
         size = os.fstat(self._errors.fileno()).st_size
         return os.pread(self._errors.fileno(), 12000, max(0, size - 12000)).decode(errors="replace").strip()
+
+    def rest(self) -> range:
+        """The calls behind the last one."""
+        return range(self.at + 1, self.indices.stop)
 
     def ended(self) -> Report | bool:
         """False while it works, True when it is through, else the crash or the hang of its last call."""
@@ -168,7 +174,8 @@ def run(
                     workers.remove(worker)
                     if isinstance(ended, Report):
                         yield ended
-                        left.append(range(ended.index + 1, worker.indices.stop))
+                    if worker.rest():
+                        left.append(worker.rest())
             if until is not None and time.monotonic() > until:
                 return
     finally:
