@@ -115,6 +115,13 @@ def negated(x: Tensor) -> Tensor:
     return y
 
 
+def _copy(x: Tensor) -> Tensor:
+    """x with its start and strides in memory of its own, for what may or may not write through to it."""
+    memory = torch.empty(0, dtype=torch.uint8, device=x.device).set_(x.untyped_storage()).clone()
+    made = torch.empty(0, dtype=x.dtype, device=x.device)
+    return made.set_(memory.untyped_storage(), x.storage_offset(), x.shape, x.stride())
+
+
 def _neg_view(_: Surroundings, x: Tensor) -> Made:
     memory = negated(x)
     return Made(memory._neg_view(), x, (memory,))
@@ -141,13 +148,13 @@ def _fake_in_mode(around: Surroundings, x: Tensor) -> Made:
 
 
 def _functional(_: Surroundings, x: Tensor) -> Made:
-    return Made(torch._to_functional_tensor(x), x, (x,))
+    return Made(torch._to_functional_tensor(_copy(x)), x)
 
 
 def _functional_subclass(around: Surroundings, x: Tensor) -> Made:
-    mode = around.once("functional", FunctionalTensorMode)
+    made, mode = _copy(x), around.once("functional", FunctionalTensorMode)
     around.once("functional mode", lambda: around.stack.enter_context(mode))
-    return Made(FunctionalTensor.to_functional(x), x, (x,))
+    return Made(FunctionalTensor.to_functional(made), x)
 
 
 def _functionalized(around: Surroundings, x: Tensor) -> Made:
@@ -156,7 +163,8 @@ def _functionalized(around: Surroundings, x: Tensor) -> Made:
         around.stack.callback(functorch._func_decrement_nesting)
         return made
 
-    return Made(functorch._wrap_functional_tensor(x, around.once("functionalize", level)), x, (x,))
+    made = _copy(x)
+    return Made(functorch._wrap_functional_tensor(made, around.once("functionalize", level)), x)
 
 
 def _batched(around: Surroundings, x: Tensor) -> Made:
@@ -224,7 +232,7 @@ def _freed(_: Surroundings, x: Tensor) -> Made:
 
 
 def _lazy_clone(_: Surroundings, x: Tensor) -> Made:
-    return Made(torch._lazy_clone(x), x, (x,))
+    return Made(torch._lazy_clone(x), _copy(x))
 
 
 def _uninitialized(_: Surroundings, x: Tensor) -> Made:
@@ -283,6 +291,8 @@ def _simple(function: Callable[[Tensor], Any], *, means: bool = True) -> Callabl
     return lambda _, x: Made(function(x), x if means else None, (x,) if means else ())
 
 
+# Kinds that open a transform or a mode, in which no plain tensor can be made: they come last.
+TRANSFORMS = ("functionalized", "batched", "of grad", "of jvp", "dual", "fake in its mode", "functional subclass")
 KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (

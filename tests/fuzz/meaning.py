@@ -129,9 +129,9 @@ def limited(name: str, value: Any, lengths: list[int]) -> list[int]:
 
 def addresses(x: Tensor) -> Tensor:
     """Where every element lies, in bytes."""
-    at = torch.tensor(x.storage_offset())
+    at = torch.tensor(x.storage_offset(), device="cpu")
     for size, stride in zip(x.shape, x.stride(), strict=True):
-        at = at[..., None] + torch.arange(size) * stride
+        at = at[..., None] + torch.arange(size, device="cpu") * stride
     return x.untyped_storage().data_ptr() + at.flatten() * x.element_size()
 
 
@@ -382,10 +382,11 @@ class _Reader:
         for name in ("q_descale", "k_descale", "v_descale"):
             value = self.get(name)
             if value is not None:
+                if self.q.dtype != FP8:
+                    continue  # not read
                 tensor = dense(name, value, 2, (torch.float32,))
                 need(tuple(tensor.shape) == (self.batch, self.hk), f"{name} has shape {tuple(tensor.shape)}")
-                if self.q.dtype == FP8:
-                    found[name] = tensor[i]
+                found[name] = tensor[i]
         return found
 
     def _maximum(self, name: str, lengths: list[int]) -> None:

@@ -26,8 +26,8 @@ import jit_kernel
 from jit_kernel import flash_attention_v3
 from tests.fuzz import answers, kinds
 from tests.fuzz.drawing import Drawn
-from tests.fuzz.kinds import CANNOT, Made, Surroundings
-from tests.fuzz.meaning import MeaninglessError, UnjudgedError
+from tests.fuzz.kinds import CANNOT, TRANSFORMS, Made, Surroundings
+from tests.fuzz.meaning import MeaninglessError, UnjudgedError, overlaps_itself
 
 CUDA_ERROR = 71  # status of a process that a CUDA error ends
 ANSWERED, REFUSED = "answered", "refused by name"
@@ -184,7 +184,7 @@ def _traced(trace: Callable[..., Any]) -> Callable[[Any, dict[str, Any]], Any]:
         copies = Snapshot([given[name] for name in names])
         others = [_on_device(copies.copy_of(given[name]), given[name]) for name in names]
         for x in others:
-            if x.is_floating_point() and x.element_size() > 1:
+            if x.is_floating_point() and x.element_size() > 1 and not overlaps_itself(x):
                 x.mul_(0.5)
 
         def of_tensors(*tensors: Tensor) -> Any:
@@ -211,7 +211,7 @@ def _warm(function: Any, drawn: Drawn) -> None:
 
 def _make_kinds(drawn: Drawn, around: Surroundings) -> dict[str, Made]:
     made = {}
-    for name, kind in drawn.kinds:
+    for name, kind in sorted(drawn.kinds, key=lambda each: each[1].name in TRANSFORMS):
         value = drawn.arguments[name]
         if type(value) is not Tensor or value.numel() > 2**20:
             continue
