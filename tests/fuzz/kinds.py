@@ -47,6 +47,7 @@ class Made:
     given: Any
     means: Tensor | None
     memory: tuple[Tensor, ...] = ()
+    kept: tuple[Tensor, ...] = ()  # memory that must not change, whatever is written
 
 
 @dataclass(frozen=True)
@@ -232,7 +233,8 @@ def _freed(_: Surroundings, x: Tensor) -> Made:
 
 
 def _lazy_clone(_: Surroundings, x: Tensor) -> Made:
-    return Made(torch._lazy_clone(x), _copy(x))
+    original = _copy(x)
+    return Made(torch._lazy_clone(original), _copy(x), kept=(original,))
 
 
 def _uninitialized(_: Surroundings, x: Tensor) -> Made:

@@ -149,7 +149,7 @@ def _judge(drawn: Drawn) -> Verdict:
         given = {name: made[name].given if name in made else value for name, value in drawn.arguments.items()}
         plain = {name: made[name].means if name in made else value for name, value in drawn.arguments.items()}
         with kinds.outside():
-            snapshot.add([*plain.values(), *(x for each in made.values() for x in each.memory)])
+            snapshot.add([*plain.values(), *(x for each in made.values() for x in (*each.memory, *each.kept))])
             before = {name: snapshot.copy_of(value) for name, value in plain.items()}
         torch.set_num_threads(drawn.threads)
         error: Exception | None = None
