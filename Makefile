@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 SETUP_FILES = pyproject.toml constraints.txt
 
-.PHONY: demo test test-quick test-timing lint format bench warmup test-gpu sanitize-gpu bench-gpu test-musa clean-cache wheel
+.PHONY: demo test test-quick test-timing lint format bench warmup test-gpu sanitize-gpu bench-gpu test-musa fuzz fuzz-sanitize clean-cache wheel
 
 demo: $(VENV)/.ready $(VENV)/.demo
 	$(BIN)/python examples/first_call.py
@@ -21,6 +21,16 @@ test-quick: $(VENV)/.ready
 # Limits on time, which a busy machine does not keep.
 test-timing: $(VENV)/.ready
 	$(BIN)/python -m pytest -m timing $(PYTEST_ARGS) tests/test_timing.py
+
+# Random calls for SECONDS; SEED picks others.
+SECONDS ?= 60
+SEED ?= 0
+fuzz: $(VENV)/.ready
+	$(BIN)/python -m tests.fuzz.calls --seconds $(SECONDS) --seed $(SEED) --jobs 2 $(FUZZ_ARGS)
+
+# The same on kernels that AddressSanitizer and UndefinedBehaviorSanitizer watch.
+fuzz-sanitize: $(VENV)/.ready
+	$(BIN)/python -m tests.fuzz.sanitized --seconds $(SECONDS) --seed $(SEED) $(FUZZ_ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

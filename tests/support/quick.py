@@ -14,6 +14,7 @@ QUICK: dict[str, set[str]] = {
         "test_attention_chunk_none_counts_as_zero",
     },
     "engine/test_loader.py": {"test_first_call_compiles_and_the_next_process_loads"},
+    "fuzz/test_oracle.py": {"test_a_right_call_is_answered", "test_a_wrong_answer"},
     "hopper/test_hopper.py": {"test_a_source_that_does_not_compile_raises_with_the_compilers_message"},
     "integrations/test_transformers.py": {"test_sinks", "test_llama_logits_of_a_padded_batch"},
     "musa/test_calls.py": {"test_mla_decode"},
