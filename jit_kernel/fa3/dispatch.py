@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
@@ -38,6 +37,7 @@ import torch
 
 from jit_kernel import config
 from jit_kernel.device import Target, device_target
+from jit_kernel.engine.forks import Lock
 from jit_kernel.engine.progress import warn_once
 from jit_kernel.fa3.call import Arguments, Call, MetadataParameters, Result
 from jit_kernel.fa3.decision import Accepted, Decision, Rejected, refusal
@@ -187,7 +187,7 @@ class Dispatcher:
 
 # By device: the settings that it was made under, and its dispatcher. config.reload() makes new settings.
 _made: dict[torch.device | str, tuple[config.Settings, Dispatcher]] = {}
-_making = threading.Lock()
+_making = Lock()
 # try_known of the implementation that looks at the arguments itself, once its device is loaded: the CPU's alone.
 try_unchecked: Callable[[Arguments], Result | None] | None = None
 
