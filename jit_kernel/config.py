@@ -68,7 +68,9 @@ def _folder(key: str) -> Path | None:
     try:
         path = Path(value).expanduser()
     except RuntimeError as error:
-        raise ConfigError(f"{key} is {value!r}; it must be an absolute path, and no such home folder is known") from error
+        raise ConfigError(
+            f"{key} is {value!r}; it must be an absolute path, and no such home folder is known"
+        ) from error
     if not path.is_absolute():
         raise ConfigError(f"{key} is {value!r}; it must be an absolute path")
     return path
@@ -205,6 +207,7 @@ def cache_dir() -> Path:
     folder = Path(platformdirs.user_cache_dir("jit_kernel", appauthor=False))
     if not folder.is_absolute():  # a user without a home folder
         raise ConfigError(
-            f"JIT_KERNEL_CACHE_DIR is not set, and the user's cache folder is {str(folder)!r}; set it to an absolute path"
+            f"JIT_KERNEL_CACHE_DIR is not set, and this user's cache folder is {str(folder)!r}; "
+            "set it to an absolute path"
         )
     return folder

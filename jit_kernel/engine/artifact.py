@@ -15,6 +15,7 @@ _PREFIX = b"__tvm_ffi_"
 _SHARED, _CUDA, _DYNAMIC_SYMBOLS = 3, 190, 11  # ELF: e_type, e_machine and sh_type
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 _EXPORT = re.compile(r"\b(?:JIT_KERNEL_EXPORT(?:_QUESTION)?|TVM_FFI_DLL_EXPORT_TYPED_FUNC)\(\s*(\w+)\s*,")
+_DEFINED = re.compile(r"\b__tvm_ffi_(\w+)\(")
 _DEFINE = re.compile(r"^[ \t]*#[ \t]*define[ \t]+(\w+)\(([^)\n]*)\)(.*)$", re.MULTILINE)
 
 
@@ -30,7 +31,7 @@ def exported(unit: str, sources: Path) -> set[str]:
     text = _COMMENT.sub("", unit)
     if re.search(r"#[ \t]*if", text):
         return set()
-    names = set(_EXPORT.findall(text))
+    names = {*_EXPORT.findall(text), *_DEFINED.findall(text)}
     called = set(re.findall(r"\b(\w+)\(", text))
     by_macro: dict[str, set[str]] = {}
     for file in closure.files_of(unit, "host", "", str(sources)):

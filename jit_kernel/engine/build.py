@@ -64,23 +64,23 @@ def _store() -> Store:
     return store
 
 
-def obtain(spec: KernelSpec, target: Target, unusable: Path | None = None) -> Entry:
+def obtain(spec: KernelSpec, target: Target, unusable: tuple[Entry, str] | None = None) -> Entry:
     """The verified entry of a kernel: from disk, else compiled under the lock of that entry.
 
-    `unusable` is an entry that was found and could not be loaded; it is replaced. Raises compiler.CompilerError or
+    `unusable` is an entry that was found and could not be loaded, and why; it is replaced. Raises compiler.CompilerError or
     CacheError.
     """
     started = time.perf_counter()
     store = _store()
     wanted = _wanted(spec, target, store)
-    found = Miss("it could not be loaded", unusable) if unusable else wanted.find(store)
+    found = wanted.find(store) if unusable is None else _other_than(unusable, wanted, store)
     if isinstance(found, Miss):
         if isinstance(wanted.compiler, compiler.CompilerNotFoundError):
             raise wanted.compiler
         if not store.writable():
             return _build_outside(wanted, found.reason, store)
         try:
-            found = _under_lock(wanted, store, found if unusable else None)
+            found = _under_lock(wanted, store, unusable)
         except OSError as error:
             if error.errno in _FULL:
                 raise _disk_full(spec, store.root) from error
@@ -107,11 +107,19 @@ def unloadable(spec: KernelSpec, target: Target, entry: Entry, problem: str) -> 
     )
 
 
-def _under_lock(wanted: _Wanted, store: Store, miss: Miss | None) -> Entry:
+def _other_than(unusable: tuple[Entry, str], wanted: _Wanted, store: Store) -> Entry | Miss:
+    """The entry that another process has put in the place of an unusable one."""
+    found = wanted.find(store)
+    if isinstance(found, Entry) and found.files == unusable[0].files:
+        return Miss(f"it cannot be loaded here ({unusable[1]})", found.folder)
+    return found
+
+
+def _under_lock(wanted: _Wanted, store: Store, unusable: tuple[Entry, str] | None) -> Entry:
     """Look again under the lock, and compile if need be."""
     lock = store.lock(wanted.spec.kernel, str(wanted.target), wanted.key)
     with lock.held(partial(_report_waiting, wanted.spec)):
-        found = miss or wanted.find(store)
+        found = wanted.find(store) if unusable is None else _other_than(unusable, wanted, store)
         return _build(wanted, found, store, lock) if isinstance(found, Miss) else found
 
 

@@ -147,6 +147,7 @@ def _run_program(found: Found, folder: Path, target: Target, extra: Sequence[str
     command = program_command(found, target, extra)
     started = time.perf_counter()
     environment = config.child_environment(LC_ALL="C", TMPDIR=str(folder))
+    functions = _exported(folder, found.route)
     try:
         ended = process.run(command, folder=folder, log=folder / "compile.log", environment=environment)
     except OSError as error:
@@ -157,7 +158,7 @@ def _run_program(found: Found, folder: Path, target: Target, extra: Sequence[str
     try:
         if ended.status != 0:
             raise artifact.UnfitError(_ending(ended))
-        artifact.check(folder / ARTIFACTS[found.route], found.route, _exported(folder, found.route))
+        artifact.check(folder / ARTIFACTS[found.route], found.route, functions)
     except artifact.UnfitError as error:
         words = _first_error(ended.output)
         message = f"{words}\n{found}: {error}" if words else f"{found}: {error}"

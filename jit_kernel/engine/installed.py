@@ -207,7 +207,7 @@ def identify(found: Found) -> str:
         raise CompilerNotFoundError(f"{line} gave no answer in {_LIMIT_SECONDS:.0f} s {mend}") from error
     if answer.status != 0:
         ending = f"ended by {answer.killed_by}" if answer.killed_by else f"status {answer.status}"
-        raise CompilerNotFoundError(f"{line} failed: {_short(answer.errors or answer.output) or ending} {mend}")
+        raise CompilerNotFoundError(f"{line} failed, {ending}: {_short(answer.errors or answer.output)} {mend}")
     version = (answer.output.strip() or answer.errors.strip())[:_MOST_VERSION_CHARACTERS]
     if not version:
         raise CompilerNotFoundError(f"{line} printed no version {mend}")

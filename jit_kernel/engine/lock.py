@@ -30,6 +30,7 @@ _MARK = ".alive"  # the ending of the lock beside a private folder
 # A folder of another machine, or one without a lock, is left alone for so long.
 _FOREIGN_SECONDS = 24 * 3600
 _POLL_SECONDS = 0.02
+_ATTEMPTS = 3
 # What flock answers on a file system without locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -205,16 +206,20 @@ def make_folder(folder: Path, mode: int) -> None:
 
     Raises FileExistsError where something else is in its place.
     """
-    try:
-        os.mkdir(folder, 0o700)
-    except FileNotFoundError:
-        make_folder(folder.parent, 0o755)
-        make_folder(folder, mode)
-    except FileExistsError:
-        if not folder.is_dir():
-            raise
-    else:
-        os.chmod(folder, mode)
+    for attempt in range(_ATTEMPTS):
+        try:
+            os.mkdir(folder, 0o700)
+        except FileNotFoundError:  # no parent, or one that was removed meanwhile; in /proc nobody makes a folder
+            if attempt + 1 == _ATTEMPTS:
+                raise
+            make_folder(folder.parent, 0o755)
+        except FileExistsError:
+            if not folder.is_dir():
+                raise
+            return
+        else:
+            os.chmod(folder, mode)
+            return
 
 
 def remove(path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from jit_kernel import config
 from jit_kernel.device import Target
-from jit_kernel.engine import artifact, compiler, library, progress
+from jit_kernel.engine import artifact, compiler, library
 from jit_kernel.engine import build as builds
 from jit_kernel.engine.forks import Lock
 from jit_kernel.engine.spec import KernelSpec
@@ -78,8 +78,7 @@ def _load_library(spec: KernelSpec, target: Target) -> Any:
         if entry.fresh:
             raise builds.unloadable(spec, target, entry, str(error)) from error
         # Built for another C library, say: bytes that were verified and still cannot be loaded here.
-        progress.warn_once(f"{spec} in {entry.folder} cannot be loaded here ({error}); compiling it again")
-        entry = builds.obtain(spec, target, unusable=entry.folder)
+        entry = builds.obtain(spec, target, unusable=(entry, str(error)))
     try:
         return library.load(entry.image, str(spec), functions)
     except library.UnloadableError as error:

@@ -8,6 +8,7 @@ Groups count as others: who is in a group, and who will be, cannot be known from
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import stat
@@ -33,8 +34,8 @@ def check_root(root: Path) -> None:
     would be made. The folders above the store are looked at once a process.
     """
     known = _safe_ways.get((root, os.geteuid()))
-    place = known or _walk(str(root), root)
     try:
+        place = known or _walk(str(root), root)
         status = os.lstat(place)
     except FileNotFoundError:
         return  # not remembered: until it is made, somebody else may make it
@@ -57,8 +58,8 @@ def check_folder(place: Path, root: Path) -> None:
         try:
             real = _walk(str(place), root)
             status = os.lstat(real)
-        except FileNotFoundError as error:
-            raise NotADirectoryError(f"{place} is a link to nothing") from error
+        except OSError as error:
+            raise NotADirectoryError(f"{place} is a link to nothing: {error.strerror}") from error
         check_status(status, real, root)
     if not stat.S_ISDIR(status.st_mode):
         raise NotADirectoryError(f"{place} is not a folder")
@@ -115,7 +116,7 @@ def _walk(path: str, root: Path, links: int = 0) -> str:
         check_status(status, place, root)
         links += 1
         if links > _MOST_LINKS:
-            raise CacheError(f"cache folder {root}: {place} leads through too many links; set JIT_KERNEL_CACHE_DIR")
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), place)
         target = os.readlink(place)
         current = "/" if target.startswith("/") else current
         waiting += [each for each in reversed(target.split("/")) if each not in ("", ".")]

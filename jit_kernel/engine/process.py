@@ -76,7 +76,7 @@ def run(
                 process = subprocess.Popen(
                     ["/bin/sh", "-c", _WATCHED, "sh", *command],
                     cwd=folder,
-                    stdin=theirs,
+                    stdin=theirs.fileno(),
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE if log is None else subprocess.STDOUT,
                     start_new_session=True,
@@ -99,11 +99,11 @@ def run(
                 peak = _reap(process)
     finally:
         held.close()
-    texts = [each.text() for each in outputs.values()]
+    output, errors = [*(each.text() for each in outputs.values()), ""][:2]
     if log is not None:
-        log.write_text(texts[0], encoding="utf-8")
+        log.write_text(output, encoding="utf-8")
     status = answer.text().strip()
-    return Ended(int(status) if status else None, *texts, peak_bytes=peak)
+    return Ended(int(status) if status else None, output, errors, peak)
 
 
 class _Kept:

@@ -33,7 +33,7 @@ _TMP, _LOCKS, _QUARANTINE, _FAILED = ".tmp", ".locks", ".quarantine", ".failed"
 _COMPILERS = ".compilers.json"
 _MOST_COMPILERS_BYTES = 1 << 20
 _QUARANTINE_KEPT = 8
-_QUARANTINE_NAME = re.compile(rf"\d{{19,}}-.*")
+_QUARANTINE_NAME = re.compile(r"\d{19,}-.*")
 
 
 class Store:
@@ -57,11 +57,12 @@ class Store:
         ownership.check_root(self.root)
 
     def writable(self) -> bool:
-        """Whether an entry can be added; makes the folder if it is missing."""
+        """Whether an entry can be added; makes the folder if it is missing. Raises what `check` raises."""
         try:
             make_folder(self.root, 0o755)
         except OSError:
             return False
+        self.check()  # what was missing may be there meanwhile, and another user's
         return os.access(self.root, os.W_OK | os.X_OK)
 
     def _own(self, name: str) -> Path:
