@@ -199,6 +199,8 @@ def _compile_into(folder: Path, wanted: _Wanted, reason: str, last_seconds: floa
     names = [unit.name, made.artifact]
     names += [compiler.LAUNCH_METADATA] if (folder / compiler.LAUNCH_METADATA).exists() else []
     files = {name: (folder / name).read_bytes() for name in names}
+    if files[unit.name] != spec.unit.encode():
+        raise compiler.CompileError(f"{unit.name} was changed while it was compiled", log="", command=made.command)
     manifest = {
         "kernel": spec.kernel,
         "target": str(target),
