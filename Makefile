@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 SETUP_FILES = pyproject.toml constraints.txt
 
-.PHONY: demo test test-quick test-timing lint format bench warmup test-gpu sanitize-gpu bench-gpu test-musa clean-cache wheel
+.PHONY: demo test test-quick fuzz test-timing lint format bench warmup test-gpu sanitize-gpu bench-gpu test-musa clean-cache wheel
 
 demo: $(VENV)/.ready $(VENV)/.demo
 	$(BIN)/python examples/first_call.py
@@ -17,6 +17,11 @@ test: $(VENV)/.ready
 # Some tests of every folder, within a minute.
 test-quick: $(VENV)/.ready
 	$(BIN)/python -m pytest -m "quick and not gpu and not musa" $(PYTEST_ARGS)
+
+# Faults against the store, for so many seconds: make fuzz SECONDS=3600.
+SECONDS ?= 900
+fuzz: $(VENV)/.ready
+	$(BIN)/python -m tests.fuzz.store_campaign --seconds $(SECONDS)
 
 # Limits on time, which a busy machine does not keep.
 test-timing: $(VENV)/.ready

@@ -67,8 +67,8 @@ def _store() -> Store:
 def obtain(spec: KernelSpec, target: Target, unusable: tuple[Entry, str] | None = None) -> Entry:
     """The verified entry of a kernel: from disk, else compiled under the lock of that entry.
 
-    `unusable` is an entry that was found and could not be loaded, and why; it is replaced. Raises compiler.CompilerError or
-    CacheError.
+    `unusable` is an entry that was found and could not be loaded, and why; it is replaced. Raises
+    compiler.CompilerError or CacheError.
     """
     started = time.perf_counter()
     store = _store()

@@ -17,6 +17,7 @@ from tests.support import children, tiny
 CALL = tiny.call
 REAL = shutil.which("g++") or shutil.which("clang++") or ""
 ERRORS = ("CompilerNotFoundError", "CompileError")
+PATCH = "dd of=kernel.so bs=1 conv=notrunc"
 # What stands in the place of "compile": the answer to --version is right.
 MADE = {
     "nothing": "exit 0",
@@ -27,8 +28,8 @@ MADE = {
     "a program": f"echo 'int main() {{}}' | {REAL} -x c++ - -o kernel.so",
     "a library without functions": f"echo 'int x;' | {REAL} -shared -fPIC -x c++ - -o kernel.so",
     "a library cut short": f'{REAL} "$@" && truncate -s 6000 kernel.so',
-    "a library for another architecture": f"{REAL} \"$@\" && printf '\\267' | dd of=kernel.so bs=1 seek=18 conv=notrunc",
-    "a library for 32 bits": f"{REAL} \"$@\" && printf '\\001' | dd of=kernel.so bs=1 seek=4 conv=notrunc",
+    "a library for another architecture": f"{REAL} \"$@\" && printf '\\267' | {PATCH} seek=18",
+    "a library for 32 bits": f"{REAL} \"$@\" && printf '\\001' | {PATCH} seek=4",
     "a library of an unknown symbol": f"sed -i 's/times/other/' unit.cpp && {REAL} \"$@\"",
     "a library that needs what is not there": f"echo 'void gone(); void* f = (void*)gone;' >> unit.cpp; {REAL} \"$@\"",
 }
@@ -107,7 +108,9 @@ def test_a_compiler_that_makes_something_else(tmp_path, made):
 
 
 def test_a_compiler_killed_for_memory(tmp_path):
-    for index, killed in enumerate(("kill -KILL $$", "kill -KILL 0", "echo 'g++: fatal error: Killed signal terminated program cc1plus'; exit 1")):
+    for index, killed in enumerate(
+        ("kill -KILL $$", "kill -KILL 0", "echo 'g++: fatal error: Killed signal terminated program cc1plus'; exit 1")
+    ):
         (tmp_path / str(index)).mkdir()
         refused(tmp_path / str(index), script(tmp_path / "bin", killed), "memory", "SIGKILL")
 
@@ -138,7 +141,9 @@ def test_a_strange_answer_to_version(tmp_path, answer):
     line, works = VERSIONS[answer]
     chosen = script(tmp_path / "bin", f'exec {REAL} "$@"', version=line)
     if not works:
-        refused(tmp_path, chosen, "--version", {"a failure": "broken licence", "a crash": "SIGABRT"}.get(answer, "version"))
+        refused(
+            tmp_path, chosen, "--version", {"a failure": "broken licence", "a crash": "SIGABRT"}.get(answer, "version")
+        )
         return
     environment = {"JIT_KERNEL_CACHE_DIR": str(tmp_path / "store"), "CXX": chosen}
     outcome = children.run(CALL, environment=environment, scratch=tmp_path)

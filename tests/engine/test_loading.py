@@ -69,7 +69,9 @@ def publish_cubin(image: bytes, launch: bytes) -> None:
     (private / "launch.json").write_bytes(launch)
     spec, target = jit.KernelSpec("tiny", '{"module": "none"}', "triton"), Target("cuda", "sm_80")
     key = build.key_of(spec, target)[0]
-    files = {path.name: {"size": path.stat().st_size, "sha256": sha256_of(path.read_bytes())} for path in private.iterdir()}
+    files = {
+        path.name: {"size": path.stat().st_size, "sha256": sha256_of(path.read_bytes())} for path in private.iterdir()
+    }
     stores.write_manifest(private, {"key": key, "artifact": "kernel.cubin", "files": files})
     store.publish(private, "tiny", "cuda:sm_80", f"{key}-{identity.present('triton', store)}")
 
@@ -144,7 +146,7 @@ def test_where_no_code_can_be_run_one_error_says_so(tmp_path, environment, store
 
 
 def many(count: int) -> list[bool]:
-    """Load several kernels of the same functions, closing what the loader opened, as a program that becomes a daemon."""
+    """Load several kernels of the same functions, closing what the loader opened, as a new daemon does."""
     right = []
     for factor in range(2, 2 + count):
         right.append(tiny.call(factor)["right"])

@@ -79,7 +79,15 @@ def test_nothing_that_others_can_write_is_left(folder, store, environment, mask)
     assert ran(partial(tiny.with_umask, mask, tiny.both), environment, folder).result == 1
     assert ran(partial(tiny.with_umask, mask, tiny.broken), environment, folder).error == "CompileError"
     written = [path for path in folder.rglob("*") if not path.name.startswith("stderr")]
-    assert {path.name for path in written} >= {"above", "store", ".tmp", ".locks", ".quarantine", ".failed", "repeat.sh"}
+    assert {path.name for path in written} >= {
+        "above",
+        "store",
+        ".tmp",
+        ".locks",
+        ".quarantine",
+        ".failed",
+        "repeat.sh",
+    }
     for path in written:
         mode = stat.S_IMODE(path.stat().st_mode)
         assert not mode & 0o022, f"{path} has mode {mode:04o}"

@@ -1,4 +1,4 @@
-"""A store that something has damaged: it is quarantined with one WARNING and compiled again, never an error for ever."""
+"""What is damaged in a store is quarantined with one WARNING and compiled again: never an error for ever."""
 
 from __future__ import annotations
 
@@ -221,7 +221,9 @@ def test_a_cache_folder_that_cannot_be_understood(tmp_path, value):
     assert outcome.error == "ConfigError" and f"JIT_KERNEL_CACHE_DIR is {value!r}" in outcome.message, outcome
 
 
-@pytest.mark.parametrize("value", ["/dev/null", "/dev/null/store", "/proc/nothing/store", "/" + "x" * 300, "{file}/store"])
+@pytest.mark.parametrize(
+    "value", ["/dev/null", "/dev/null/store", "/proc/nothing/store", "/" + "x" * 300, "{file}/store"]
+)
 def test_a_cache_folder_that_is_none(tmp_path, value):
     """A clear error, or a compilation for this process alone with one WARNING."""
     (tmp_path / "file").touch()

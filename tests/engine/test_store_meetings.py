@@ -168,9 +168,7 @@ def test_processes_that_find_an_unloadable_entry_compile_it_once(tmp_path, store
     (entry,) = tiny.entries(store)
     tiny.rewrite(entry, (entry / "kernel.so").read_bytes().replace(b"__tvm_ffi_times", b"__tvm_ffi_gone_"))
     barrier = children.CONTEXT.Barrier(4)
-    callers = [
-        children.Child(unusable_at_once, barrier, environment=environment, scratch=tmp_path) for _ in range(4)
-    ]
+    callers = [children.Child(unusable_at_once, barrier, environment=environment, scratch=tmp_path) for _ in range(4)]
     outcomes = [caller.outcome(60) for caller in callers]
     assert all(outcome.error == "" for outcome in outcomes), outcomes
     assert sum(outcome.result for outcome in outcomes) == 1
