@@ -109,7 +109,7 @@ def test_a_child_forked_while_a_thread_compiles(tmp_path, environment):
     """It waits for the same kernel, compiles another one, and neither lock nor warning of its parent holds it."""
     compiler, starts = counting_compiler(tmp_path / "bin", before='case "$*" in *unit.cpp*) sleep 1;; esac')
     environment["CXX"] = compiler
-    child = children.Child(fork_while_compiling, str(starts), (3, 2), environment=environment, scratch=tmp_path)
+    child = children.Child(fork_while_compiling, str(starts), (2, 3), environment=environment, scratch=tmp_path)
     outcome = child.outcome(60)
     assert outcome.error == "", outcome
     assert [answer["right"] for answer in outcome.result] == [True, True], outcome

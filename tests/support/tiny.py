@@ -131,8 +131,7 @@ def beside_a_reaper(work: Callable[[], Any]) -> Any:
     def reap() -> None:
         while not done.is_set():
             try:
-                if os.waitpid(-1, os.WNOHANG) == (0, 0):
-                    done.wait(0.001)
+                os.waitpid(-1, 0)
             except ChildProcessError:
                 done.wait(0.0005)
 
