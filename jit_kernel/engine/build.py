@@ -200,7 +200,8 @@ def _compile_into(folder: Path, wanted: _Wanted, reason: str, last_seconds: floa
     names += [compiler.LAUNCH_METADATA] if (folder / compiler.LAUNCH_METADATA).exists() else []
     files = {name: (folder / name).read_bytes() for name in names}
     if files[unit.name] != spec.unit.encode():
-        raise compiler.CompileError(f"{unit.name} was changed while it was compiled", log="", command=made.command)
+        problem = f"{unit.name} was changed while it was compiled by {found}"
+        raise compiler.CompileError(problem, log="", command=made.command)
     manifest = {
         "kernel": spec.kernel,
         "target": str(target),
@@ -208,6 +209,7 @@ def _compile_into(folder: Path, wanted: _Wanted, reason: str, last_seconds: floa
         "key": wanted.key,
         "inputs": wanted.inputs,
         "artifact": made.artifact,
+        "functions": made.functions,
         "files": {name: {"size": len(data), "sha256": sha256_of(data)} for name, data in files.items()},
         "command": made.command,
         "compiler": {"name": found.name, "path": str(found.path), "version": identity.of(found, None)},

@@ -53,6 +53,7 @@ class Compiled:
     command: str
     seconds: float
     peak_bytes: int
+    functions: tuple[str, ...] = ()  # what a library exports, as far as its unit tells
 
 
 def flags(route: str, target: Target, extra: Sequence[str] = ()) -> list[str]:
@@ -163,7 +164,7 @@ def _run_program(found: Found, folder: Path, target: Target, extra: Sequence[str
         words = _first_error(ended.output)
         message = f"{words}\n{found}: {error}" if words else f"{found}: {error}"
         raise CompileError(message, log=ended.output, command=shlex.join(command)) from error
-    return Compiled(ARTIFACTS[found.route], shlex.join(command), seconds, ended.peak_bytes)
+    return Compiled(ARTIFACTS[found.route], shlex.join(command), seconds, ended.peak_bytes, tuple(sorted(functions)))
 
 
 def _ending(ended: process.Ended) -> str:

@@ -40,6 +40,12 @@ class Entry:
         """The bytes to load."""
         return self.files[self.manifest["artifact"]]
 
+    @property
+    def functions(self) -> set[str]:
+        """The functions that a library must have, as far as they are known."""
+        names = self.manifest.get("functions")
+        return {name for name in names if isinstance(name, str)} if isinstance(names, list | tuple) else set()
+
 
 @dataclass(frozen=True)
 class Miss:
@@ -70,12 +76,11 @@ def read_file(path: Path, root: Path, most: int) -> bytes:
         ownership.check_status(status, path, root)
         if not stat.S_ISREG(status.st_mode):
             raise DamagedError(f"{path.name} is not a plain file")
-        with os.fdopen(descriptor, "rb", buffering=0, closefd=False) as file:
-            parts = []
-            while most >= 0 and (part := file.read(most + 1)):
-                parts.append(part)
-                most -= len(part)
-            return parts[0] if len(parts) == 1 else b"".join(parts)
+        parts = []
+        while most >= 0 and (part := os.read(descriptor, min(most, status.st_size) + 1)):
+            parts.append(part)
+            most -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
     finally:
         os.close(descriptor)
 
@@ -85,17 +90,17 @@ def verify(folder: Path, key: str, root: Path) -> Entry | Miss:
 
     Raises CacheError where another user may change it, or where this user may not read what another user published.
     """
-    place = root
+    place = str(root)
     try:
-        for part in folder.relative_to(root).parts:
-            place = place / part
+        for part in os.path.relpath(folder, root).split(os.sep):
+            place = f"{place}/{part}"
             ownership.check_folder(place, root)
     except FileNotFoundError:
         return Miss("no entry")
     except NotADirectoryError as error:
-        return Miss(str(error), place)
+        return Miss(str(error), Path(place))
     except OSError as error:
-        return _unreadable(place, root, error)
+        return _unreadable(Path(place), root, error)
     try:
         return _read(folder, key, root)
     except DamagedError as error:

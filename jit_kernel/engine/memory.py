@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jit_kernel import config
 from jit_kernel.device import Target
-from jit_kernel.engine import artifact, compiler, library
 from jit_kernel.engine import build as builds
+from jit_kernel.engine import compiler, library
 from jit_kernel.engine.forks import Lock
 from jit_kernel.engine.spec import KernelSpec
 
@@ -70,16 +69,15 @@ def _guard(spec: KernelSpec, target: Target) -> Lock:
 
 
 def _load_library(spec: KernelSpec, target: Target) -> Any:
-    functions = artifact.exported(spec.unit, config.kernel_sources_dir())
     entry = builds.obtain(spec, target)
     try:
-        return library.load(entry.image, str(spec), functions)
+        return library.load(entry.image, str(spec), entry.functions)
     except library.UnloadableError as error:
         if entry.fresh:
             raise builds.unloadable(spec, target, entry, str(error)) from error
         # Built for another C library, say: bytes that were verified and still cannot be loaded here.
         entry = builds.obtain(spec, target, unusable=(entry, str(error)))
     try:
-        return library.load(entry.image, str(spec), functions)
+        return library.load(entry.image, str(spec), entry.functions)
     except library.UnloadableError as error:
         raise builds.unloadable(spec, target, entry, str(error)) from error

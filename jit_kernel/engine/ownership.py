@@ -47,7 +47,7 @@ def check_root(root: Path) -> None:
     _safe_ways[root, os.geteuid()] = place
 
 
-def check_folder(place: Path, root: Path) -> None:
+def check_folder(place: Path | str, root: Path) -> None:
     """Refuse a folder below the store that another user could change.
 
     Raises CacheError for it, FileNotFoundError where nothing is there, NotADirectoryError for anything but a folder.

@@ -31,7 +31,8 @@ MADE = {
     "a library for another architecture": f"{REAL} \"$@\" && printf '\\267' | {PATCH} seek=18",
     "a library for 32 bits": f"{REAL} \"$@\" && printf '\\001' | {PATCH} seek=4",
     "a library of an unknown symbol": f"sed -i 's/times/other/' unit.cpp && {REAL} \"$@\"",
-    "a library that needs what is not there": f"echo 'void gone(); void* f = (void*)gone;' >> unit.cpp; {REAL} \"$@\"",
+    "a library that needs what is not there": f"cp unit.cpp kept; echo 'void gone(); void* f = (void*)gone;' >> unit.cpp; {REAL} \"$@\"; mv kept unit.cpp",
+    "another unit's library": f'echo >> unit.cpp; {REAL} "$@"',
 }
 EXPORTING = """
 #include "jit_kernel/cpu/ffi_arguments.h"

@@ -39,7 +39,7 @@ def test_two_containers_of_one_host_name_share_a_store(tmp_path, store):
     callers = []
     for factor in (2, 3):
         work = partial(tiny.call, factor)
-        callers.append(children.Child(tiny.in_container, work, environment=environment, scratch=tmp_path))
+        callers.append(children.Child(tiny.in_container, work, 60 // factor, environment=environment, scratch=tmp_path))
         assert wait_for(lambda: compilations(starts) == len(callers) or callers[-1].process.exitcode is not None)
     assert len([path for path in (store / ".tmp").iterdir() if path.is_dir()]) == 2, "a live private folder is gone"
     free.touch()

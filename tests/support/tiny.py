@@ -93,11 +93,17 @@ def _unshared(what: int) -> bool:
     return _LIBC.unshare(what | user) == 0 and _LIBC.mount(None, b"/", None, _PRIVATE, None) == 0
 
 
-def in_container(work: Callable[[], Any]) -> Any:
-    """Run `work` as the first process of a process namespace of its own, under the same host name."""
+def in_container(work: Callable[[], Any], before: int = 0) -> Any:
+    """Run `work` in a process namespace of its own under the same host name, where `before` processes ran before it."""
     if _LIBC.unshare(NEW_PROCESSES) != 0:
         return "unshare is not permitted"
-    return forked(work)
+
+    def first() -> Any:
+        for _ in range(before):
+            forked(lambda: None)
+        return forked(work)
+
+    return forked(first)
 
 
 def forked(work: Callable[[], Any]) -> Any:
