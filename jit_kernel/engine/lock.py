@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jit_kernel.engine import forks, progress
+from jit_kernel.engine.entry import read_file
+from jit_kernel.engine.ownership import CacheError
 
 _NAME = re.compile(r"([0-9a-f]{32})\.(lock|holder)")
 _PRIVATE_NAME = re.compile(r"\d+-(?P<host>.+)-[0-9a-f]{8}")
@@ -31,6 +33,7 @@ _MARK = ".alive"  # the ending of the lock beside a private folder
 _FOREIGN_SECONDS = 24 * 3600
 _POLL_SECONDS = 0.02
 _ATTEMPTS = 3
+_MOST_NOTE_BYTES = 4096
 # What flock answers on a file system without locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -253,9 +256,9 @@ def _write(note: Path, last_seconds: float | None) -> None:
 
 def _read(note: Path) -> Holder | None:
     try:
-        record = json.loads(note.read_bytes())
+        record = json.loads(read_file(note, note.parent, _MOST_NOTE_BYTES))
         last = record["last_seconds"]
         seconds = None if last is None else float(last)
         return Holder(int(record["pid"]), str(record["host"]), float(record["since"]), seconds)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError, CacheError):
         return None

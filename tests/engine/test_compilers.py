@@ -17,6 +17,7 @@ from tests.support import children, tiny
 CALL = tiny.call
 REAL = shutil.which("g++") or shutil.which("clang++") or ""
 ERRORS = ("CompilerNotFoundError", "CompileError")
+NEEDING = "echo 'void gone(); void* f = (void*)gone;'"
 PATCH = "dd of=kernel.so bs=1 conv=notrunc"
 # What stands in the place of "compile": the answer to --version is right.
 MADE = {
@@ -31,7 +32,7 @@ MADE = {
     "a library for another architecture": f"{REAL} \"$@\" && printf '\\267' | {PATCH} seek=18",
     "a library for 32 bits": f"{REAL} \"$@\" && printf '\\001' | {PATCH} seek=4",
     "a library of an unknown symbol": f"sed -i 's/times/other/' unit.cpp && {REAL} \"$@\"",
-    "a library that needs what is not there": f"cp unit.cpp kept; echo 'void gone(); void* f = (void*)gone;' >> unit.cpp; {REAL} \"$@\"; mv kept unit.cpp",
+    "a library that needs what is not there": f'cp unit.cpp kept; {NEEDING} >> unit.cpp; {REAL} "$@"; mv kept unit.cpp',
     "another unit's library": f'echo >> unit.cpp; {REAL} "$@"',
 }
 EXPORTING = """

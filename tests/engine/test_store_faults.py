@@ -153,7 +153,7 @@ def test_the_stores_own_folders_that_are_none(tmp_path, store, name, kind):
     assert (store / name).is_dir() and not (store / name).is_symlink()
 
 
-@pytest.mark.parametrize("kind", ["file", "dangling link", "folder"])
+@pytest.mark.parametrize("kind", ["file", "dangling link", "folder", "pipe"])
 @pytest.mark.parametrize("name", [".quarantine", ".failed", ".compilers.json", "lock", "holder"])
 def test_other_things_that_are_in_the_way(tmp_path, store, name, kind):
     """A damaged entry heals whatever stands where the store keeps its notes."""
