@@ -22,11 +22,12 @@ test-quick: $(VENV)/.ready
 test-timing: $(VENV)/.ready
 	$(BIN)/python -m pytest -m timing $(PYTEST_ARGS) tests/test_timing.py
 
-# Random calls for SECONDS; SEED picks others.
+# Random calls, then faults against the store, each for SECONDS; SEED picks others.
 SECONDS ?= 60
 SEED ?= 0
 fuzz: $(VENV)/.ready
 	$(BIN)/python -m tests.fuzz.calls --seconds $(SECONDS) --seed $(SEED) --jobs 2 $(FUZZ_ARGS)
+	$(BIN)/python -m tests.fuzz.store_campaign --seconds $(SECONDS) --seed $(SEED)
 
 # The same on kernels that AddressSanitizer and UndefinedBehaviorSanitizer watch.
 fuzz-sanitize: $(VENV)/.ready

@@ -65,7 +65,12 @@ def _folder(key: str) -> Path | None:
     value = os.environ.get(key, "")
     if not value:
         return None
-    path = Path(value).expanduser()
+    try:
+        path = Path(value).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{key} is {value!r}; it must be an absolute path, and no such home folder is known"
+        ) from error
     if not path.is_absolute():
         raise ConfigError(f"{key} is {value!r}; it must be an absolute path")
     return path
@@ -199,4 +204,10 @@ def cache_dir() -> Path:
         return checkout / "cache" / "store"
     import platformdirs
 
-    return Path(platformdirs.user_cache_dir("jit_kernel", appauthor=False))
+    folder = Path(platformdirs.user_cache_dir("jit_kernel", appauthor=False))
+    if not folder.is_absolute():  # a user without a home folder
+        raise ConfigError(
+            f"JIT_KERNEL_CACHE_DIR is not set, and this user's cache folder is {str(folder)!r}; "
+            "set it to an absolute path"
+        )
+    return folder

@@ -137,7 +137,7 @@ def _compile_all(jobs: Sequence[Job | MateJob], workers: int | None, bar: bool) 
         done += 1
         try:
             line = f"{job} in {seconds():.1f} s"
-        except (compiler.CompileError, compiler.CompilerNotFoundError, CacheError, MateError) as error:
+        except (compiler.CompilerError, CacheError, MateError) as error:
             failed[job] = str(error)
             line = f"{job} FAILED"
         _show(line, done, len(jobs), bar)
@@ -150,7 +150,7 @@ def _compile_all(jobs: Sequence[Job | MateJob], workers: int | None, bar: bool) 
         if isinstance(job, MateJob):
             finish(job, partial(_build_with_mate, job, workers))
     if bar and jobs:
-        sys.stderr.write("\n")
+        progress.write("\n")
     return failed
 
 
@@ -175,11 +175,10 @@ def _build_with_mate(job: MateJob, workers: int | None) -> float:
 
 def _show(line: str, done: int, total: int, bar: bool) -> None:
     if not bar:
-        print(f"[{done}/{total}] {line}", file=sys.stderr, flush=True)
+        progress.write(f"[{done}/{total}] {line}\n")
         return
     filled = 30 * done // total
-    sys.stderr.write(f"\r\033[K[{'#' * filled}{'.' * (30 - filled)}] {done}/{total} {line}"[:160])
-    sys.stderr.flush()
+    progress.write(f"\r\033[K[{'#' * filled}{'.' * (30 - filled)}] {done}/{total} {line}"[:160])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -240,15 +239,15 @@ def _print_plan(plan: Plan, shown: Sequence[Job | MateJob], as_json: bool) -> No
         for job in shown:
             name = job.spec if isinstance(job, Job) else f"MATE's {job.modules.title}"
             print(f"{_STATES[job.stored]} {job.target} {name}")
-        print(f"{len(plan.missing)} of {len(plan.jobs)} kernels to compile", file=sys.stderr)
+        progress.write(f"{len(plan.missing)} of {len(plan.jobs)} kernels to compile\n")
     for target, reason in plan.unserved.items():
-        print(f"{target}: {reason}", file=sys.stderr)
+        progress.write(f"{target}: {reason}\n")
 
 
 def _run(plan: Plan, options: argparse.Namespace) -> int:
     started = time.perf_counter()
     missing = plan.missing
-    bar = sys.stderr.isatty() and not options.json and config.log_level() != "quiet"
+    bar = progress.on_terminal() and not options.json and config.log_level() != "quiet"
     failed = _compile_all(missing, options.jobs, bar)
     seconds = time.perf_counter() - started
     stored = [job for job in plan.jobs if job.stored]
@@ -264,9 +263,9 @@ def _run(plan: Plan, options: argparse.Namespace) -> int:
         print(json.dumps(outcome, indent=1))
     else:
         for job, error in failed.items():
-            print(f"FAILED {job}:\n{error}\n", file=sys.stderr)
+            progress.write(f"FAILED {job}:\n{error}\n\n")
         for target, reason in plan.unserved.items():
-            print(f"FAILED {target}:\n{reason}\n", file=sys.stderr)
+            progress.write(f"FAILED {target}:\n{reason}\n\n")
         print(
             f"{len(missing) - len(failed)} compiled, {len(stored)} already stored, "
             f"{len(failed) + len(plan.unserved)} failed in {seconds:.1f} s; the store is {config.cache_dir()}"

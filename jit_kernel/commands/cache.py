@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from jit_kernel import config
-from jit_kernel.engine.entry import Entry, verify
+from jit_kernel.engine import progress
+from jit_kernel.engine.entry import Entry
 from jit_kernel.engine.lock import Holder
 from jit_kernel.engine.store import CacheError, Store
 
@@ -25,25 +25,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         store.check()
         return actions[options.action](store)
     except CacheError as error:
-        print(error, file=sys.stderr)
+        progress.write(f"{error}\n")
         return 1
 
 
 def _list(store: Store) -> int:
-    for folder, manifest in store.manifests():
-        fields = ", ".join(f"{name}={value}" for name, value in manifest["variant"].items())
-        size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    damaged = 0
+    for folder, found in store.verified():
+        if not isinstance(found, Entry):
+            damaged += 1
+            print(f"damaged: {folder}: {found.reason}")
+            continue
+        manifest = found.manifest
+        variant = manifest.get("variant")
+        fields = ", ".join(f"{name}={value}" for name, value in variant.items()) if isinstance(variant, dict) else ""
+        size = sum(map(len, found.files.values()))
         print(
-            f"{manifest['created']}  {size / 1e6:6.2f} MB  {manifest['seconds']:5.1f} s  {manifest['target']}  "
-            f"{manifest['kernel']}  {fields}"
+            f"{manifest.get('created')}  {size / 1e6:6.2f} MB  {manifest.get('seconds')!s:>5} s  "
+            f"{manifest.get('target')}  {manifest.get('kernel')}  {fields}"
         )
-    return 0
+    if damaged:
+        progress.write(f"{damaged} damaged entries in {store.root}\n")
+    return 1 if damaged else 0
 
 
 def _verify(store: Store) -> int:
     damaged = 0
-    for folder, manifest in store.manifests():
-        found = verify(folder, str(manifest.get("key")))
+    for folder, found in store.verified():
         if not isinstance(found, Entry):
             damaged += 1
             print(f"damaged: {folder}: {found.reason}")
@@ -58,4 +66,4 @@ def _clear(store: Store) -> int:
 
 def _report_waiting(holder: Holder | None, waited: float) -> None:
     process = f"process {holder.pid} on {holder.host}" if holder else "another process"
-    print(f"waiting {waited:.0f} s for an entry that {process} compiles", file=sys.stderr)
+    progress.write(f"waiting {waited:.0f} s for an entry that {process} compiles\n")

@@ -19,7 +19,7 @@ from jit_kernel.fa3 import dispatch
 from jit_kernel.fa3.decision import Decision, Rejected
 
 _PACKAGES = (
-    *("torch", "apache-tvm-ffi", "triton", "filelock", "nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12"),
+    *("torch", "apache-tvm-ffi", "triton", "nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12"),
     *("nvidia-cuda-runtime", "nvidia-cuda-crt", "torchada", "transformers"),
 )
 
@@ -111,7 +111,7 @@ def _compilers(route: str) -> list[dict[str, Any]]:
 
 def _cache() -> dict[str, Any]:
     store = Store(config.cache_dir())
-    state: dict[str, Any] = {"folder": str(store.root), "exists": store.root.is_dir()}
+    state: dict[str, Any] = {"folder": str(store.root), "exists": os.path.isdir(store.root)}
     try:
         store.check()
     except CacheError as error:
@@ -120,7 +120,7 @@ def _cache() -> dict[str, Any]:
     state["entries"] = len(entries)
     state["bytes"] = sum(path.stat().st_size for folder, _ in entries for path in folder.iterdir() if path.is_file())
     place = store.root
-    while not place.exists():
+    while not os.path.exists(place):
         place = place.parent
     state["writable"] = os.access(place, os.W_OK | os.X_OK)
     return state

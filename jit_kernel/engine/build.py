@@ -13,6 +13,7 @@ import hashlib
 import json
 import shutil
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -26,13 +27,35 @@ from jit_kernel.engine.store import CacheError, Store, write_manifest, write_uni
 
 # With less than this free after a failed compilation, the disk is what failed.
 _FULL_BYTES = 256 << 10
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# How often a compilation is begun whose private folder is taken away meanwhile.
+_ATTEMPTS = 5
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A kernel that is asked for, its key, what the key was made of, and the compiler's identity or what it lacks."""
+
+    spec: KernelSpec
+    target: Target
+    key: str
+    inputs: dict[str, str]
+    compiler: str | compiler.CompilerNotFoundError
+
+    def find(self, store: Store) -> Entry | Miss:
+        """The entry of the present compiler; where none works, any compiler's."""
+        present = self.compiler if isinstance(self.compiler, str) else None
+        return store.lookup(self.spec.kernel, str(self.target), self.key, present)
 
 
 def is_stored(spec: KernelSpec, target: Target) -> bool:
     """Whether `obtain` would compile nothing. Starts no compiler that it has seen before."""
     store = _store()
-    present = identity.present(spec.route, store)
-    return isinstance(store.lookup(spec.kernel, str(target), key_of(spec, target)[0], present), Entry)
+    return isinstance(_wanted(spec, target, store).find(store), Entry)
+
+
+def _wanted(spec: KernelSpec, target: Target, store: Store) -> _Wanted:
+    return _Wanted(spec, target, *key_of(spec, target), identity.present(spec.route, store))
 
 
 def _store() -> Store:
@@ -41,93 +64,132 @@ def _store() -> Store:
     return store
 
 
-def obtain(spec: KernelSpec, target: Target, unusable: Path | None = None) -> Entry:
+def obtain(spec: KernelSpec, target: Target, unusable: tuple[Entry, str] | None = None) -> Entry:
     """The verified entry of a kernel: from disk, else compiled under the lock of that entry.
 
-    `unusable` is an entry that was found and could not be loaded; it is replaced.
+    `unusable` is an entry that was found and could not be loaded, and why; it is replaced. Raises
+    compiler.CompilerError or CacheError.
     """
     started = time.perf_counter()
     store = _store()
-    key, inputs = key_of(spec, target)
-    present = identity.present(spec.route, store)
-    find = partial(store.lookup, spec.kernel, str(target), key, present)
-    found = Miss("it could not be loaded", unusable) if unusable else find()
+    wanted = _wanted(spec, target, store)
+    found = wanted.find(store) if unusable is None else _other_than(unusable, wanted, store)
     if isinstance(found, Miss):
-        compiler.require(spec.route)
+        if isinstance(wanted.compiler, compiler.CompilerNotFoundError):
+            raise wanted.compiler
         if not store.writable():
-            return _build_outside(spec, target, key, inputs, found.reason, store)
-        lock = store.lock(spec.kernel, str(target), key)
+            return _build_outside(wanted, found.reason, store)
         try:
-            with lock.held(partial(_report_waiting, spec)):
-                again = found if unusable else find()
-                if isinstance(again, Miss):
-                    return _build(spec, target, key, inputs, again, store, lock)
-                found = again
+            found = _under_lock(wanted, store, unusable)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno in _FULL:
                 raise _disk_full(spec, store.root) from error
-            raise
+            raise CacheError(f"cache folder {store.root} cannot be used for {spec}: {error}") from error
+        if found.fresh:
+            return found
     seconds = time.perf_counter() - started
     recorded.append(Event(spec, target, "loaded", seconds))
     progress.say(f"loaded {spec} from {found.folder} in {seconds * 1e3:.1f} ms", "debug")
     return found
 
 
-def _build(
-    spec: KernelSpec,
-    target: Target,
-    key: str,
-    inputs: dict[str, str],
-    miss: Miss,
-    store: Store,
-    lock: EntryLock,
-) -> Entry:
+def unloadable(spec: KernelSpec, target: Target, entry: Entry, problem: str) -> compiler.CompileError:
+    """The error for an entry that was just compiled and cannot be loaded; it is taken out of the store."""
+    found = compiler.require(spec.route)
+    store = _store()
+    if entry.folder.is_relative_to(store.root):
+        store.quarantine(entry.folder)
+    return compiler.CompileError(
+        f"{spec} for {target} was compiled and cannot be loaded: {problem}\ncompiled by {found}; set CXX to a compiler "
+        "that makes code for this machine",
+        log=problem,
+        command=str(entry.manifest["command"]),
+    )
+
+
+def _other_than(unusable: tuple[Entry, str], wanted: _Wanted, store: Store) -> Entry | Miss:
+    """The entry that another process has put in the place of an unusable one."""
+    found = wanted.find(store)
+    if isinstance(found, Entry) and found.files == unusable[0].files:
+        return Miss(f"it cannot be loaded here ({unusable[1]})", found.folder)
+    return found
+
+
+def _under_lock(wanted: _Wanted, store: Store, unusable: tuple[Entry, str] | None) -> Entry:
+    """Look again under the lock, and compile if need be."""
+    lock = store.lock(wanted.spec.kernel, str(wanted.target), wanted.key)
+    with lock.held(partial(_report_waiting, wanted.spec)):
+        found = wanted.find(store) if unusable is None else _other_than(unusable, wanted, store)
+        return _build(wanted, found, store, lock) if isinstance(found, Miss) else found
+
+
+def _build(wanted: _Wanted, miss: Miss, store: Store, lock: EntryLock) -> Entry:
     """Compile under the lock and publish. A failure leaves no entry and no private folder."""
-    reason = miss.reason
+    spec, reason = wanted.spec, miss.reason
     if miss.damaged is not None:
         progress.warn_once(f"{spec} in {miss.damaged} is unusable: {reason}; compiling it again")
         store.quarantine(miss.damaged)
     else:
-        reason = _why_missed(spec, target, inputs, store) or reason
-    name = f"{key}-{identity.present(spec.route, store)}"
-    private = store.private_folder()
-    try:
-        entry = _compile_into(private, spec, target, key, inputs, reason, lock.last_duration())
-        folder = store.publish(private, spec.kernel, str(target), name)
-        lock.record_duration(entry.manifest["seconds"])
-        return Entry(folder, entry.manifest)
-    except compiler.CompileError as error:
-        raise _explained(spec, target, error, private, store, name) from error
-    finally:
-        store.discard(private)
+        reason = _why_missed(wanted, store) or reason
+    name = f"{wanted.key}-{wanted.compiler}"
+    for attempt in range(_ATTEMPTS):
+        private = store.private_folder()
+        try:
+            entry = _compile_into(private, wanted, reason, lock.last_duration())
+            folder = store.publish(private, spec.kernel, str(wanted.target), name)
+            lock.record_duration(entry.manifest["seconds"])
+            return _published(wanted, entry, folder, private, store)
+        except (compiler.CompileError, OSError) as error:
+            if not store.holds_unit(private) and attempt + 1 < _ATTEMPTS:
+                progress.say(f"{private} was removed while {spec} was compiled in it; compiling it again")
+                continue
+            if isinstance(error, OSError):
+                raise
+            raise _explained(wanted, error, private, store, name) from error
+        finally:
+            store.discard(private)
+    raise AssertionError("the last attempt returns or raises")
 
 
-def _build_outside(
-    spec: KernelSpec, target: Target, key: str, inputs: dict[str, str], reason: str, store: Store
-) -> Entry:
+def _published(wanted: _Wanted, entry: Entry, folder: Path, private: Path, store: Store) -> Entry:
+    """The entry at its place: the one that was there first, where another process published the same meanwhile."""
+    if private.exists():
+        first = wanted.find(store)
+        if isinstance(first, Entry):
+            return first
+        store.quarantine(folder)
+        store.publish(private, wanted.spec.kernel, str(wanted.target), folder.name)
+    return Entry(folder, entry.manifest, entry.files, fresh=True)
+
+
+def _build_outside(wanted: _Wanted, reason: str, store: Store) -> Entry:
     """Compile for this process alone, where the store has no entry and cannot be written."""
     progress.warn_once(
-        f"cache folder {store.root} cannot be written and holds no {spec}; compiling it for this process "
+        f"cache folder {store.root} cannot be written and holds no {wanted.spec}; compiling it for this process "
         "alone. Set JIT_KERNEL_CACHE_DIR to a folder that can be written"
     )
-    folder = Store.temporary("jit_kernel-").private_folder()
     try:
-        return _compile_into(folder, spec, target, key, inputs, reason, None)
-    except compiler.CompileError as error:
-        raise _explained(spec, target, error, folder, store, None) from error
+        home = Store.temporary("jit_kernel-")
+        folder = home.private_folder()
+        try:
+            return _compile_into(folder, wanted, reason, None)
+        except compiler.CompileError as error:
+            raise _explained(wanted, error, folder, store, None) from error
+        finally:
+            home.discard(folder)
+    except OSError as error:
+        if error.errno in _FULL:
+            raise _disk_full(wanted.spec, Path(str(error.filename or "the temporary files"))) from error
+        raise CacheError(
+            f"{wanted.spec} cannot be compiled: neither {store.root} nor the folder of temporary files can be written "
+            f"({error}); set JIT_KERNEL_CACHE_DIR or TMPDIR"
+        ) from error
 
 
-def _compile_into(
-    folder: Path,
-    spec: KernelSpec,
-    target: Target,
-    key: str,
-    inputs: dict[str, str],
-    reason: str,
-    last_seconds: float | None,
-) -> Entry:
+def _compile_into(folder: Path, wanted: _Wanted, reason: str, last_seconds: float | None) -> Entry:
     import tvm_ffi
 
+    spec, target = wanted.spec, wanted.target
     started = time.perf_counter()
     unit = write_unit(folder, compiler.UNIT_NAMES[spec.route], spec.unit)
     source_folder = config.kernel_sources_dir() / spec.kernel
@@ -136,14 +198,19 @@ def _compile_into(
     found = compiler.require(spec.route)
     names = [unit.name, made.artifact]
     names += [compiler.LAUNCH_METADATA] if (folder / compiler.LAUNCH_METADATA).exists() else []
+    files = {name: (folder / name).read_bytes() for name in names}
+    if files[unit.name] != spec.unit.encode():
+        problem = f"{unit.name} was changed while it was compiled by {found}"
+        raise compiler.CompileError(problem, log="", command=made.command)
     manifest = {
         "kernel": spec.kernel,
         "target": str(target),
         "variant": dict(spec.variant),
-        "key": key,
-        "inputs": inputs,
+        "key": wanted.key,
+        "inputs": wanted.inputs,
         "artifact": made.artifact,
-        "files": {name: {"size": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in names},
+        "functions": made.functions,
+        "files": {name: {"size": len(data), "sha256": sha256_of(data)} for name, data in files.items()},
         "command": made.command,
         "compiler": {"name": found.name, "path": str(found.path), "version": identity.of(found, None)},
         "tvm_ffi": tvm_ffi.__version__,
@@ -154,7 +221,7 @@ def _compile_into(
     write_manifest(folder, manifest)
     seconds = time.perf_counter() - started
     recorded.append(Event(spec, target, "compiled", seconds, reason, made.peak_bytes))
-    return Entry(folder, manifest)
+    return Entry(folder, manifest, files, fresh=True)
 
 
 def key_of(spec: KernelSpec, target: Target) -> tuple[str, dict[str, str]]:
@@ -170,11 +237,12 @@ def key_of(spec: KernelSpec, target: Target) -> tuple[str, dict[str, str]]:
     return hashlib.sha256(text.encode()).hexdigest()[:32], inputs
 
 
-def _why_missed(spec: KernelSpec, target: Target, inputs: dict[str, str], store: Store) -> str | None:
+def _why_missed(wanted: _Wanted, store: Store) -> str | None:
     """What changed since the newest entry of the same variant, for the event and the log."""
+    spec, inputs = wanted.spec, wanted.inputs
     same = [
         manifest
-        for _, manifest in Store(store.root / spec.kernel / str(target)).manifests()
+        for _, manifest in store.manifests(store.root / spec.kernel / str(wanted.target))
         if manifest.get("variant") == dict(spec.variant) and isinstance(manifest.get("inputs"), dict)
     ]
     if not same:
@@ -187,23 +255,19 @@ def _why_missed(spec: KernelSpec, target: Target, inputs: dict[str, str], store:
 
 
 def _explained(
-    spec: KernelSpec,
-    target: Target,
-    error: compiler.CompileError,
-    private: Path,
-    store: Store,
-    name: str | None,
+    wanted: _Wanted, error: compiler.CompileError, private: Path, store: Store, name: str | None
 ) -> Exception:
     # A linker on a full disk prints so, or dies of a signal and prints nothing.
-    if "No space left on device" in error.log or shutil.disk_usage(private).free < _FULL_BYTES:
-        return _disk_full(spec, private.parent)
+    with contextlib.suppress(OSError):
+        if "No space left on device" in error.log or shutil.disk_usage(private).free < _FULL_BYTES:
+            return _disk_full(wanted.spec, private.parent)
     where = "its folder could not be kept"
     with contextlib.suppress(OSError):
         home = store if name else Store.temporary("jit_kernel-failed-", kept=True)
         kept = home.keep_failure(private, name or "build", error.log, error.command)
         where = f"log: {kept / 'compile.log'}\nrepeat it with: {kept / 'repeat.sh'}"
     return compiler.CompileError(
-        f"{spec} for {target} did not compile:\n{error}\n{where}", log=error.log, command=error.command
+        f"{wanted.spec} for {wanted.target} did not compile:\n{error}\n{where}", log=error.log, command=error.command
     )
 
 

@@ -7,12 +7,9 @@ compiles for. A compiler works in a folder that its caller owns and writes nowhe
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import re
 import shlex
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +17,16 @@ from pathlib import Path
 
 from jit_kernel import config
 from jit_kernel.device import Target
-from jit_kernel.engine import process
+from jit_kernel.engine import artifact, process
+from jit_kernel.engine.installed import CompileError as CompileError
+from jit_kernel.engine.installed import CompilerError as CompilerError
+from jit_kernel.engine.installed import CompilerNotFoundError as CompilerNotFoundError
+from jit_kernel.engine.installed import Found as Found
+from jit_kernel.engine.installed import find as find
+from jit_kernel.engine.installed import fingerprint as fingerprint
+from jit_kernel.engine.installed import host_compilers as host_compilers
+from jit_kernel.engine.installed import identify as identify
+from jit_kernel.engine.installed import require as require
 
 ROUTES = ("host", "cuda", "triton")
 UNIT_NAMES = {"host": "unit.cpp", "cuda": "unit.cu", "triton": "unit.json"}
@@ -39,30 +45,6 @@ _FEATURE_FLAGS = {
 _HOST_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-pipe")
 
 
-class CompilerNotFoundError(RuntimeError):
-    """No compiler for a route is installed; the message names the package to install."""
-
-
-class CompileError(RuntimeError):
-    """A compiler ran and failed. `log` is everything that it printed, `command` repeats it."""
-
-    def __init__(self, message: str, *, log: str, command: str) -> None:
-        super().__init__(message)
-        self.log = log
-        self.command = command
-
-
-@dataclass(frozen=True)
-class Found:
-    """A compiler that is installed: its command, the file behind it and why it was chosen."""
-
-    route: str
-    name: str
-    command: tuple[str, ...]
-    path: Path
-    reason: str
-
-
 @dataclass(frozen=True)
 class Compiled:
     """What a compiler made, in the folder that it was given."""
@@ -71,86 +53,7 @@ class Compiled:
     command: str
     seconds: float
     peak_bytes: int
-
-
-def find(route: str) -> Found | None:
-    """The compiler that a route would take now, or None. Starts nothing."""
-    if route == "host":
-        return next(iter(host_compilers()), None)
-    if route == "cuda" and config.cuda_compiler() == "nvcc":
-        nvcc = shutil.which("nvcc")
-        reason = "JIT_KERNEL_CUDA_COMPILER is nvcc"
-        return Found("cuda", "nvcc", (nvcc,), Path(nvcc).resolve(), reason) if nvcc else None
-    if route == "cuda":
-        from jit_kernel.engine import nvrtc
-
-        library = nvrtc.find()
-        return Found("cuda", "nvrtc", (), library, "the default for cubins") if library else None
-    spec = importlib.util.find_spec("triton")
-    if spec is None or spec.origin is None:
-        return None
-    return Found("triton", "triton", (), Path(spec.origin).resolve(), "the installed triton")
-
-
-def host_compilers() -> list[Found]:
-    """Every host compiler present, the one that is taken first: CXX, else g++, else clang++."""
-    found = []
-    chosen = config.host_compiler()
-    if chosen:
-        words = shlex.split(chosen)
-        path = shutil.which(words[0])
-        if path is None:
-            raise CompilerNotFoundError(f"CXX is {chosen!r}, but there is no such program")
-        command = (path, *words[1:])
-        found.append(Found("host", words[0], command, Path(path).resolve(), "CXX names it"))
-    for name in ("g++", "clang++"):
-        path = shutil.which(name)
-        if path:
-            reason = f"{name} is on PATH and CXX is not set"
-            found.append(Found("host", name, (path,), Path(path).resolve(), reason))
-    return found
-
-
-def require(route: str) -> Found:
-    """The compiler of a route; CompilerNotFoundError says what to install."""
-    found = find(route)
-    if found is not None:
-        return found
-    raise CompilerNotFoundError(
-        {
-            "host": "no C++ compiler was found: install g++ (Debian, Ubuntu: apt-get install g++; "
-            "Fedora: dnf install gcc-c++; macOS: xcode-select --install), or set CXX",
-            "cuda": "nvcc is not on PATH: install a CUDA toolkit, or unset JIT_KERNEL_CUDA_COMPILER"
-            if config.cuda_compiler() == "nvcc"
-            else "NVRTC was not found: pip install nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cuda-crt (driver 580 "
-            "or newer), or the packages of this package's extra cuda12",
-            "triton": "Triton was not found: pip install triton",
-        }[route]
-    )
-
-
-def fingerprint(found: Found) -> str:
-    """Where a compiler's file lies and when it was last touched; changes when it is replaced."""
-    status = os.stat(found.path)
-    fields = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-    return ":".join((*found.command, str(found.path), *map(str, fields)))
-
-
-def identify(found: Found) -> str:
-    """The version that a compiler states. A program is started for it."""
-    if found.name == "nvrtc":
-        from jit_kernel.engine import nvrtc
-
-        return f"NVRTC {nvrtc.version()}"
-    if found.route == "triton":
-        from jit_kernel.engine import triton_compiler
-
-        return f"Triton {triton_compiler.version()}"
-    command = [*found.command, "--version"]
-    answer = process.run(command, seconds=60)
-    if answer.status != 0:
-        raise CompilerNotFoundError(f"{shlex.join(command)} failed: {answer.errors.strip() or answer.status}")
-    return answer.output.strip()
+    functions: tuple[str, ...] = ()  # what a library exports, as far as its unit tells
 
 
 def flags(route: str, target: Target, extra: Sequence[str] = ()) -> list[str]:
@@ -245,14 +148,40 @@ def _run_program(found: Found, folder: Path, target: Target, extra: Sequence[str
     command = program_command(found, target, extra)
     started = time.perf_counter()
     environment = config.child_environment(LC_ALL="C", TMPDIR=str(folder))
-    ended = process.run_watched(command, folder, folder / "compile.log", environment)
-    if ended.status != 0:
-        raise CompileError(
-            _first_error(ended.output) or f"{found.name} ended with status {ended.status}",
-            log=ended.output,
-            command=shlex.join(command),
+    functions = _exported(folder, found.route)
+    try:
+        ended = process.run(command, folder=folder, log=folder / "compile.log", environment=environment)
+    except OSError as error:
+        if not folder.is_dir():
+            raise
+        raise CompileError(f"{found} cannot be started: {error}", log="", command=shlex.join(command)) from error
+    seconds = time.perf_counter() - started
+    try:
+        if ended.status != 0:
+            raise artifact.UnfitError(_ending(ended))
+        artifact.check(folder / ARTIFACTS[found.route], found.route, functions)
+    except artifact.UnfitError as error:
+        words = _first_error(ended.output)
+        message = f"{words}\n{found}: {error}" if words else f"{found}: {error}"
+        raise CompileError(message, log=ended.output, command=shlex.join(command)) from error
+    return Compiled(ARTIFACTS[found.route], shlex.join(command), seconds, ended.peak_bytes, tuple(sorted(functions)))
+
+
+def _ending(ended: process.Ended) -> str:
+    """How a compiler that failed ended, and the mend where it did not fail by itself."""
+    if ended.killed_by == "SIGKILL" or "Killed signal terminated program" in ended.output:
+        return (
+            "it was killed (SIGKILL), as the system does where memory runs out; compile fewer kernels at a time "
+            "(python -m jit_kernel.warmup --jobs 1), or give it more memory"
         )
-    return Compiled(ARTIFACTS[found.route], shlex.join(command), time.perf_counter() - started, ended.peak_bytes)
+    return f"it was ended by {ended.killed_by}" if ended.killed_by else f"it ended with status {ended.status}"
+
+
+def _exported(folder: Path, route: str) -> set[str]:
+    if route != "host":
+        return set()
+    sources = config.kernel_sources_dir()
+    return artifact.exported((folder / UNIT_NAMES[route]).read_text(encoding="utf-8"), sources)
 
 
 _ERROR = re.compile(r"(?:\berror\b|\bfatal\b|No space left on device|undefined reference)")
@@ -263,5 +192,5 @@ def _first_error(log: str) -> str:
     lines = log.splitlines()
     for number, line in enumerate(lines):
         if _ERROR.search(line):
-            return "\n".join(lines[number : number + 4])
-    return "\n".join(lines[-4:])
+            return "\n".join(each[:400] for each in lines[number : number + 4])
+    return "\n".join(each[:400] for each in lines[-4:])

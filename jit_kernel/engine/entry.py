@@ -1,70 +1,188 @@
-"""One entry of the store, read: its manifest, and whether its files are those that were compiled."""
+"""One entry of the store, read: its manifest, and whether its files are those that were compiled.
+
+Every file is read once. The bytes that were verified are kept in the Entry and are what is loaded: a file that is
+changed, swapped or cut short meanwhile changes nothing.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+import os
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jit_kernel.engine import ownership
+
 MANIFEST = "manifest.json"
+# `<key>-<compiler>`: the name of an entry's folder, below a folder that is named after a target, "vendor:architecture".
+NAME = re.compile(r"(?P<key>[0-9a-f]{32})-\w+")
+_FILE_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
+_MOST_MANIFEST_BYTES = 16 << 20
+_KERNEL_FOLDERS = 4  # a kernel is named by at most so many folders
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A verified entry of the store."""
+    """A verified entry of the store, and the bytes of its files by name; `fresh` if this process compiled it."""
 
     folder: Path
     manifest: dict[str, Any]
+    files: dict[str, bytes] = field(repr=False)
+    fresh: bool = False
 
     @property
-    def artifact(self) -> Path:
-        """The file to load."""
-        return self.folder / str(self.manifest["artifact"])
+    def image(self) -> bytes:
+        """The bytes to load."""
+        return self.files[self.manifest["artifact"]]
+
+    @property
+    def functions(self) -> set[str]:
+        """The functions that a library must have, as far as they are known."""
+        names = self.manifest.get("functions")
+        return {name for name in names if isinstance(name, str)} if isinstance(names, list | tuple) else set()
 
 
 @dataclass(frozen=True)
 class Miss:
-    """Why there is no usable entry. A damaged one was there if `damaged`."""
+    """Why there is no usable entry. If `damaged`, it is in the way there and must be moved before another can be."""
 
     reason: str
     damaged: Path | None = None
 
 
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file's bytes, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+class DamagedError(ValueError):
+    """An entry is not what was published; the message says how."""
 
 
-def verify(folder: Path, key: str) -> Entry | Miss:
-    """Read an entry's manifest and compare every file with it."""
+def sha256_of(data: bytes) -> str:
+    """The sha256 of bytes, in hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_file(path: Path, root: Path, most: int) -> bytes:
+    """The bytes of a plain file, one more than `most` at most.
+
+    Raises CacheError where another user may change it, DamagedError where it is no plain file, OSError.
+    """
+    # A pipe in its place would hold the reader, without O_NONBLOCK; a link is no file of this store.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
+        status = os.fstat(descriptor)
+        ownership.check_status(status, path, root)
+        if not stat.S_ISREG(status.st_mode):
+            raise DamagedError(f"{path.name} is not a plain file")
+        parts = []
+        while most >= 0 and (part := os.read(descriptor, min(most, status.st_size) + 1)):
+            parts.append(part)
+            most -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+    finally:
+        os.close(descriptor)
+
+
+def verify(folder: Path, key: str, root: Path) -> Entry | Miss:
+    """Read an entry below the store `root`, and compare every file with its manifest.
+
+    Raises CacheError where another user may change it, or where this user may not read what another user published.
+    """
+    place = str(root)
+    try:
+        for part in os.path.relpath(folder, root).split(os.sep):
+            place = f"{place}/{part}"
+            ownership.check_folder(place, root)
     except FileNotFoundError:
-        if folder.is_dir():
-            return Miss("its manifest is missing", folder)
         return Miss("no entry")
-    except (OSError, ValueError) as error:
-        return Miss(f"its manifest cannot be read ({error})", folder)
-    try:
-        if manifest["key"] != key:
-            return Miss("its manifest names another key", folder)
-        for name, expected in manifest["files"].items():
-            path = folder / name
-            size = path.stat().st_size
-            if size != expected["size"]:
-                return Miss(f"{name} has {size} bytes, not {expected['size']}", folder)
-            if sha256_of(path) != expected["sha256"]:
-                return Miss(f"{name} has other bytes than were compiled", folder)
-        if manifest["artifact"] not in manifest["files"]:
-            return Miss("its manifest names no artifact", folder)
-    except (KeyError, TypeError, AttributeError) as error:
-        return Miss(f"its manifest is malformed ({error!r})", folder)
+    except NotADirectoryError as error:
+        return Miss(str(error), Path(place))
     except OSError as error:
-        return Miss(f"a file is missing or unreadable ({error})", folder)
-    return Entry(folder, manifest)
+        return _unreadable(Path(place), root, error)
+    try:
+        return _read(folder, key, root)
+    except DamagedError as error:
+        return Miss(str(error), folder)
+    except FileNotFoundError as error:
+        return Miss(f"its file {Path(error.filename).name} is missing", folder)
+    except OSError as error:
+        return _unreadable(folder, root, error)
+
+
+def _unreadable(place: Path, root: Path, error: OSError) -> Miss:
+    """What is unreadable is damaged where it is this user's own, and an error where it is another's."""
+    if isinstance(error, PermissionError):
+        try:
+            mine = os.lstat(place).st_uid == os.geteuid()
+        except OSError:
+            mine = False
+        if not mine:
+            raise ownership.unreadable(root, error.filename or place, error) from error
+    return Miss(f"it cannot be read ({error})", place)
+
+
+def _read(folder: Path, key: str, root: Path) -> Entry:
+    try:
+        text = read_file(folder / MANIFEST, root, _MOST_MANIFEST_BYTES)
+        manifest = json.loads(text)
+    except FileNotFoundError:
+        raise DamagedError("its manifest is missing") from None
+    except DamagedError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"its manifest cannot be read ({type(error).__name__}: {error})") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise DamagedError("its manifest is malformed: it names no files")
+    if manifest.get("key") != key:
+        raise DamagedError("its manifest names another key")
+    files: dict[str, bytes] = {}
+    for name, expected in manifest["files"].items():
+        if not _FILE_NAME.fullmatch(name) or not isinstance(expected, dict):
+            raise DamagedError(f"its manifest is malformed: {name!a} is no file of an entry")
+        size, digest = expected.get("size"), expected.get("sha256")
+        if type(size) is not int or size < 0 or not isinstance(digest, str):
+            raise DamagedError(f"its manifest is malformed: it gives no size and sha256 of {name}")
+        data = read_file(folder / name, root, size)
+        if len(data) != size:
+            there = os.lstat(folder / name).st_size
+            raise DamagedError(f"{name} has {there} bytes, not {size}")
+        if sha256_of(data) != digest:
+            raise DamagedError(f"{name} has other bytes than were compiled")
+        files[name] = data
+    artifact = manifest.get("artifact")
+    if not isinstance(artifact, str) or artifact not in files:
+        raise DamagedError("its manifest names no artifact")
+    return Entry(folder, manifest, files)
+
+
+def places(root: Path) -> Iterator[tuple[Path, str]]:
+    """The place and key of every entry of a store, damaged ones too, in order: `<kernel>/<target>/<key>-<compiler>`.
+
+    Links are not followed: what lies behind one is not this store's. Folders that cannot be read hold none.
+    """
+    yield from _places(root, _KERNEL_FOLDERS)
+
+
+def _places(folder: Path, depth: int) -> Iterator[tuple[Path, str]]:
+    try:
+        with os.scandir(folder) as found:
+            inside = sorted(found, key=lambda each: each.name)
+    except OSError:
+        return
+    for each in inside:
+        match = NAME.fullmatch(each.name) if ":" in folder.name else None
+        if match is not None:
+            yield Path(each.path), match["key"]
+        elif depth > 0 and not each.name.startswith(".") and each.is_dir(follow_symlinks=False):
+            yield from _places(Path(each.path), depth - 1)
+
+
+def manifest_of(folder: Path, root: Path) -> dict[str, Any] | None:
+    """The manifest of an entry, unverified; None where it cannot be read."""
+    try:
+        manifest = json.loads(read_file(folder / MANIFEST, root, _MOST_MANIFEST_BYTES))
+    except (OSError, ValueError, RecursionError, ownership.CacheError):
+        return None
+    return manifest if isinstance(manifest, dict) else None

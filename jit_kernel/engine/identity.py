@@ -26,18 +26,15 @@ def of(found: compiler.Found, store: Store | None) -> str:
     return known
 
 
-def present(route: str, store: Store) -> str | None:
-    """The short identity of the compiler that is installed here, None without one.
+def present(route: str, store: Store) -> str | compiler.CompilerNotFoundError:
+    """The short identity of the compiler that is installed here; without one that works, the error that says so.
 
     The C library counts as part of it: a library built against a newer one does not load on an older one.
     """
     try:
-        found = compiler.find(route)
-        if found is None:
-            return None
-        version = of(found, store)
-    except compiler.CompilerNotFoundError:
-        return None
+        version = of(compiler.require(route), store)
+    except compiler.CompilerNotFoundError as error:
+        return error
     with contextlib.suppress(ValueError, OSError, AttributeError):
         version += f"\n{os.confstr('CS_GNU_LIBC_VERSION')}" if route == "host" else ""
     return hashlib.sha256(version.encode()).hexdigest()[:8]

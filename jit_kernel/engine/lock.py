@@ -1,20 +1,46 @@
-"""The locks of the store's entries, each beside a note: which process holds it, and how long the last build took."""
+"""The locks of the store: of its entries, each beside a note of who holds it, and of the private folders.
+
+A lock is a file that is locked with flock: the operating system frees it when its holder dies, in whatever container
+the holder ran. Whether a process lives is never asked by its number, which means nothing in another container.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
 import secrets
+import shutil
 import socket
+import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jit_kernel.engine import progress
+from jit_kernel.engine.entry import read_file
+from jit_kernel.engine.ownership import CacheError
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 _NAME = re.compile(r"([0-9a-f]{32})\.(lock|holder)")
+_PRIVATE_NAME = re.compile(r"\d+-(?P<host>.+)-[0-9a-f]{8}")
+_MARK = ".alive"  # the ending of the lock beside a private folder
+# A folder of another machine, or one without a lock, is left alone for so long.
+_FOREIGN_SECONDS = 24 * 3600
+_POLL_SECONDS = 0.02
+_ATTEMPTS = 3
+_MOST_NOTE_BYTES = 4096
+# What flock answers on a file system without locks.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+# What open answers where a folder, a link or a pipe lies in a lock file's place, or a file that may not be opened.
+_NO_LOCK_FILE = (errno.EISDIR, errno.ELOOP, errno.EACCES, errno.ENXIO, errno.EINVAL)
 
 
 @dataclass(frozen=True)
@@ -46,21 +72,18 @@ class EntryLock:
 
         `waiting(holder, seconds)` is called after two seconds of waiting, and every ten from then on.
         """
-        from filelock import FileLock, Timeout  # with the first lock: it takes 7 of 30 ms of a call that only loads
-
-        lock = FileLock(self._file, mode=0o600, thread_local=False)
         started, patience = time.monotonic(), 2.0
         while True:
-            self._folder.mkdir(mode=0o700, exist_ok=True)
-            try:
-                lock.acquire(timeout=patience, poll_interval=0.02)
-                break
-            except Timeout:
-                waiting(_read(self._note), time.monotonic() - started)
-                patience = 10.0
-            except FileNotFoundError:  # `remove_free` removed the empty folder meanwhile
-                if self._folder.is_dir():
-                    raise
+            make_folder(self._folder, 0o700)
+            with contextlib.suppress(FileNotFoundError):  # `remove_free` removed the empty folder meanwhile
+                lock = _locked(self._file)
+                if lock is not None:
+                    break
+            waited = time.monotonic() - started
+            if waited > patience:
+                waiting(_read(self._note), waited)
+                patience = time.monotonic() - started + 10.0
+            time.sleep(_POLL_SECONDS)
         try:
             _write(self._note, self.last_duration())
             yield
@@ -79,25 +102,150 @@ class EntryLock:
 
 def remove_free(folder: Path) -> None:
     """Remove the files of every lock that no process holds, and the folder once it is empty."""
-    from filelock import FileLock, Timeout
 
     for path in list(folder.iterdir()) if folder.is_dir() else []:
         match = _NAME.fullmatch(path.name)
         if match is None:
             continue
-        lock = FileLock(folder / f"{match[1]}.lock", mode=0o600, thread_local=False)
-        with contextlib.suppress(Timeout), lock.acquire(timeout=0):
-            (folder / f"{match[1]}.holder").unlink(missing_ok=True)
-            (folder / f"{match[1]}.lock").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            lock = _locked(folder / f"{match[1]}.lock", surely=True)
+            if lock is not None:
+                (folder / f"{match[1]}.holder").unlink(missing_ok=True)
+                (folder / f"{match[1]}.lock").unlink(missing_ok=True)
+                lock.release()
     with contextlib.suppress(OSError):
         folder.rmdir()
 
 
-def write_whole(path: Path, text: str) -> None:
+def _locked(path: Path, *, surely: bool = False) -> FileLock | None:
+    """A lock file, locked; None where another holds it, or removed it meanwhile.
+
+    Where the file system has no locks everybody gets it, unless it must be held `surely`: processes that ask at once
+    compile the same, each for itself. A forked child does not hold it (filelock closes its descriptor there).
+    """
+    from filelock import FileLock, Timeout  # with the first lock: it takes 7 of 30 ms of a call that only loads
+
+    lock = FileLock(path, mode=0o600, thread_local=False, fallback_to_soft=False)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return None
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            if surely:
+                return None
+            progress.warn_once(f"files in {path.parent} cannot be locked: processes that meet may compile twice")
+            return lock
+        if error.errno not in _NO_LOCK_FILE or os.lstat(path).st_uid != os.geteuid():
+            raise
+        remove(path)  # no lock file, or one that its owner cannot open
+        return None
+    return lock
+
+
+# -- private folders -------------------------------------------------------------------------------
+
+_alive: dict[Path, FileLock] = {}
+
+
+def new_private_folder(parent: Path) -> Path:
+    """A new folder for one compilation. As long as this process lives and keeps it, a lock beside it is held."""
+    while True:
+        folder = parent / f"{os.getpid()}-{socket.gethostname()}-{secrets.token_hex(4)}"
+        mark = _locked(_mark_of(folder))
+        if mark is not None:  # None: another process swept it away before it was locked
+            _alive[folder] = mark
+            make_folder(folder, 0o700)
+            return folder
+
+
+def release_private_folder(folder: Path) -> None:
+    """Remove what marks a private folder as in use, after the folder was moved or removed."""
+    mark = _alive.pop(folder, None)
+    if mark is not None and mark.is_locked:  # a forked child's is not
+        with contextlib.suppress(OSError):
+            _mark_of(folder).unlink()
+        mark.release()
+
+
+def remove_abandoned(parent: Path) -> None:
+    """Remove the private folders whose process is gone. Of another machine, where the lock may not be seen, and
+    without a lock, only those that are a day old."""
+    here = socket.gethostname()
+    with contextlib.suppress(OSError):
+        for name in {path.name.removesuffix(_MARK) for path in parent.iterdir()}:
+            match = _PRIVATE_NAME.fullmatch(name)
+            if match is None:
+                continue
+            folder = parent / name
+            with contextlib.suppress(OSError):
+                _remove_if_abandoned(folder, of_here=match["host"] == here)
+
+
+def _remove_if_abandoned(folder: Path, *, of_here: bool) -> None:
+    mark = None
+    try:
+        os.lstat(_mark_of(folder))
+        mark = _locked(_mark_of(folder), surely=True)
+        if mark is None:
+            return
+    except FileNotFoundError:
+        of_here = False
+    try:
+        if of_here or not folder.exists() or time.time() - folder.stat().st_mtime > _FOREIGN_SECONDS:
+            remove(folder)
+            _mark_of(folder).unlink(missing_ok=True)
+    finally:
+        if mark is not None:
+            mark.release()
+
+
+def _mark_of(folder: Path) -> Path:
+    return folder.with_name(folder.name + _MARK)
+
+
+# -- folders and files -----------------------------------------------------------------------------
+
+
+def make_folder(folder: Path, mode: int) -> None:
+    """Make a folder, and those above it that are missing (0755), with these modes whatever the umask.
+
+    Raises FileExistsError where something else is in its place.
+    """
+    for attempt in range(_ATTEMPTS):
+        try:
+            os.mkdir(folder, 0o700)
+        except FileNotFoundError:  # no parent, or one that was removed meanwhile; in /proc nobody makes a folder
+            if attempt + 1 == _ATTEMPTS:
+                raise
+            make_folder(folder.parent, 0o755)
+        except FileExistsError:
+            if not folder.is_dir():
+                raise
+            return
+        else:
+            os.chmod(folder, mode)
+            return
+
+
+def remove(path: Path) -> None:
+    """Remove a folder, a file or a link, as far as it can be."""
+    with contextlib.suppress(OSError):
+        if stat.S_ISDIR(os.lstat(path).st_mode):
+            os.chmod(path, 0o700)
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            os.unlink(path)
+
+
+def write_whole(path: Path, text: str, mode: int = 0o600) -> None:
     """Write a file so that a reader sees the old text or the new, never a part."""
     part = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
-        part.write_text(text, encoding="utf-8")
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(part, mode)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -111,9 +259,9 @@ def _write(note: Path, last_seconds: float | None) -> None:
 
 def _read(note: Path) -> Holder | None:
     try:
-        record = json.loads(note.read_bytes())
+        record = json.loads(read_file(note, note.parent, _MOST_NOTE_BYTES))
         last = record["last_seconds"]
         seconds = None if last is None else float(last)
         return Holder(int(record["pid"]), str(record["host"]), float(record["since"]), seconds)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError, CacheError):
         return None

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jit_kernel.device import Target
 from jit_kernel.engine import build as builds
-from jit_kernel.engine import compiler, progress
+from jit_kernel.engine import compiler, library
+from jit_kernel.engine.forks import Lock
 from jit_kernel.engine.spec import KernelSpec
 
 
@@ -25,8 +25,7 @@ class Cubin:
 
 _modules: dict[tuple[KernelSpec, Target], Any] = {}
 _cubins: dict[tuple[KernelSpec, Target], Cubin] = {}
-_guards: dict[tuple[KernelSpec, Target], threading.Lock] = {}
-_guards_guard = threading.Lock()
+_guards: dict[tuple[KernelSpec, Target], Lock] = {}
 
 
 def load(spec: KernelSpec, target: Target) -> Any:
@@ -52,9 +51,9 @@ def load_cubin(spec: KernelSpec, target: Target) -> Cubin:
             cubin = _cubins.get((spec, target))
             if cubin is None:
                 entry = builds.obtain(spec, target)
-                path = entry.folder / compiler.LAUNCH_METADATA
-                metadata = json.loads(path.read_bytes()) if path.name in entry.manifest["files"] else {}
-                cubin = Cubin(entry.artifact.read_bytes(), metadata, entry.artifact)
+                metadata = entry.files.get(compiler.LAUNCH_METADATA)
+                path = entry.folder / str(entry.manifest["artifact"])
+                cubin = Cubin(entry.image, json.loads(metadata) if metadata else {}, path)
                 _cubins[spec, target] = cubin
     return cubin
 
@@ -65,19 +64,20 @@ def build(spec: KernelSpec, target: Target) -> Path:
         return builds.obtain(spec, target).folder
 
 
-def _guard(spec: KernelSpec, target: Target) -> threading.Lock:
-    with _guards_guard:
-        return _guards.setdefault((spec, target), threading.Lock())
+def _guard(spec: KernelSpec, target: Target) -> Lock:
+    return _guards.setdefault((spec, target), Lock())  # one operation of the interpreter
 
 
 def _load_library(spec: KernelSpec, target: Target) -> Any:
-    import tvm_ffi
-
     entry = builds.obtain(spec, target)
     try:
-        return tvm_ffi.load_module(str(entry.artifact), keep_module_alive=True)
-    except (OSError, RuntimeError) as error:
+        return library.load(entry.image, str(spec), entry.functions)
+    except library.UnloadableError as error:
+        if entry.fresh:
+            raise builds.unloadable(spec, target, entry, str(error)) from error
         # Built for another C library, say: bytes that were verified and still cannot be loaded here.
-        progress.warn_once(f"{spec} in {entry.folder} cannot be loaded here ({error}); compiling it again")
-        entry = builds.obtain(spec, target, unusable=entry.folder)
-        return tvm_ffi.load_module(str(entry.artifact), keep_module_alive=True)
+        entry = builds.obtain(spec, target, unusable=(entry, str(error)))
+    try:
+        return library.load(entry.image, str(spec), entry.functions)
+    except library.UnloadableError as error:
+        raise builds.unloadable(spec, target, entry, str(error)) from error

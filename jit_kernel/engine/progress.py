@@ -10,14 +10,15 @@ import time
 from collections.abc import Iterator
 
 from jit_kernel import config
+from jit_kernel.engine.forks import Lock
 
 log = logging.getLogger("jit_kernel")
 
 _INTERVAL = 0.2
-_line_taken = threading.Lock()
-_silenced = threading.Event()
+_line_taken = Lock()
+_silenced = 0  # how many blocks want no lines
 _warned: set[object] = set()
-_warned_guard = threading.Lock()
+_warned_guard = Lock()
 
 
 def warn_once(text: str, key: object = None) -> None:
@@ -32,17 +33,34 @@ def warn_once(text: str, key: object = None) -> None:
 @contextlib.contextmanager
 def silenced() -> Iterator[None]:
     """Print no progress lines inside this block: the caller prints its own."""
-    _silenced.set()
+    global _silenced
+    _silenced += 1
     try:
         yield
     finally:
-        _silenced.clear()
+        _silenced -= 1
 
 
 def say(text: str, level: str = "info") -> None:
     """Print one line on standard error, if JIT_KERNEL_LOG lets this level through."""
-    if not _silenced.is_set() and config.LOG_LEVELS.index(config.log_level()) >= config.LOG_LEVELS.index(level):
-        print(f"jit_kernel: {text}", file=sys.stderr, flush=True)
+    if not _silenced and config.LOG_LEVELS.index(config.log_level()) >= config.LOG_LEVELS.index(level):
+        write(f"jit_kernel: {text}\n")
+
+
+def write(text: str) -> None:
+    """Write on standard error, where there is one that takes it: a daemon may have none, or a closed one."""
+    stream = sys.stderr
+    if stream is not None:
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            stream.write(text)
+            stream.flush()
+
+
+def on_terminal() -> bool:
+    """Whether standard error is a terminal. What a program puts in its place may not know."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        return sys.stderr.isatty()
+    return False
 
 
 @contextlib.contextmanager
@@ -50,8 +68,8 @@ def compiling(title: str, last_seconds: float | None) -> Iterator[None]:
     """Show that `title` is being compiled: a running clock on a terminal, two plain lines elsewhere."""
     before = f", last time {last_seconds:.1f} s" if last_seconds is not None else ""
     started = time.monotonic()
-    on_terminal = sys.stderr.isatty() and config.log_level() != "quiet" and not _silenced.is_set()
-    if not (on_terminal and _line_taken.acquire(blocking=False)):
+    shown = config.log_level() != "quiet" and not _silenced and on_terminal()
+    if not (shown and _line_taken.acquire(blocking=False)):
         say(f"compiling {title}{before}")
         yield
         say(f"compiled {title} in {time.monotonic() - started:.1f} s")
@@ -60,9 +78,7 @@ def compiling(title: str, last_seconds: float | None) -> Iterator[None]:
 
     def run() -> None:
         while not done.wait(_INTERVAL):
-            seconds = time.monotonic() - started
-            sys.stderr.write(f"\r\033[Kjit_kernel: compiling {title} {seconds:5.1f} s{before}")
-            sys.stderr.flush()
+            write(f"\r\033[Kjit_kernel: compiling {title} {time.monotonic() - started:5.1f} s{before}")
 
     clock = threading.Thread(target=run, daemon=True)
     clock.start()
@@ -75,6 +91,5 @@ def compiling(title: str, last_seconds: float | None) -> Iterator[None]:
     finally:
         done.set()
         clock.join()
-        sys.stderr.write(f"\r\033[K{last}")
-        sys.stderr.flush()
+        write(f"\r\033[K{last}")
         _line_taken.release()

@@ -1,10 +1,10 @@
 """The store of compiled kernels: look up, publish whole, quarantine, clear.
 
-The store is written here and, for its locks, in lock.py; nowhere else. An entry is a folder
+The store is written here and, for its locks and folders, in lock.py; nowhere else. An entry is a folder
 `<kernel>/<target>/<key>-<compiler>/` that holds the artifact, the unit that was compiled and `manifest.json`; it
-appears by one rename and is never changed. Size and sha256 of every file are verified before the entry is used: a
-truncated library kills the process with SIGBUS at dlopen, which no `except` catches. A hit writes nothing and needs
-no lock.
+appears by one rename and is never changed. Others may read what is published (0755, 0644), and nobody else may write
+anything, whatever the umask; the store's own folders, whose names begin with a dot, are its user's alone (0700). A hit
+writes nothing and needs no lock. docs/store.md holds the rules on one page.
 """
 
 from __future__ import annotations
@@ -15,9 +15,6 @@ import errno
 import json
 import os
 import re
-import secrets
-import shutil
-import socket
 import stat
 import tempfile
 import time
@@ -25,21 +22,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jit_kernel.engine.entry import MANIFEST, Entry, Miss, verify
-from jit_kernel.engine.lock import EntryLock, Holder, remove_free, write_whole
+from jit_kernel.engine import lock as locks
+from jit_kernel.engine import ownership
+from jit_kernel.engine.entry import MANIFEST, NAME, DamagedError, Entry, Miss, manifest_of, places, read_file, verify
+from jit_kernel.engine.lock import EntryLock, Holder, make_folder, remove, write_whole
+from jit_kernel.engine.ownership import CacheError as CacheError
+from jit_kernel.engine.progress import warn_once
 
 _TMP, _LOCKS, _QUARANTINE, _FAILED = ".tmp", ".locks", ".quarantine", ".failed"
-_COMPILERS = "compilers.json"
+_COMPILERS = ".compilers.json"
+_MOST_COMPILERS_BYTES = 1 << 20
 _QUARANTINE_KEPT = 8
-_FOREIGN_TMP_SECONDS = 24 * 3600
-# The names of what the store makes: nothing else in its folder is ever removed.
-_ENTRY_NAME = re.compile(r"(?P<key>[0-9a-f]{32})-\w+")
-_PRIVATE_NAME = re.compile(r"(?P<pid>\d+)-(?P<host>.+)-[0-9a-f]{8}")
-_QUARANTINE_NAME = re.compile(rf"\d+-{_ENTRY_NAME.pattern}")
-
-
-class CacheError(RuntimeError):
-    """The store cannot be used; the message says what to do about it."""
+_QUARANTINE_NAME = re.compile(r"\d{19,}-.*")
 
 
 class Store:
@@ -53,133 +47,166 @@ class Store:
         """A new store in the system's folder of temporary files, which ends with this process unless it is kept."""
         root = Path(tempfile.mkdtemp(prefix=prefix))
         if not kept:
-            atexit.register(shutil.rmtree, root, ignore_errors=True)
+            atexit.register(_remove_in, os.getpid(), root)
         return cls(root)
 
     # -- the folder itself ---------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Refuse a store that another user can write: its code would run in this process."""
-        try:
-            status = self.root.stat()
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise CacheError(f"cache folder {self.root} cannot be read: {error}") from error
-        if not stat.S_ISDIR(status.st_mode):
-            raise CacheError(f"cache folder {self.root} is not a folder; set JIT_KERNEL_CACHE_DIR")
-        if status.st_uid not in (os.geteuid(), 0):
-            raise CacheError(
-                f"cache folder {self.root} belongs to user {status.st_uid}, who could change the code in it; "
-                "set JIT_KERNEL_CACHE_DIR to a folder of your own"
-            )
-        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise CacheError(
-                f"cache folder {self.root} can be written by other users (mode {status.st_mode & 0o7777:04o}); "
-                f"mend it with: chmod go-w '{self.root}'"
-            )
+        """Refuse a store that another user can write, at any place: its code would run in this process."""
+        ownership.check_root(self.root)
 
     def writable(self) -> bool:
-        """Whether an entry can be added; makes the folder if it is missing."""
+        """Whether an entry can be added; makes the folder if it is missing. Raises what `check` raises."""
         try:
-            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_folder(self.root, 0o755)
         except OSError:
             return False
+        self.check()  # what was missing may be there meanwhile, and another user's
         return os.access(self.root, os.W_OK | os.X_OK)
+
+    def _own(self, name: str) -> Path:
+        """A folder that the store keeps for itself, made if need be; what else has its name is moved away."""
+        folder = self.root / name
+        try:
+            make_folder(folder, 0o700)
+            ownership.check_folder(folder, self.root)
+            if folder.stat().st_uid == os.geteuid() and not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+                folder.chmod(0o700)
+        except (FileExistsError, NotADirectoryError):
+            warn_once(f"{folder} is no folder; it is moved away")
+            self.quarantine(folder)
+            make_folder(folder, 0o700)
+        return folder
 
     # -- look-up -------------------------------------------------------------------------------------
 
     def lookup(self, kernel: str, target: str, key: str, compiler: str | None) -> Entry | Miss:
         """Find and verify an entry. `compiler` is the present compiler's short identity; without one any
-        compiler's entry will do. Writes nothing."""
+        compiler's entry will do. Writes nothing. Raises CacheError for what may not be read, or must not be."""
         parent = self.root / kernel / target
         if compiler is not None:
-            return verify(parent / f"{key}-{compiler}", key)
+            return verify(parent / f"{key}-{compiler}", key, self.root)
         miss = Miss("no entry")
         try:
             names = sorted(name for name in os.listdir(parent) if name.startswith(f"{key}-"))
+        except PermissionError as error:
+            raise ownership.unreadable(self.root, parent, error) from error
         except OSError:
             return miss
         for name in names:
-            found = verify(parent / name, key)
+            found = verify(parent / name, key, self.root)
             if isinstance(found, Entry):
                 return found
             miss = found
         return miss
 
-    def manifests(self) -> Iterator[tuple[Path, dict[str, Any]]]:
-        """The folder and manifest of every entry that can be read, unverified."""
-        for path in sorted(self.root.glob(f"[!.]*/**/{MANIFEST}")):
-            with contextlib.suppress(OSError, ValueError):
-                manifest = json.loads(path.read_bytes())
-                if isinstance(manifest, dict):
-                    yield path.parent, manifest
+    def manifests(self, below: Path | None = None) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """The folder and manifest of every entry that can be read, unverified; of all, or `below` a folder."""
+        for folder, _ in places(below or self.root):
+            manifest = manifest_of(folder, self.root)
+            if manifest is not None:
+                yield folder, manifest
+
+    def verified(self) -> Iterator[tuple[Path, Entry | Miss]]:
+        """Every entry, verified, or why it is of no use: damaged ones and those that this user cannot read too."""
+        for folder, key in places(self.root):
+            try:
+                yield folder, verify(folder, key, self.root)
+            except CacheError as error:
+                yield folder, Miss(str(error), folder)
 
     def lock(self, kernel: str, target: str, key: str) -> EntryLock:
         """The lock of the entries that have this key."""
-        return EntryLock.of(self.root / _LOCKS, kernel, target, key)
+        return EntryLock.of(self._own(_LOCKS), kernel, target, key)
 
     # -- writing -------------------------------------------------------------------------------------
 
     def private_folder(self) -> Path:
         """A new folder beside the entries, for one compilation. Dead processes' folders are removed."""
-        parent = self.root / _TMP
-        parent.mkdir(mode=0o700, exist_ok=True)
-        self._remove_abandoned(parent)
-        folder = parent / f"{os.getpid()}-{socket.gethostname()}-{secrets.token_hex(4)}"
-        folder.mkdir(mode=0o700, parents=True)
-        return folder
+        parent = self._own(_TMP)
+        locks.remove_abandoned(parent)
+        return locks.new_private_folder(parent)
+
+    def holds_unit(self, private: Path) -> bool:
+        """Whether a private folder is still there, with the unit in it: nobody has removed it meanwhile."""
+        return any(private.glob("unit.*"))
 
     def publish(self, private: Path, kernel: str, target: str, name: str) -> Path:
-        """Rename a finished private folder to its place in the store."""
+        """Rename a finished private folder to its place in the store.
+
+        Where another process has published the same meanwhile, its entry stays, and `private` does too.
+        """
         for path in private.iterdir():
-            descriptor = os.open(path, os.O_RDONLY)
+            if path.is_symlink() or not path.is_file():
+                remove(path)  # a compiler's leftovers
+                continue
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
             try:
+                os.fchmod(descriptor, 0o644)
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
         folder = self.root / kernel / target / name
         while True:
-            folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_folder(folder.parent, 0o755)
+            private.chmod(0o755)
             try:
                 os.rename(private, folder)
+                locks.release_private_folder(private)
                 return folder
             except FileNotFoundError:  # `clear` removed the empty parent meanwhile
                 if not private.is_dir():
                     raise
             except OSError as error:
-                # Where locks do not work (some network file systems), another process may have published the same.
-                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                if error.errno == errno.ENOTDIR:  # no folder, but a file or a dangling link
+                    self.quarantine(folder)
+                elif error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                     raise
-                return folder
+                else:
+                    private.chmod(0o700)
+                    return folder
 
     def discard(self, private: Path) -> None:
         """Remove a private folder, if it is still there."""
-        shutil.rmtree(private, ignore_errors=True)
+        remove(private)
+        locks.release_private_folder(private)
 
-    def quarantine(self, folder: Path) -> Path | None:
-        """Move a damaged entry out of the way; the newest few are kept to be looked at."""
+    def keep_bytes(self, name: str, data: bytes) -> Path:
+        """Write bytes to a file of a store that is private to this process."""
+        path = self.root / name
+        path.write_bytes(data)
+        return path
+
+    def quarantine(self, place: Path) -> Path | None:
+        """Move what is damaged out of the way; the newest few are kept to be looked at."""
         parent = self.root / _QUARANTINE
-        parent.mkdir(mode=0o700, exist_ok=True)
-        place = parent / f"{time.time_ns()}-{folder.name}"
+        moved = parent / f"{time.time_ns()}-{place.name}"
+        with contextlib.suppress(OSError):
+            if stat.S_ISDIR(os.lstat(place).st_mode):
+                place.chmod(0o700)  # a folder that its owner cannot write cannot be moved
+        if parent.is_symlink() or not parent.is_dir():
+            remove(parent)
+            make_folder(parent, 0o700)
         try:
-            os.rename(folder, place)
+            os.rename(place, moved)
         except FileNotFoundError:
             return None
         for old in sorted(parent.iterdir())[:-_QUARANTINE_KEPT]:
-            shutil.rmtree(old, ignore_errors=True)
-        return place
+            remove(old)
+        return moved
 
     def keep_failure(self, private: Path, name: str, log_text: str, command: str) -> Path:
         """Keep a failed compilation: its unit, the whole log and a script that repeats the command."""
-        folder = self.root / _FAILED / name
-        folder.parent.mkdir(mode=0o700, exist_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
+        folder = self._own(_FAILED) / name
+        remove(folder)
         os.rename(private, folder)
-        (folder / "compile.log").write_text(log_text, encoding="utf-8")
-        script = folder / "repeat.sh"
-        script.write_text(f'#!/bin/sh\ncd "$(dirname "$0")" && {command}\n', encoding="utf-8")
-        script.chmod(0o700)
+        locks.release_private_folder(private)
+        script = f'#!/bin/sh\ncd "$(dirname "$0")" && {command}\n'
+        (folder / "compile.log").write_text(log_text, encoding="utf-8", errors="replace")
+        (folder / "repeat.sh").write_text(script, encoding="utf-8", errors="surrogateescape")
+        for path in folder.iterdir():
+            path.chmod(0o700 if path.name == "repeat.sh" else 0o600)
         return folder
 
     def clear(self, waiting: Callable[[Holder | None, float], None]) -> int:
@@ -193,64 +220,45 @@ class Store:
         if not self.writable():
             raise CacheError(f"cache folder {self.root} cannot be written, so nothing was removed")
         removed = 0
-        for folder, key in list(self._entries()):
+        for folder, key in list(places(self.root)):
             target = folder.parent
             kernel = target.parent.relative_to(self.root).as_posix()
             with self.lock(kernel, target.name, key).held(waiting):
-                shutil.rmtree(folder, ignore_errors=True)
-                removed += not folder.exists()
+                remove(folder)
+                removed += not os.path.lexists(folder)
             _remove_empty(target, self.root)
-        self._remove_abandoned(self.root / _TMP)
-        for place, pattern in ((_QUARANTINE, _QUARANTINE_NAME), (_FAILED, _ENTRY_NAME)):
+        locks.remove_abandoned(self.root / _TMP)
+        for place, pattern in ((_QUARANTINE, _QUARANTINE_NAME), (_FAILED, NAME)):
             for each in _children(self.root / place):
                 if pattern.fullmatch(each.name):
-                    shutil.rmtree(each, ignore_errors=True)
-        (self.root / _COMPILERS).unlink(missing_ok=True)
-        remove_free(self.root / _LOCKS)
+                    remove(each)
+        remove(self.root / _COMPILERS)
+        locks.remove_free(self.root / _LOCKS)
         for place in (_TMP, _QUARANTINE, _FAILED):
             _remove_empty(self.root / place, self.root)
         return removed
 
-    def _entries(self) -> Iterator[tuple[Path, str]]:
-        """The folder and key of every entry, damaged ones too: a manifest below `<kernel>/<target>/<key>-...`."""
-        for path in self.root.glob(f"[!.]*/**/{MANIFEST}"):
-            match = _ENTRY_NAME.fullmatch(path.parent.name)
-            if match is not None and ":" in path.parent.parent.name:
-                yield path.parent, match["key"]
-
-    def _remove_abandoned(self, parent: Path) -> None:
-        """Remove the private folders of processes that are gone."""
-        here = socket.gethostname()
-        for folder in _children(parent):
-            match = _PRIVATE_NAME.fullmatch(folder.name)
-            if match is None:
-                continue
-            with contextlib.suppress(OSError):
-                old = time.time() - folder.stat().st_mtime > _FOREIGN_TMP_SECONDS
-                if old or (match["host"] == here and not process_lives(int(match["pid"]))):
-                    shutil.rmtree(folder, ignore_errors=True)
-
     # -- compilers seen ------------------------------------------------------------------------------
+
+    def _compilers(self) -> dict[str, str]:
+        """The identities on record, by fingerprint; none where the file holds anything else."""
+        try:
+            seen = json.loads(read_file(self.root / _COMPILERS, self.root, _MOST_COMPILERS_BYTES))
+        except (OSError, ValueError, RecursionError, DamagedError):
+            return {}
+        plain = isinstance(seen, dict) and all(isinstance(each, str) for each in seen.values())
+        return seen if plain else {}
 
     def recall_compiler(self, fingerprint: str) -> str | None:
         """The identity of a compiler file that was asked before; so a look-up need not start it."""
-        try:
-            seen = json.loads((self.root / _COMPILERS).read_bytes())
-        except (OSError, ValueError):
-            return None
-        identity = seen.get(fingerprint) if isinstance(seen, dict) else None
-        return identity if isinstance(identity, str) else None
+        return self._compilers().get(fingerprint)
 
     def remember_compiler(self, fingerprint: str, identity: str) -> None:
         """Keep a compiler's identity; where the store cannot be written it is asked for again next time."""
-        try:
-            seen = json.loads((self.root / _COMPILERS).read_bytes())
-        except (OSError, ValueError):
-            seen = {}
-        kept = dict(list(seen.items())[-31:]) if isinstance(seen, dict) else {}
+        kept = dict(list(self._compilers().items())[-31:])
         with contextlib.suppress(OSError):
             if self.writable():
-                write_whole(self.root / _COMPILERS, json.dumps({**kept, fingerprint: identity}, indent=1))
+                write_whole(self.root / _COMPILERS, json.dumps({**kept, fingerprint: identity}, indent=1), 0o644)
 
 
 def write_unit(private: Path, name: str, text: str) -> Path:
@@ -265,19 +273,17 @@ def write_manifest(private: Path, manifest: dict[str, Any]) -> None:
     (private / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
-def process_lives(pid: int) -> bool:
-    """Whether a process of this machine is alive."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return pid > 0
+def _remove_in(process: int, folder: Path) -> None:
+    """Remove a folder at the end of the process that made it, not at that of a forked child."""
+    if os.getpid() == process:
+        remove(folder)
 
 
 def _children(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    try:
+        return list(folder.iterdir())
+    except OSError:
+        return []
 
 
 def _remove_empty(folder: Path, root: Path) -> None:

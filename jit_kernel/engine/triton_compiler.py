@@ -35,6 +35,7 @@ SHARED_LIMITS = {
 _TOOL_SETTINGS = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH", "TRITON_LIBDEVICE_PATH")
 _PROGRAM = Path(__file__).with_name("triton_process.py")
 _SECONDS_LIMIT = 600
+_KEPT_BYTES = 256 << 20  # the answer holds the cubin
 
 
 class TritonError(RuntimeError):
@@ -93,11 +94,20 @@ def compile_unit(
             PYTHONDONTWRITEBYTECODE="1",
             TRITON_DISABLE_LINE_INFO="1",  # it would hold this machine's paths
         )
-        done = process.run(
-            [sys.executable, str(_PROGRAM)], text=json.dumps(job), environment=environment, seconds=_SECONDS_LIMIT
-        )
+        try:
+            done = process.run(
+                [sys.executable, str(_PROGRAM), json.dumps(job)],
+                environment=environment,
+                kept_bytes=_KEPT_BYTES,
+                seconds=_SECONDS_LIMIT,
+            )
+        except OSError as error:
+            raise TritonError(f"{sys.executable} cannot be started: {error}") from error
+        except process.TooSlowError as error:
+            raise TritonError(f"{job['package']} for {target} took more than {_SECONDS_LIMIT} s") from error
     if done.status != 0:
-        lines = [line for line in done.errors.splitlines() if line.strip()] or [f"status {done.status}"]
+        ending = f"ended by {done.killed_by}" if done.killed_by else f"status {done.status}"
+        lines = [line for line in done.errors.splitlines() if line.strip()] or [ending]
         raise TritonError(f"{job['package']} for {target} did not compile: {lines[-1]}", done.errors)
     answer = json.loads(done.output.splitlines()[-1])
     metadata = answer["metadata"]

@@ -1,4 +1,4 @@
-"""The program in which Triton compiles one kernel: the job on standard input, the answer on standard output, both JSON.
+"""The program in which Triton compiles one kernel: the job is its argument, the answer its standard output, both JSON.
 
 Started by triton_compiler.py; it imports nothing of jit_kernel, which need not be on its path.
 """
@@ -61,7 +61,7 @@ def _substituted(kind: str, types: dict[str, str]) -> str:
 
 
 def _main() -> None:
-    job = json.load(sys.stdin)
+    job = json.loads(sys.argv[1])
     # Without this file's own folder, whose store.py and compiler.py would be found before others of the same name.
     sys.path[:] = [job["sources"], *job["path"]]
     answer = _compile(job)

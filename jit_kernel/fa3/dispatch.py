@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
@@ -38,6 +37,7 @@ import torch
 
 from jit_kernel import config
 from jit_kernel.device import Target, device_target
+from jit_kernel.engine.forks import Lock
 from jit_kernel.engine.progress import warn_once
 from jit_kernel.fa3 import call as calls
 from jit_kernel.fa3.call import Arguments, Call, MetadataParameters, Result
@@ -188,7 +188,7 @@ class Dispatcher:
 
 # By device: the settings that it was made under, and its dispatcher. config.reload() makes new settings.
 _made: dict[torch.device | str, tuple[config.Settings, Dispatcher]] = {}
-_making = threading.Lock()
+_making = Lock()
 
 
 def dispatcher(device: torch.device | str) -> Dispatcher:

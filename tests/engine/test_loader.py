@@ -16,7 +16,8 @@ from jit_kernel.engine.store import Store
 from tests.support import children, loader_work
 from tests.support.compilers import compilations, counting_compiler
 
-SMALL = loader_work.small_call
+SMALL = loader_work.tiny_call
+REAL = loader_work.small_call
 SOURCES = config.kernel_sources_dir()
 
 
@@ -30,13 +31,27 @@ def environment(store: Path) -> dict[str, str | None]:
     return {"JIT_KERNEL_CACHE_DIR": str(store)}
 
 
-@pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store that holds the small kernel, to be copied."""
-    folder = tmp_path_factory.mktemp("built")
-    outcome = children.run(SMALL, environment={"JIT_KERNEL_CACHE_DIR": str(folder / "store")}, scratch=folder)
+def built_by(work: object, folder: Path) -> Path:
+    outcome = children.run(work, environment={"JIT_KERNEL_CACHE_DIR": str(folder / "store")}, scratch=folder)
     assert outcome.error == "" and outcome.result["right"], outcome
     return folder / "store"
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store that holds the smallest kernel, to be copied."""
+    return built_by(SMALL, tmp_path_factory.mktemp("built"))
+
+
+@pytest.fixture(scope="session")
+def attention(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, Path, children.Outcome]:
+    """A store that holds an attention kernel, the compiler that counted its starts, their file, and the first call."""
+    folder = tmp_path_factory.mktemp("attention")
+    compiler, starts = counting_compiler(folder / "bin")
+    environment: dict[str, str | None] = {"JIT_KERNEL_CACHE_DIR": str(folder / "store"), "CXX": compiler}
+    cold = children.run(loader_work.attention_call, environment=environment, scratch=folder)
+    assert cold.error == "" and cold.result["right"] and compilations(starts) == 1, cold
+    return folder / "store", compiler, starts, cold
 
 
 def entry_of(store: Path) -> Path:
@@ -49,12 +64,12 @@ def entry_of(store: Path) -> Path:
 def test_first_call_compiles_and_the_next_process_loads(tmp_path, store, environment):
     compiler, starts = counting_compiler(tmp_path / "bin")
     environment["CXX"] = compiler
-    first = children.run(SMALL, environment=environment, scratch=tmp_path)
+    first = children.run(REAL, environment=environment, scratch=tmp_path)
     assert first.error == "", first
     assert first.result["right"] and len(first.result["compiled"]) == 1 and compilations(starts) == 1
     assert first.result["peak_bytes"] < 1.5e9
     starts.write_text("")
-    second = children.run(SMALL, environment=environment, scratch=tmp_path)
+    second = children.run(REAL, environment=environment, scratch=tmp_path)
     assert second.result["right"] and second.result["compiled"] == [] and len(second.result["loaded"]) == 1
     assert starts.read_text() == "", "the second process started the compiler"
     assert second.warnings == []
@@ -81,7 +96,7 @@ def test_a_compile_error_is_short_and_can_be_repeated(tmp_path, environment):
     shutil.copytree(SOURCES, sources)
     header = sources / "flash_attention_v3" / "cpu" / "entry" / "combine.h"
     header.write_text('#error "this line is wrong"\n' + header.read_text())
-    outcome = children.run(loader_work.with_sources, str(sources), SMALL, environment=environment, scratch=tmp_path)
+    outcome = children.run(loader_work.with_sources, str(sources), REAL, environment=environment, scratch=tmp_path)
     assert outcome.error == "CompileError" and "this line is wrong" in outcome.message
     assert len(outcome.message.splitlines()) < 12
     paths = {line.rpartition(": ")[0]: Path(line.rpartition(": ")[2]) for line in outcome.message.splitlines()[-2:]}
@@ -131,9 +146,9 @@ def _rebuilt(tmp_path: Path, environment: dict[str, str | None], reason: str) ->
     assert again.result["compiled"] == [] and again.warnings == []
 
 
-def test_a_damaged_attention_kernel_is_rebuilt(tmp_path, store, environment):
-    first = children.run(loader_work.attention_call, environment=environment, scratch=tmp_path)
-    assert first.error == "" and first.result["right"], first
+def test_a_damaged_attention_kernel_is_rebuilt(tmp_path, store, environment, attention):
+    built, environment["CXX"], _, first = attention
+    shutil.copytree(built, store)
     for folder, _ in list(Store(store).manifests()):
         os.truncate(folder / "kernel.so", 4096)
     again = children.run(loader_work.attention_call, environment=environment, scratch=tmp_path)
@@ -141,8 +156,8 @@ def test_a_damaged_attention_kernel_is_rebuilt(tmp_path, store, environment):
     assert len(again.warnings) == len(again.result["compiled"]) == len(first.result["compiled"])
 
 
-def test_what_changes_the_key(tmp_path, built, store, environment):
-    shutil.copytree(built, store)
+def test_what_changes_the_key(tmp_path, store, environment):
+    built_by(REAL, tmp_path)
     sources = tmp_path / "sources"
     shutil.copytree(SOURCES, sources)
 
@@ -209,10 +224,10 @@ def _listing(store: Path) -> list[tuple[str, int, int]]:
     return [(str(path), path.stat().st_mtime_ns, path.stat().st_mode) for path in paths]
 
 
-@pytest.mark.parametrize("kilobytes", [4, 24, 40])
-def test_a_full_disk_is_a_clear_error_and_heals(tmp_path, store, environment, kilobytes):
+@pytest.mark.parametrize(("call", "kilobytes"), [(SMALL, 4), (SMALL, 12), (SMALL, 24), (REAL, 40)])
+def test_a_full_disk_is_a_clear_error_and_heals(tmp_path, store, environment, call, kilobytes):
     store.mkdir(mode=0o700)
-    work = partial(loader_work.on_small_disk, str(store), kilobytes, SMALL, "size=64m")
+    work = partial(loader_work.on_small_disk, str(store), kilobytes, call, "size=64m")
     outcome = children.run(work, environment=environment, scratch=tmp_path)
     assert outcome.error == "", outcome
     if isinstance(outcome.result, str):
@@ -257,23 +272,22 @@ def test_a_store_that_others_can_write_is_refused(tmp_path, built, store, enviro
     assert children.run(SMALL, environment=environment, scratch=tmp_path).result["compiled"] == []
 
 
-def test_a_new_store_is_private(tmp_path, environment, store):
+def test_a_new_store_is_written_by_its_user_alone(tmp_path, environment, store):
     assert children.run(SMALL, environment=environment, scratch=tmp_path).error == ""
-    assert stat.S_IMODE(store.stat().st_mode) == 0o700
+    assert stat.S_IMODE(store.stat().st_mode) == 0o755
+    assert {stat.S_IMODE(path.stat().st_mode) for path in store.glob(".*") if path.is_dir()} == {0o700}
 
 
-def test_what_the_attention_kernel_costs(tmp_path, store):
+def test_what_the_attention_kernel_costs(tmp_path, attention):
     """Cold one compilation in at most 1.5 GB; a second process starts no compiler."""
-    compiler, starts = counting_compiler(tmp_path / "bin")
+    store, compiler, starts, cold = attention
     environment: dict[str, str | None] = {"JIT_KERNEL_CACHE_DIR": str(store), "CXX": compiler}
-    cold = children.run(loader_work.attention_call, environment=environment, scratch=tmp_path)
-    assert cold.error == "" and cold.result["right"], cold
-    assert compilations(starts) == 1
+    assert len(cold.result["compiled"]) == 1
     assert cold.result["peak_bytes"] <= 1.5e9
-    starts.write_text("")
+    before = starts.read_text()
     loaded = children.run(loader_work.attention_call, environment=environment, scratch=tmp_path)
     assert loaded.result["right"] and loaded.result["compiled"] == []
-    assert starts.read_text() == ""
+    assert starts.read_text() == before
     environment.update(PATH="", CXX=None)
     bare = children.run(loader_work.attention_call, environment=environment, scratch=tmp_path)
     assert bare.error == "" and bare.result["right"] and bare.result["compiled"] == []

@@ -41,11 +41,11 @@ def killed_at(moment: float, folder: Path, work: object) -> int:
 
 
 def test_killed_at_every_moment_of_a_cold_call(tmp_path):
-    cold = cold_call(tmp_path)
+    cold = cold_call(tmp_path, loader_work.tiny_call)
     rebuilt = 0
     for index in range(MOMENTS):
-        rebuilt += killed_at(cold * 1.3 * index / (MOMENTS - 1), tmp_path / str(index), loader_work.small_call)
-    print(f"killed at {MOMENTS} moments of {cold:.2f} s: {rebuilt} compiled again, the others had been published")
+        rebuilt += killed_at(cold * 1.3 * index / (MOMENTS - 1), tmp_path / str(index), loader_work.tiny_call)
+    print(f"killed at {MOMENTS} moments of {cold:.3f} s: {rebuilt} compiled again, the others had been published")
     assert rebuilt > 0
 
 
@@ -58,10 +58,10 @@ def test_a_process_that_waits_names_the_holder_and_a_dead_holder_frees_the_lock(
     slow = 'case "$*" in *unit.cpp*) sleep 600;; esac'
     compiler, starts = counting_compiler(tmp_path / "bin", before=slow, version="one")
     environment: dict[str, str | None] = {"CXX": compiler, "JIT_KERNEL_CACHE_DIR": str(tmp_path / "store")}
-    holder = children.Child(loader_work.small_call, environment=environment, scratch=tmp_path)
+    holder = children.Child(loader_work.tiny_call, environment=environment, scratch=tmp_path)
     assert wait_for(lambda: compilations(starts) == 1)
     counting_compiler(tmp_path / "bin", version="one")
-    waiter = children.Child(loader_work.small_call, environment=environment, scratch=tmp_path)
+    waiter = children.Child(loader_work.tiny_call, environment=environment, scratch=tmp_path)
     wait_for(lambda: "waiting for" in waiter.stderr())
     assert f"process {holder.process.pid} on {os.uname().nodename} has been compiling it for" in waiter.stderr()
     assert compilations(starts) == 1, "a process that waits does not compile"

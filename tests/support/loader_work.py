@@ -14,6 +14,7 @@ from jit_kernel import config, jit
 from jit_kernel.device import cpu_target
 from jit_kernel.engine import build as builds
 from jit_kernel.fa3 import cpu
+from tests.support import tiny
 
 # The combine library: a real kernel that compiles in a few seconds.
 SMALL = cpu.kernels.combine_spec()
@@ -36,6 +37,13 @@ def small_call() -> dict[str, Any]:
     expected = weight_a * out_a + weight_b * out_b
     right = torch.allclose(out.double(), expected, atol=1e-5) and torch.allclose(lse.double(), total, atol=1e-5)
     return summary(loaded, right)
+
+
+def tiny_call() -> dict[str, Any]:
+    """Multiply two numbers with the smallest kernel, which compiles in 0.05 s."""
+    started = time.perf_counter()
+    right = int(jit.load(tiny.spec(), cpu_target())["times"](21)) == 42
+    return summary(time.perf_counter() - started, right)
 
 
 def attention_call() -> dict[str, Any]:

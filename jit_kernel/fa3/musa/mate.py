@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from jit_kernel import config, moore_threads
+from jit_kernel.engine.forks import Lock
 
 log = logging.getLogger("jit_kernel")
 
@@ -40,7 +40,7 @@ class Mate:
 
 
 _mate: Mate | None = None
-_guard = threading.Lock()
+_guard = Lock()
 
 
 def load() -> Mate:
