@@ -29,7 +29,13 @@ from tests.fuzz.store_callers import AS_ROOT, CLEAR, USUAL, Caller, limited, pla
 from tests.support.compilers import counting_compiler
 
 FACTORS = (2, 3, 5, 7, 11)
-_IMPORTED_LATE = ("tvm_ffi.libinfo", "platformdirs", "filelock", "jit_kernel.commands.cache", "concurrent.futures.thread")
+_IMPORTED_LATE = (
+    "tvm_ffi.libinfo",
+    "platformdirs",
+    "filelock",
+    "jit_kernel.commands.cache",
+    "concurrent.futures.thread",
+)
 COMPILERS = ("exit 0", "exit 1", "kill -SEGV $$", ": > kernel.so", "echo 'int x;' > unit.cpp", "sleep 0.2", "")
 
 
