@@ -199,7 +199,7 @@ def main() -> None:
         ):
             for line in part():
                 if options.before:
-                    line["before_commit"] = record.commit_of(options.before)
+                    line["before_commit"] = record.commit_before(options.before)
                 show(line)
                 lines.append(line)
     if not options.dry_run:

@@ -41,7 +41,7 @@ def main() -> None:
         )
     lines = lines_of(rounds, "us", 1)
     for line in lines:
-        line["before_commit"] = record.commit_of(options.before)
+        line["before_commit"] = record.commit_before(options.before)
         show(line)
     if not options.dry_run:
         device = "cpu" if options.device == "cpu" else "cuda:0"

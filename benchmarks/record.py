@@ -65,6 +65,11 @@ def commit_of(checkout: Path) -> str | None:
     return f"{commit}+changes" if commit and changed else commit
 
 
+def commit_before(checkout: Path) -> str | None:
+    """The same of a checkout that is measured beside this one; JIT_KERNEL_BEFORE_COMMIT where it has no history."""
+    return os.environ.get("JIT_KERNEL_BEFORE_COMMIT") or commit_of(checkout)
+
+
 def _printed(*command: str, folder: Path = RESULTS.parent) -> str | None:
     try:
         answer = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder)
