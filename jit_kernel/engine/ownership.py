@@ -3,7 +3,8 @@
 A compiled kernel is code of this process. So every folder on the way to it, from / on, and each of its files must
 belong to this user or to root, and no bit of its mode may let others write. A folder above the store may let others
 write only if it has the sticky bit, as /tmp has: in such a folder nobody can rename what belongs to another user.
-Groups count as others: who is in a group, and who will be, cannot be known from here.
+Groups count as others, but for one case above the store: its owner's own group, which has his name and has no other
+member. Where the umask is 002, as on Ubuntu and Fedora, every folder that a user makes is written by that group.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ def check_status(status: os.stat_result, place: Path | str, root: Path, *, above
         )
     if stat.S_ISLNK(status.st_mode) or not status.st_mode & _OTHERS_WRITE:
         return
-    if not (above and status.st_mode & stat.S_ISVTX):
+    sticky = status.st_mode & stat.S_ISVTX
+    if not (above and (sticky or (not status.st_mode & stat.S_IWOTH and _is_own_group(status)))):
         raise CacheError(
             f"cache folder {root} is refused: {place} can be written by other users "
             f"(mode {stat.S_IMODE(status.st_mode):04o}); mend it with: chmod go-w '{place}'"
@@ -125,6 +127,18 @@ def _walk(path: str, root: Path, links: int = 0) -> str:
 
 def _is_trusted(user: int) -> bool:
     return user in (0, os.geteuid()) or user == _nobody_known()
+
+
+def _is_own_group(status: os.stat_result) -> bool:
+    """Whether a folder's group is its owner's alone: his first group, of his name, without other members."""
+    import grp
+    import pwd
+
+    try:
+        owner, group = pwd.getpwuid(status.st_uid), grp.getgrgid(status.st_gid)
+    except KeyError:
+        return False
+    return owner.pw_gid == group.gr_gid and owner.pw_name == group.gr_name and {*group.gr_mem} <= {owner.pw_name}
 
 
 @functools.cache

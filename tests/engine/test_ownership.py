@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import grp
 import os
+import pwd
 import shutil
 import stat
 import tempfile
@@ -117,11 +119,27 @@ def test_what_others_can_write_is_refused(folder, store, environment, place, mod
     assert ran(tiny.call, environment, folder).error == ""
     path = PLACES[place](store)
     before = stat.S_IMODE(path.stat().st_mode)
+    if os.geteuid() == 0:
+        os.chown(path, -1, USER)  # a group that is not root's own
+    elif mode == 0o775 and place in ("parent", "ancestor"):
+        pytest.skip("only root can give a folder to a group that it is not in")
     path.chmod(mode)
     outcome = ran(tiny.call, environment, folder)
     assert outcome.error == "CacheError" and f"chmod go-w '{path}'" in outcome.message, outcome
     path.chmod(mode & ~0o022 if path.is_dir() else before)
     assert ran(tiny.call, environment, folder).result["compiled"] == 0
+
+
+def test_an_owners_own_group_may_write_above_the_store(folder, store, environment):
+    """What a umask of 002 makes of every folder; nobody else is in that group."""
+    user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(os.getegid())
+    if user.pw_gid != group.gr_gid or user.pw_name != group.gr_name or {*group.gr_mem} - {user.pw_name}:
+        pytest.skip("this user has no group of its own")
+    assert ran(tiny.call, environment, folder).error == ""
+    store.parent.chmod(0o775)
+    assert ran(tiny.call, environment, folder).result["compiled"] == 0
+    store.chmod(0o775)
+    assert ran(tiny.call, environment, folder).error == "CacheError"
 
 
 def test_the_sticky_bit_protects_above_the_store_alone(folder, store, environment):

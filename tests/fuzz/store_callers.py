@@ -51,6 +51,7 @@ class Caller:
             faulthandler.enable(sys.stderr)
             faulthandler.dump_traceback_later(HANG * 0.9, file=sys.stderr)
             os.environ.update(environment)
+            tempfile.tempdir = None  # the parent's choice
             config.reload()
             answer: Any = ["", work()]
         except BaseException as error:

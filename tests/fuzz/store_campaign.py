@@ -57,9 +57,15 @@ class Campaign:
         chance = random.Random(f"{self.seed}:{number}")
         place = self.folder / str(number)
         (place / "notes").mkdir(parents=True, mode=0o755)
+        (place / "tmp").mkdir()
+        (place / "tmp").chmod(0o1777)
         store = place / "above" / "store"
         self.where = f"round {number} of seed {self.seed}"
-        environment = {"JIT_KERNEL_CACHE_DIR": str(store), "TMPDIR": "/tmp", "CXX": self._compiler(place, chance)}
+        environment = {
+            "JIT_KERNEL_CACHE_DIR": str(store),
+            "TMPDIR": str(place / "tmp"),
+            "CXX": self._compiler(place, chance),
+        }
         for factor in chance.sample(FACTORS, chance.randrange(4)):  # what is stored before
             self._judge(Caller(functools.partial(plain, factor), "before", place, **environment | {"CXX": ""}))
         callers = [self._caller(place, chance, environment) for _ in range(chance.randint(1, self.processes))]
