@@ -27,6 +27,8 @@ _WATCHED = (
 # What is kept of a program's output: a compiler that prints 50 MB says what is wrong at the start or at the end.
 KEPT_BYTES = 1 << 20
 _SECONDS_TO_END = 5.0
+# The system may give a Ctrl-C to another thread; Python acts on it once this one wakes.
+_WAKE_SECONDS = 1.0
 
 
 class TooSlowError(RuntimeError):
@@ -131,8 +133,8 @@ def _ready(numbers: set[int], until: float | None) -> Iterator[int]:
         for number in numbers:
             selector.register(number, selectors.EVENT_READ)
         while selector.get_map():
-            left = None if until is None else max(0.0, until - time.monotonic())
-            for key, _ in selector.select(left):
+            left = _WAKE_SECONDS if until is None else max(0.0, until - time.monotonic())
+            for key, _ in selector.select(min(left, _WAKE_SECONDS)):
                 yield key.fd
                 if key.fd not in numbers:
                     selector.unregister(key.fd)

@@ -186,7 +186,21 @@ def interrupted(starts: str) -> tuple[str, list[str], bool]:
     return "not interrupted", [], False
 
 
-def test_ctrl_c_ends_the_compiler_and_leaves_nothing(tmp_path, environment):
+def interrupted_elsewhere(starts: str) -> tuple[str, list[str], bool]:
+    """The same where the system gives the signal to another thread than the one that waits."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    idle = threading.Event()
+
+    def take() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        idle.wait()
+
+    threading.Thread(target=take, daemon=True).start()
+    return interrupted(starts)
+
+
+@pytest.mark.parametrize("interrupted", [interrupted, interrupted_elsewhere])
+def test_ctrl_c_ends_the_compiler_and_leaves_nothing(tmp_path, environment, interrupted):
     compiler, starts = counting_compiler(tmp_path / "bin", before='case "$*" in *unit.cpp*) sleep 600;; esac')
     environment["CXX"] = compiler
     outcome = children.Child(interrupted, str(starts), environment=environment, scratch=tmp_path).outcome(60)
