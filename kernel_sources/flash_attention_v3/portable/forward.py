@@ -246,23 +246,23 @@ def forward(
             k_stride_batch * STRIDE_UNIT, k_stride_token * STRIDE_UNIT,
             v_stride_batch * STRIDE_UNIT, v_stride_token * STRIDE_UNIT, softmax_scale, softcap,
             HEAD_DIM, HEAD_DIM_V, HEAD_DIM_PADDED, HEAD_DIM_V_PADDED, BLOCK_N,
-            PAGED, SOFTCAP, STRIDE_UNIT > 1, True, INTERPRETED,
+            PAGED, SOFTCAP, STRIDE_UNIT > 1, True, True, INTERPRETED,
         )  # fmt: skip
     acc, row_sum, row_max = attend(
         acc, row_sum, row_max, q_tile, k_tile_base, v_tile_base, table_row,
-        full_begin, full_end, first_key, end_key, seen_begin, seen_end, leftpad, page_size,
+        full_begin, full_end, first_key, end_key, 0, seen_end, leftpad, page_size,
         k_stride_batch * STRIDE_UNIT, k_stride_token * STRIDE_UNIT,
         v_stride_batch * STRIDE_UNIT, v_stride_token * STRIDE_UNIT, softmax_scale, softcap,
         HEAD_DIM, HEAD_DIM_V, HEAD_DIM_PADDED, HEAD_DIM_V_PADDED, BLOCK_N,
-        PAGED, SOFTCAP, STRIDE_UNIT > 1, False, INTERPRETED,
+        PAGED, SOFTCAP, STRIDE_UNIT > 1, False, False, INTERPRETED,
     )  # fmt: skip
     acc, row_sum, row_max = attend(
         acc, row_sum, row_max, q_tile, k_tile_base, v_tile_base, table_row,
-        full_end, tile_end, first_key, end_key, seen_begin, seen_end, leftpad, page_size,
+        full_end, tile_end, first_key, end_key, 0, seen_end, leftpad, page_size,
         k_stride_batch * STRIDE_UNIT, k_stride_token * STRIDE_UNIT,
         v_stride_batch * STRIDE_UNIT, v_stride_token * STRIDE_UNIT, softmax_scale, softcap,
         HEAD_DIM, HEAD_DIM_V, HEAD_DIM_PADDED, HEAD_DIM_V_PADDED, BLOCK_N,
-        PAGED, SOFTCAP, STRIDE_UNIT > 1, True, INTERPRETED,
+        PAGED, SOFTCAP, STRIDE_UNIT > 1, True, False, INTERPRETED,
     )  # fmt: skip
 
     if (flags & HAS_SINKS) != 0 and num_splits == 1:

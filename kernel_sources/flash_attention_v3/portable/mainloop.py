@@ -42,6 +42,7 @@ def load_keys(
     PAGED: tl.constexpr,
     NARROW: tl.constexpr,
     MASKED: tl.constexpr,
+    LEFT_EDGE: tl.constexpr,
 ):
     """(BLOCK_N, SIZE_PADDED) keys or values from key `first` on; zero where no row sees the key, and past SIZE."""
     offsets = tl.arange(0, BLOCK_N)
@@ -56,7 +57,10 @@ def load_keys(
         pointers = tile + (offsets * stride_token)[:, None] + columns[None, :]
     if MASKED:
         # What no row sees may hold anything, and a weight of 0 times NaN is NaN.
-        mask = ((first + offsets >= seen_begin) & (first + offsets < seen_end))[:, None]
+        seen = first + offsets < seen_end
+        if LEFT_EDGE:
+            seen = seen & (first + offsets >= seen_begin)
+        mask = seen[:, None]
         if SIZE != SIZE_PADDED:
             mask = mask & (columns < SIZE)[None, :]
         return tl.load(pointers, mask=mask, other=0.0)
@@ -97,11 +101,13 @@ def attend(
     SOFTCAP: tl.constexpr,
     NARROW: tl.constexpr,
     MASKED: tl.constexpr,
+    LEFT_EDGE: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """Online softmax over the key tiles tile_begin <= tile < tile_end; maxima in log2 units.
 
-    Keys from seen_begin to seen_end are seen by some row of the tile, and no others are read.
+    Keys from seen_begin to seen_end are seen by some row of the tile, and no others are read; without LEFT_EDGE every
+    key of these tiles is behind seen_begin.
 
     The maximum is taken before scaling, one multiplication less per score: the scale is positive.
     """
@@ -117,11 +123,11 @@ def attend(
         first = tile * BLOCK_N
         k_tile = load_keys(
             k, pages, slots, first, seen_begin, seen_end, k_stride_batch, k_stride_token,
-            HEAD_DIM, HEAD_DIM_PADDED, BLOCK_N, PAGED, NARROW, MASKED,
+            HEAD_DIM, HEAD_DIM_PADDED, BLOCK_N, PAGED, NARROW, MASKED, LEFT_EDGE,
         )  # fmt: skip
         v_tile = load_keys(
             v, pages, slots, first, seen_begin, seen_end, v_stride_batch, v_stride_token,
-            HEAD_DIM_V, HEAD_DIM_V_PADDED, BLOCK_N, PAGED, NARROW, MASKED,
+            HEAD_DIM_V, HEAD_DIM_V_PADDED, BLOCK_N, PAGED, NARROW, MASKED, LEFT_EDGE,
         )  # fmt: skip
         if PAGED:
             # A tile ahead: decoding over pages of 64 takes 4240 GB/s so, 3690 with the lookup in front.
