@@ -18,6 +18,7 @@ from jit_kernel import config
 from jit_kernel.fa3.call import DENSE, FIELDS, KVCACHE, NAME_OF, UNBOUNDED, Arguments, Call
 from jit_kernel.fa3.checks import forms, indices, shapes
 from jit_kernel.fa3.checks.memory import extent, share
+from jit_kernel.fa3.checks.plain import SURE_ADDRESS, is_in_memory
 from jit_kernel.fa3.checks.shapes import Facts
 from jit_kernel.fa3.checks.values import (
     FLOAT32_MAX,
@@ -106,21 +107,21 @@ def _looked_at(call: Call, arguments: Arguments, kinds: tuple[object, ...]) -> F
 
 
 def _key(arguments: Arguments, places: tuple[int, ...], starts: list[int]) -> tuple[object, ...] | None:
-    """All that the checks of shapes look at in these tensors, and the grad mode; None where one must be looked at anew.
+    """What is remembered about a call's tensors, None for one with a tensor that is no plain memory.
 
-    Of tensors whose class is Tensor or Parameter, those that are no plain memory have no address, or are negated.
-    Their addresses are appended to `starts`.
+    Of tensors whose class is Tensor or Parameter, those that are no plain memory have no storage with memory, or are
+    negated. Their addresses are appended to `starts`.
     """
     with_gradients = torch.is_grad_enabled()
     seen: list[object] = [with_gradients]
     try:
         for place in places:
             tensor = arguments[place]
-            if tensor.is_neg():
-                return None
             start = tensor.data_ptr()
+            if tensor.is_neg() or (start < SURE_ADDRESS and not is_in_memory(tensor)):
+                return None
             starts.append(start)
-            seen += (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, start != 0)
+            seen += (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
             if with_gradients:
                 seen.append(tensor.requires_grad)
     except RuntimeError:  # a sparse or batched tensor: never remembered, and the checks refuse it

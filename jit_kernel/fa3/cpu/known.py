@@ -15,6 +15,7 @@ from torch import Tensor, contiguous_format, empty, empty_like, get_num_threads,
 from torch.autograd import forward_ad
 
 from jit_kernel.fa3.call import DEFAULTS, FIELDS, OF_DENSE, UNBOUNDED, Arguments, Result, lse_shape, result_dtype
+from jit_kernel.fa3.checks.plain import SURE_ADDRESS, all_in_memory
 from jit_kernel.fa3.checks.values import need_window
 from jit_kernel.fa3.features import fields_ask_for_more
 
@@ -24,8 +25,9 @@ CLAIMED = frozenset(
     ("ragged_q", "ragged_k", "page_size", "seqused_k", "causal", "window", "chunk", "softcap", "lse", "split")
 )
 
-# By the inputs' dtype: plain_forward of a library that was loaded, and the dtype of out.
-_libraries: dict[torch.dtype, tuple[Callable[..., bool], torch.dtype]] = {}
+# By the inputs' dtype: plain_forward of a library that was loaded, the dtype of out, and the lowest address
+# that it takes.
+_libraries: dict[torch.dtype, tuple[Callable[..., bool], torch.dtype, int]] = {}
 
 
 # What an argument of another kind comes to on its way to the library, and room that no machine has for the result of an
@@ -42,7 +44,9 @@ def serve(dtype: torch.dtype, library: Any) -> None:
     global _dense_asks_for_more, _asks_for_more
     _dense_asks_for_more = fields_ask_for_more(CLAIMED, OF_DENSE)
     _asks_for_more = fields_ask_for_more(CLAIMED, len(FIELDS))
-    _libraries[dtype] = (library.plain_forward, result_dtype(dtype))
+    # Where the heap lies low, no address is sure: what is not asked here the library would decline.
+    lowest = SURE_ADDRESS if empty(1, device="cpu").data_ptr() >= SURE_ADDRESS else 1
+    _libraries[dtype] = (library.plain_forward, result_dtype(dtype), lowest)
 
 
 def try_unchecked(arguments: Arguments) -> Result | None:
@@ -86,14 +90,16 @@ def try_unchecked(arguments: Arguments) -> Result | None:
     if q.is_neg() or k.is_neg() or v.is_neg() or (out is not None and out.is_neg()) or forward_ad._current_level >= 0:
         return None
     left, right = window if window is UNBOUNDED else need_window(window)
-    forward, out_dtype = library
+    forward, out_dtype, lowest = library
+    if lowest == 1 and not all_in_memory((q, k, v, out, table, offsets_q, offsets_k, used_k)):
+        return None
     try:
         lse = empty(lse_shape(q), dtype=torch.float32, device="cpu") if with_lse else None
         if out is None:  # of q's head size: another one is declined. From its shape it would take 1.4 us more
             out = empty_like(q, dtype=out_dtype, memory_format=contiguous_format)
         if not forward(
             q, k, v, out, lse, table, offsets_q, offsets_k, used_k, longest_q, longest_k,
-            scale, causal, left, right, chunk, softcap, num_splits, get_num_threads(),
+            scale, causal, left, right, chunk, softcap, num_splits, get_num_threads(), lowest,
         ):  # fmt: skip
             return None
     except _DECLINED:
