@@ -153,7 +153,9 @@ def _functional(_: Surroundings, x: Tensor) -> Made:
 
 
 def _functional_subclass(around: Surroundings, x: Tensor) -> Made:
-    made, mode = _copy(x), around.once("functional", FunctionalTensorMode)
+    with outside():  # in the mode of an earlier one the copy would be functional itself, and wrapped twice
+        made = _copy(x)
+    mode = around.once("functional", FunctionalTensorMode)
     around.once("functional mode", lambda: around.stack.enter_context(mode))
     return Made(FunctionalTensor.to_functional(made), x)
 

@@ -167,7 +167,10 @@ def _of_subclass(name: str, tensor: Tensor, written: bool) -> Tensor:
     wait = getattr(tensor, "wait", None)
     if wait is None or written:
         return tensor
-    waited = wait()  # AsyncCollectiveTensor, the result of a functional collective
+    try:
+        waited = wait()  # AsyncCollectiveTensor, the result of a functional collective
+    except RuntimeError as error:
+        raise ValueError(f"{name} is a {type(tensor).__name__} that cannot be waited for: {error}") from error
     return in_memory(name, waited) if isinstance(waited, Tensor) and waited is not tensor else tensor
 
 
@@ -225,6 +228,11 @@ def refusal_of_transform(name: str, tensor: Tensor) -> NotImplementedError | Non
 def active_fake_mode() -> Any:
     """The FakeTensorMode that is on, None where there is none."""
     return _mode_of(torch._C._TorchDispatchModeKey.FAKE) if count_modes() else None
+
+
+def in_functional_mode() -> bool:
+    """Whether a FunctionalTensorMode is on."""
+    return bool(count_modes()) and _mode_of(torch._C._TorchDispatchModeKey.FUNCTIONAL) is not None
 
 
 def in_forward_mode() -> bool:

@@ -75,6 +75,13 @@ def need_tensor(name: str, value: object, *, written: bool = False) -> Tensor:
     return tensor
 
 
+def need_shaped(name: str, value: object) -> Tensor:
+    """A tensor of any kind that has a shape."""
+    if not isinstance(value, Tensor) or isinstance(value, UninitializedTensorMixin):
+        raise TypeError(f"{name} is {described(value)}; it must be a torch.Tensor with a shape")
+    return value
+
+
 def need_dims(name: str, tensor: Tensor, form: str) -> None:
     """As many dimensions as `form`, "(b, sq, hq, d)", names."""
     if tensor.dim() != form.count(",") + 1 - form.endswith(",)"):
@@ -196,7 +203,12 @@ def need_window(window: Any) -> tuple[int, int]:
     """
     if window is None:
         return UNBOUNDED
-    if isinstance(window, Tensor) and not isinstance(window, UninitializedTensorMixin) and window.dtype in _INTEGER_DTYPES and window.is_cpu:
+    if (
+        isinstance(window, Tensor)
+        and not isinstance(window, UninitializedTensorMixin)
+        and window.dtype in _INTEGER_DTYPES
+        and window.is_cpu
+    ):
         window = plain.in_memory("window_size", window).tolist()
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise TypeError(f"window_size is {described(window)}; it must be a pair of ints (left, right)")
