@@ -176,7 +176,8 @@ def _batched(around: Surroundings, x: Tensor) -> Made:
         around.stack.callback(functorch._vmap_decrement_nesting)
         return made
 
-    memory = torch.stack([x, x])
+    with outside():  # inside of an earlier transform it would be one of its tensors
+        memory = torch.stack([x, x])
     return Made(functorch._add_batch_dim(memory, 0, around.once("vmap", level)), x, (memory,))
 
 

@@ -18,7 +18,7 @@ from jit_kernel import config
 from jit_kernel.fa3.call import DENSE, FIELDS, KVCACHE, NAME_OF, UNBOUNDED, Arguments, Call
 from jit_kernel.fa3.checks import forms, indices, shapes
 from jit_kernel.fa3.checks.memory import extent, share
-from jit_kernel.fa3.checks.plain import SURE_ADDRESS, is_in_memory
+from jit_kernel.fa3.checks.plain import SURE_ADDRESS, is_in_memory, need_served_device
 from jit_kernel.fa3.checks.shapes import Facts
 from jit_kernel.fa3.checks.values import (
     FLOAT32_MAX,
@@ -95,6 +95,8 @@ def checked(arguments: Arguments) -> Call:
 def _looked_at(call: Call, arguments: Arguments, kinds: tuple[object, ...]) -> Facts:
     """What is the same for every call with such types and shapes, which are remembered."""
     forms.settle_tensors(call)
+    if isinstance(call.q, Tensor):
+        need_served_device("q", call.q)
     forms.settle_numbers(call)
     if call.k is None:
         forms.settle_absent_keys(call)

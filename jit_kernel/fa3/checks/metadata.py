@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
-
 from jit_kernel import config
 from jit_kernel.fa3.call import MetadataParameters
 from jit_kernel.fa3.checks.plain import need_served_device

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from jit_kernel import config
 
@@ -32,6 +32,8 @@ transform = torch._C._functorch.peek_interpreter_stack
 _count_before_dispatch: Any = torch._ops._len_torch_dispatch_stack_pre_dispatch
 _unpack_dual: Any = forward_ad.unpack_dual
 has_function_mode = torch._C._is_torch_function_mode_enabled
+
+UNINITIALIZED = (UninitializedParameter, UninitializedBuffer)  # they have no shape, and say so by raising
 
 # The address of a tensor without memory is its offset into the storage that it has not: no memory is as large as this,
 # and most memory of a process lies above it. Below it, whoever asks for an address asks for the storage too.
@@ -102,7 +104,7 @@ def in_memory(name: str, tensor: Tensor, *, written: bool = False) -> Tensor:
 
 
 def _in_memory(name: str, tensor: Tensor, written: bool) -> Tensor:
-    if isinstance(tensor, UninitializedTensorMixin):
+    if isinstance(tensor, UNINITIALIZED):
         raise TypeError(f"{name} is an {type(tensor).__name__}; it must have a shape and memory (materialize())")
     if tensor.is_nested:
         raise TypeError(
@@ -120,6 +122,8 @@ def _in_memory(name: str, tensor: Tensor, written: bool) -> Tensor:
         return tensor
     if written:
         raise TypeError(f"{name} is a lazily negated view; it is written, so it must be plain memory")
+    if tensor.dtype.itemsize == 1 and tensor.dtype.is_floating_point:  # torch negates no such dtype
+        return tensor._neg_view().float().neg().to(tensor.dtype)
     return tensor.resolve_neg()
 
 
@@ -134,7 +138,7 @@ def is_in_memory(tensor: Tensor) -> bool:
     except (RuntimeError, ValueError):  # torch's words for a tensor without storage, and for one without shape
         return False
     # An empty tensor has no memory. A wrapper that is empty is a wrapper still, unless it answers for its memory.
-    wraps = _has_dispatch(tensor) and type(tensor).untyped_storage is Tensor.untyped_storage
+    wraps = has_dispatch(tensor) and type(tensor).untyped_storage is Tensor.untyped_storage
     return tensor.numel() == 0 and not wraps and not torch._is_functional_tensor(tensor)
 
 
@@ -149,13 +153,14 @@ def need_served_device(name: str, tensor: Tensor) -> None:
         raise NotImplementedError(f"{name} is on {tensor.device}: jit_kernel serves cpu, cuda and musa")
 
 
-def _has_dispatch(tensor: Tensor) -> bool:
+def has_dispatch(tensor: Tensor) -> bool:
+    """Whether a tensor's class answers for torch's operations itself."""
     return torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.Python)
 
 
 def _of_subclass(name: str, tensor: Tensor, written: bool) -> Tensor:
     """A subclass that owns memory, or what an asynchronous one comes to."""
-    if not _has_dispatch(tensor):
+    if not has_dispatch(tensor):
         return tensor
     from torch._subclasses.fake_tensor import FakeTensor
     from torch._subclasses.functional_tensor import FunctionalTensor
@@ -195,7 +200,7 @@ def _refusal(name: str, tensor: Tensor) -> Exception:
     refused = refusal_of_transform(name, tensor)
     if refused is not None:
         return refused
-    if _has_dispatch(tensor):
+    if has_dispatch(tensor):
         return TypeError(
             f"{name} is a {type(tensor).__name__}, a tensor subclass without memory of its own; "
             "it must be a plain tensor (of a DTensor, to_local())"
@@ -211,6 +216,11 @@ def refusal_of_transform(name: str, tensor: Tensor) -> NotImplementedError | Non
         return NotImplementedError(
             f"{name} is batched by torch.vmap, which jit_kernel does not serve: the functions have a batch dimension, "
             "and cu_seqlens for sequences of different lengths"
+        )
+    if functorch.is_gradtrackingtensor(tensor) and torch.is_inference_mode_enabled():
+        return NotImplementedError(
+            f"{name} is a tensor of torch.func (grad, vjp or jvp) under torch.inference_mode(), which torch gives no "
+            "operator: use torch.no_grad() instead"
         )
     if functorch.is_gradtrackingtensor(tensor) and (tensor.requires_grad or _has_tangent(tensor)):
         return NotImplementedError(

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from jit_kernel.fa3.call import KVCACHE, NAME_OF, Call, batch_of, default_scale, result_dtype
 from jit_kernel.fa3.checks.forms import unread_fields
-from jit_kernel.fa3.checks.plain import need_served_device
 from jit_kernel.fa3.checks.values import (
     INPUT_DTYPES,
     is_kernel_index,
@@ -62,7 +61,6 @@ def check(call: Call) -> Facts:
     k_name, v_name = names.get("k", "k"), names.get("v", "v")
     _check_types(call)
     q = need_tensor("q", call.q)
-    need_served_device("q", q)
     k, v = need_tensor(k_name, call.k), need_tensor(v_name, call.v)
     need_dtype("q", q, INPUT_DTYPES)
     for name, tensor in ((k_name, k), (v_name, v)):

@@ -9,8 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jit_kernel.fa3.checks.plain import active_fake_mode, in_functional_mode, is_in_memory, refusal_of_transform
-from jit_kernel.fa3.checks.values import described, need_bool, need_integer, need_number, need_shaped, need_window
+from jit_kernel.fa3.checks.plain import (
+    UNINITIALIZED,
+    active_fake_mode,
+    has_dispatch,
+    in_functional_mode,
+    is_in_memory,
+    refusal_of_transform,
+)
+from jit_kernel.fa3.checks.values import described, need_bool, need_integer, need_number, need_window
 
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool, Tensor)
 
@@ -29,9 +36,7 @@ def _settled(name: str, annotation: str, value: Any) -> Any:
     if value is None and ("None" in others or kind.startswith("tuple")):
         return value
     if kind == "Tensor":
-        return (
-            need_integer(name, value) if "int" in others and not isinstance(value, Tensor) else need_shaped(name, value)
-        )
+        return need_integer(name, value) if "int" in others and not isinstance(value, Tensor) else _shaped(name, value)
     if kind == "torch.dtype":
         if not isinstance(value, torch.dtype):
             raise TypeError(f"{name} is {described(value)}; it must be a torch.dtype")
@@ -49,6 +54,13 @@ def _settled(name: str, annotation: str, value: Any) -> Any:
     return value if traced else need_window(value)
 
 
+def _shaped(name: str, value: object) -> Tensor:
+    """A tensor of any kind that has a shape."""
+    if not isinstance(value, Tensor) or isinstance(value, UNINITIALIZED):
+        raise TypeError(f"{name} is {described(value)}; it must be a torch.Tensor with a shape")
+    return value
+
+
 def refuse_untraceable(arguments: Mapping[str, Any], written: tuple[str, ...]) -> None:
     """Raise for a tensor that no operator can take: one of torch.func's transforms, or of another kind than the mode's.
 
@@ -61,13 +73,24 @@ def refuse_untraceable(arguments: Mapping[str, Any], written: tuple[str, ...]) -
             raise refused
     _refuse_beside_fakes(tensors)
     if in_functional_mode():
-        from torch._subclasses.functional_tensor import FunctionalTensor
+        _refuse_beside_functional(tensors, written)
 
-        for name in written:
-            if name in tensors and not isinstance(tensors[name], FunctionalTensor):
-                raise TypeError(
-                    f"{name} is no FunctionalTensor, under FunctionalTensorMode; it is written, so it must be one"
-                )
+
+def _refuse_beside_functional(tensors: Mapping[str, Tensor], written: tuple[str, ...]) -> None:
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    for name, value in tensors.items():
+        if isinstance(value, FunctionalTensor):
+            continue
+        if has_dispatch(value) and not isinstance(value, FakeTensor):
+            raise TypeError(
+                f"{name} is a {type(value).__name__}, under FunctionalTensorMode; it must be a FunctionalTensor"
+            )
+        if name in written:
+            raise TypeError(
+                f"{name} is no FunctionalTensor, under FunctionalTensorMode; it is written, so it must be one"
+            )
 
 
 def _refuse_beside_fakes(tensors: Mapping[str, Tensor]) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import UninitializedTensorMixin
 
 from jit_kernel.fa3.call import UNBOUNDED
 from jit_kernel.fa3.checks import memory, plain
@@ -32,7 +31,7 @@ def described(value: object) -> str:
     The repr of anything else may raise, take for ever or print a whole tensor.
     """
     kind = type(value)
-    if isinstance(value, UninitializedTensorMixin):
+    if isinstance(value, plain.UNINITIALIZED):
         return f"an {kind.__name__}"
     if isinstance(value, Tensor):
         return f"a {str(value.dtype)[6:]} tensor of shape {tuple(value.shape)}"
@@ -73,13 +72,6 @@ def need_tensor(name: str, value: object, *, written: bool = False) -> Tensor:
         if size > INT32_MAX:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; every size must be at most {INT32_MAX}")
     return tensor
-
-
-def need_shaped(name: str, value: object) -> Tensor:
-    """A tensor of any kind that has a shape."""
-    if not isinstance(value, Tensor) or isinstance(value, UninitializedTensorMixin):
-        raise TypeError(f"{name} is {described(value)}; it must be a torch.Tensor with a shape")
-    return value
 
 
 def need_dims(name: str, tensor: Tensor, form: str) -> None:
@@ -178,7 +170,10 @@ def need_integer(name: str, value: Any) -> int:
             plain.need_served_device(name, value)
             return int(plain.in_memory(name, value))
     elif not isinstance(value, bool) and hasattr(value, "__index__"):
-        return operator.index(value)
+        try:
+            return operator.index(value)
+        except TypeError:  # an array of numpy has an index where it is one integer
+            pass
     raise TypeError(f"{name} is {described(value)}; it must be an int")
 
 
@@ -205,7 +200,7 @@ def need_window(window: Any) -> tuple[int, int]:
         return UNBOUNDED
     if (
         isinstance(window, Tensor)
-        and not isinstance(window, UninitializedTensorMixin)
+        and not isinstance(window, plain.UNINITIALIZED)
         and window.dtype in _INTEGER_DTYPES
         and window.is_cpu
     ):
