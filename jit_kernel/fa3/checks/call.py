@@ -123,7 +123,7 @@ def _key(arguments: Arguments, places: tuple[int, ...], starts: list[int]) -> tu
             if tensor.is_neg() or (start < SURE_ADDRESS and not is_in_memory(tensor)):
                 return None
             starts.append(start)
-            seen += (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+            seen.append((tensor.shape, tensor.stride(), tensor.dtype, tensor.device))
             if with_gradients:
                 seen.append(tensor.requires_grad)
     except RuntimeError:  # a sparse or batched tensor: never remembered, and the checks refuse it
@@ -153,9 +153,12 @@ def _ranges_meet(starts: list[int], passed: Passed) -> bool:
     for written in passed.written:
         start = starts[written]
         end = start + extents[written]
-        for at, other in enumerate(starts):
-            if other < end and start < other + extents[at] and at != written:
-                return True
+        meets = -1  # itself not counted; an empty one meets nothing, and shares nothing
+        for other, size in zip(starts, extents, strict=True):
+            if other < end and start < other + size:
+                meets += 1
+        if meets > 0:
+            return True
     return False
 
 

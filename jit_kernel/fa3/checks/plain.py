@@ -245,13 +245,23 @@ def in_functional_mode() -> bool:
     return bool(count_modes()) and _mode_of(torch._C._TorchDispatchModeKey.FUNCTIONAL) is not None
 
 
+def is_functional(tensor: Tensor) -> bool:
+    """Whether a functionalization of torch's wraps a tensor, which may be a fake one."""
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    return isinstance(tensor, FunctionalTensor) or torch._is_functional_tensor(tensor)
+
+
 def in_forward_mode() -> bool:
     """Whether tensors may have tangents here."""
     return forward_ad._current_level >= 0
 
 
 def _has_tangent(tensor: Tensor) -> bool:
-    return in_forward_mode() and _unpack_dual(tensor).tangent is not None
+    try:
+        return in_forward_mode() and _unpack_dual(tensor).tangent is not None
+    except RuntimeError:  # under FakeTensorMode torch fails to look at one of torch.func's
+        return True
 
 
 def refuse_tangent(name: str, value: Any) -> None:

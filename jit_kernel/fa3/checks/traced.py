@@ -14,7 +14,7 @@ from jit_kernel.fa3.checks.plain import (
     active_fake_mode,
     has_dispatch,
     in_functional_mode,
-    is_in_memory,
+    is_functional,
     refusal_of_transform,
 )
 from jit_kernel.fa3.checks.values import described, need_bool, need_integer, need_number, need_window
@@ -72,8 +72,17 @@ def refuse_untraceable(arguments: Mapping[str, Any], written: tuple[str, ...]) -
         if refused is not None:
             raise refused
     _refuse_beside_fakes(tensors)
+    _refuse_meta(tensors)
     if in_functional_mode():
         _refuse_beside_functional(tensors, written)
+
+
+def _refuse_meta(tensors: Mapping[str, Tensor]) -> None:
+    """A meta tensor beside others would make torch take shapes alone for the answer."""
+    others = [name for name, value in tensors.items() if value.device.type != "meta"]
+    for name, value in tensors.items():
+        if others and value.device.type == "meta":
+            raise ValueError(f"{name} is on meta; it must be on {others[0]}'s device, {tensors[others[0]].device}")
 
 
 def _refuse_beside_functional(tensors: Mapping[str, Tensor], written: tuple[str, ...]) -> None:
@@ -102,7 +111,7 @@ def _refuse_beside_fakes(tensors: Mapping[str, Tensor]) -> None:
     if mode is None or mode.allow_non_fake_inputs:
         return
     for name, value in tensors.items():
-        if name not in fakes and is_in_memory(value) and value.dim() > 0:
+        if name not in fakes and not is_functional(value) and value.dim() > 0:
             if fake is None:
                 raise TypeError(f"{name} is no FakeTensor, under FakeTensorMode; it must be one")
             raise TypeError(f"{fake} is a FakeTensor and {name} is none; either all of a call must be, or none")

@@ -25,9 +25,8 @@ CLAIMED = frozenset(
     ("ragged_q", "ragged_k", "page_size", "seqused_k", "causal", "window", "chunk", "softcap", "lse", "split")
 )
 
-# By the inputs' dtype: plain_forward of a library that was loaded, the dtype of out, and the lowest address
-# that it takes.
-_libraries: dict[torch.dtype, tuple[Callable[..., bool], torch.dtype, int]] = {}
+# By the inputs' dtype: plain_forward of a library that was loaded, and the dtype of out.
+_libraries: dict[torch.dtype, tuple[Callable[..., bool], torch.dtype]] = {}
 
 
 # What an argument of another kind comes to on its way to the library, and room that no machine has for the result of an
@@ -44,9 +43,19 @@ def serve(dtype: torch.dtype, library: Any) -> None:
     global _dense_asks_for_more, _asks_for_more
     _dense_asks_for_more = fields_ask_for_more(CLAIMED, OF_DENSE)
     _asks_for_more = fields_ask_for_more(CLAIMED, len(FIELDS))
-    # Where the heap lies low, no address is sure: what is not asked here the library would decline.
-    lowest = SURE_ADDRESS if empty(1, device="cpu").data_ptr() >= SURE_ADDRESS else 1
-    _libraries[dtype] = (library.plain_forward, result_dtype(dtype), lowest)
+    # Where the heap lies low the library would decline every small tensor.
+    is_low = empty(1, device="cpu").data_ptr() < SURE_ADDRESS
+    forward = _asking_for_memory(library.plain_forward_anywhere) if is_low else library.plain_forward
+    _libraries[dtype] = (forward, result_dtype(dtype))
+
+
+def _asking_for_memory(forward: Callable[..., bool]) -> Callable[..., bool]:
+    """plain_forward for addresses that do not tell whether a tensor has memory."""
+
+    def ask(*arguments: Any) -> bool:
+        return all_in_memory(arguments) and forward(*arguments)
+
+    return ask
 
 
 def try_unchecked(arguments: Arguments) -> Result | None:
@@ -90,16 +99,14 @@ def try_unchecked(arguments: Arguments) -> Result | None:
     if q.is_neg() or k.is_neg() or v.is_neg() or (out is not None and out.is_neg()) or forward_ad._current_level >= 0:
         return None
     left, right = window if window is UNBOUNDED else need_window(window)
-    forward, out_dtype, lowest = library
-    if lowest == 1 and not all_in_memory((q, k, v, out, table, offsets_q, offsets_k, used_k)):
-        return None
+    forward, out_dtype = library
     try:
         lse = empty(lse_shape(q), dtype=torch.float32, device="cpu") if with_lse else None
         if out is None:  # of q's head size: another one is declined. From its shape it would take 1.4 us more
             out = empty_like(q, dtype=out_dtype, memory_format=contiguous_format)
         if not forward(
             q, k, v, out, lse, table, offsets_q, offsets_k, used_k, longest_q, longest_k,
-            scale, causal, left, right, chunk, softcap, num_splits, get_num_threads(), lowest,
+            scale, causal, left, right, chunk, softcap, num_splits, get_num_threads(),
         ):  # fmt: skip
             return None
     except _DECLINED:

@@ -63,7 +63,7 @@ struct ForwardArguments : CallTensors {
 
 // What plain_forward() takes: a call without any check yet.
 struct PlainArguments : CallTensors {
-  static constexpr int32_t kCount = 20;
+  static constexpr int32_t kCount = 19;
   using CallTensors::CallTensors;
 
   MaybeTensor page_table = from.maybe_tensor();
@@ -80,7 +80,6 @@ struct PlainArguments : CallTensors {
   double softcap = from.exact_number();
   int64_t num_splits = from.exact_integer();
   int64_t num_threads = from.integer();
-  int64_t lowest_address = from.integer();  // below it a tensor may have no memory
 
   int64_t batch() const { return cu_seqlens_q.has_value() ? cu_seqlens_q->size(0) - 1 : q.size(0); }
   double scale() const {
