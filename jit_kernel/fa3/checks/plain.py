@@ -252,6 +252,17 @@ def is_functional(tensor: Tensor) -> bool:
     return isinstance(tensor, FunctionalTensor) or torch._is_functional_tensor(tensor)
 
 
+def wraps_fake(tensor: Tensor) -> bool:
+    """Whether a functional tensor wraps a fake one."""
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    inner: Any = tensor.elem if isinstance(tensor, FunctionalTensor) else tensor
+    if torch._is_functional_tensor(inner):
+        inner = torch._from_functional_tensor(inner)
+    return inner is not tensor and isinstance(inner, FakeTensor)
+
+
 def in_forward_mode() -> bool:
     """Whether tensors may have tangents here."""
     return forward_ad._current_level >= 0

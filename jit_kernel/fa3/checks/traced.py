@@ -16,6 +16,7 @@ from jit_kernel.fa3.checks.plain import (
     in_functional_mode,
     is_functional,
     refusal_of_transform,
+    wraps_fake,
 )
 from jit_kernel.fa3.checks.values import described, need_bool, need_integer, need_number, need_window
 
@@ -58,6 +59,9 @@ def _shaped(name: str, value: object) -> Tensor:
     """A tensor of any kind that has a shape."""
     if not isinstance(value, Tensor) or isinstance(value, UNINITIALIZED):
         raise TypeError(f"{name} is {described(value)}; it must be a torch.Tensor with a shape")
+    if value.is_nested or value.layout is not torch.strided:
+        what = "a nested tensor" if value.is_nested else f"a tensor of layout {value.layout}"
+        raise TypeError(f"{name} is {what}; it must be a dense (strided) tensor")
     return value
 
 
@@ -111,7 +115,7 @@ def _refuse_beside_fakes(tensors: Mapping[str, Tensor]) -> None:
     if mode is None or mode.allow_non_fake_inputs:
         return
     for name, value in tensors.items():
-        if name not in fakes and not is_functional(value) and value.dim() > 0:
+        if name not in fakes and not wraps_fake(value) and (value.dim() > 0 or is_functional(value)):
             if fake is None:
                 raise TypeError(f"{name} is no FakeTensor, under FakeTensorMode; it must be one")
             raise TypeError(f"{fake} is a FakeTensor and {name} is none; either all of a call must be, or none")
