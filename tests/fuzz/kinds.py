@@ -374,4 +374,6 @@ def values(x: Any) -> Tensor | None:
     with torch.no_grad(), no_dispatch():
         x = x.detach()
         x = x.as_subclass(Tensor) if type(x) is not Tensor else x
-        return x.resolve_conj().resolve_neg()
+        if x.is_neg():
+            return negated(x._neg_view())  # torch resolves no sign of fp8
+        return x.resolve_conj()
