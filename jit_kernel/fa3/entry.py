@@ -64,36 +64,40 @@ def _attend_or_trace(attend: Callable[[Arguments], Result], call: Arguments) -> 
 
 def plan(parameters: MetadataParameters) -> Tensor:
     """Scheduler metadata for parameters that nobody has checked."""
-    return _taken(torch_operators.plan, seam.plan, parameters.arguments(), parameters)
+    return _taken("get_scheduler_metadata", torch_operators.plan, seam.plan, parameters.arguments(), parameters)
 
 
 def combine(
     out_partial: Tensor, lse_partial: Tensor, out: Tensor | None, out_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
     """`flash_attn_combine` of arguments that nobody has checked."""
-    named = {"out_partial": out_partial, "lse_partial": lse_partial, "out": out}
-    return _taken(torch_operators.combine, seam.combine, named, out_partial, lse_partial, out, out_dtype)
+    named = {"out_partial": out_partial, "lse_partial": lse_partial, "out": out, "out_dtype": out_dtype}
+    return _taken(
+        "flash_attn_combine", torch_operators.combine, seam.combine, named, out_partial, lse_partial, out, out_dtype
+    )
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """`merge_state` of arguments that nobody has checked."""
     named = {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}
-    return _taken(torch_operators.merge, seam.merge, named, out_a, lse_a, out_b, lse_b)
+    return _taken("merge_state", torch_operators.merge, seam.merge, named, out_a, lse_a, out_b, lse_b)
 
 
-def _taken(traced: Callable[..., T], now: Callable[..., T], named: Mapping[str, object], *arguments: Any) -> T:
+def _taken(
+    function: str, traced: Callable[..., T], now: Callable[..., T], named: Mapping[str, object], *arguments: Any
+) -> T:
     """The same choice for the other functions, whose tensors are among `named`."""
     if is_compiling():
         return traced(*arguments)
     if is_transformed():
         if are_wrapped(named):
             return traced(*arguments)
-        made: T = outside_of_transforms(_taken, traced, now, named, *arguments)
+        made: T = outside_of_transforms(_taken, function, traced, now, named, *arguments)
         return made
     if not is_traced():
         try:
             return now(*arguments)
         except TracedTensorError:
             pass  # a fake tensor outside of its mode
-    torch_operators.refuse_untraceable(named)
+    torch_operators.settle(function, named)
     return traced(*arguments)

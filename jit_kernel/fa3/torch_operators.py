@@ -34,8 +34,8 @@ from jit_kernel.fa3.call import (
     result_dtype,
 )
 from jit_kernel.fa3.checks.forms import settle_absent_keys
-from jit_kernel.fa3.checks.plain import active_fake_mode, is_in_memory, refusal_of_transform
-from jit_kernel.fa3.checks.values import need_integer, need_number, refuse_derivatives
+from jit_kernel.fa3.checks.traced import refuse_untraceable, settle_types
+from jit_kernel.fa3.checks.values import refuse_derivatives
 
 _NAMESPACE = "jit_kernel"
 # By annotation of a parameter: its type in an operator's schema. An int of cache_seqlens becomes a tensor before.
@@ -180,7 +180,7 @@ def attend(arguments: Arguments) -> Result:
     if call.k is None:
         settle_absent_keys(call)
     if isinstance(call.seqused_k, int):
-        call.seqused_k = torch.full((batch_of(call),), call.seqused_k, dtype=torch.int32, device=call.q.device)
+        call.seqused_k = call.q.new_full((batch_of(call),), call.seqused_k, dtype=torch.int32)  # fake if q is
     call.max_seqlen_q, call.max_seqlen_k = _number(call.max_seqlen_q), _number(call.max_seqlen_k)
     call.window_size = _window(call.window_size)
     named = {name: getattr(call, field) for name, field in _FIELDS[call.function]}
@@ -195,36 +195,22 @@ def attend(arguments: Arguments) -> Result:
 def attend_traced(arguments: Arguments) -> Result:
     """The same outside of torch.compile and torch.export, where arguments may be anything yet."""
     call = Call(*arguments)
-    refuse_untraceable({name: getattr(call, field) for name, field in _FIELDS[call.function]})
-    for name in ("attention_chunk", "num_splits", "sm_margin", "max_seqlen_q", "max_seqlen_k", "seqused_k"):
-        value = getattr(call, name)
-        if not (value is None or isinstance(value, (Tensor, torch.SymInt))):
-            setattr(call, name, need_integer(name, value))
-    if call.softmax_scale is not None:
-        call.softmax_scale = need_number("softmax_scale", call.softmax_scale)
-    call.softcap = need_number("softcap", call.softcap)
+    function, fields = call.function, dict(_FIELDS[call.function])
+    settled = settle(function, {name: getattr(call, field) for name, field in fields.items()})
+    for name, value in settled.items():
+        setattr(call, fields[name], value)
     return attend(tuple(getattr(call, name) for name in FIELDS))
 
 
-def refuse_untraceable(arguments: Mapping[str, Any]) -> None:
-    """Raise for a tensor that no operator can take: one of torch.func's transforms, or no fake one beside fakes."""
-    tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
-    for name, value in tensors.items():
-        refused = refusal_of_transform(name, value)
-        if refused is not None:
-            raise refused
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    fakes = {name: value for name, value in tensors.items() if isinstance(value, FakeTensor)}
-    fake = next(iter(fakes), None)
-    mode = active_fake_mode() if fake is None else fakes[fake].fake_mode
-    if mode is None or mode.allow_non_fake_inputs:
-        return
-    for name, value in tensors.items():
-        if name not in fakes and is_in_memory(value) and value.dim() > 0:
-            if fake is None:
-                raise TypeError(f"{name} is no FakeTensor, under FakeTensorMode; it must be one")
-            raise TypeError(f"{fake} is a FakeTensor and {name} is none; either all of a call must be, or none")
+def settle(function: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a public function as its operator takes them. Raises TypeError for one that it cannot take."""
+    if arguments.get("only_qv") is True:  # then the keys may be absent
+        keys = "k_cache" if "k_cache" in arguments else "k"
+        arguments = {name: value for name, value in arguments.items() if name != keys or value is not None}
+    settled = settle_types(seam.FUNCTIONS[function], arguments)
+    appends = settled.get("k_cache") is not None and settled.get("k") is not None
+    refuse_untraceable(settled, ("out", "k_cache", "v_cache") if appends else ("out",))
+    return settled
 
 
 def plan(parameters: MetadataParameters) -> Tensor:

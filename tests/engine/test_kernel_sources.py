@@ -9,7 +9,7 @@ import pytest
 
 from jit_kernel import config
 from jit_kernel.fa3 import cpu
-from jit_kernel.fa3.checks import values
+from jit_kernel.fa3.checks import plain, values
 
 SOURCES = config.kernel_sources_dir()
 WRAPPERS = "include/jit_kernel"
@@ -94,8 +94,14 @@ def constants(path: str) -> dict[str, float]:
     found: dict[str, float] = {}
     for declared in re.findall(r"^constexpr \w+ ((?:k\w+ = [^;]+))", text, re.MULTILINE):
         for name, value in re.findall(r"(k\w+) = ([^,]+)", declared):
-            found[name] = 2**31 - 1 if "numeric_limits<int32_t>::max()" in value else float(value)
+            found[name] = 2**31 - 1 if "numeric_limits<int32_t>::max()" in value else _number(value)
     return found
+
+
+def _number(text: str) -> float:
+    """A number, or uintptr_t{1} << a number of bits."""
+    shifted = re.fullmatch(r"uintptr_t\{1\} << (\d+)", text)
+    return 1 << int(shifted[1]) if shifted else float(text)
 
 
 def test_a_plain_call_has_the_limits_of_the_checks():
@@ -106,6 +112,7 @@ def test_a_plain_call_has_the_limits_of_the_checks():
         "kMostSplits": values.MAX_SPLITS,
         "kMostHeadDim": cpu.kernels.MAX_HEAD_DIM,
         "kMostIndex": values.INT32_MAX,
+        "kSureAddress": plain.SURE_ADDRESS,
     }
 
 

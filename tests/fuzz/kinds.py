@@ -153,7 +153,9 @@ def _functional(_: Surroundings, x: Tensor) -> Made:
 
 
 def _functional_subclass(around: Surroundings, x: Tensor) -> Made:
-    made, mode = _copy(x), around.once("functional", FunctionalTensorMode)
+    with outside():  # in the mode of an earlier one the copy would be functional itself, and wrapped twice
+        made = _copy(x)
+    mode = around.once("functional", FunctionalTensorMode)
     around.once("functional mode", lambda: around.stack.enter_context(mode))
     return Made(FunctionalTensor.to_functional(made), x)
 
@@ -174,7 +176,8 @@ def _batched(around: Surroundings, x: Tensor) -> Made:
         around.stack.callback(functorch._vmap_decrement_nesting)
         return made
 
-    memory = torch.stack([x, x])
+    with outside():  # inside of an earlier transform it would be one of its tensors
+        memory = torch.stack([x, x])
     return Made(functorch._add_batch_dim(memory, 0, around.once("vmap", level)), x, (memory,))
 
 
@@ -371,4 +374,6 @@ def values(x: Any) -> Tensor | None:
     with torch.no_grad(), no_dispatch():
         x = x.detach()
         x = x.as_subclass(Tensor) if type(x) is not Tensor else x
-        return x.resolve_conj().resolve_neg()
+        if x.is_neg():
+            return negated(x._neg_view())  # torch resolves no sign of fp8
+        return x.resolve_conj()

@@ -18,6 +18,7 @@ from jit_kernel import config
 from jit_kernel.fa3.call import DENSE, FIELDS, KVCACHE, NAME_OF, UNBOUNDED, Arguments, Call
 from jit_kernel.fa3.checks import forms, indices, shapes
 from jit_kernel.fa3.checks.memory import extent, share
+from jit_kernel.fa3.checks.plain import SURE_ADDRESS, is_in_memory, need_served_device
 from jit_kernel.fa3.checks.shapes import Facts
 from jit_kernel.fa3.checks.values import (
     FLOAT32_MAX,
@@ -94,6 +95,8 @@ def checked(arguments: Arguments) -> Call:
 def _looked_at(call: Call, arguments: Arguments, kinds: tuple[object, ...]) -> Facts:
     """What is the same for every call with such types and shapes, which are remembered."""
     forms.settle_tensors(call)
+    if isinstance(call.q, Tensor):
+        need_served_device("q", call.q)
     forms.settle_numbers(call)
     if call.k is None:
         forms.settle_absent_keys(call)
@@ -106,21 +109,21 @@ def _looked_at(call: Call, arguments: Arguments, kinds: tuple[object, ...]) -> F
 
 
 def _key(arguments: Arguments, places: tuple[int, ...], starts: list[int]) -> tuple[object, ...] | None:
-    """All that the checks of shapes look at in these tensors, and the grad mode; None where one must be looked at anew.
+    """What is remembered about a call's tensors, None for one with a tensor that is no plain memory.
 
-    Of tensors whose class is Tensor or Parameter, those that are no plain memory have no address, or are negated.
-    Their addresses are appended to `starts`.
+    Of tensors whose class is Tensor or Parameter, those that are no plain memory have no storage with memory, or are
+    negated. Their addresses are appended to `starts`.
     """
     with_gradients = torch.is_grad_enabled()
     seen: list[object] = [with_gradients]
     try:
         for place in places:
             tensor = arguments[place]
-            if tensor.is_neg():
-                return None
             start = tensor.data_ptr()
+            if tensor.is_neg() or (start < SURE_ADDRESS and not is_in_memory(tensor)):
+                return None
             starts.append(start)
-            seen += (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, start != 0)
+            seen.append((tensor.shape, tensor.stride(), tensor.dtype, tensor.device))
             if with_gradients:
                 seen.append(tensor.requires_grad)
     except RuntimeError:  # a sparse or batched tensor: never remembered, and the checks refuse it
@@ -150,9 +153,12 @@ def _ranges_meet(starts: list[int], passed: Passed) -> bool:
     for written in passed.written:
         start = starts[written]
         end = start + extents[written]
-        for at, other in enumerate(starts):
-            if other < end and start < other + extents[at] and at != written:
-                return True
+        meets = -1  # itself not counted; an empty one meets nothing, and shares nothing
+        for other, size in zip(starts, extents, strict=True):
+            if other < end and start < other + size:
+                meets += 1
+        if meets > 0:
+            return True
     return False
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from jit_kernel.fa3.call import lse_shape
 from jit_kernel.fa3.checks.memory import share
+from jit_kernel.fa3.checks.plain import need_served_device
 from jit_kernel.fa3.checks.values import (
     MAX_SPLITS,
     OUTPUT_DTYPES,
@@ -30,6 +31,7 @@ def check_combine(
     Raises TypeError or ValueError; NotImplementedError for an input that requires grad or has a tangent.
     """
     parts, lse = need_tensor("out_partial", out_partial), need_tensor("lse_partial", lse_partial)
+    need_served_device("out_partial", parts)
     need_dtype("out_partial", parts, OUTPUT_DTYPES)
     if parts.dim() not in (4, 5):
         raise ValueError(
@@ -71,6 +73,7 @@ def check_merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> t
     """
     given = (("out_a", out_a), ("lse_a", lse_a), ("out_b", out_b), ("lse_b", lse_b))
     out_a, lse_a, out_b, lse_b = (need_tensor(name, tensor) for name, tensor in given)
+    need_served_device("out_a", out_a)
     need_dtype("out_a", out_a, OUTPUT_DTYPES)
     need_dtype("out_b", out_b, (out_a.dtype,), ", the dtype of out_a")
     if out_a.dim() not in (3, 4):

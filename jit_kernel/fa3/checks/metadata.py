@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
-
 from jit_kernel import config
 from jit_kernel.fa3.call import MetadataParameters
+from jit_kernel.fa3.checks.plain import need_served_device
 from jit_kernel.fa3.checks.values import (
     INPUT_DTYPES,
     INT32_MAX,
@@ -20,6 +19,7 @@ from jit_kernel.fa3.checks.values import (
     need_index,
     need_integer,
     need_range,
+    need_tensor,
     need_window,
 )
 
@@ -68,8 +68,8 @@ def _numbers(given: MetadataParameters) -> dict[str, Any]:
 def _tensors(given: MetadataParameters) -> dict[str, Any]:
     """The index tensors as kernels take them."""
     seqlens, batch = given.cache_seqlens, given.batch_size
-    if not isinstance(seqlens, Tensor):
-        raise TypeError(f"cache_seqlens is {described(seqlens)}; it must be a torch.Tensor")
+    seqlens = need_tensor("cache_seqlens", seqlens)
+    need_served_device("cache_seqlens", seqlens)
     made = {"cache_seqlens": need_index("cache_seqlens", seqlens, (batch,), "(batch_size,)", seqlens.device)}
     for name, size in (("cu_seqlens_q", batch + 1), ("cu_seqlens_k_new", batch + 1), ("cache_leftpad", batch)):
         if getattr(given, name) is not None:

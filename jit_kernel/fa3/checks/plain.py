@@ -8,13 +8,16 @@ whose tangent would be lost.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from jit_kernel import config
 
 T = TypeVar("T")
 _TRACING_MODES = (
@@ -29,6 +32,12 @@ transform = torch._C._functorch.peek_interpreter_stack
 _count_before_dispatch: Any = torch._ops._len_torch_dispatch_stack_pre_dispatch
 _unpack_dual: Any = forward_ad.unpack_dual
 has_function_mode = torch._C._is_torch_function_mode_enabled
+
+UNINITIALIZED = (UninitializedParameter, UninitializedBuffer)  # they have no shape, and say so by raising
+
+# The address of a tensor without memory is its offset into the storage that it has not: no memory is as large as this,
+# and most memory of a process lies above it. Below it, whoever asks for an address asks for the storage too.
+SURE_ADDRESS = 1 << 44
 
 
 class TracedTensorError(TypeError):
@@ -87,6 +96,16 @@ def in_memory(name: str, tensor: Tensor, *, written: bool = False) -> Tensor:
     written: whether the call writes it: then it must be plain memory already. Raises TypeError that names the argument;
     NotImplementedError for what transforms of torch.func pass.
     """
+    kind = tensor.__class__
+    if kind is not Tensor and kind is not Parameter:
+        with torch._C.DisableTorchFunctionSubclass():
+            return _in_memory(name, tensor, written)
+    return _in_memory(name, tensor, written)
+
+
+def _in_memory(name: str, tensor: Tensor, written: bool) -> Tensor:
+    if isinstance(tensor, UNINITIALIZED):
+        raise TypeError(f"{name} is an {type(tensor).__name__}; it must have a shape and memory (materialize())")
     if tensor.is_nested:
         raise TypeError(
             f"{name} is a nested tensor; it must be a dense one: sequences of different lengths lie end to end, "
@@ -94,48 +113,79 @@ def in_memory(name: str, tensor: Tensor, *, written: bool = False) -> Tensor:
         )
     if tensor.layout is not torch.strided:
         raise TypeError(f"{name} has layout {tensor.layout}; it must be a dense (strided) tensor")
-    kind = tensor.__class__
-    if kind is not Tensor and kind is not Parameter:
+    if tensor.__class__ is not Tensor and tensor.__class__ is not Parameter:
         tensor = _of_subclass(name, tensor, written)
-    if not is_in_memory(tensor) and tensor.device.type != "meta":  # nothing serves that device, which has its own error
+    # Nothing serves the meta device: it has an error of its own, or that of another device than q's.
+    if not is_in_memory(tensor) and tensor.device.type != "meta":
         raise _refusal(name, tensor)
     if not tensor.is_neg():
         return tensor
     if written:
         raise TypeError(f"{name} is a lazily negated view; it is written, so it must be plain memory")
+    if tensor.dtype.itemsize == 1 and tensor.dtype.is_floating_point:  # torch negates no such dtype
+        return tensor._neg_view().float().neg().to(tensor.dtype)
     return tensor.resolve_neg()
 
 
 def is_in_memory(tensor: Tensor) -> bool:
-    """Whether a tensor has an address, or is empty and needs none."""
+    """Whether a tensor's storage has memory, or the tensor is empty and needs none.
+
+    The tensor's own address says nothing: without memory it is the offset into the storage.
+    """
     try:
-        if tensor.data_ptr() != 0:
+        if tensor.untyped_storage().data_ptr() != 0:
             return True
-    except RuntimeError:  # torch's word for a tensor without storage
+    except (RuntimeError, ValueError):  # torch's words for a tensor without storage, and for one without shape
         return False
-    # An empty tensor has no address. A wrapper that is empty is a wrapper still, unless it answers for its memory.
-    wraps = _has_dispatch(tensor) and type(tensor).data_ptr is Tensor.data_ptr
+    # An empty tensor has no memory. A wrapper that is empty is a wrapper still, unless it answers for its memory.
+    wraps = has_dispatch(tensor) and type(tensor).untyped_storage is Tensor.untyped_storage
     return tensor.numel() == 0 and not wraps and not torch._is_functional_tensor(tensor)
 
 
-def _has_dispatch(tensor: Tensor) -> bool:
+def all_in_memory(tensors: Iterable[object]) -> bool:
+    """Whether each of them that is a tensor is in memory."""
+    return all(is_in_memory(tensor) for tensor in tensors if isinstance(tensor, Tensor))
+
+
+def need_served_device(name: str, tensor: Tensor) -> None:
+    """On a kind of device that some implementation serves; `name` is the argument that the others must agree with."""
+    if tensor.device.type not in config.IMPLEMENTATIONS:
+        raise NotImplementedError(f"{name} is on {tensor.device}: jit_kernel serves cpu, cuda and musa")
+
+
+def has_dispatch(tensor: Tensor) -> bool:
+    """Whether a tensor's class answers for torch's operations itself."""
     return torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.Python)
 
 
 def _of_subclass(name: str, tensor: Tensor, written: bool) -> Tensor:
     """A subclass that owns memory, or what an asynchronous one comes to."""
-    if not _has_dispatch(tensor):
+    if not has_dispatch(tensor):
         return tensor
     from torch._subclasses.fake_tensor import FakeTensor
     from torch._subclasses.functional_tensor import FunctionalTensor
 
     if isinstance(tensor, (FakeTensor, FunctionalTensor)):
         raise _refusal_of_traced(name, type(tensor).__name__)
+    if is_in_memory(tensor):
+        return tensor if written else _over_memory_of(tensor)
     wait = getattr(tensor, "wait", None)
-    if wait is None or written or is_in_memory(tensor):
+    if wait is None or written:
         return tensor
-    waited = wait()  # AsyncCollectiveTensor, the result of a functional collective
+    try:
+        waited = wait()  # AsyncCollectiveTensor, the result of a functional collective
+    except RuntimeError as error:
+        raise ValueError(f"{name} is a {type(tensor).__name__} that cannot be waited for: {error}") from error
     return in_memory(name, waited) if isinstance(waited, Tensor) and waited is not tensor else tensor
+
+
+def _over_memory_of(tensor: Tensor) -> Tensor:
+    """A plain tensor over a subclass's memory: what the subclass says of torch's operations is not asked."""
+    if type(tensor).untyped_storage is not Tensor.untyped_storage:  # its memory is not what torch knows of
+        return tensor
+    with torch._C._DisableTorchDispatch():
+        empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        return empty.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 def _refusal_of_traced(name: str, what: str) -> TracedTensorError:
@@ -150,13 +200,13 @@ def _refusal(name: str, tensor: Tensor) -> Exception:
     refused = refusal_of_transform(name, tensor)
     if refused is not None:
         return refused
-    if _has_dispatch(tensor):
+    if has_dispatch(tensor):
         return TypeError(
             f"{name} is a {type(tensor).__name__}, a tensor subclass without memory of its own; "
             "it must be a plain tensor (of a DTensor, to_local())"
         )
     what = "is an efficient zero tensor" if tensor._is_zerotensor() else "has no memory behind it"
-    return TypeError(f"{name} {what} (data_ptr() is 0); it must be a tensor with {tensor.numel()} numbers in memory")
+    return TypeError(f"{name} {what}; it must be a tensor with {tensor.numel()} numbers in memory")
 
 
 def refusal_of_transform(name: str, tensor: Tensor) -> NotImplementedError | None:
@@ -166,6 +216,11 @@ def refusal_of_transform(name: str, tensor: Tensor) -> NotImplementedError | Non
         return NotImplementedError(
             f"{name} is batched by torch.vmap, which jit_kernel does not serve: the functions have a batch dimension, "
             "and cu_seqlens for sequences of different lengths"
+        )
+    if functorch.is_gradtrackingtensor(tensor) and torch.is_inference_mode_enabled():
+        return NotImplementedError(
+            f"{name} is a tensor of torch.func (grad, vjp or jvp) under torch.inference_mode(), which torch gives no "
+            "operator: use torch.no_grad() instead"
         )
     if functorch.is_gradtrackingtensor(tensor) and (tensor.requires_grad or _has_tangent(tensor)):
         return NotImplementedError(
@@ -185,13 +240,39 @@ def active_fake_mode() -> Any:
     return _mode_of(torch._C._TorchDispatchModeKey.FAKE) if count_modes() else None
 
 
+def in_functional_mode() -> bool:
+    """Whether a FunctionalTensorMode is on."""
+    return bool(count_modes()) and _mode_of(torch._C._TorchDispatchModeKey.FUNCTIONAL) is not None
+
+
+def is_functional(tensor: Tensor) -> bool:
+    """Whether a functionalization of torch's wraps a tensor, which may be a fake one."""
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    return isinstance(tensor, FunctionalTensor) or torch._is_functional_tensor(tensor)
+
+
+def wraps_fake(tensor: Tensor) -> bool:
+    """Whether a functional tensor wraps a fake one."""
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    inner: Any = tensor.elem if isinstance(tensor, FunctionalTensor) else tensor
+    if torch._is_functional_tensor(inner):
+        inner = torch._from_functional_tensor(inner)
+    return inner is not tensor and isinstance(inner, FakeTensor)
+
+
 def in_forward_mode() -> bool:
     """Whether tensors may have tangents here."""
     return forward_ad._current_level >= 0
 
 
 def _has_tangent(tensor: Tensor) -> bool:
-    return in_forward_mode() and _unpack_dual(tensor).tangent is not None
+    try:
+        return in_forward_mode() and _unpack_dual(tensor).tangent is not None
+    except RuntimeError:  # under FakeTensorMode torch fails to look at one of torch.func's
+        return True
 
 
 def refuse_tangent(name: str, value: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numbers
 import operator
 from collections.abc import Iterable, Sequence
+from types import NoneType
 from typing import Any
 
 import torch
@@ -25,11 +26,36 @@ _INTEGER_DTYPES = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint
 
 
 def described(value: object) -> str:
-    """A value as an error text shows it: a tensor by its dtype and shape, all else by repr and type."""
+    """A value as an error text shows it: a tensor by its dtype and shape, a plain value by repr, all else by its type.
+
+    The repr of anything else may raise, take for ever or print a whole tensor.
+    """
+    kind = type(value)
+    if isinstance(value, plain.UNINITIALIZED):
+        return f"an {kind.__name__}"
     if isinstance(value, Tensor):
         return f"a {str(value.dtype)[6:]} tensor of shape {tuple(value.shape)}"
-    text = shown(value) if isinstance(value, int) else repr(value)
-    return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"
+    text = _text(value)
+    return f"of type {kind.__name__}" if text is None else f"{text} ({kind.__name__})"
+
+
+_PLAIN_KINDS = (bool, float, complex, str, bytes, NoneType, torch.dtype, torch.device, torch.layout)
+
+
+def _text(value: object) -> str | None:
+    """What a plain value, or a short tuple or list of such, looks like; None for any other."""
+    kind = type(value)
+    if kind is int:
+        return shown(value)  # type: ignore[arg-type]
+    if kind in _PLAIN_KINDS:
+        text = repr(value[:80] if isinstance(value, (str, bytes)) else value)
+        return text if len(text) <= 80 else text[:77] + "..."
+    if isinstance(value, (tuple, list)) and kind in (tuple, list) and len(value) <= 4:
+        texts = [None if isinstance(item, (tuple, list)) else _text(item) for item in value]
+        if None not in texts:
+            inner = ", ".join(map(str, texts)) + ("," if kind is tuple and len(texts) == 1 else "")
+            return f"({inner})" if kind is tuple else f"[{inner}]"
+    return None
 
 
 def shown(value: float) -> str:
@@ -141,10 +167,13 @@ def need_integer(name: str, value: Any) -> int:
         return number
     if isinstance(value, Tensor):
         if value.dim() == 0 and value.dtype in _INTEGER_DTYPES:
-            plain.in_memory(name, value)
-            return int(value)
+            plain.need_served_device(name, value)
+            return int(plain.in_memory(name, value))
     elif not isinstance(value, bool) and hasattr(value, "__index__"):
-        return operator.index(value)
+        try:
+            return operator.index(value)
+        except TypeError:  # an array of numpy has an index where it is one integer
+            pass
     raise TypeError(f"{name} is {described(value)}; it must be an int")
 
 
@@ -169,7 +198,12 @@ def need_window(window: Any) -> tuple[int, int]:
     """
     if window is None:
         return UNBOUNDED
-    if isinstance(window, Tensor) and window.dtype in _INTEGER_DTYPES and window.is_cpu:
+    if (
+        isinstance(window, Tensor)
+        and not isinstance(window, plain.UNINITIALIZED)
+        and window.dtype in _INTEGER_DTYPES
+        and window.is_cpu
+    ):
         window = plain.in_memory("window_size", window).tolist()
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise TypeError(f"window_size is {described(window)}; it must be a pair of ints (left, right)")

@@ -15,6 +15,7 @@ from torch import Tensor, contiguous_format, empty, empty_like, get_num_threads,
 from torch.autograd import forward_ad
 
 from jit_kernel.fa3.call import DEFAULTS, FIELDS, OF_DENSE, UNBOUNDED, Arguments, Result, lse_shape, result_dtype
+from jit_kernel.fa3.checks.plain import SURE_ADDRESS, all_in_memory
 from jit_kernel.fa3.checks.values import need_window
 from jit_kernel.fa3.features import fields_ask_for_more
 
@@ -42,7 +43,19 @@ def serve(dtype: torch.dtype, library: Any) -> None:
     global _dense_asks_for_more, _asks_for_more
     _dense_asks_for_more = fields_ask_for_more(CLAIMED, OF_DENSE)
     _asks_for_more = fields_ask_for_more(CLAIMED, len(FIELDS))
-    _libraries[dtype] = (library.plain_forward, result_dtype(dtype))
+    # Where the heap lies low the library would decline every small tensor.
+    is_low = empty(1, device="cpu").data_ptr() < SURE_ADDRESS
+    forward = _asking_for_memory(library.plain_forward_anywhere) if is_low else library.plain_forward
+    _libraries[dtype] = (forward, result_dtype(dtype))
+
+
+def _asking_for_memory(forward: Callable[..., bool]) -> Callable[..., bool]:
+    """plain_forward for addresses that do not tell whether a tensor has memory."""
+
+    def ask(*arguments: Any) -> bool:
+        return all_in_memory(arguments) and forward(*arguments)
+
+    return ask
 
 
 def try_unchecked(arguments: Arguments) -> Result | None:

@@ -61,11 +61,12 @@ inline void forward(FfiArguments& from) {
   Attention<Element>::attend(p);
 }
 
-// A plain call: checked, computed and true; or nothing at all and false.
-template <class Element>
+// A plain call: checked, computed and true; or nothing at all and false. Of tensors below `low`
+// only Python knows whether they have memory.
+template <class Element, uintptr_t low>
 inline bool plain_forward(FfiArguments& from) {
   const PlainArguments a(from);
-  if (!shapes_fit<Element>(a) || !numbers_fit(a)) return false;
+  if (!shapes_fit<Element>(a, low) || !numbers_fit(a)) return false;
   const ForwardParams<Element> p = plain_params<Element>(a);
   if (!lengths_fit(p, a) || !check_pages(p, a.k.size(0), true)) return false;
   Attention<Element>::attend(p);
@@ -74,9 +75,13 @@ inline bool plain_forward(FfiArguments& from) {
 
 }  // namespace jit_kernel
 
-// The element type by its name in jit_kernel: f32, bf16, fp16 or e4m3.
-#define JIT_KERNEL_EXPORT_FORWARD(element)                                        \
-  JIT_KERNEL_EXPORT(forward, ::jit_kernel::ForwardArguments::kCount,              \
-                    ::jit_kernel::forward<::jit_kernel::element>)                 \
-  JIT_KERNEL_EXPORT_QUESTION(plain_forward, ::jit_kernel::PlainArguments::kCount, \
-                             ::jit_kernel::plain_forward<::jit_kernel::element>)
+// The element type by its name in jit_kernel: f32, bf16, fp16 or e4m3. A name with a comma stands
+// in parentheses, or it would be two arguments.
+#define JIT_KERNEL_EXPORT_FORWARD(element)                                                 \
+  JIT_KERNEL_EXPORT(forward, ::jit_kernel::ForwardArguments::kCount,                       \
+                    ::jit_kernel::forward<::jit_kernel::element>)                          \
+  JIT_KERNEL_EXPORT_QUESTION(                                                              \
+      plain_forward, ::jit_kernel::PlainArguments::kCount,                                 \
+      (::jit_kernel::plain_forward<::jit_kernel::element, ::jit_kernel::kSureAddress>))    \
+  JIT_KERNEL_EXPORT_QUESTION(plain_forward_anywhere, ::jit_kernel::PlainArguments::kCount, \
+                             (::jit_kernel::plain_forward<::jit_kernel::element, 1>))

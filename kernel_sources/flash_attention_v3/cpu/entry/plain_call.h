@@ -21,6 +21,9 @@ namespace jit_kernel {
 constexpr double kLargestNumber = 3.4e38, kSmallestNumber = 1.2e-38;
 constexpr int64_t kMostSplits = 256, kMostHeadDim = 512;
 constexpr int64_t kMostIndex = std::numeric_limits<int32_t>::max();
+// The address of a tensor without memory is its offset into a storage that it has not, and below
+// this one.
+constexpr uintptr_t kSureAddress = uintptr_t{1} << 44;
 
 template <class Element>
 constexpr DLDataType dtype_of() {
@@ -31,9 +34,11 @@ constexpr DLDataType dtype_of() {
 }
 
 // In the CPU's memory, of this type and number of dimensions, none of them empty; unit stride in
-// the last. Tensors of torch's transforms have no memory.
-inline bool is_dense(const TensorView& t, DLDataType dtype, int32_t dims) {
-  if (t.device().device_type != kDLCPU || t.data_ptr() == nullptr || t.ndim() != dims) return false;
+// the last. Tensors of torch's transforms and wrappers have no memory, and an address that is their
+// offset into none.
+inline bool is_dense(const TensorView& t, uintptr_t lowest, DLDataType dtype, int32_t dims) {
+  if (t.device().device_type != kDLCPU || t.ndim() != dims) return false;
+  if (reinterpret_cast<uintptr_t>(t.data_ptr()) < lowest) return false;
   if (t.dtype().code != dtype.code || t.dtype().bits != dtype.bits || t.dtype().lanes != 1) {
     return false;
   }
@@ -43,8 +48,8 @@ inline bool is_dense(const TensorView& t, DLDataType dtype, int32_t dims) {
   return t.stride(dims - 1) == 1 || t.size(dims - 1) == 1;
 }
 
-inline bool is_index(const MaybeTensor& t, int32_t dims, int64_t size) {
-  return is_dense(*t, {kDLInt, 32, 1}, dims) && t->IsContiguous() && t->size(0) == size;
+inline bool is_index(const MaybeTensor& t, uintptr_t lowest, int32_t dims, int64_t size) {
+  return is_dense(*t, lowest, {kDLInt, 32, 1}, dims) && t->IsContiguous() && t->size(0) == size;
 }
 
 // The same sizes in all dimensions but the last.
@@ -99,14 +104,14 @@ inline bool is_written_freely(const PlainArguments& a) {
          is_index_apart(a.seqused_k);
 }
 
-// Types and shapes.
+// Types and shapes, and no address below `low`.
 template <class Element>
-inline bool shapes_fit(const PlainArguments& a) {
+inline bool shapes_fit(const PlainArguments& a, uintptr_t low) {
   constexpr DLDataType in = dtype_of<Element>(), out = dtype_of<typename OutputOf<Element>::type>();
   const int32_t dims = a.cu_seqlens_q.has_value() ? 3 : 4,
                 dims_k = a.cu_seqlens_k.has_value() ? 3 : 4;
-  if (!is_dense(a.q, in, dims) || !is_dense(a.k, in, dims_k) || !is_dense(a.v, in, dims_k) ||
-      !is_dense(a.out, out, dims)) {
+  if (!is_dense(a.q, low, in, dims) || !is_dense(a.k, low, in, dims_k) ||
+      !is_dense(a.v, low, in, dims_k) || !is_dense(a.out, low, out, dims)) {
     return false;
   }
   const int64_t d = a.q.size(dims - 1), dv = a.v.size(dims_k - 1);
@@ -116,19 +121,20 @@ inline bool shapes_fit(const PlainArguments& a) {
     return false;
   }
   if (a.cu_seqlens_q.has_value() &&
-      (a.cu_seqlens_q->ndim() != 1 || !is_index(a.cu_seqlens_q, 1, a.cu_seqlens_q->size(0)))) {
+      (a.cu_seqlens_q->ndim() != 1 || !is_index(a.cu_seqlens_q, low, 1, a.cu_seqlens_q->size(0)))) {
     return false;
   }
   const int64_t batch = a.batch();
   if (batch < 1) return false;
   if (a.page_table.has_value()) {
-    if (dims_k != 4 || !a.seqused_k.has_value() || !is_index(a.page_table, 2, batch)) return false;
+    if (dims_k != 4 || !a.seqused_k.has_value() || !is_index(a.page_table, low, 2, batch))
+      return false;
   } else if (dims_k == 4) {
     if (a.k.size(0) != batch) return false;
-  } else if (!is_index(a.cu_seqlens_k, 1, batch + 1)) {
+  } else if (!is_index(a.cu_seqlens_k, low, 1, batch + 1)) {
     return false;
   }
-  return !a.seqused_k.has_value() || is_index(a.seqused_k, 1, batch);
+  return !a.seqused_k.has_value() || is_index(a.seqused_k, low, 1, batch);
 }
 
 inline bool is_number(double x) { return x >= kSmallestNumber && x <= kLargestNumber; }

@@ -1,0 +1,121 @@
+"""What a call may hold that becomes a torch operator: what torch says of a schema's mistakes names no argument."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jit_kernel.fa3.checks.plain import (
+    UNINITIALIZED,
+    active_fake_mode,
+    has_dispatch,
+    in_functional_mode,
+    is_functional,
+    refusal_of_transform,
+    wraps_fake,
+)
+from jit_kernel.fa3.checks.values import described, need_bool, need_integer, need_number, need_window
+
+_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool, Tensor)
+
+
+def settle_types(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a function of seam.py as its operator takes them. Raises TypeError for one that it cannot take.
+
+    Symbolic numbers, and tensors that hold one, are traced and stay.
+    """
+    parameters = inspect.signature(function).parameters
+    return {name: _settled(name, parameters[name].annotation, value) for name, value in arguments.items()}
+
+
+def _settled(name: str, annotation: str, value: Any) -> Any:
+    kind, *others = annotation.split(" | ")
+    if value is None and ("None" in others or kind.startswith("tuple")):
+        return value
+    if kind == "Tensor":
+        return need_integer(name, value) if "int" in others and not isinstance(value, Tensor) else _shaped(name, value)
+    if kind == "torch.dtype":
+        if not isinstance(value, torch.dtype):
+            raise TypeError(f"{name} is {described(value)}; it must be a torch.dtype")
+        return value
+    if isinstance(value, _SYMBOLIC):
+        return value
+    if kind == "bool":
+        need_bool(name, value)
+        return value
+    if kind == "int":
+        return need_integer(name, value)
+    if kind == "float":
+        return need_number(name, value)
+    traced = isinstance(value, (tuple, list)) and any(isinstance(bound, _SYMBOLIC) for bound in value)
+    return value if traced else need_window(value)
+
+
+def _shaped(name: str, value: object) -> Tensor:
+    """A tensor of any kind that has a shape."""
+    if not isinstance(value, Tensor) or isinstance(value, UNINITIALIZED):
+        raise TypeError(f"{name} is {described(value)}; it must be a torch.Tensor with a shape")
+    if value.is_nested or value.layout is not torch.strided:
+        what = "a nested tensor" if value.is_nested else f"a tensor of layout {value.layout}"
+        raise TypeError(f"{name} is {what}; it must be a dense (strided) tensor")
+    return value
+
+
+def refuse_untraceable(arguments: Mapping[str, Any], written: tuple[str, ...]) -> None:
+    """Raise for a tensor that no operator can take: one of torch.func's transforms, or of another kind than the mode's.
+
+    Fake tensors go with fake ones; what is `written` under FunctionalTensorMode must be functional.
+    """
+    tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+    for name, value in tensors.items():
+        refused = refusal_of_transform(name, value)
+        if refused is not None:
+            raise refused
+    _refuse_beside_fakes(tensors)
+    _refuse_meta(tensors)
+    if in_functional_mode():
+        _refuse_beside_functional(tensors, written)
+
+
+def _refuse_meta(tensors: Mapping[str, Tensor]) -> None:
+    """A meta tensor beside others would make torch take shapes alone for the answer."""
+    others = [name for name, value in tensors.items() if value.device.type != "meta"]
+    for name, value in tensors.items():
+        if others and value.device.type == "meta":
+            raise ValueError(f"{name} is on meta; it must be on {others[0]}'s device, {tensors[others[0]].device}")
+
+
+def _refuse_beside_functional(tensors: Mapping[str, Tensor], written: tuple[str, ...]) -> None:
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    for name, value in tensors.items():
+        if isinstance(value, FunctionalTensor):
+            continue
+        if has_dispatch(value) and not isinstance(value, FakeTensor):
+            raise TypeError(
+                f"{name} is a {type(value).__name__}, under FunctionalTensorMode; it must be a FunctionalTensor"
+            )
+        if name in written:
+            raise TypeError(
+                f"{name} is no FunctionalTensor, under FunctionalTensorMode; it is written, so it must be one"
+            )
+
+
+def _refuse_beside_fakes(tensors: Mapping[str, Tensor]) -> None:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    fakes = {name: value for name, value in tensors.items() if isinstance(value, FakeTensor)}
+    fake = next(iter(fakes), None)
+    mode = active_fake_mode() if fake is None else fakes[fake].fake_mode
+    if mode is None or mode.allow_non_fake_inputs:
+        return
+    for name, value in tensors.items():
+        if name not in fakes and not wraps_fake(value) and (value.dim() > 0 or is_functional(value)):
+            if fake is None:
+                raise TypeError(f"{name} is no FakeTensor, under FakeTensorMode; it must be one")
+            raise TypeError(f"{fake} is a FakeTensor and {name} is none; either all of a call must be, or none")
