@@ -153,12 +153,9 @@ def _ranges_meet(starts: list[int], passed: Passed) -> bool:
     for written in passed.written:
         start = starts[written]
         end = start + extents[written]
-        meets = -1  # itself not counted; an empty one meets nothing, and shares nothing
-        for other, size in zip(starts, extents, strict=True):
-            if other < end and start < other + size:
-                meets += 1
-        if meets > 0:
-            return True
+        for at, other in enumerate(starts):
+            if other < end and start < other + extents[at] and at != written:
+                return True
     return False
 
 
