@@ -29,9 +29,9 @@ CLAIMED = frozenset(
 _libraries: dict[torch.dtype, tuple[Callable[..., bool], torch.dtype]] = {}
 
 
-# What an argument of another kind comes to on its way to the library, and room that no machine has for the result of an
-# expanded q: the checks know the argument's name.
-_DECLINED = (RuntimeError, TypeError, ValueError, OverflowError, AttributeError, IndexError)
+# What an argument of another kind comes to on its way to the library (a read-only array: BufferError), and room that no
+# machine has for the result of an expanded q: the checks know the argument's name.
+_DECLINED = (RuntimeError, TypeError, ValueError, OverflowError, AttributeError, IndexError, BufferError)
 
 # Whether a call asks for more than that: of flash_attn_func, and of the others.
 _dense_asks_for_more = fields_ask_for_more(CLAIMED, OF_DENSE)
@@ -79,6 +79,13 @@ def try_unchecked(arguments: Arguments) -> Result | None:
             _, _, _, _, _, _, _, _, rotary_interleaved, _,
         ) = arguments  # fmt: skip
         declined = _asks_for_more(arguments) or rotary_interleaved.__class__ is not bool
+        # The library would take an array for an index tensor; the checks refuse it.
+        declined = declined or not (
+            (offsets_q is None or offsets_q.__class__ is Tensor)
+            and (offsets_k is None or offsets_k.__class__ is Tensor)
+            and (used_k is None or used_k.__class__ is Tensor)
+            and (table is None or table.__class__ is Tensor)
+        )
     # The library looks at the types of what it is given; some it is not given.
     if declined or not (
         q.__class__ is k.__class__ is v.__class__ is Tensor
