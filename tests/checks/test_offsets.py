@@ -168,6 +168,42 @@ def test_an_array_is_no_number():
     refused(malformed_calls.cache, malformed_calls.cache() | {"cache_seqlens": numpy.zeros(3)}, "cache_seqlens")
 
 
+def arrays() -> list[Any]:
+    import numpy
+
+    read_only = numpy.zeros(3, dtype=numpy.int32)
+    read_only.flags.writeable = False
+    return [numpy.zeros(3, dtype=numpy.int32), read_only]
+
+
+@pytest.mark.parametrize("name", ["cu_seqlens_q", "seqused_k", "softmax_scale", "softcap", "num_splits", "causal"])
+def test_an_array_is_refused_by_name_after_a_call_that_passed(name):
+    """The plain way's library takes an array as a tensor, and cannot be given a read-only one."""
+    call = malformed_calls.plain_varlen()
+    for array in arrays():
+        if isinstance(call.get(name), Tensor):
+            same = array.__class__(call[name].shape, dtype=array.dtype)
+            same[:] = call[name].numpy()
+            same.flags.writeable = array.flags.writeable
+            array = same
+        refused(malformed_calls.plain_varlen, call | {name: array}, name)
+
+
+NO_DTYPES = [lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), UninitializedParameter, *(
+    lambda i=i: arrays()[i] for i in range(2)
+)]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("make", NO_DTYPES)
+def test_what_is_no_number_and_no_dtype_is_refused_by_name(make):
+    refused(malformed_calls.combine, malformed_calls.combine() | {"out": None, "out_dtype": make()}, "out_dtype")
+    for name in ("qkv_dtype", "causal", "num_splits", "batch_size", "window_size", "pack_gqa"):
+        refused(malformed_calls.metadata, malformed_calls.metadata() | {name: make()}, name)
+    pair = {"window_size": (make(), 1)}
+    refused(malformed_calls.plain_dense, malformed_calls.plain_dense() | pair, "window_size")
+
+
 class Loud:
     def __repr__(self) -> str:
         raise RuntimeError("nobody may look")

@@ -11,9 +11,9 @@ from jit_kernel.fa3.checks.plain import need_served_device
 from jit_kernel.fa3.checks.values import (
     MAX_SPLITS,
     OUTPUT_DTYPES,
-    described,
     need_device,
     need_dtype,
+    need_known_dtype,
     need_range,
     need_shape,
     need_tensor,
@@ -43,9 +43,8 @@ def check_combine(
     need_dtype("lse_partial", lse, (torch.float32,))
     need_device("lse_partial", lse, parts.device, "out_partial")
     need_shape("lse_partial", lse, parts.shape[:-1], "out_partial's shape without dv")
-    if out_dtype is not None and out_dtype not in OUTPUT_DTYPES:
-        wanted = ", ".join(str(known) for known in OUTPUT_DTYPES)
-        raise ValueError(f"out_dtype is {described(out_dtype)}; it must be one of {wanted}, or None")
+    if out_dtype is not None:
+        need_known_dtype("out_dtype", out_dtype, OUTPUT_DTYPES, ", or None")
     if out is not None:
         _check_out(out, parts, lse, out_dtype)
     refuse_derivatives((("out_partial", out_partial), ("lse_partial", lse_partial), ("out", out)))

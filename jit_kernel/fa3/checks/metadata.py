@@ -13,11 +13,11 @@ from jit_kernel.fa3.checks.values import (
     INT32_MAX,
     MAX_SPLITS,
     as_kernel_index,
-    described,
     is_kernel_index,
     need_bool,
     need_index,
     need_integer,
+    need_known_dtype,
     need_range,
     need_tensor,
     need_window,
@@ -49,9 +49,7 @@ def check_parameters(parameters: MetadataParameters) -> MetadataParameters:
         raise ValueError(
             f"num_heads_q is {given.num_heads_q}; it must be a multiple of num_heads_kv, {given.num_heads_kv}"
         )
-    if given.qkv_dtype not in INPUT_DTYPES:
-        wanted = ", ".join(str(dtype) for dtype in INPUT_DTYPES)
-        raise ValueError(f"qkv_dtype is {described(given.qkv_dtype)}; it must be one of {wanted}")
+    need_known_dtype("qkv_dtype", given.qkv_dtype, INPUT_DTYPES)
     window = need_window(given.window_size)
     return replace(given, window_size=window, **_tensors(given))
 

@@ -34,6 +34,8 @@ def described(value: object) -> str:
     if isinstance(value, plain.UNINITIALIZED):
         return f"an {kind.__name__}"
     if isinstance(value, Tensor):
+        if value.is_nested:  # torch raises where its shape is asked for
+            return f"a nested {str(value.dtype)[6:]} tensor"
         return f"a {str(value.dtype)[6:]} tensor of shape {tuple(value.shape)}"
     text = _text(value)
     return f"of type {kind.__name__}" if text is None else f"{text} ({kind.__name__})"
@@ -84,6 +86,13 @@ def need_shape(name: str, tensor: Tensor, shape: Sequence[int], form: str) -> No
     """Exactly this shape; `form` says it in letters."""
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {form} = {tuple(shape)}")
+
+
+def need_known_dtype(name: str, value: object, allowed: Sequence[torch.dtype], otherwise: str = "") -> None:
+    """An argument that is itself one of these dtypes; what is none is not compared with them: arrays raise then."""
+    if not isinstance(value, torch.dtype) or value not in allowed:
+        wanted = ", ".join(str(dtype) for dtype in allowed)
+        raise ValueError(f"{name} is {described(value)}; it must be one of {wanted}{otherwise}")
 
 
 def need_dtype(name: str, tensor: Tensor, allowed: Sequence[torch.dtype], why: str = "") -> None:
@@ -166,7 +175,7 @@ def need_integer(name: str, value: Any) -> int:
         number: int = value
         return number
     if isinstance(value, Tensor):
-        if value.dim() == 0 and value.dtype in _INTEGER_DTYPES:
+        if not isinstance(value, plain.UNINITIALIZED) and value.dim() == 0 and value.dtype in _INTEGER_DTYPES:
             plain.need_served_device(name, value)
             return int(plain.in_memory(name, value))
     elif not isinstance(value, bool) and hasattr(value, "__index__"):
