@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -209,3 +210,14 @@ def test_a_search_that_takes_too_long_counts_as_shared(monkeypatch):
     monkeypatch.setattr(memory, "_MOST_STEPS", 0)
     assert memory.share(one, two)
     memory._touch.cache_clear()
+
+
+def test_a_search_through_strides_that_do_not_nest_takes_little_memory():
+    """Each coefficient's values waited, millions of them, though so many steps are never taken."""
+    many = 2_000_000
+    tracemalloc.start()
+    try:
+        assert memory._count(((3, many), (2, many)), 5 * many // 2, 2) == 2
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()

@@ -115,4 +115,6 @@ def _solutions(terms: list[tuple[int, int]], target: int) -> Iterator[bool]:
         coefficient, most = terms[place]
         lowest = max(0, -(-(left - rests[place + 1]) // coefficient))
         highest = min(most, left // coefficient)
-        waiting.extend((place + 1, left - coefficient * value) for value in range(lowest, highest + 1))
+        # More than the steps that are taken need not wait: strides that do not nest may leave millions.
+        values = range(lowest, min(highest, lowest + _MOST_STEPS) + 1)
+        waiting.extend((place + 1, left - coefficient * value) for value in values)
