@@ -2,10 +2,9 @@
 
 While a function is traced (torch.compile, torch.export, make_fx, torch.jit.trace, fake tensors), its call becomes one
 operator with a fake implementation (shapes and dtypes alone). When the traced program runs, the operator calls the
-function of seam.py, which checks and computes. What a
-call writes is declared: `out`, and the caches when new keys are appended. An operator may not return its own argument,
-so with `out` it returns an empty tensor in its place, and no lse is an empty tensor too. Schemas are derived from the
-functions' signatures.
+function of seam.py, which checks and computes. What a call writes is declared: `out`, and the caches when new keys are
+appended. An operator may not return its own argument, so with `out` it returns an empty tensor in its place, and no lse
+is an empty tensor too. Schemas are derived from the functions' signatures.
 """
 
 from __future__ import annotations
