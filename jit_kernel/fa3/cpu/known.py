@@ -8,6 +8,7 @@ and 8 heads computes (0.55 ms), Python took 46 us with the checks and 15 so.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import NoneType
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ _libraries: dict[torch.dtype, tuple[Callable[..., bool], torch.dtype]] = {}
 # What an argument of another kind comes to on its way to the library (a read-only array: BufferError), and room that no
 # machine has for the result of an expanded q: the checks know the argument's name.
 _DECLINED = (RuntimeError, TypeError, ValueError, OverflowError, AttributeError, IndexError, BufferError)
+
+_INDICES = frozenset((Tensor, NoneType))  # the classes of an index tensor, or of none
 
 # Whether a call asks for more than that: of flash_attn_func, and of the others.
 _dense_asks_for_more = fields_ask_for_more(CLAIMED, OF_DENSE)
@@ -81,11 +84,9 @@ def try_unchecked(arguments: Arguments) -> Result | None:
         declined = _asks_for_more(arguments) or rotary_interleaved.__class__ is not bool
         # The library would take an array for an index tensor; the checks refuse it.
         declined = declined or not (
-            (offsets_q is None or offsets_q.__class__ is Tensor)
-            and (offsets_k is None or offsets_k.__class__ is Tensor)
-            and (used_k is None or used_k.__class__ is Tensor)
-            and (table is None or table.__class__ is Tensor)
-        )
+            offsets_q.__class__ in _INDICES and offsets_k.__class__ in _INDICES
+            and used_k.__class__ in _INDICES and table.__class__ in _INDICES
+        )  # fmt: skip
     # The library looks at the types of what it is given; some it is not given.
     if declined or not (
         q.__class__ is k.__class__ is v.__class__ is Tensor
