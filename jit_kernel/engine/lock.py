@@ -35,7 +35,7 @@ _MARK = ".alive"  # the ending of the lock beside a private folder
 # A folder of another machine, or one without a lock, is left alone for so long.
 _FOREIGN_SECONDS = 24 * 3600
 _POLL_SECONDS = 0.02
-_ATTEMPTS = 3
+_ATTEMPTS = 10
 _MOST_NOTE_BYTES = 4096
 # What flock answers on a file system without locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -222,23 +222,18 @@ def make_folder(folder: Path, mode: int) -> None:
     for attempt in range(_ATTEMPTS):
         try:
             os.mkdir(folder, 0o700)
-        except FileNotFoundError:  # no parent, or one that was removed meanwhile; in /proc nobody makes a folder
+            os.chmod(folder, mode)
+            return
+        except FileNotFoundError:  # no parent, or removed meanwhile; in /proc nobody makes a folder
             if attempt + 1 == _ATTEMPTS:
                 raise
             make_folder(folder.parent, 0o755)
         except FileExistsError:
-            try:
-                there = os.lstat(folder).st_mode
-            except FileNotFoundError:  # removed since
-                if attempt + 1 == _ATTEMPTS:
+            with contextlib.suppress(FileNotFoundError):  # removed since
+                if not (stat.S_ISDIR(os.lstat(folder).st_mode) or folder.is_dir()):
                     raise
-                continue
-            if not (stat.S_ISDIR(there) or folder.is_dir()):
-                raise
-            return
-        else:
-            os.chmod(folder, mode)
-            return
+                return
+    raise FileNotFoundError(errno.ENOENT, "it is removed as often as it is made", str(folder))
 
 
 def remove(path: Path) -> None:
