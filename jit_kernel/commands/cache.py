@@ -24,8 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         store.check()
         return actions[options.action](store)
-    except CacheError as error:
-        progress.write(f"{error}\n")
+    except (CacheError, OSError) as error:  # a folder of the store that root made, say
+        progress.write(f"{store.root}: {error}\n" if isinstance(error, OSError) else f"{error}\n")
         return 1
 
 

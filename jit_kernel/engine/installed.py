@@ -186,11 +186,17 @@ def identify(found: Found) -> str:
     if found.name == "nvrtc":
         from jit_kernel.engine import nvrtc
 
-        return f"NVRTC {nvrtc.version()}"
+        try:
+            return f"NVRTC {nvrtc.version()}"
+        except (nvrtc.NvrtcError, OSError) as error:  # a library that the loader refuses
+            raise CompilerNotFoundError(f"{found.path} cannot be used: {error}") from error
     if found.route == "triton":
         from jit_kernel.engine import triton_compiler
 
-        return f"Triton {triton_compiler.version()}"
+        try:
+            return f"Triton {triton_compiler.version()}"
+        except triton_compiler.TritonError as error:  # a module without its package's metadata
+            raise CompilerNotFoundError(f"{found.path} cannot be used: {error}") from error
     command = [*found.command, "--version"]
     line = shlex.join(command)
     mend = f"({found.reason}); set CXX to a compiler that works"

@@ -40,6 +40,7 @@ def load(image: bytes, title: str, functions: set[str]) -> Any:
         try:
             return _open(in_memory, functions)
         except UnloadableError as error:
+            os.close(int(in_memory.rpartition("/")[2]))  # nothing of it was loaded, or nothing that is used
             problem = str(error)
             if not _cannot_be_mapped(problem):
                 raise

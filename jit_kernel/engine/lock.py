@@ -35,7 +35,7 @@ _MARK = ".alive"  # the ending of the lock beside a private folder
 # A folder of another machine, or one without a lock, is left alone for so long.
 _FOREIGN_SECONDS = 24 * 3600
 _POLL_SECONDS = 0.02
-_ATTEMPTS = 3
+_ATTEMPTS = 10
 _MOST_NOTE_BYTES = 4096
 # What flock answers on a file system without locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -75,7 +75,8 @@ class EntryLock:
         started, patience = time.monotonic(), 2.0
         while True:
             make_folder(self._folder, 0o700)
-            with contextlib.suppress(FileNotFoundError):  # `remove_free` removed the empty folder meanwhile
+            # `remove_free` removed the empty folder meanwhile
+            with contextlib.suppress(FileNotFoundError, FileExistsError):
                 lock = _locked(self._file)
                 if lock is not None:
                     break
@@ -121,7 +122,8 @@ def _locked(path: Path, *, surely: bool = False) -> FileLock | None:
     """A lock file, locked; None where another holds it, or removed it meanwhile.
 
     Where the file system has no locks everybody gets it, unless it must be held `surely`: processes that ask at once
-    compile the same, each for itself. A forked child does not hold it (filelock closes its descriptor there).
+    compile the same, each for itself; one that must be held raises the file system's OSError. A forked child does not
+    hold it (filelock closes its descriptor there).
     """
     from filelock import FileLock, Timeout  # with the first lock: it takes 7 of 30 ms of a call that only loads
 
@@ -133,13 +135,16 @@ def _locked(path: Path, *, surely: bool = False) -> FileLock | None:
     except OSError as error:
         if error.errno in _NO_LOCKS:
             if surely:
-                return None
+                raise
             progress.warn_once(f"files in {path.parent} cannot be locked: processes that meet may compile twice")
             return lock
         if error.errno not in _NO_LOCK_FILE or os.lstat(path).st_uid != os.geteuid():
             raise
         remove(path)  # no lock file, or one that its owner cannot open
         return None
+    folder = os.lstat(path.parent)
+    if folder.st_uid == os.geteuid() and folder.st_mode & 0o022:  # filelock makes a missing folder by the umask
+        os.chmod(path.parent, 0o700)
     return lock
 
 
@@ -189,7 +194,9 @@ def _remove_if_abandoned(folder: Path, *, of_here: bool) -> None:
         mark = _locked(_mark_of(folder), surely=True)
         if mark is None:
             return
-    except FileNotFoundError:
+    except OSError as error:  # no lock, or none that can be seen on this file system
+        if error.errno not in (errno.ENOENT, *_NO_LOCKS):
+            raise
         of_here = False
     try:
         if of_here or not folder.exists() or time.time() - folder.stat().st_mtime > _FOREIGN_SECONDS:
@@ -215,17 +222,18 @@ def make_folder(folder: Path, mode: int) -> None:
     for attempt in range(_ATTEMPTS):
         try:
             os.mkdir(folder, 0o700)
-        except FileNotFoundError:  # no parent, or one that was removed meanwhile; in /proc nobody makes a folder
+            os.chmod(folder, mode)
+            return
+        except FileNotFoundError:  # no parent, or removed meanwhile; in /proc nobody makes a folder
             if attempt + 1 == _ATTEMPTS:
                 raise
             make_folder(folder.parent, 0o755)
         except FileExistsError:
-            if not folder.is_dir():
-                raise
-            return
-        else:
-            os.chmod(folder, mode)
-            return
+            with contextlib.suppress(FileNotFoundError):  # removed since
+                if not (stat.S_ISDIR(os.lstat(folder).st_mode) or folder.is_dir()):
+                    raise
+                return
+    raise FileNotFoundError(errno.ENOENT, "it is removed as often as it is made", str(folder))
 
 
 def remove(path: Path) -> None:

@@ -3,7 +3,7 @@
 A compiled kernel is code of this process. So every folder on the way to it, from / on, and each of its files must
 belong to this user or to root, and no bit of its mode may let others write. A folder above the store may let others
 write only if it has the sticky bit, as /tmp has: in such a folder nobody can rename what belongs to another user.
-Groups count as others, but for one case above the store: its owner's own group, which has his name and has no other
+Groups count as others, but for one case above the store: its owner's own group, which has its name and has no other
 member. Where the umask is 002, as on Ubuntu and Fedora, every folder that a user makes is written by that group.
 """
 
@@ -130,7 +130,7 @@ def _is_trusted(user: int) -> bool:
 
 
 def _is_own_group(status: os.stat_result) -> bool:
-    """Whether a folder's group is its owner's alone: his first group, of his name, without other members."""
+    """Whether a folder's group is its owner's alone: its first group, of its name, and nobody else's."""
     import grp
     import pwd
 
@@ -138,7 +138,10 @@ def _is_own_group(status: os.stat_result) -> bool:
         owner, group = pwd.getpwuid(status.st_uid), grp.getgrgid(status.st_gid)
     except KeyError:
         return False
-    return owner.pw_gid == group.gr_gid and owner.pw_name == group.gr_name and {*group.gr_mem} <= {owner.pw_name}
+    if owner.pw_gid != group.gr_gid or owner.pw_name != group.gr_name or {*group.gr_mem} - {owner.pw_name}:
+        return False
+    # Whoever has it as the first group is a member that gr_mem does not name.
+    return all(each.pw_gid != group.gr_gid or each.pw_uid == owner.pw_uid for each in pwd.getpwall())
 
 
 @functools.cache
@@ -154,5 +157,5 @@ def _nobody_known() -> int | None:
             overflow = int(file.read())
     except (OSError, ValueError):
         return None
-    known = any(first <= overflow < first + count for first, _, count in ranges)
-    return None if known or not ranges else overflow
+    alone = len(ranges) == 1 and ranges[0][2] == 1
+    return overflow if alone and ranges[0][0] != overflow else None

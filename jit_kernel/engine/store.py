@@ -65,7 +65,7 @@ class Store:
         self.check()  # what was missing may be there meanwhile, and another user's
         return os.access(self.root, os.W_OK | os.X_OK)
 
-    def _own(self, name: str) -> Path:
+    def _own(self, name: str, attempts: int = 5) -> Path:
         """A folder that the store keeps for itself, made if need be; what else has its name is moved away."""
         folder = self.root / name
         try:
@@ -73,6 +73,10 @@ class Store:
             ownership.check_folder(folder, self.root)
             if folder.stat().st_uid == os.geteuid() and not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
                 folder.chmod(0o700)
+        except FileNotFoundError:  # `clear` removed the empty folder meanwhile
+            if attempts == 1:
+                raise
+            return self._own(name, attempts - 1)
         except (FileExistsError, NotADirectoryError):
             warn_once(f"{folder} is no folder; it is moved away")
             self.quarantine(folder)
@@ -124,9 +128,11 @@ class Store:
 
     def private_folder(self) -> Path:
         """A new folder beside the entries, for one compilation. Dead processes' folders are removed."""
-        parent = self._own(_TMP)
-        locks.remove_abandoned(parent)
-        return locks.new_private_folder(parent)
+        while True:
+            parent = self._own(_TMP)
+            locks.remove_abandoned(parent)
+            with contextlib.suppress(FileNotFoundError, FileExistsError):  # `clear` removed the folder meanwhile
+                return locks.new_private_folder(parent)
 
     def holds_unit(self, private: Path) -> bool:
         """Whether a private folder is still there, with the unit in it: nobody has removed it meanwhile."""
@@ -135,8 +141,7 @@ class Store:
     def publish(self, private: Path, kernel: str, target: str, name: str) -> Path:
         """Rename a finished private folder to its place in the store.
 
-        Where another process has published the same meanwhile, its entry stays, and `private` does too.
-        """
+        Where another process has published the same meanwhile, its entry stays, and `private` does too."""
         for path in private.iterdir():
             if path.is_symlink() or not path.is_file():
                 remove(path)  # a compiler's leftovers

@@ -205,3 +205,12 @@ def test_a_stored_library_that_cannot_be_loaded_here_is_compiled_again_once(tmp_
     assert len(outcome.warnings) == 1 and "times" in outcome.warnings[0]
     again = children.run(tiny.call, environment=environment, scratch=tmp_path)
     assert again.result == {"found": 42, "right": True, "compiled": 0} and again.warnings == []
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="this system does not list descriptors")
+def test_bytes_that_cannot_be_loaded_leave_no_descriptor():
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        with pytest.raises(library.UnloadableError):
+            library.load(b"no library", "broken", set())
+    assert len(os.listdir("/proc/self/fd")) == before

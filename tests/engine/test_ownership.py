@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from jit_kernel.engine import ownership
 from tests.support import children, tiny
 
 USER = 12345
@@ -208,3 +209,13 @@ def test_a_sandbox_of_one_user(folder, store, environment):
     if isinstance(outcome.result, str):
         pytest.skip(outcome.result)
     assert outcome.error == "" and outcome.result["right"], outcome
+
+
+@needs_root
+def test_a_group_that_is_anothers_first_one_is_no_own_group(tmp_path, monkeypatch):
+    """The system names such a member in its list of users alone."""
+    status = tmp_path.stat()
+    assert ownership._is_own_group(status)
+    users = [*pwd.getpwall(), pwd.struct_passwd(("other", "x", USER, 0, "", "/", "/bin/sh"))]
+    monkeypatch.setattr(pwd, "getpwall", lambda: users)
+    assert not ownership._is_own_group(status)

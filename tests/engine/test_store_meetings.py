@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import shutil
 import socket
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 
 from jit_kernel import config
+from jit_kernel.engine import lock as locks
 from jit_kernel.engine.store import Store
 from tests.support import children, tiny
 from tests.support.compilers import compilations, counting_compiler
@@ -172,3 +175,48 @@ def test_processes_that_find_an_unloadable_entry_compile_it_once(tmp_path, store
     outcomes = [caller.outcome(60) for caller in callers]
     assert all(outcome.error == "" for outcome in outcomes), outcomes
     assert sum(outcome.result for outcome in outcomes) == 1
+
+
+def test_an_old_private_folder_goes_where_the_file_system_has_no_locks(tmp_path, monkeypatch):
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    old, new = (tmp_path / f"1-{socket.gethostname()}-0000000{number}" for number in (1, 2))
+    for folder in (old, new):
+        folder.mkdir()
+        folder.with_name(f"{folder.name}.alive").touch()
+    os.utime(old, (1, 1))
+    locks.remove_abandoned(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {new.name, f"{new.name}.alive"}
+
+
+def test_clearing_fails_no_process_that_makes_a_folder_of_the_store(tmp_path):
+    """`clear` removes .tmp and .locks once they are empty, also where another has just made them."""
+    shared, rounds, done = Store(tmp_path / "store"), 100, threading.Event()
+    assert shared.writable()
+
+    def clear() -> None:
+        while not done.is_set():
+            shared.clear(lambda holder, seconds: None)
+
+    clearing = threading.Thread(target=clear)
+    clearing.start()
+    try:
+        for _ in range(rounds):
+            shared.discard(shared.private_folder())
+            with shared.lock("kernel", "cpu:any", "0" * 32).held(lambda holder, seconds: None):
+                pass
+    finally:
+        done.set()
+        clearing.join()
+
+
+def test_a_lock_whose_folder_is_gone_makes_one_that_nobody_else_writes(tmp_path):
+    before = os.umask(0)
+    try:
+        lock = locks._locked(tmp_path / "folder" / "a.lock")
+    finally:
+        os.umask(before)
+    assert lock is not None and (tmp_path / "folder").stat().st_mode & 0o777 == 0o700
+    lock.release()
