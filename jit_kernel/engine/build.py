@@ -77,7 +77,7 @@ def obtain(spec: KernelSpec, target: Target, unusable: tuple[Entry, str] | None 
     if isinstance(found, Miss):
         if isinstance(wanted.compiler, compiler.CompilerNotFoundError):
             raise wanted.compiler
-        if not store.writable():
+        if not store.writable(spec.kernel, str(target)):
             return _build_outside(wanted, found.reason, store)
         try:
             found = _under_lock(wanted, store, unusable)

@@ -56,14 +56,15 @@ class Store:
         """Refuse a store that another user can write, at any place: its code would run in this process."""
         ownership.check_root(self.root)
 
-    def writable(self) -> bool:
+    def writable(self, kernel: str = "", target: str = "") -> bool:
         """Whether an entry can be added; makes the folder if it is missing. Raises what `check` raises."""
         try:
             make_folder(self.root, 0o755)
         except OSError:
             return False
         self.check()  # what was missing may be there meanwhile, and another user's
-        return os.access(self.root, os.W_OK | os.X_OK)
+        needed = (self.root, self.root / _TMP, self.root / _LOCKS, self.root / kernel, self.root / kernel / target)
+        return all(os.access(place, os.W_OK | os.X_OK) for place in needed if place.is_dir())
 
     def _own(self, name: str, attempts: int = 5) -> Path:
         """A folder that the store keeps for itself, made if need be; what else has its name is moved away."""

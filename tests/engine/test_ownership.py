@@ -219,3 +219,20 @@ def test_a_group_that_is_anothers_first_one_is_no_own_group(tmp_path, monkeypatc
     users = [*pwd.getpwall(), pwd.struct_passwd(("other", "x", USER, 0, "", "/", "/bin/sh"))]
     monkeypatch.setattr(pwd, "getpwall", lambda: users)
     assert not ownership._is_own_group(status)
+
+
+@needs_root
+@pytest.mark.parametrize("place", [".locks", ".tmp", "tiny", "target"])
+def test_what_root_made_in_a_users_store_is_not_written(folder, environment, place):
+    """After one call as root, say: the user's next kernel is compiled for that process alone, with one WARNING."""
+    home = folder / "home"
+    home.mkdir()
+    os.chown(home, USER, USER)
+    store = home / "store"
+    environment["JIT_KERNEL_CACHE_DIR"] = str(store)
+    assert ran(partial(tiny.as_user, USER, tiny.call), environment, folder).error == ""
+    path = tiny.entries(store)[0].parent if place == "target" else store / place
+    path.mkdir(exist_ok=True)
+    os.chown(path, 0, 0)
+    outcome = ran(partial(tiny.as_user, USER, partial(tiny.call, 3)), environment, folder)
+    assert outcome.error == "" and outcome.result["right"] and len(outcome.warnings) == 1, outcome
