@@ -246,8 +246,19 @@ def test_what_is_written_under_a_functional_mode_is_functional():
         assert "FunctionalTensorMode" in refused(malformed_calls.dense, call, "v")
 
 
+def test_a_subclass_beside_functional_tensors_is_refused_by_name():
+    """torch makes the answer one of the subclass, and fails."""
+    call = malformed_calls.dense() | {"out": None}
+    call["k"] = call["k"].as_subclass(odd_tensors.Named)
+    with FunctionalTensorMode():
+        call["q"] = FunctionalTensor.to_functional(call["q"])
+        refused(malformed_calls.dense, call, "k")
+    refused(malformed_calls.dense, call | {"k": call["v"]}, "q")  # outside of its mode
+
+
 @pytest.mark.parametrize(
-    ("name", "value"), [("q", torch.float32), ("causal", 1), ("num_splits", "x"), ("softcap", "x")]
+    ("name", "value"),
+    [("q", torch.float32), ("causal", 1), ("num_splits", "x"), ("num_splits", torch.ones(2).int()), ("softcap", "x")],
 )
 def test_a_traced_call_names_the_argument_of_another_type(name, value):
     mode = FakeTensorMode()

@@ -146,6 +146,8 @@ def _shown(value: Any) -> str:
         where = "" if value.device.type == "cpu" else f" on {value.device}"
         numbers = f" {value.tolist()}" if value.numel() <= 8 and value.dtype == torch.int32 and not where else ""
         return f"{str(value.dtype)[6:]} {tuple(value.shape)} strides {value.stride()}{numbers}{where}"
+    if isinstance(value, (tuple, list)) and any(isinstance(each, Tensor) for each in value):
+        return f"{type(value).__name__} of {', '.join(map(_shown, value))}"  # not repr: it copies a giant tensor
     return f"{value!r:.80} ({type(value).__name__})"
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from jit_kernel.fa3.checks.plain import (
     UNINITIALIZED,
@@ -42,7 +43,8 @@ def _settled(name: str, annotation: str, value: Any) -> Any:
         if not isinstance(value, torch.dtype):
             raise TypeError(f"{name} is {described(value)}; it must be a torch.dtype")
         return value
-    if isinstance(value, _SYMBOLIC):
+    is_pair = kind.startswith("tuple")
+    if isinstance(value, _SYMBOLIC) and (is_pair or not isinstance(value, Tensor) or value.dim() == 0):
         return value
     if kind == "bool":
         need_bool(name, value)
@@ -79,6 +81,8 @@ def refuse_untraceable(arguments: Mapping[str, Any], written: tuple[str, ...]) -
     _refuse_meta(tensors)
     if in_functional_mode():
         _refuse_beside_functional(tensors, written)
+    else:
+        _refuse_functional(tensors)
 
 
 def _refuse_meta(tensors: Mapping[str, Tensor]) -> None:
@@ -89,6 +93,14 @@ def _refuse_meta(tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{name} is on meta; it must be on {others[0]}'s device, {tensors[others[0]].device}")
 
 
+def _refuse_functional(tensors: Mapping[str, Tensor]) -> None:
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    for name, value in tensors.items():
+        if isinstance(value, FunctionalTensor):
+            raise TypeError(f"{name} is a FunctionalTensor outside of FunctionalTensorMode; it must be a plain tensor")
+
+
 def _refuse_beside_functional(tensors: Mapping[str, Tensor], written: tuple[str, ...]) -> None:
     from torch._subclasses.fake_tensor import FakeTensor
     from torch._subclasses.functional_tensor import FunctionalTensor
@@ -96,7 +108,8 @@ def _refuse_beside_functional(tensors: Mapping[str, Tensor], written: tuple[str,
     for name, value in tensors.items():
         if isinstance(value, FunctionalTensor):
             continue
-        if has_dispatch(value) and not isinstance(value, FakeTensor):
+        # Of a subclass torch makes the answer one too, which a functional answer cannot be.
+        if not isinstance(value, FakeTensor) and (has_dispatch(value) or type(value) not in (Tensor, Parameter)):
             raise TypeError(
                 f"{name} is a {type(value).__name__}, under FunctionalTensorMode; it must be a FunctionalTensor"
             )
