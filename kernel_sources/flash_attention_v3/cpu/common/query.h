@@ -1,6 +1,8 @@
 // Query rows in the form that the dot products take.
 #pragma once
 
+#include <cmath>
+
 #include "flash_attention_v3/cpu/common/convert.h"
 #include "flash_attention_v3/cpu/common/head_sizes.h"
 #include "flash_attention_v3/cpu/common/params.h"
@@ -30,19 +32,29 @@ inline void load_query(const Params& p, const Sequence& s, const HeadSizes& size
   }
 }
 
+// v's factor in the scores. It is never so small beside k's that a quotient by it overflows: 2^-64
+// of k's changes no score that float32 can show, and 0 is a valid factor.
+template <class Params>
+inline float v_score_factor(const Params& p, int64_t batch, int64_t head_k) {
+  const float v = p.v_descale.at(batch, head_k);
+  if (p.only_qv) return v;
+  const float least = std::abs(p.k_descale.at(batch, head_k)) * 0x1p-64f;
+  return std::abs(v) < least ? least : v;
+}
+
 // The factors of one head's scores. With qv they are those of v, and q·k is first multiplied by
 // qk_factor.
 template <class Params>
 inline ScoreScale score_scale_of(const Params& p, int64_t batch, int64_t head_k) {
-  const Descale& keys = p.qv ? p.v_descale : p.k_descale;
-  float factor = p.q_descale.at(batch, head_k) * keys.at(batch, head_k);
-  return score_scale(p.softmax_scale * factor, p.softcap);
+  const float keys = p.qv ? v_score_factor(p, batch, head_k) : p.k_descale.at(batch, head_k);
+  return score_scale(p.softmax_scale * (p.q_descale.at(batch, head_k) * keys), p.softcap);
 }
 
 template <class Params>
 inline float qk_factor(const Params& p, int64_t batch, int64_t head_k) {
   if (!p.qv || p.only_qv || !(p.k_descale.data || p.v_descale.data)) return 1.0f;
-  return p.k_descale.at(batch, head_k) / p.v_descale.at(batch, head_k);
+  const float v = v_score_factor(p, batch, head_k);
+  return v == 0.0f ? 1.0f : p.k_descale.at(batch, head_k) / v;  // 0 where k's factor is 0, too
 }
 
 }  // namespace jit_kernel
