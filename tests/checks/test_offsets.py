@@ -258,7 +258,15 @@ def test_a_subclass_beside_functional_tensors_is_refused_by_name():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("q", torch.float32), ("causal", 1), ("num_splits", "x"), ("num_splits", torch.ones(2).int()), ("softcap", "x")],
+    [
+        ("q", torch.float32),
+        ("causal", 1),
+        ("num_splits", "x"),
+        ("num_splits", torch.ones(2).int()),
+        ("softcap", "x"),
+        ("pack_gqa", torch.tensor(1)),
+        ("softcap", 10**400),
+    ],
 )
 def test_a_traced_call_names_the_argument_of_another_type(name, value):
     mode = FakeTensorMode()

@@ -156,6 +156,8 @@ def _loosely(s: reference.Sequence, problem: reference.Problem, out: Tensor, lse
     base = reference.emulate_fp8(s, problem) if dtype == FP8 else reference.attend(s, problem, dtype)[0]
     base_error = float((base.double() - ref).abs().nan_to_num(0, 0, 0).amax())
     v = float(reference._descaled(s, ref.dtype).v.abs().amax()) if s.v.numel() else 0.0
+    if v > 3e38:
+        raise UnjudgedError("values overflow float32")
     delta = size * OF_A_SCORE[dtype] + 2.0**-12
     rounding = 2 * reference.ROW_SLACK.get(dtype, 2.0**-7)
     limit = v * (min(2.0, math.expm1(min(2 * delta, 10.0))) + rounding) + 4 * base_error

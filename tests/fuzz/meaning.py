@@ -171,6 +171,9 @@ class _Reader:
         return self.a.get(name)
 
     def read(self) -> Meaning:
+        v, new = self.get(self.v_name), self.get("k") if self.function == KVCACHE else None
+        if self.get("only_qv") is True and self.get(self.k_name) is None and new is None and isinstance(v, Tensor):
+            self.a[self.k_name] = v[..., : self.a["q"].shape[-1]]  # no key is read: any stand for them
         self._tensors()
         settings = self._settings()
         out_rows, lse_rows, queries = self._queries()

@@ -19,7 +19,7 @@ from jit_kernel.fa3.checks.plain import (
     refusal_of_transform,
     wraps_fake,
 )
-from jit_kernel.fa3.checks.values import described, need_bool, need_integer, need_number, need_window
+from jit_kernel.fa3.checks.values import described, need_bool, need_integer, need_number, need_window, shown
 
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool, Tensor)
 
@@ -43,16 +43,21 @@ def _settled(name: str, annotation: str, value: Any) -> Any:
         if not isinstance(value, torch.dtype):
             raise TypeError(f"{name} is {described(value)}; it must be a torch.dtype")
         return value
+    if kind == "bool":
+        if not isinstance(value, torch.SymBool):
+            need_bool(name, value)
+        return value
     is_pair = kind.startswith("tuple")
     if isinstance(value, _SYMBOLIC) and (is_pair or not isinstance(value, Tensor) or value.dim() == 0):
-        return value
-    if kind == "bool":
-        need_bool(name, value)
         return value
     if kind == "int":
         return need_integer(name, value)
     if kind == "float":
-        return need_number(name, value)
+        number = need_number(name, value)
+        try:
+            return float(number)  # an int may be too large for the schema's
+        except OverflowError:
+            raise ValueError(f"{name} is {shown(number)}; it must be finite in float32") from None
     traced = isinstance(value, (tuple, list)) and any(isinstance(bound, _SYMBOLIC) for bound in value)
     return value if traced else need_window(value)
 
