@@ -18,7 +18,7 @@ from jit_kernel import config, device
 from jit_kernel.engine import build
 from jit_kernel.fa3 import hopper
 from jit_kernel.fa3.hopper import kernels as hopper_kernels
-from tests.support import case_run, cases, hidden, reference
+from tests.support import case_run, cases, hidden, large_scores, reference
 
 pytestmark = pytest.mark.gpu
 
@@ -311,3 +311,13 @@ def test_rows_without_queries_are_zero_in_an_output_of_ours() -> None:
     sequence = reference.Sequence(q[10:60], k[10:110], v[10:110])
     shares = reference.check([out[10:60]], [lse[:, 10:60]], reference.Problem([sequence], causal=True))
     assert shares.worst <= 1
+
+
+@pytest.mark.parametrize("case", large_scores.GPU_CASES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_large_scores(case: large_scores.Case, dtype: torch.dtype) -> None:
+    """A huge scale, or huge products q·k: one-hot or shared weights, and no NaN."""
+    for sq, sk in ((1, 300), (9, 70), (150, 150), (150, 600), (400, 1000)):
+        for d in (64, 128, 256):
+            wrong = large_scores.faults(case, dtype, sq, sk, paged=False, device="cuda", d=d, splits=1)
+            assert not wrong, f"{sq} queries, {sk} keys, head size {d}: {wrong}"

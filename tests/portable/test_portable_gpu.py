@@ -16,7 +16,7 @@ from torch import Tensor
 import jit_kernel.flash_attention_v3 as fa3
 from jit_kernel import config, device, jit
 from jit_kernel.flash_attention_v3 import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache, merge_state
-from tests.support import cases, hidden
+from tests.support import cases, hidden, large_scores
 
 pytestmark = pytest.mark.gpu
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
@@ -252,3 +252,13 @@ def test_what_it_does_not_serve_is_an_error_before_anything_is_written() -> None
     with pytest.raises(NotImplementedError, match="up to 256"):
         flash_attn_func(wide, wide, wide)
     assert not any("264" in str(event.spec) for event in jit.events())
+
+
+@pytest.mark.parametrize("case", large_scores.GPU_CASES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_large_scores(case: large_scores.Case, dtype: torch.dtype) -> None:
+    """A huge scale, or huge products q·k: one-hot or shared weights, and no NaN."""
+    for sq, sk in ((1, 300), (3, 2500), (9, 70), (150, 150), (150, 600)):
+        for d, paged in ((64, False), (128, True)):
+            wrong = large_scores.faults(case, dtype, sq, sk, paged=paged, device="cuda", d=d, splits=1)
+            assert not wrong, f"{sq} queries, {sk} keys, head size {d}, paged {paged}: {wrong}"

@@ -31,7 +31,7 @@ from jit_kernel.fa3.portable import forward as portable_forward  # noqa: E402
 from jit_kernel.fa3.portable import kernels as portable_kernels  # noqa: E402
 from jit_kernel.fa3.portable import tiles as portable_tiles  # noqa: E402
 from jit_kernel.fa3.portable.tiles import Tile, padded  # noqa: E402
-from tests.support import case_run, cases, hidden  # noqa: E402
+from tests.support import case_run, cases, hidden, large_scores  # noqa: E402
 
 FEATURES = cases.FEATURES - {"qv", "only_qv", "descale_expanded"}
 SPACE = cases.Space(
@@ -167,6 +167,21 @@ def check_not_finite(seed: int) -> None:
         require(torch.equal(lse.transpose(1, 2).isnan(), rows), f"lse of a query that is NaN, {splits} splits")
 
 
+def check_large_scores() -> None:
+    """A huge scale and huge products, dense and in pages, in one piece and in splits."""
+    for case in large_scores.INTERPRETED_CASES:
+        for dtype, sq, sk, paged in (
+            (torch.bfloat16, 1, 150, True),
+            (torch.bfloat16, 20, 150, False),
+            (torch.float16, 9, 40, False),
+        ):
+            wrong = large_scores.faults(case, dtype, sq, sk, paged=paged, d=32, splits=1)
+            require(not wrong, f"{case}, {dtype}, {sq} queries: {wrong}")
+        if case.scale < 1e38:  # else an lse is infinite, and says no more which split has the largest score
+            wrong = large_scores.faults(case, torch.bfloat16, 3, 150, paged=True, d=32, splits=3)
+            require(not wrong, f"{case} in splits: {wrong}")
+
+
 def check_batch_invariance(seed: int) -> None:
     """With num_splits = 1 a sequence gives the same bits alone, in company, and whatever max_seqlen is said to be."""
     random = torch.Generator().manual_seed(seed)
@@ -208,6 +223,7 @@ def main(first: int, count: int) -> None:
     check_joining(first)
     check_batch_invariance(first)
     check_not_finite(first)
+    check_large_scores()
     for name in sorted(set(kernels.launched)):
         print(f"launched {name} {kernels.launched.count(name)}")
 

@@ -101,6 +101,7 @@ def combine(
         + heads * (partial_stride_head * STRIDE_UNIT)
     )
     lse_rows = batch * lse_partial_stride_batch + tokens * lse_partial_stride_token + heads * lse_partial_stride_head
+    # Halves of exponents of 2, as add_sink and normalized take them.
     total_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, HEAD_DIM_V_PADDED), tl.float32)
@@ -114,7 +115,7 @@ def combine(
         )
         # A split that saw nothing has lse -inf, or +inf as FlashAttention-2 marks it, and its partial may hold
         # anything; NaN goes on into the sum.
-        part_lse = tl.where(part_lse == float("inf"), float("-inf"), part_lse * LOG2_E)
+        part_lse = tl.where(part_lse == float("inf"), float("-inf"), part_lse * (0.5 * LOG2_E))
         seen = part_lse != float("-inf")
         pointers = (
             out_partial
@@ -125,8 +126,8 @@ def combine(
         part = tl.load(pointers, mask=seen[:, :, None] & in_row[None, None, :], other=0.0)
         new_max = tl.maximum(total_max, tl.max(part_lse, 0))
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        weights = tl.exp2(part_lse - shift[None, :])
-        rescale = tl.exp2(total_max - shift)
+        weights = tl.exp2(2.0 * (part_lse - shift[None, :]))
+        rescale = tl.exp2(2.0 * (total_max - shift))
         total = total * rescale + tl.sum(weights, 0)
         acc = acc * rescale[:, None] + tl.sum(weights[:, :, None] * part.to(tl.float32), 0)
         total_max = new_max

@@ -1,8 +1,11 @@
-"""What happens to a row behind its last key: the sink, the division, and rows that no query fills."""
+"""What happens to a row behind its last key: the sink, the division, and rows that no query fills.
+
+Maxima and sinks are halves of exponents of 2: a logit that float32 holds is an exponent that it may not hold.
+"""
 
 import triton
 import triton.language as tl
-from flash_attention_v3.portable.mainloop import LN_2, LOG2_E
+from flash_attention_v3.portable.mainloop import LARGEST_FLOAT, LN_2, LOG2_E
 from flash_attention_v3.portable.sequence import (
     HAS_CU_SEQLENS_Q,
     HAS_LSE,
@@ -14,30 +17,40 @@ from flash_attention_v3.portable.sequence import (
 
 @triton.jit
 def load_sink(sinks, heads, flags):
-    """Sink logits in log2 units; the tensor is float32 or of the queries' type."""
+    """Sink logits as halves of exponents of 2; the tensor is float32 or of the queries' type."""
     as_float32 = (flags & SINKS_ARE_FLOAT32) != 0
     wide = tl.load(sinks.to(tl.pointer_type(tl.float32)) + heads, mask=as_float32, other=0.0)
     narrow = tl.load(sinks + heads, mask=as_float32 == 0, other=0.0)
-    return tl.where(as_float32, wide, narrow.to(tl.float32)) * LOG2_E
+    return tl.where(as_float32, wide, narrow.to(tl.float32)) * (0.5 * LOG2_E)
 
 
 @triton.jit
-def add_sink(acc, row_sum, row_max, sinks, heads, flags):
+def half_exponents(row_max, softmax_scale, SOFTCAP: tl.constexpr):
+    """Maxima of scores as halves of exponents of 2, finite for rows that see a key."""
+    # Capped scores are scaled already.
+    scale = 0.5 * LOG2_E if SOFTCAP else softmax_scale * (0.5 * LOG2_E)
+    half = tl.maximum(tl.minimum(row_max * scale, LARGEST_FLOAT), -LARGEST_FLOAT)
+    return tl.where(row_max == float("-inf"), row_max, half)
+
+
+@triton.jit
+def add_sink(acc, row_sum, half_max, sinks, heads, flags):
     """One more logit a row, which has no value: it takes part in the sum alone."""
     sink = load_sink(sinks, heads, flags)
-    with_sink = tl.maximum(row_max, sink)
+    with_sink = tl.maximum(half_max, sink)
     shift = tl.where(with_sink == float("-inf"), 0.0, with_sink)
-    row_sum = row_sum * tl.exp2(row_max - shift) + tl.exp2(sink - shift)
-    acc = acc * tl.exp2(row_max - shift)[:, None]
+    rescale = tl.exp2(2.0 * (half_max - shift))
+    row_sum = row_sum * rescale + tl.exp2(2.0 * (sink - shift))
+    acc = acc * rescale[:, None]
     return acc, row_sum, with_sink
 
 
 @triton.jit
-def normalized(acc, row_sum, row_max):
+def normalized(acc, row_sum, half_max):
     """out and natural lse of rows; a row that sees nothing has a sum of 0: out 0 and lse -inf. A sum of NaN stays."""
     nothing = row_sum == 0.0
     out = acc * tl.where(nothing, 0.0, 1.0 / row_sum)[:, None]
-    lse = (row_max + tl.log2(row_sum)) * LN_2
+    lse = half_max * (2.0 * LN_2) + tl.log2(row_sum) * LN_2
     return out, tl.where(nothing, float("-inf"), lse)
 
 

@@ -8,8 +8,8 @@ keys alone, whichever rows share its tile.
 
 import triton
 import triton.language as tl
-from flash_attention_v3.portable.epilogue import add_sink, fill_rest, normalized
-from flash_attention_v3.portable.mainloop import attend
+from flash_attention_v3.portable.epilogue import add_sink, fill_rest, half_exponents, normalized
+from flash_attention_v3.portable.mainloop import LARGEST_FLOAT, attend
 from flash_attention_v3.portable.sequence import (
     HAS_CACHE_BATCH_IDX,
     HAS_CACHE_LEFTPAD,
@@ -265,9 +265,10 @@ def forward(
         PAGED, SOFTCAP, STRIDE_UNIT > 1, True, False, INTERPRETED,
     )  # fmt: skip
 
+    half_max = half_exponents(row_max, softmax_scale, SOFTCAP)
     if (flags & HAS_SINKS) != 0 and num_splits == 1:
-        acc, row_sum, row_max = add_sink(acc, row_sum, row_max, sinks, heads, flags)
-    acc, row_lse = normalized(acc, row_sum, row_max)
+        acc, row_sum, half_max = add_sink(acc, row_sum, half_max, sinks, heads, flags)
+    acc, row_lse = normalized(acc, row_sum, half_max)
 
     columns = tl.arange(0, HEAD_DIM_V_PADDED)
     out_mask = row_valid[:, None] & (columns < HEAD_DIM_V)[None, :]
@@ -276,7 +277,10 @@ def forward(
         dense = (flags & HAS_CU_SEQLENS_Q) == 0
         row = tl.where(dense, batch.to(tl.int64) * seqlen_q, q_start) + tokens
         item = (split * total_rows + row) * num_heads + heads
-        tl.store(lse_partial + item, row_lse, mask=row_valid)
+        # Finite where the split saw a key, as an infinite one marks a part that saw nothing.
+        part_lse = tl.maximum(tl.minimum(row_lse, LARGEST_FLOAT), -LARGEST_FLOAT)
+        part_lse = tl.where((row_sum == 0.0) | (row_sum != row_sum), row_lse, part_lse)
+        tl.store(lse_partial + item, part_lse, mask=row_valid)
         tl.store(out_partial + (item * HEAD_DIM_V)[:, None] + columns[None, :], acc, mask=out_mask)
     else:
         out_rows = (

@@ -5,6 +5,18 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+LARGEST_FLOAT = tl.constexpr(3.4028234663852886e38)
+LARGEST_SCALE = tl.constexpr(2.358e38)  # whose product with LOG2_E is finite
+
+
+@triton.jit
+def scale_of_rows(row_max, scale):
+    """What the scores of rows are multiplied by: scale, or less where a product with the maximum is above 2^28.
+
+    The exponent is one FMA, whose product with the maximum is rounded: up to 2^28 that adds at most 8 to all of a row.
+    Where float32 scores differ at all beside such a maximum, they do so by 16 or more: their weights are 2^-16 at most.
+    """
+    return tl.minimum(scale, 268435456.0 / tl.maximum(tl.abs(row_max), 1e-30))
 
 
 @triton.jit
@@ -104,7 +116,7 @@ def attend(
     LEFT_EDGE: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Online softmax over the key tiles tile_begin <= tile < tile_end; maxima in log2 units.
+    """Online softmax over the key tiles tile_begin <= tile < tile_end; maxima in units of scores.
 
     Keys from seen_begin to seen_end are seen by some row of the tile, and no others are read; without LEFT_EDGE every
     key of these tiles is behind seen_begin.
@@ -114,6 +126,9 @@ def attend(
     if SOFTCAP:
         # A finite factor: 0 times infinity would be NaN.
         to_exponent = tl.minimum(2.0 * LOG2_E * softmax_scale / softcap, 1e30)
+        scale = LOG2_E
+    else:
+        scale = tl.minimum(softmax_scale, LARGEST_SCALE) * LOG2_E
     pages, slots = tile_begin, tile_begin  # without pages nothing reads them
     if PAGED:
         pages, slots = load_pages(
@@ -141,19 +156,18 @@ def attend(
             # tanh(x) = 1 - 2 / (exp(2x) + 1): exact to 1e-7 at both ends, unlike tanh.approx.
             exponent = tl.exp2(scores * to_exponent)
             scores = softcap * (1.0 - 2.0 / (exponent + 1.0))
-            scale = LOG2_E
-        else:
-            scale = softmax_scale * LOG2_E
         if MASKED:
             keys = first + tl.arange(0, BLOCK_N)
             visible = (keys[None, :] >= first_key[:, None]) & (keys[None, :] < end_key[:, None])
             scores = tl.where(visible, scores, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, 1) * scale)
-        shift = new_max
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        top = new_max
         if MASKED:
-            shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        weights = tl.exp2(scores * scale - shift[:, None])
-        rescale = tl.exp2(row_max - shift)
+            top = tl.where(new_max == float("-inf"), 0.0, new_max)
+        row_scale = scale_of_rows(top, scale)
+        shift = top * row_scale
+        weights = tl.exp2(scores * row_scale[:, None] - shift[:, None])
+        rescale = tl.exp2(row_max * row_scale - shift)
         row_sum = row_sum * rescale + tl.sum(weights, 1)
         acc = acc * rescale[:, None]
         weights = weights.to(v_tile.dtype)

@@ -3,6 +3,7 @@
 // Raw scores s are products q·k, or capped scores: p = 2^((s - maximum) * to_log2).
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -13,6 +14,7 @@ namespace jit_kernel {
 
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kLargestFloat = std::numeric_limits<float>::max();
 
 // P rounded to bf16 is off by 2^-9, to fp16 by 2^-12: beside that a polynomial of degree 3
 // (2^-13.2) is hardly seen, and 3 % of an AMX prefill faster than one of degree 4.
@@ -25,13 +27,17 @@ struct ScoreScale {
   float natural;   // raw scores times this are in units of e; positive
   bool transform;  // whether scores need a pass of their own before the maximum is taken
 
-  float to_log2() const { return natural * kLog2e; }
+  float to_log2() const { return std::min(natural * kLog2e, kLargestFloat); }
 };
 
-// The cap, or a scale that would turn the order round, is applied before the mask.
+// The cap, or the sign of a scale that would turn the order round, is applied before the mask.
+// Factors stay finite, as 0 times infinity is NaN.
 inline ScoreScale score_scale(float scale, float softcap) {
-  if (softcap > 0.0f) return {softcap, scale / softcap, 1.0f, true};
-  if (scale <= 0.0f) return {0.0f, scale, 1.0f, true};
+  auto finite = [](float x) { return std::max(-kLargestFloat, std::min(x, kLargestFloat)); };
+  scale = finite(scale);
+  if (softcap > 0.0f) return {softcap, finite(scale / softcap), 1.0f, true};
+  if (scale < 0.0f) return {0.0f, -1.0f, -scale, true};
+  if (scale == 0.0f) return {0.0f, 0.0f, 1.0f, true};
   return {0.0f, 1.0f, scale, false};
 }
 
@@ -77,8 +83,9 @@ struct RowState {
 };
 
 // (x - maximum) * to_log2. For floats the difference comes first: a product with a large maximum
-// would lose its last bits. Beside P in 16 bits, bf16 or integers, the shorter product and sum are
-// exact.
+// would lose its last bits. Beside P in 16 bits, bf16 or integers, the shorter product and sum do:
+// what rounding the product adds is the same for all of a row, and at most 2^-5 where it is not
+// larger than kLargestProduct. Where it is, difference_first() makes the differences beforehand.
 template <class Math>
 inline simd::Vec exponent(Math, simd::Vec x, simd::Vec maximum, simd::Vec to_log2) {
   return (x - maximum) * to_log2;
@@ -88,6 +95,49 @@ inline simd::Vec exponent(bf16, simd::Vec x, simd::Vec maximum, simd::Vec to_log
 }
 inline simd::Vec exponent(i16, simd::Vec x, simd::Vec maximum, simd::Vec to_log2) {
   return exponent(bf16(), x, maximum, to_log2);
+}
+
+constexpr float kLargestProduct = 0x1p20f;
+
+#ifdef JIT_KERNEL_AVX512
+// Lanes, a bit each, whose products with to_log2 are too large for exponent() of 16-bit P.
+inline unsigned far_lanes(simd::Vec shift, simd::Vec to_log2) {
+  return _mm512_cmp_ps_mask(simd::abs(shift * to_log2), simd::set1(kLargestProduct), _CMP_NLE_UQ);
+}
+#endif
+
+// Where the rows of softmax_rows lie: row j's scores and probabilities are j strides after the
+// first's.
+template <class Math>
+struct SoftmaxArgs {
+  float* scores;
+  int64_t score_stride;
+  Math* p;  // may be scores
+  int64_t p_stride;
+  int64_t columns;
+  float *maxima, *sums;  // of the rows so far; kLanes of each are read and written
+  float* factors;        // kLanes: earlier sums are to be multiplied by these
+};
+
+// Beside P in 16 bits: where a row's shift is too far from 0 for exponent(), its scores become
+// their differences from it, and 0 its shift. So rare that it may cost a pass of its own.
+template <class Math>
+inline void difference_first(const SoftmaxArgs<Math>& a, simd::Vec to_log2, int64_t count,
+                             float* shifts) {
+#ifdef JIT_KERNEL_AVX512
+  if (std::is_same<Math, float>::value) return;
+  const unsigned far = far_lanes(simd::load(shifts), to_log2);
+  for (int64_t j = 0; far >> j != 0 && j < count; ++j) {
+    if ((far >> j & 1) == 0) continue;
+    float* row = a.scores + j * a.score_stride;
+    for (int64_t i = 0; i < a.columns; i += simd::kLanes) {
+      simd::store(row + i, simd::load(row + i) - simd::set1(shifts[j]));
+    }
+    shifts[j] = 0.0f;
+  }
+#else
+  static_assert(std::is_same<Math, float>::value, "P in 16 bits needs AVX-512");
+#endif
 }
 
 // Probabilities are at most 2^kLargestExponent, as a maximum is kept while that holds.
@@ -127,19 +177,6 @@ inline simd::Vec make_probabilities(const float* s, Math* p, int64_t n, float to
   return sum_a + sum_b;
 }
 
-// Where the rows of softmax_rows lie: row j's scores and probabilities are j strides after the
-// first's.
-template <class Math>
-struct SoftmaxArgs {
-  float* scores;
-  int64_t score_stride;
-  Math* p;  // may be scores
-  int64_t p_stride;
-  int64_t columns;
-  float *maxima, *sums;  // of the rows so far; kLanes of each are read and written
-  float* factors;        // kLanes: earlier sums are to be multiplied by these
-};
-
 // Scores to probabilities of up to kLanes rows. Maxima and sums are made side by side: row by row,
 // the latency of each is longer than a row's work. visible(j) gives the columns that row j sees;
 // make_row(j, shift) makes row j's probabilities and returns their sums lane by lane.
@@ -166,6 +203,7 @@ inline void softmax_rows_by(const SoftmaxArgs<Math>& a, const ScoreScale& scale,
   simd::store(shifts, shift);
   simd::store(a.factors, factor);
   simd::store(a.maxima, top);
+  difference_first(a, to_log2, count, shifts);
   for (int64_t j = 0; j < count; ++j) lanes[j] = make_row(j, shifts[j]);
   simd::store(a.sums, simd::load(a.sums) * factor + simd::reduce_each(lanes));
 }

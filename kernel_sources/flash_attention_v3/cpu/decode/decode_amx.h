@@ -118,9 +118,9 @@ inline void store_probabilities(const __m512i (&x)[kColumns], int64_t rows, uint
 
 // The softmax of a block's transposed scores: scores (keys, kColumns) to p, kTileWords for every 16
 // keys. maxima and sums are one vector each, of lanes as join_columns() leaves them; sums stay lane
-// by lane. Returns whether earlier sums are to be multiplied by factors.
+// by lane. Returns whether earlier sums are to be multiplied by factors. Scores may be replaced.
 template <int kColumns, class Math>
-inline bool softmax_columns(const float* scores, int64_t rows, uint32_t* p, float to_log2,
+inline bool softmax_columns(float* scores, int64_t rows, uint32_t* p, float to_log2,
                             float* maxima, float* sums, float* factors) {
   using simd::Vec;
   constexpr int kVecs = 2 * kColumns;
@@ -138,6 +138,10 @@ inline bool softmax_columns(const float* scores, int64_t rows, uint32_t* p, floa
     simd::store(factors, factor);
     simd::store(maxima, top);
     sum = sum * factor;
+  }
+  if (far_lanes(shift, scale) != 0) {
+    for (int i = 0; i < kVecs; ++i) simd::store(scores + 16 * i, simd::load(scores + 16 * i) - shift);
+    shift = simd::zero();
   }
   Vec parts[2] = {simd::zero(), simd::zero()};
   for (int64_t keys = 0; keys < kDecodeBlock; keys += kTileKeys, p += kTileWords) {

@@ -96,6 +96,11 @@ inline bool softmax_group(const float* scores, bf16* p, float to_log2, float* ma
     store_quarters(maxima, top);
     sum = sum * factor;
   }
+  if (far_lanes(shift, scale) != 0) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kVecs; ++i) x[i] = x[i] - shift;
+    shift = simd::zero();
+  }
 #pragma GCC unroll 8
   for (int i = 0; i < kVecs; ++i) {
     x[i] = simd::exp2<kExpDegree<bf16>>(exponent(bf16(), x[i], shift, scale));

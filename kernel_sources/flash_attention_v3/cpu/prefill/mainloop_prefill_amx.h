@@ -75,7 +75,7 @@ class TilePipeline {
   // both.
   struct Row {
     Vec lanes;    // its sum or its maximum, lane by lane
-    float shift;  // added to its scores times to_log2_
+    float shift;  // added to its scores times to_log2_, or taken from them before
     float unused[simd::kLanes - 1];
   };
   static_assert(sizeof(Row) == kChunk * sizeof(float), "one offset for both");
@@ -150,12 +150,15 @@ class TilePipeline {
   // Probabilities with the maxima as they are, and their sums, lane by lane.
   JIT_KERNEL_INLINE void make_probabilities(const Tile& t, const Tile* next) {
     alignas(64) float shifts[kRows];
+    unsigned far = 0;
     for (int64_t i = 0; i < kRows; i += simd::kLanes) {
       Vec top = simd::load(state_.maxima + t.row + i);
       // Rows that have seen nothing yet: any finite number keeps -inf - -inf from being NaN.
       top = simd::where_less(simd::set1(-kInfinity), top, top, simd::zero());
+      far |= far_lanes(top, to_log2_);
       simd::store(shifts + i, simd::zero() - top * to_log2_);
     }
+    if (far != 0) return make_far_probabilities(t, next);
     for (int64_t r = 0; r < kRows; ++r) {
       rows_[r].lanes = simd::zero();
       rows_[r].shift = shifts[r];
@@ -165,6 +168,23 @@ class TilePipeline {
       Vec shift = simd::set1(row.shift);
       a = simd::exp2<kExpDegree<Math>>(simd::fma(a, to_log2, shift));
       b = simd::exp2<kExpDegree<Math>>(simd::fma(b, to_log2, shift));
+      store_probabilities(p, a, b);
+      row.lanes = row.lanes + (a + b);
+    });
+  }
+
+  // The same where a product with a maximum is so large that its rounding would show, or infinite.
+  __attribute__((noinline)) void make_far_probabilities(const Tile& t, const Tile* next) {
+    for (int64_t r = 0; r < kRows; ++r) {
+      const float top = state_.maxima[t.row + r];
+      rows_[r].lanes = simd::zero();
+      rows_[r].shift = top == -kInfinity ? 0.0f : top;
+    }
+    const Vec to_log2 = to_log2_;
+    each_row<false>(t, next, [to_log2](Row& row, Vec a, Vec b, Math* p) JIT_KERNEL_INLINED {
+      Vec top = simd::set1(row.shift);
+      a = simd::exp2<kExpDegree<Math>>((a - top) * to_log2);
+      b = simd::exp2<kExpDegree<Math>>((b - top) * to_log2);
       store_probabilities(p, a, b);
       row.lanes = row.lanes + (a + b);
     });

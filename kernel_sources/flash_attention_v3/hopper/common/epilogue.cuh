@@ -7,13 +7,14 @@
 
 namespace jit_kernel::hopper {
 
+// Half, so that the product of no finite sink is infinite.
 template <class Element>
-__device__ __forceinline__ float sink_log2(const ForwardParams& params, int head) {
+__device__ __forceinline__ float half_sink_log2(const ForwardParams& params, int head) {
   if (params.sinks == nullptr) return minus_infinity();
   const float sink = params.sinks_are_elements ? load_element<Element>(params.sinks, head)
                                                : static_cast<const float*>(params.sinks)[head];
-  const float kLog2E = 1.44269504089f;
-  return sink * kLog2E;
+  const float kHalfLog2E = 0.721347520444f;
+  return sink * kHalfLog2E;
 }
 
 // 16 bytes, predicated: a branch would end the overlap of the code before and after.

@@ -10,21 +10,34 @@ namespace jit_kernel::hopper {
 // of 2. Probabilities stay below 2^8, where bf16 and fp16 keep their relative precision.
 constexpr float kRescaleThreshold = 8.f;
 
+// Larger references are exponents of which float32 shows no differences any more: rounding one to
+// 2^20 adds 2^-5 to all exponents of a row, to 2^32 so much that ex2 overflows.
+constexpr float kLargestReference = 1048576.f;
+constexpr float kLargestFloat = 3.402823466e38f;
+// With larger scales rows are kFar from their first key, as products of later ones with the scale
+// could be infinite; capped scores are at most 1.
+template <bool kSoftcap>
+constexpr float kLargestScale = kSoftcap ? kLargestReference : 256.f;
+
+// kSettled: every row of this warp has seen a key. kFar: some row's reference is too large, or would
+// be: the references of all are in units of score_unit(), differences from them are taken first.
+enum class RowsState { kNew, kSettled, kFar };
+
 struct Softmax {
   float reference[2];  // subtracted in the exponent, as exponent of 2; -inf before any key
   float sum[2];        // this thread's part of the denominator
   float rescale[2];    // factor of the output before the last block
   bool must_rescale;   // some row of this warp has a factor other than 1
-  bool settled;        // every row of this warp has seen a key
+  RowsState rows;
 };
 
-__device__ __forceinline__ void start_row(Softmax& state) {
+__device__ __forceinline__ void start_row(Softmax& state, bool is_far) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     state.reference[r] = minus_infinity();
     state.sum[r] = 0.f;
   }
-  state.settled = false;
+  state.rows = is_far ? RowsState::kFar : RowsState::kNew;
 }
 
 // The maximum of a row over its four threads.
@@ -33,23 +46,74 @@ __device__ __forceinline__ float quad_maximum(float value) {
   return fmaxf(value, __shfl_xor_sync(0xffffffffu, value, 2));
 }
 
-// Rows that have not seen a key before take their maximum in this block as reference.
+// Of the scores of one of a thread's rows.
 template <int kCount>
-__device__ __forceinline__ void settle(const float (&scores)[kCount], Softmax& state, float scale) {
+__device__ __forceinline__ float largest_score(const float (&scores)[kCount], int r) {
+  float a = fmaxf(scores[2 * r], scores[2 * r + 1]);
+  float b = fmaxf(scores[4 + 2 * r], scores[4 + 2 * r + 1]);
+#pragma unroll
+  for (int i = 2; i < kCount / 4; i += 2) {
+    a = fmaxf(a, fmaxf(scores[4 * i + 2 * r], scores[4 * i + 2 * r + 1]));
+    b = fmaxf(b, fmaxf(scores[4 * i + 4 + 2 * r], scores[4 * i + 4 + 2 * r + 1]));
+  }
+  return quad_maximum(fmaxf(a, b));
+}
+
+// What scores are multiplied by before the difference: no product is infinite.
+__device__ __forceinline__ float score_unit(float scale) { return fminf(scale, 1.f); }
+
+// References that are exponents become products with score_unit().
+__device__ __forceinline__ void go_far(Softmax& state, float scale) {
+  state.rows = RowsState::kFar;
+  state.reference[0] = __fdividef(state.reference[0], fmaxf(scale, 1.f));
+  state.reference[1] = __fdividef(state.reference[1], fmaxf(scale, 1.f));
+}
+
+// Scores become their differences from the rows' maxima so far, so that 0 takes the place of the
+// reference: a product is rounded before the difference, which is 0 for a maximum and never above.
+template <int kCount>
+__device__ __forceinline__ void step_far(float (&scores)[kCount], Softmax& state,
+                                         const float (&maxima)[2], float scale) {
+  const float unit = score_unit(scale), to_scores = __frcp_rn(unit);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    float a = fmaxf(scores[2 * r], scores[2 * r + 1]);
-    float b = fmaxf(scores[4 + 2 * r], scores[4 + 2 * r + 1]);
+    const float top = fmaxf(state.reference[r], __fmul_rn(maxima[r], unit));
+    const float shift = top == minus_infinity() ? 0.f : top;
+    state.rescale[r] = exp2_fast((state.reference[r] - shift) * fmaxf(scale, 1.f));
+    state.reference[r] = top;
 #pragma unroll
-    for (int i = 2; i < kCount / 4; i += 2) {
-      a = fmaxf(a, fmaxf(scores[4 * i + 2 * r], scores[4 * i + 2 * r + 1]));
-      b = fmaxf(b, fmaxf(scores[4 * i + 4 + 2 * r], scores[4 * i + 4 + 2 * r + 1]));
+    for (int i = 0; i < kCount / 4; ++i) {
+      float& a = scores[4 * i + 2 * r];
+      float& b = scores[4 * i + 2 * r + 1];
+      a = (__fmul_rn(a, unit) - shift) * to_scores;
+      b = (__fmul_rn(b, unit) - shift) * to_scores;
     }
-    const float maximum = quad_maximum(fmaxf(a, b)) * scale;
-    state.reference[r] = state.reference[r] == minus_infinity() ? maximum : state.reference[r];
   }
-  state.settled =
-      __all_sync(0xffffffffu, fminf(state.reference[0], state.reference[1]) > minus_infinity());
+}
+
+// Rows that have not seen a key before take their maximum in this block as reference.
+template <int kCount>
+__device__ __forceinline__ void settle(float (&scores)[kCount], Softmax& state, float scale) {
+  const float maxima[2] = {largest_score(scores, 0), largest_score(scores, 1)};
+  if (state.rows == RowsState::kNew) {
+    float highest = 0.f, lowest = kLargestFloat;
+    float references[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const bool is_new = state.reference[r] == minus_infinity();
+      references[r] = is_new ? maxima[r] * scale : state.reference[r];
+      if (maxima[r] > minus_infinity()) highest = fmaxf(highest, fabsf(references[r]));
+      lowest = fminf(lowest, references[r]);
+    }
+    if (!__any_sync(0xffffffffu, highest > kLargestReference)) {
+      state.reference[0] = references[0];
+      state.reference[1] = references[1];
+      if (__all_sync(0xffffffffu, lowest > minus_infinity())) state.rows = RowsState::kSettled;
+      return;
+    }
+    go_far(state, scale);
+  }
+  step_far(scores, state, maxima, scale);
 }
 
 // Turns scores into probabilities relative to the reference, and updates reference and sum.
@@ -61,11 +125,14 @@ __device__ __forceinline__ void settle(const float (&scores)[kCount], Softmax& s
 template <int kCount>
 __device__ __forceinline__ void softmax_step(float (&scores)[kCount], Softmax& state, float scale) {
   static_assert(kCount % 8 == 0, "a block has a multiple of 16 keys");
-  if (!state.settled) settle(scores, state, scale);
+  state.rescale[0] = state.rescale[1] = 1.f;
+  if (state.rows != RowsState::kSettled) settle(scores, state, scale);
+  const bool far = state.rows == RowsState::kFar;
   int highest[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const float offset = state.reference[r] == minus_infinity() ? 0.f : -state.reference[r];
+    const bool has_none = far || state.reference[r] == minus_infinity();
+    const float offset = has_none ? 0.f : -state.reference[r];
     int high[2] = {0, 0};
 #pragma unroll
     for (int i = 0; i < kCount / 4; ++i) {
@@ -76,23 +143,27 @@ __device__ __forceinline__ void softmax_step(float (&scores)[kCount], Softmax& s
       high[i % 2] = max(max(high[i % 2], __float_as_int(a)), __float_as_int(b));
     }
     highest[r] = max(high[0], high[1]);
-    state.rescale[r] = 1.f;
   }
   state.must_rescale =
+      far ||
       __any_sync(0xffffffffu, max(highest[0], highest[1]) > __float_as_int(kRescaleThreshold));
-  if (state.must_rescale) {
+  if (state.must_rescale && !far) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float growth = quad_maximum(__int_as_float(highest[r]));
+      float growth = fminf(quad_maximum(__int_as_float(highest[r])), kLargestFloat);
       growth = growth > kRescaleThreshold ? growth : 0.f;
       state.rescale[r] = exp2_fast(-growth);
       state.reference[r] += growth;
 #pragma unroll
       for (int i = 0; i < kCount / 4; ++i) {
-        scores[4 * i + 2 * r] -= growth;
-        scores[4 * i + 2 * r + 1] -= growth;
+        float& a = scores[4 * i + 2 * r];
+        float& b = scores[4 * i + 2 * r + 1];
+        a = (a > kLargestFloat ? kLargestFloat : a) - growth;  // NaN stays NaN
+        b = (b > kLargestFloat ? kLargestFloat : b) - growth;
       }
     }
+    const float highest_reference = fmaxf(state.reference[0], state.reference[1]);
+    if (__any_sync(0xffffffffu, highest_reference > kLargestReference)) go_far(state, scale);
   }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -129,19 +200,28 @@ struct RowResult {
   float lse;     // natural logarithm
 };
 
+// Half of a row's reference as an exponent of 2, finite where the row has seen a key: a logit that
+// float32 holds is an exponent that it may not hold.
+__device__ __forceinline__ float half_reference(const Softmax& state, int r, float scale) {
+  const float reference = state.reference[r];
+  const float half = reference * (state.rows == RowsState::kFar ? 0.5f * fmaxf(scale, 1.f) : 0.5f);
+  const float finite = fmaxf(-kLargestFloat, fminf(half, kLargestFloat));
+  return reference == minus_infinity() ? reference : finite;
+}
+
 // Ends a row: the sum over its four threads, the sink's term once, and the result's factor.
-// `sink_log2` is the sink times log2(e), -inf for none.
-__device__ __forceinline__ RowResult finish_row(float sum, float reference, float sink_log2) {
+// `half_sink` is half of the sink times log2(e), -inf for none.
+__device__ __forceinline__ RowResult finish_row(float sum, float half_reference, float half_sink) {
   const float kLn2 = 0.69314718056f;
   sum += __shfl_xor_sync(0xffffffffu, sum, 1);
   sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-  const float top = fmaxf(reference, sink_log2);
+  const float top = fmaxf(half_reference, half_sink);
   const bool none = top == minus_infinity() && sum == sum;  // not where no score is a number
   const float base = none ? 0.f : top;
-  const float shift = exp2_fast(reference - base);
-  const float total = fmaf(sum, shift, exp2_fast(sink_log2 - base));
+  const float shift = exp2_fast(2.f * (half_reference - base));
+  const float total = fmaf(sum, shift, exp2_fast(2.f * (half_sink - base)));
   return {none ? 0.f : __fdividef(shift, total),
-          none ? minus_infinity() : (base + __log2f(total)) * kLn2};
+          none ? minus_infinity() : fmaf(base, 2.f * kLn2, __log2f(total) * kLn2)};
 }
 
 }  // namespace jit_kernel::hopper

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <string>
 #include <utility>
@@ -124,8 +125,12 @@ void set_lse(ForwardParams& params, const Optional<TensorView>& lse) {
 
 void set_scores(ForwardParams& params, double softmax_scale, double softcap, int64_t left,
                 int64_t right, int64_t chunk) {
-  params.scale_log2 = static_cast<float>((softcap > 0 ? softcap : softmax_scale) * kLog2E);
-  params.softcap_scale = softcap > 0 ? static_cast<float>(softmax_scale / softcap) : 0.f;
+  // Finite factors: 0 times infinity would be NaN.
+  auto finite = [](double x) {
+    return static_cast<float>(std::min<double>(x, std::numeric_limits<float>::max()));
+  };
+  params.scale_log2 = finite((softcap > 0 ? softcap : softmax_scale) * kLog2E);
+  params.softcap_scale = softcap > 0 ? finite(softmax_scale / softcap) : 0.f;
   params.window_left = left < 0 || left > kUnbounded ? kUnbounded : static_cast<int>(left);
   params.window_right = right < 0 || right > kUnbounded ? kUnbounded : static_cast<int>(right);
   if (chunk <= 0) return;

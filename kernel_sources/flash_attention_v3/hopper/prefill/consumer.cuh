@@ -280,7 +280,7 @@ struct Consumer {
     issue_scores();
     wgmma_wait<0>();
     while (true) {
-      start_row(softmax);
+      start_row(softmax, params.scale_log2 > kLargestScale<C::kSoftcap>);
       skip_values(skipped_first());
       const bool pending = C::kOverlap ? run_overlapped() : run_in_turn();
       const int skipped = skipped_last();

@@ -17,9 +17,9 @@ __device__ __forceinline__ void store_tile(const ForwardParams& params, const Ti
   const int thread = threadIdx.x % 4;
   const int row = accumulator_row(tile.row + warpgroup * kRowsPerWarpgroup);
   const bool inside[2] = {row < tile.len_q, row + 8 < tile.len_q};
-  const float sink = sink_log2<typename C::Element>(params, tile.head);
-  const RowResult result[2] = {finish_row(state.sum[0], state.reference[0], sink),
-                               finish_row(state.sum[1], state.reference[1], sink)};
+  const float sink = half_sink_log2<typename C::Element>(params, tile.head), to2 = params.scale_log2;
+  const RowResult result[2] = {finish_row(state.sum[0], half_reference(state, 0, to2), sink),
+                               finish_row(state.sum[1], half_reference(state, 1, to2), sink)};
   const long long place = static_cast<long long>(tile.offset_q) + row;
   if (params.lse != nullptr && thread == 0) {
     float* const lse = params.lse + tile.batch * params.lse_batch_stride +
