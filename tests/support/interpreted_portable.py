@@ -170,15 +170,10 @@ def check_not_finite(seed: int) -> None:
 def check_large_scores() -> None:
     """A huge scale and huge products, dense and in pages, in one piece and in splits."""
     for case in large_scores.INTERPRETED_CASES:
-        for dtype, sq, sk, paged in (
-            (torch.bfloat16, 1, 150, True),
-            (torch.bfloat16, 20, 150, False),
-            (torch.float16, 9, 40, False),
-        ):
-            wrong = large_scores.faults(case, dtype, sq, sk, paged=paged, d=32, splits=1)
-            require(not wrong, f"{case}, {dtype}, {sq} queries: {wrong}")
+        wrong = large_scores.faults(case, torch.float16, 20, 50, paged=False, d=32, splits=1)
+        require(not wrong, f"{case}: {wrong}")
         if case.scale < 1e38:  # else an lse is infinite, and says no more which split has the largest score
-            wrong = large_scores.faults(case, torch.bfloat16, 3, 150, paged=True, d=32, splits=3)
+            wrong = large_scores.faults(case, torch.bfloat16, 1, 50, paged=True, d=32, splits=3)
             require(not wrong, f"{case} in splits: {wrong}")
 
 

@@ -31,7 +31,7 @@ class Case:
     softcap: float = 0.0
     settings: tuple[tuple[str, Any], ...] = ()
     sink: float | None = None
-    late: bool = False  # rows see nothing but scores of 0 in the last block of keys
+    late: bool = False  # the last half of the keys, with which Hopper begins, gives scores of 0
     negative: bool = False  # every score is below 0
 
     def __str__(self) -> str:
@@ -80,14 +80,12 @@ def inputs(case: Case, dtype: torch.dtype, sq: int, sk: int, heads: tuple[int, i
     k[:, sk // 2 :: 7] = k[:, sk // 2 :: 7].roll(1, 1)  # equal scores, in one block of keys and in several
     k[:, ::5] = k[:, :1]
     if case.late:
-        k[:, -130:] = 0
+        k[:, sk - sk // 2 :] = 0
     v = torch.randn(1, sk, heads[1], d, generator=random).to(dtype).double()
     return q, k, v
 
 
-def expected(
-    q: Tensor, k: Tensor, v: Tensor, case: Case, factor: float, sinks: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def expected(q: Tensor, k: Tensor, v: Tensor, case: Case, factor: float, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     """out (sq, hq, d) and lse (hq, sq) of one sequence in float64; q and k are not yet multiplied by factor."""
     group = q.shape[1] // k.shape[1]
     heads_first = (q.transpose(0, 1), *(x.repeat_interleave(group, 1).transpose(0, 1) for x in (k, v)))
@@ -129,7 +127,7 @@ def faults(
         q, k = q * factor, k * factor
     q, k, v = (x.to(dtype).to(device) for x in (q, k, v))
     out, lse = attend(q, k, v, arguments, paged=paged)
-    if splits > 1 and out.isfinite().all():
+    if splits > 1 and bool(out.isfinite().all()):
         # An lse so large holds no number of equal scores: splits share a row by their maxima alone.
         out[0] = ref.to(out.dtype)
     return differences(out[0].cpu().double(), lse[0].cpu(), ref, ref_lse, dtype, capped=case.softcap > 0)
@@ -164,7 +162,7 @@ def differences(out: Tensor, lse: Tensor, ref: Tensor, ref_lse: Tensor, dtype: t
     bad = ~((out - ref).abs() <= rounding * (1 + ref.abs()))
     if bool(bad.any()):
         place = tuple(int(i) for i in bad.nonzero()[0])
-        wrong.append(f"{int(bad.sum())} of {bad.numel()} of out, at {place} {float(out[place])}, not {float(ref[place])}")
+        wrong.append(f"{int(bad.sum())} of {bad.numel()} of out, at {place} {out[place]}, not {ref[place]}")
     rounded = ref_lse.float()
     slack = (2.0**-10 if capped else 2.0**-20) * rounded.abs() + 1e-3
     bad = ~((lse == rounded) | ((lse - rounded).abs() <= slack)) | (lse.isinf() != rounded.isinf())

@@ -120,8 +120,8 @@ inline void store_probabilities(const __m512i (&x)[kColumns], int64_t rows, uint
 // keys. maxima and sums are one vector each, of lanes as join_columns() leaves them; sums stay lane
 // by lane. Returns whether earlier sums are to be multiplied by factors. Scores may be replaced.
 template <int kColumns, class Math>
-inline bool softmax_columns(float* scores, int64_t rows, uint32_t* p, float to_log2,
-                            float* maxima, float* sums, float* factors) {
+inline bool softmax_columns(float* scores, int64_t rows, uint32_t* p, float to_log2, float* maxima,
+                            float* sums, float* factors) {
   using simd::Vec;
   constexpr int kVecs = 2 * kColumns;
   auto larger = [](Vec a, Vec b) { return simd::max(a, b); };
@@ -140,7 +140,8 @@ inline bool softmax_columns(float* scores, int64_t rows, uint32_t* p, float to_l
     sum = sum * factor;
   }
   if (far_lanes(shift, scale) != 0) {
-    for (int i = 0; i < kVecs; ++i) simd::store(scores + 16 * i, simd::load(scores + 16 * i) - shift);
+    for (int i = 0; i < kVecs; ++i)
+      simd::store(scores + 16 * i, simd::load(scores + 16 * i) - shift);
     shift = simd::zero();
   }
   Vec parts[2] = {simd::zero(), simd::zero()};

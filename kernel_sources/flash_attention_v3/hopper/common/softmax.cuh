@@ -19,8 +19,9 @@ constexpr float kLargestFloat = 3.402823466e38f;
 template <bool kSoftcap>
 constexpr float kLargestScale = kSoftcap ? kLargestReference : 256.f;
 
-// kSettled: every row of this warp has seen a key. kFar: some row's reference is too large, or would
-// be: the references of all are in units of score_unit(), differences from them are taken first.
+// kSettled: every row of this warp has seen a key. kFar: some row's reference is too large, or
+// would be: the references of all are in units of score_unit(), differences from them are taken
+// first.
 enum class RowsState { kNew, kSettled, kFar };
 
 struct Softmax {
@@ -144,9 +145,8 @@ __device__ __forceinline__ void softmax_step(float (&scores)[kCount], Softmax& s
     }
     highest[r] = max(high[0], high[1]);
   }
-  state.must_rescale =
-      far ||
-      __any_sync(0xffffffffu, max(highest[0], highest[1]) > __float_as_int(kRescaleThreshold));
+  state.must_rescale = far || __any_sync(0xffffffffu, max(highest[0], highest[1]) >
+                                                          __float_as_int(kRescaleThreshold));
   if (state.must_rescale && !far) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {

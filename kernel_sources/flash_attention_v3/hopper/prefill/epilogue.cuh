@@ -17,7 +17,8 @@ __device__ __forceinline__ void store_tile(const ForwardParams& params, const Ti
   const int thread = threadIdx.x % 4;
   const int row = accumulator_row(tile.row + warpgroup * kRowsPerWarpgroup);
   const bool inside[2] = {row < tile.len_q, row + 8 < tile.len_q};
-  const float sink = half_sink_log2<typename C::Element>(params, tile.head), to2 = params.scale_log2;
+  const float sink = half_sink_log2<typename C::Element>(params, tile.head),
+              to2 = params.scale_log2;
   const RowResult result[2] = {finish_row(state.sum[0], half_reference(state, 0, to2), sink),
                                finish_row(state.sum[1], half_reference(state, 1, to2), sink)};
   const long long place = static_cast<long long>(tile.offset_q) + row;
