@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import jit_kernel
+from jit_kernel.fa3.checks import call as checks_of_calls
 from jit_kernel.fa3.checks import memory
 from tests.support import malformed_calls
 from tests.support.malformed_calls import FUNCTIONS, Call
@@ -221,3 +222,22 @@ def test_a_search_through_strides_that_do_not_nest_takes_little_memory():
         assert tracemalloc.get_traced_memory()[1] < 16 << 20
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("warm", [True, False], ids=["warm", "cold"])
+@pytest.mark.parametrize("base", [malformed_calls.dense, malformed_calls.varlen, malformed_calls.cache])
+def test_a_window_in_the_memory_of_out_is_read_before_out_is_written(base, warm):
+    """As every tensor that stands for numbers: with its call remembered or not."""
+
+    def attend(window: Any, out: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return FUNCTIONS[base](**base() | {"softcap": 0.5, "window_size": window, "out": out})
+
+    out = torch.zeros_like(base()["out"])
+    expected = attend((7, 3), out).clone()
+    checks_of_calls._passed.clear()
+    if warm:
+        attend(torch.tensor([7, 3], dtype=torch.int32), out)
+    window = out.zero_().view(-1).view(torch.int32)[:2].copy_(torch.tensor([7, 3]))
+    assert torch.equal(attend(window, out), expected)
+    assert window.tolist() != [7, 3]
