@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import jit_kernel
-from tests.support.malformed_calls import ints
+from tests.support.valid_calls import ints
 
 B, SQ, SK, HQ, HK, D = 3, 5, 24, 4, 2, 64
 WINDOWS = [(7, 0), (0, 0), (-1, 0), (7, 3), (-1, 3), (-1, -1)]
