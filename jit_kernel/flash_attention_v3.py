@@ -128,7 +128,8 @@ def flash_attn_varlen_func(
     q: (total_q, hq, d) with cu_seqlens_q (b + 1,), else (b, sq, hq, d); fp32, bf16, fp16 or float8_e4m3fn.
     k, v: (total_k, hk, d or dv) with cu_seqlens_k (b + 1,); (b, sk, hk, d or dv); or (pages, page_size, hk, d or dv)
         with page_table (b, max_pages), which needs seqused_k. Entries of pages without a key that some query sees may
-        hold anything: they are not read. With only_qv k is not read and may be None.
+        hold anything: they are not read; but on MUSA every entry up to a sequence's length must name a page. With
+        only_qv k is not read and may be None.
     max_seqlen_q, max_seqlen_k: at least the longest lengths; None finds them, or a bound on a GPU.
     seqused_q, seqused_k: (b,), only the first so many tokens of each sequence count.
     softmax_scale: default 1/sqrt(d); 1/sqrt(d + dv) with qv; 1/sqrt(dv) with only_qv.
@@ -201,8 +202,8 @@ def flash_attn_with_kvcache(
 
     q: (b, sq, hq, d), or (total_q, hq, d) with cu_seqlens_q (b + 1,).
     k_cache, v_cache: (b_cache, sk, hk, d or dv), or (pages, page_size, hk, d or dv) with page_table (b, max_pages).
-        Entries of pages without a new key or one that some query sees may hold anything: they are not read.
-        k_cache may be None with only_qv and without k.
+        Entries of pages without a new key or one that some query sees may hold anything: they are not read; but on
+        MUSA every entry up to a sequence's length must name a page. k_cache may be None with only_qv and without k.
     k, v: (b, s_new, hk, d or dv), or (total_new, hk, d or dv) with cu_seqlens_k_new (b + 1,): written to the cache
         behind cache_seqlens, then attended to. cu_seqlens_k_new without k has no meaning and no effect, as in FA3.
     rotary_cos, rotary_sin: (max_pos, rotary_dim / 2) in q's dtype, rotary_dim a multiple of 16 and at most d: turn q

@@ -16,7 +16,8 @@ class ForwardMetadata:
     max_seqlen_q: the longest query sequence.
     cache_seqlens: (b,) int32, keys of each sequence in the cache, new ones included; None for raw keys alone.
     max_seqlen_k: a bound on cache_seqlens that the host knows; also the longest sequence of raw keys.
-    page_table: (b, max_pages) int32 for a paged cache; None for a dense one.
+    page_table: (b, max_pages) int32 for a paged cache; None for a dense one. Which entries must be valid, the docstring
+        of `flash_attn_with_kvcache` says.
     cu_seqlens_k: (b + 1,) int32 of raw keys; None means that they lie as the queries do (cu_seqlens_q).
     cache_batch_idx, cache_leftpad: (b,) int32 or None, as in `flash_attn_with_kvcache`.
     tag: the path that these sequences belong to ("base", "swa", "encoder", "draft", "ubatch1"): scheduler metadata is

@@ -14,6 +14,7 @@ import jit_kernel
 from jit_kernel import config, moore_threads
 from jit_kernel.device import Target, cpu_target, device_target, get_device_capability
 from jit_kernel.engine import compiler
+from jit_kernel.engine.entry import size_of
 from jit_kernel.engine.store import CacheError, Store
 from jit_kernel.fa3 import dispatch
 from jit_kernel.fa3.decision import Decision, Rejected
@@ -116,9 +117,9 @@ def _cache() -> dict[str, Any]:
         store.check()
     except CacheError as error:
         return {**state, "problem": str(error)}
-    entries = list(store.manifests())
-    state["entries"] = len(entries)
-    state["bytes"] = sum(path.stat().st_size for folder, _ in entries for path in folder.iterdir() if path.is_file())
+    sizes = [size_of(folder) for folder, _ in store.manifests()]
+    state["entries"] = len(sizes)
+    state["bytes"] = sum(sizes)
     place = store.root
     while not os.path.exists(place):
         place = place.parent

@@ -94,16 +94,23 @@ def obtain(spec: KernelSpec, target: Target, unusable: tuple[Entry, str] | None 
 
 
 def unloadable(spec: KernelSpec, target: Target, entry: Entry, problem: str) -> compiler.CompileError:
-    """The error for an entry that was just compiled and cannot be loaded; it is taken out of the store."""
-    found = compiler.require(spec.route)
-    store = _store()
-    if entry.folder.is_relative_to(store.root):
-        store.quarantine(entry.folder)
+    """The error for an entry that was just compiled and cannot be loaded; it is taken out of the store.
+
+    Where it cannot be taken out, that stands in the error, whose subject stays what the loader said.
+    """
+    stays = ""
+    try:
+        store = _store()
+        if entry.folder.is_relative_to(store.root):
+            store.quarantine(entry.folder)
+    except (OSError, CacheError) as error:
+        stays = f"\nit stays in the store, and is compiled again when it is next asked for: {error}"
+    command = str(entry.manifest.get("command"))
     return compiler.CompileError(
-        f"{spec} for {target} was compiled and cannot be loaded: {problem}\ncompiled by {found}; set CXX to a compiler "
-        "that makes code for this machine",
+        f"{spec} for {target} was compiled and cannot be loaded: {problem}\ncompiled by: {command}\nset CXX to a "
+        f"compiler that makes code for this machine{stays}",
         log=problem,
-        command=str(entry.manifest["command"]),
+        command=command,
     )
 
 
@@ -262,7 +269,7 @@ def _explained(
         if "No space left on device" in error.log or shutil.disk_usage(private).free < _FULL_BYTES:
             return _disk_full(wanted.spec, private.parent)
     where = "its folder could not be kept"
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, CacheError):
         home = store if name else Store.temporary("jit_kernel-failed-", kept=True)
         kept = home.keep_failure(private, name or "build", error.log, error.command)
         where = f"log: {kept / 'compile.log'}\nrepeat it with: {kept / 'repeat.sh'}"

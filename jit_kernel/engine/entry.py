@@ -6,6 +6,7 @@ changed, swapped or cut short meanwhile changes nothing.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -177,6 +178,17 @@ def _places(folder: Path, depth: int) -> Iterator[tuple[Path, str]]:
             yield Path(each.path), match["key"]
         elif depth > 0 and not each.name.startswith(".") and each.is_dir(follow_symlinks=False):
             yield from _places(Path(each.path), depth - 1)
+
+
+def size_of(folder: Path) -> int:
+    """The bytes of an entry's files; what another process removes meanwhile has none."""
+    size = 0
+    with contextlib.suppress(OSError), os.scandir(folder) as found:
+        for each in found:
+            with contextlib.suppress(OSError):
+                status = each.stat(follow_symlinks=False)
+                size += status.st_size if stat.S_ISREG(status.st_mode) else 0
+    return size
 
 
 def manifest_of(folder: Path, root: Path) -> dict[str, Any] | None:

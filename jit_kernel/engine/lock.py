@@ -103,9 +103,11 @@ class EntryLock:
 
 def remove_free(folder: Path) -> None:
     """Remove the files of every lock that no process holds, and the folder once it is empty."""
-
-    for path in list(folder.iterdir()) if folder.is_dir() else []:
-        match = _NAME.fullmatch(path.name)
+    names: list[str] = []
+    with contextlib.suppress(OSError):  # another process that clears the store may have removed it
+        names = os.listdir(folder)
+    for name in names:
+        match = _NAME.fullmatch(name)
         if match is None:
             continue
         with contextlib.suppress(OSError):

@@ -198,7 +198,7 @@ class Store:
             os.rename(place, moved)
         except FileNotFoundError:
             return None
-        for old in sorted(parent.iterdir())[:-_QUARANTINE_KEPT]:
+        for old in sorted(_children(parent))[:-_QUARANTINE_KEPT]:
             remove(old)
         return moved
 

@@ -36,6 +36,7 @@ _TOOL_SETTINGS = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH", "TRITON_LI
 _PROGRAM = Path(__file__).with_name("triton_process.py")
 _SECONDS_LIMIT = 600
 _KEPT_BYTES = 256 << 20  # the answer holds the cubin
+_SHOWN_CHARACTERS = 200
 
 
 class TritonError(RuntimeError):
@@ -109,12 +110,20 @@ def compile_unit(
         ending = f"ended by {done.killed_by}" if done.killed_by else f"status {done.status}"
         lines = [line for line in done.errors.splitlines() if line.strip()] or [ending]
         raise TritonError(f"{job['package']} for {target} did not compile: {lines[-1]}", done.errors)
-    answer = json.loads(done.output.splitlines()[-1])
-    metadata = answer["metadata"]
-    if metadata["shared"] > shared_limit(target.architecture):
+    try:
+        answer = json.loads(done.output.strip().rpartition("\n")[2])
+        image, metadata = base64.b64decode(answer["image"]), answer["metadata"]
+        shared = metadata["shared"]
+    except (ValueError, KeyError, TypeError) as error:
+        said = repr(done.output[-_SHOWN_CHARACTERS:]) if done.output.strip() else "nothing"
         raise TritonError(
-            f"{metadata['name']} needs {metadata['shared']} bytes of shared memory; "
+            f"{job['package']} for {target}: {sys.executable} ended well and answered no cubin; it printed {said}",
+            done.errors,
+        ) from error
+    if shared > shared_limit(target.architecture):
+        raise TritonError(
+            f"{metadata['name']} needs {shared} bytes of shared memory; "
             f"a block of {target} has {shared_limit(target.architecture)}",
             done.errors,
         )
-    return base64.b64decode(answer["image"]), metadata, done.errors
+    return image, metadata, done.errors

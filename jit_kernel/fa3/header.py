@@ -97,7 +97,8 @@ def verify(maker: str, call: Call, *, exact: bool = False) -> dict[str, int]:
     """Check that scheduler_metadata was made with the parameters of this `flash_attn_with_kvcache` call.
 
     Unless the maker's own room depends on every parameter (exact), a longer max_seqlen_k serves it too, and so does
-    metadata made for new keys that it has not, or without its window or softcap.
+    metadata made for new keys that it has not, or without its window or softcap; a window whose right bound is 0 counts
+    as a window there, not as causal.
     Reads the metadata, so on a GPU it synchronises. Returns the parameters that it was made with. Raises ValueError
     with the one that differs.
     """
@@ -117,6 +118,8 @@ def verify(maker: str, call: Call, *, exact: bool = False) -> dict[str, int]:
     skipped = {"max_seqlen_k"}  # engines plan once for all layers and for the longest request
     if not exact:
         skipped.update(name for name, without in _MADE_WITHOUT.items() if made[name] == without)
+        if "window_right" in skipped and not call.causal:
+            skipped.add("causal")  # made with 0, wanted as the window's right bound has it
     if (call.k_new is None and not exact) or call.cu_seqlens_k_new is not None:
         skipped.add("max_seqlen_k_new")
     if call.cu_seqlens_q is None:

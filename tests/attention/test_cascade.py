@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from jit_kernel.attention import AttentionLayer, FlashAttentionBackend, ForwardMetadata, Half, forward_zigzag
-from jit_kernel.fa3.seam import FUNCTIONS as CPU
 from tests.support import case_run, reference
 from tests.support.musa_calls import on_device
-from tests.support.musa_device import Machine, machine, on_path, to_cpu, to_musa
+from tests.support.musa_device import Machine, on_path, to_cpu, to_musa
 
 CASES = 300
 
@@ -257,12 +256,6 @@ def test_halves_must_make_up_q(backend: FlashAttentionBackend) -> None:
     case = halves_case(0, DTYPES)
     with pytest.raises(ValueError, match=r"it must have prev\.tokens"):
         forward_zigzag(backend, case.q[1:], case.caches.k, case.caches.v, *case.halves)
-
-
-@pytest.fixture
-def stack(tmp_path: Path) -> Iterator[Machine]:
-    with machine(tmp_path / "site", CPU) as found:
-        yield found
 
 
 def test_on_musa_every_part_has_metadata_of_its_own(stack: Machine) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,66 +13,17 @@ import torch
 from torch import Tensor
 
 from jit_kernel import config
-from jit_kernel.attention import AttentionLayer, FlashAttentionBackend, ForwardMetadata, GraphMetadata
+from jit_kernel.attention import FlashAttentionBackend, ForwardMetadata
 from jit_kernel.attention import step as contexts
 from jit_kernel.attention import step as scheduling
 from jit_kernel.fa3.seam import FUNCTIONS as CPU
-from tests.support.mate_double import VERSIONS, wrapper_signatures
+from tests.support.engine import FULL, PAGE, SWA, Engine, close, expected
 from tests.support.mate_kernels import ForeignMetadataError
+from tests.support.mate_signatures import VERSIONS, wrapper_signatures
 from tests.support.musa_calls import on_device
-from tests.support.musa_device import RUNTIME, Machine, machine, to_cpu, to_musa
+from tests.support.musa_device import Machine, machine, to_cpu, to_musa
 
 STEPS = 1000
-PAGE = 4
-
-
-@pytest.fixture
-def stack(tmp_path: Path) -> Iterator[Machine]:
-    with machine(tmp_path / "site", CPU) as found:
-        yield found
-
-
-class Engine:
-    """A model's caches on musa:index, or on the CPU for None, and metadata for random batches."""
-
-    def __init__(self, index: int | None, seed: int, heads: tuple[int, int]) -> None:
-        self.index, self.random = index, torch.Generator().manual_seed(seed)
-        self.hq, self.hk = heads
-        pages = torch.randn(2, 64, PAGE, self.hk, 64, generator=self.random).bfloat16()
-        self.k, self.v = self.place((pages[0], pages[1]))
-
-    def place(self, tree: Any) -> Any:
-        return tree if self.index is None else to_musa(tree, self.index)
-
-    def roll(self, low: int, high: int) -> int:
-        return int(torch.randint(low, high, (), generator=self.random))
-
-    def batch(self, size: int, tag: str, rows: int = 1, ragged: bool = False) -> tuple[Tensor, ForwardMetadata]:
-        """Queries and metadata of `size` sequences with random lengths."""
-        lengths = torch.randint(rows, 6 * PAGE, (size,), generator=self.random, dtype=torch.int32)
-        table = torch.randint(0, 64, (size, 6), generator=self.random, dtype=torch.int32)
-        shape = (size * rows, self.hq, 64) if ragged else (size, rows, self.hq, 64)
-        q = torch.randn(shape, generator=self.random).bfloat16()
-        cu = torch.arange(0, size * rows + 1, rows, dtype=torch.int32) if ragged else None
-        metadata = ForwardMetadata(cu, rows, lengths, self.roll(6, 12) * PAGE, table, tag=tag)
-        return self.place(q), ForwardMetadata(**self.place(vars(metadata)))
-
-
-def expected(q: Tensor, engine: Engine, metadata: ForwardMetadata, layer: AttentionLayer) -> Tensor:
-    plain = {name: to_cpu(x) for name, x in vars(metadata).items()}
-    out: Tensor = CPU["flash_attn_with_kvcache"](
-        q=to_cpu(q),
-        k_cache=to_cpu(engine.k),
-        v_cache=to_cpu(engine.v),
-        **{name: plain[name] for name in ("cache_seqlens", "page_table", "cu_seqlens_q", "max_seqlen_q")},
-        causal=layer.causal,
-        window_size=layer.window_size,
-        softmax_scale=1 / 8,
-    )
-    return out
-
-
-FULL, SWA = AttentionLayer(), AttentionLayer(window_size=(9, 0))
 
 
 def run_steps(stack: Machine, steps: int) -> None:
@@ -273,113 +223,6 @@ def test_threads_and_tasks_have_steps_of_their_own() -> None:
     assert asyncio.run(both()) == [True] * 3
 
 
-# Graphs
-
-
-def captured(backend: FlashAttentionBackend, engine: Engine, q: Tensor, m: ForwardMetadata, g: GraphMetadata) -> Tensor:
-    """What a captured graph runs: the same call on the same memory, while capturing."""
-    RUNTIME.capturing = True
-    try:
-        with backend.step(graph=g):
-            return backend.forward_decode(q, engine.k, engine.v, m)
-    finally:
-        RUNTIME.capturing = False
-
-
-def test_a_graph_reads_static_metadata_that_is_refreshed(stack: Machine) -> None:
-    engine, backend, graph = Engine(0, 1, (4, 2)), FlashAttentionBackend(device="musa"), GraphMetadata("decode, 3")
-    q, metadata = engine.batch(3, "base")
-    with pytest.raises(RuntimeError, match="no scheduler metadata was made for this graph before its capture"):
-        captured(backend, engine, q, metadata, graph)
-    with backend.step():  # metadata of a step outside of the graph is no help
-        backend.forward_decode(q, engine.k, engine.v, metadata)
-        with pytest.raises(RuntimeError, match="before its capture"):
-            captured(backend, engine, q, metadata, graph)
-    with backend.step(graph=graph):
-        backend.forward_decode(q, engine.k, engine.v, metadata)
-    captured(backend, engine, q, metadata, graph)
-    read = stack.mate.calls[-1].arguments["scheduler_metadata"].data_ptr()
-    for _ in range(5):  # replays: new lengths in the same memory
-        fresh = engine.batch(3, "base")[1]
-        metadata.cache_seqlens.copy_(fresh.cache_seqlens)
-        graph.refresh({"base": metadata})
-        out = captured(backend, engine, q, metadata, graph)  # refuses metadata that is not for these lengths
-        assert stack.mate.calls[-1].arguments["scheduler_metadata"].data_ptr() == read
-        close(out, expected(q, engine, metadata, FULL))
-    metadata.cache_seqlens.add_(1)
-    with pytest.raises(ForeignMetadataError):  # a replay without refresh
-        captured(backend, engine, q, metadata, graph)
-
-
-def test_a_graph_is_refreshed_with_what_it_was_captured_for(stack: Machine) -> None:
-    engine, backend, graph = Engine(0, 1, (4, 2)), FlashAttentionBackend(device="musa"), GraphMetadata("decode, 3")
-    q, metadata = engine.batch(3, "base")
-    with backend.step(graph=graph):
-        backend.forward_decode(q, engine.k, engine.v, metadata)
-    with pytest.raises(KeyError, match="captured with tag 'base'"):
-        graph.refresh({"swa": metadata})
-    with pytest.raises(ValueError, match="batch size is 4; captured with 3"):
-        graph.refresh({"base": engine.batch(4, "base")[1]})
-    with pytest.raises(ValueError, match="max_seqlen_q is 2; captured with 1"):
-        graph.refresh({"base": engine.batch(3, "base", rows=2)[1]})
-
-
-def test_running_a_graphs_step_again_fills_the_same_memory(stack: Machine) -> None:
-    engine, backend, graph = Engine(0, 1, (4, 2)), FlashAttentionBackend(device="musa"), GraphMetadata("decode, 3")
-    q, metadata = engine.batch(3, "base")
-    used = []
-    for _ in range(2):
-        with backend.step(graph=graph):
-            close(backend.forward_decode(q, engine.k, engine.v, metadata), expected(q, engine, metadata, FULL))
-        used.append(stack.mate.calls[-1].arguments["scheduler_metadata"].data_ptr())
-        metadata.cache_seqlens.sub_(1).clamp_(min=1)
-    metadata.cache_seqlens.add_(1)
-    graph.refresh({"base": metadata})
-    captured(backend, engine, q, metadata, graph)
-    assert {*used, stack.mate.calls[-1].arguments["scheduler_metadata"].data_ptr()} == {used[0]}
-
-
-def test_a_key_names_its_step_and_its_graph() -> None:
-    engine, backend = Engine(None, 1, (4, 2)), FlashAttentionBackend(device="cpu", plan_ahead=True)
-    q, metadata = engine.batch(3, "base")
-    keys = []
-    for graph in (None, None, GraphMetadata("a"), GraphMetadata("b")):
-        with backend.step(graph=graph) as step:
-            keys.append(scheduling.key_for(step, metadata, FULL, q, engine.k, engine.v, 0))
-    assert len(set(keys)) == 4
-
-
-def test_two_batches_in_a_graph_need_two_tags(stack: Machine) -> None:
-    """Two ubatches of one size under one tag would read one of the two's metadata after a refresh."""
-    engine, backend, graph = Engine(0, 1, (4, 2)), FlashAttentionBackend(device="musa"), GraphMetadata("two ubatches")
-    (q, first), (_, second) = engine.batch(3, "base"), engine.batch(3, "base")
-    with backend.step(graph=graph):
-        backend.forward_decode(q, engine.k, engine.v, first)
-        with pytest.raises(ValueError, match="tag 'base' has two batches"):
-            backend.forward_decode(q, engine.k, engine.v, second)
-        second = dataclasses.replace(second, tag="ubatch1")
-        backend.forward_decode(q, engine.k, engine.v, second)
-    for metadata in (first, second):
-        metadata.cache_seqlens.sub_(1).clamp_(min=1)
-    graph.refresh({"base": first, "ubatch1": second})
-    for metadata in (first, second):
-        close(captured(backend, engine, q, metadata, graph), expected(q, engine, metadata, FULL))
-
-
-def test_two_graphs_do_not_share(stack: Machine) -> None:
-    engine, backend = Engine(0, 1, (4, 2)), FlashAttentionBackend(device="musa")
-    q, metadata = engine.batch(3, "base")
-    graphs = [GraphMetadata("a"), GraphMetadata("b")]
-    for graph in graphs:
-        with backend.step(graph=graph):
-            backend.forward_decode(q, engine.k, engine.v, metadata)
-    read = []
-    for graph in graphs:
-        captured(backend, engine, q, metadata, graph)
-        read.append(stack.mate.calls[-1].arguments["scheduler_metadata"].data_ptr())
-    assert read[0] != read[1]
-
-
 @pytest.mark.parametrize("version", VERSIONS)
 def test_every_forward_binds_to_its_version(tmp_path: Path, version: str) -> None:
     """Extend with and without a cache, decode, a window and a cascade; calls of the oldest version bind to all."""
@@ -405,10 +248,6 @@ def test_every_forward_binds_to_its_version(tmp_path: Path, version: str) -> Non
             for other in bind_to:
                 wrapper_signatures(other)[name].bind(**arguments)
         assert {name for name, _ in stack.given} >= {"flash_attn_with_kvcache", "flash_attn_varlen_func"}
-
-
-def close(found: Tensor, wanted: Tensor) -> None:
-    assert torch.allclose(to_cpu(found).float(), wanted.float(), rtol=2e-2, atol=2e-2)
 
 
 def test_inference_tensors_have_no_version() -> None:

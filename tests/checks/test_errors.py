@@ -22,8 +22,9 @@ from jit_kernel.fa3.checks import indices as index_checks
 from jit_kernel.fa3.checks import metadata as metadata_checks
 from jit_kernel.fa3.checks import shapes as attention_shapes
 from jit_kernel.fa3.checks import values as argument_shapes
-from tests.support import malformed_calls
-from tests.support.malformed_calls import CASES, FUNCTIONS, INDEX_CASES, Malformed
+from tests.support import valid_calls
+from tests.support.malformed_calls import CASES, INDEX_CASES, Malformed
+from tests.support.valid_calls import FUNCTIONS
 
 CHECKS = (argument_shapes, arguments, attention_shapes, combine_arguments, forms, index_checks, metadata_checks, header)
 
@@ -126,20 +127,20 @@ def test_every_message_of_the_checks_was_seen():
 
 def test_offsets_of_new_keys_mean_nothing_without_them():
     """A serving engine passes cu_seqlens_k_new with every call, as FA3 lets it."""
-    call, function = malformed_calls.planned(), FUNCTIONS[malformed_calls.planned]
+    call, function = valid_calls.planned(), FUNCTIONS[valid_calls.planned]
     expected = function(**call).clone()
-    assert torch.equal(function(**call | {"cu_seqlens_k_new": malformed_calls.ints(0, 4, 17)}), expected)
+    assert torch.equal(function(**call | {"cu_seqlens_k_new": valid_calls.ints(0, 4, 17)}), expected)
 
 
 def test_attention_chunk_none_counts_as_zero():
-    call, function = malformed_calls.dense(), FUNCTIONS[malformed_calls.dense]
+    call, function = valid_calls.dense(), FUNCTIONS[valid_calls.dense]
     expected = function(**call).clone()
     assert torch.equal(function(**call | {"attention_chunk": None}), expected)
 
 
 def test_int_cache_seqlens_is_expanded_to_the_batch():
-    call = malformed_calls.planned() | {"scheduler_metadata": None, "cache_seqlens": malformed_calls.ints(9, 9)}
-    function = FUNCTIONS[malformed_calls.planned]
+    call = valid_calls.planned() | {"scheduler_metadata": None, "cache_seqlens": valid_calls.ints(9, 9)}
+    function = FUNCTIONS[valid_calls.planned]
     expected = function(**call).clone()
     assert torch.equal(function(**call | {"cache_seqlens": 9}), expected)
 

@@ -10,22 +10,22 @@ import torch
 from torch import Tensor
 
 import jit_kernel
-from tests.support import malformed_calls
-from tests.support.malformed_calls import FUNCTIONS, Call, ints
+from tests.support import valid_calls
 from tests.support.odd_tensors import to
+from tests.support.valid_calls import FUNCTIONS, Call, ints
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 each_device = pytest.mark.parametrize("device", DEVICES)
 ATTENTION = [
-    malformed_calls.dense,
-    malformed_calls.varlen,
-    malformed_calls.paged,
-    malformed_calls.cache,
-    malformed_calls.paged_cache,
-    malformed_calls.plain_dense,
-    malformed_calls.plain_varlen,
-    malformed_calls.plain_cache,
-    malformed_calls.plain_paged_cache,
+    valid_calls.dense,
+    valid_calls.varlen,
+    valid_calls.paged,
+    valid_calls.cache,
+    valid_calls.paged_cache,
+    valid_calls.plain_dense,
+    valid_calls.plain_varlen,
+    valid_calls.plain_cache,
+    valid_calls.plain_paged_cache,
 ]
 each_base = pytest.mark.parametrize("base", ATTENTION, ids=lambda base: base.__name__)
 
@@ -88,7 +88,7 @@ def test_integers(base, kind, device):
 
 @pytest.mark.gpu
 def test_a_number_on_a_gpu_is_read():
-    same(malformed_calls.varlen, "cuda", {"max_seqlen_q": 6}, {"max_seqlen_q": torch.tensor(6, device="cuda")})
+    same(valid_calls.varlen, "cuda", {"max_seqlen_q": 6}, {"max_seqlen_q": torch.tensor(6, device="cuda")})
 
 
 @each_device
@@ -105,7 +105,7 @@ def test_floats(base, device):
 @each_device
 @pytest.mark.parametrize("kind", [int, *INTEGERS], ids=lambda kind: kind.__name__)
 def test_one_length_for_all_sequences(kind, device):
-    base = malformed_calls.plain_cache
+    base = valid_calls.plain_cache
     lengths = to(device, {"x": ints(9, 9)})["x"]
     same(base, device, {"cache_seqlens": lengths}, {"cache_seqlens": kind(9)})
     with pytest.raises(ValueError, match="cache_seqlens is 17"):
@@ -128,14 +128,14 @@ def test_indices_of_64_bits(base, device):
 @each_device
 def test_entries_of_a_wide_page_table_that_are_not_read_may_hold_anything(device):
     """Also what an int32 cannot hold, and what would name a page if its upper half were cut off."""
-    base = malformed_calls.paged
+    base = valid_calls.paged
     table = made(base, device)["page_table"].long()
     table[1, 2] = 2**32 + 1
     same(base, device, {}, {"page_table": table})
 
 
 def test_an_entry_that_is_read_is_never_cut_to_32_bits():
-    call = malformed_calls.paged()
+    call = valid_calls.paged()
     table = call["page_table"].long()
     table[0, 0] = 2**32
     with pytest.raises(ValueError, match=r"page_table\[0, 0\] is 2147483647"):
@@ -143,7 +143,7 @@ def test_an_entry_that_is_read_is_never_cut_to_32_bits():
 
 
 @each_device
-@pytest.mark.parametrize("base", [malformed_calls.paged, malformed_calls.plain_paged_cache], ids=lambda b: b.__name__)
+@pytest.mark.parametrize("base", [valid_calls.paged, valid_calls.plain_paged_cache], ids=lambda b: b.__name__)
 def test_a_page_table_with_gaps_between_its_rows(base, device):
     table = made(base, device)["page_table"]
     wide = torch.full((table.shape[0], table.shape[1] + 3), -1, dtype=torch.int32, device=device)
@@ -155,7 +155,7 @@ def test_a_page_table_with_gaps_between_its_rows(base, device):
 def test_rotary_seqlens_are_not_read_without_a_table(device):
     none = {"rotary_cos": None, "rotary_sin": None}
     lengths = to(device, {"x": ints(2**30, -7)})["x"]
-    same(malformed_calls.cache, device, none | {"rotary_seqlens": None}, none | {"rotary_seqlens": lengths})
+    same(valid_calls.cache, device, none | {"rotary_seqlens": None}, none | {"rotary_seqlens": lengths})
 
 
 @each_device
@@ -170,7 +170,7 @@ def test_descales_are_not_read_beside_other_dtypes(base, device):
 
 def test_keys_are_not_needed_with_only_qv():
     """q . k is dropped: absorbed MLA without its rotary part."""
-    base = malformed_calls.mla
+    base = valid_calls.mla
     same(base, "cpu", {}, {"k": None})
     call = made(base, "cpu")
     cache = {name: call[name] for name in ("q", "qv", "only_qv")} | {"v_cache": call["v"]}
@@ -203,16 +203,16 @@ def other_plans() -> dict[str, Call]:
 @pytest.mark.parametrize("options", [{}, {"window_size": (3, 0)}, {"softcap": 5.0}], ids=str)
 def test_metadata_of_an_engine_that_plans_once(name, options):
     """Made for new keys, or for a longer cache, or without a layer's window or softcap."""
-    base = malformed_calls.planned
-    made_for = malformed_calls.metadata() | {"num_splits": 2} | other_plans()[name]
+    base = valid_calls.planned
+    made_for = valid_calls.metadata() | {"num_splits": 2} | other_plans()[name]
     plan = jit_kernel.get_scheduler_metadata(**made_for)
     same(base, "cpu", options | {"scheduler_metadata": None}, options | {"scheduler_metadata": plan})
 
 
 @pytest.mark.parametrize("shape", [(2**40, 5, 4, 32), (2, 2**40, 4, 32)], ids=str)
 def test_an_expanded_query_is_an_error_of_shape(shape):
-    call = malformed_calls.plain_dense() | {"out": None}
-    FUNCTIONS[malformed_calls.plain_dense](**call)
+    call = valid_calls.plain_dense() | {"out": None}
+    FUNCTIONS[valid_calls.plain_dense](**call)
     for options in ({}, {"return_softmax_lse": True}):
         with pytest.raises(ValueError, match="q has shape"):
             jit_kernel.flash_attn_func(**call | options | {"q": torch.randn(1, 1, 4, 32).expand(shape)})
@@ -221,7 +221,7 @@ def test_an_expanded_query_is_an_error_of_shape(shape):
 @each_device
 @pytest.mark.parametrize("name", ["cu_seqlens_q", "cu_seqlens_k", "seqused_k", "seqused_q"])
 def test_index_tensors_without_dimensions_are_an_error_of_shape(name, device):
-    base = malformed_calls.plain_varlen
+    base = valid_calls.plain_varlen
     results(base, made(base, device))
     with pytest.raises(ValueError, match=f"{name} has shape"):
         FUNCTIONS[base](**made(base, device) | {name: torch.tensor(4, dtype=torch.int32, device=device)})

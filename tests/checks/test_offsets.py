@@ -20,9 +20,9 @@ from jit_kernel.device import cpu_target
 from jit_kernel.fa3.checks import plain
 from jit_kernel.fa3.cpu import kernels, known
 from jit_kernel.fa3.features import DTYPE_NAMES
-from tests.support import malformed_calls, odd_tensors
-from tests.support.malformed_calls import FUNCTIONS
+from tests.support import odd_tensors, valid_calls
 from tests.support.odd_tensors import BASES
+from tests.support.valid_calls import FUNCTIONS
 
 PLACES = list(odd_tensors.places())
 each_place = pytest.mark.parametrize(("base", "name"), PLACES, ids=lambda x: x if isinstance(x, str) else x.__name__)
@@ -95,7 +95,7 @@ def refused(base: Any, call: Any, name: str) -> str:
 @each_place
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_offset_is_no_memory(kind, base, name):
-    if kind == "fake" and base is malformed_calls.metadata:
+    if kind == "fake" and base is valid_calls.metadata:
         pytest.skip("a call of fake tensors alone is served")
     call = base()
     call[name] = KINDS[kind](call[name])
@@ -109,8 +109,8 @@ def test_an_offset_is_no_memory(kind, base, name):
 @pytest.mark.parametrize("name", ["q", "k", "v", "out"])
 def test_an_offset_is_no_memory_where_the_heap_lies_low(monkeypatch, kind, name):
     """A plain call there asks for each storage, and is served as before."""
-    call = malformed_calls.plain_dense()
-    expected = FUNCTIONS[malformed_calls.plain_dense](**call).clone()
+    call = valid_calls.plain_dense()
+    expected = FUNCTIONS[valid_calls.plain_dense](**call).clone()
     monkeypatch.setattr(known, "SURE_ADDRESS", 1 << 60)
     monkeypatch.setattr(known, "_libraries", {})
     known.serve(call["q"].dtype, jit.load(kernels.forward_spec(DTYPE_NAMES[call["q"].dtype]), cpu_target()))
@@ -121,7 +121,7 @@ def test_an_offset_is_no_memory_where_the_heap_lies_low(monkeypatch, kind, name)
     assert found.shape == expected.shape
     call["out"] = torch.empty_like(expected)
     call[name] = KINDS[kind](call[name])
-    refused(malformed_calls.plain_dense, call, name)
+    refused(valid_calls.plain_dense, call, name)
 
 
 @each_place
@@ -145,7 +145,7 @@ def test_a_tensor_without_a_shape_is_refused_by_name(kind, base, name):
 
 @each_place
 def test_a_tensor_on_meta_is_refused_by_name(base, name):
-    first = "cache_seqlens" if base is malformed_calls.metadata else next(iter(base()))
+    first = "cache_seqlens" if base is valid_calls.metadata else next(iter(base()))
     text = refused(base, base() | {name: base()[name].to("meta")}, first if name == first else name)
     assert "meta" in text
 
@@ -153,19 +153,19 @@ def test_a_tensor_on_meta_is_refused_by_name(base, name):
 @pytest.mark.parametrize("base", BASES)
 def test_a_call_on_meta_is_refused_by_its_first_tensor(base):
     call = {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in base().items()}
-    first = "cache_seqlens" if base is malformed_calls.metadata else next(iter(call))
+    first = "cache_seqlens" if base is valid_calls.metadata else next(iter(call))
     assert "is on meta: jit_kernel serves cpu, cuda and musa" in refused(base, call, first)
 
 
 @pytest.mark.parametrize("name", ["batch_size", "num_heads_q", "headdim", "num_splits"])
 def test_a_number_on_meta_is_refused_by_name(name):
-    refused(malformed_calls.metadata, malformed_calls.metadata() | {name: torch.tensor(2, device="meta")}, name)
+    refused(valid_calls.metadata, valid_calls.metadata() | {name: torch.tensor(2, device="meta")}, name)
 
 
 def test_an_array_is_no_number():
     import numpy
 
-    refused(malformed_calls.cache, malformed_calls.cache() | {"cache_seqlens": numpy.zeros(3)}, "cache_seqlens")
+    refused(valid_calls.cache, valid_calls.cache() | {"cache_seqlens": numpy.zeros(3)}, "cache_seqlens")
 
 
 def arrays() -> list[Any]:
@@ -179,14 +179,14 @@ def arrays() -> list[Any]:
 @pytest.mark.parametrize("name", ["cu_seqlens_q", "seqused_k", "softmax_scale", "softcap", "num_splits", "causal"])
 def test_an_array_is_refused_by_name_after_a_call_that_passed(name):
     """The plain way's library takes an array as a tensor, and cannot be given a read-only one."""
-    call = malformed_calls.plain_varlen()
+    call = valid_calls.plain_varlen()
     for array in arrays():
         if isinstance(call.get(name), Tensor):
             same = array.__class__(call[name].shape, dtype=array.dtype)
             same[:] = call[name].numpy()
             same.flags.writeable = array.flags.writeable
             array = same
-        refused(malformed_calls.plain_varlen, call | {name: array}, name)
+        refused(valid_calls.plain_varlen, call | {name: array}, name)
 
 
 NO_DTYPES = [lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), UninitializedParameter, *(
@@ -197,11 +197,11 @@ NO_DTYPES = [lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("make", NO_DTYPES)
 def test_what_is_no_number_and_no_dtype_is_refused_by_name(make):
-    refused(malformed_calls.combine, malformed_calls.combine() | {"out": None, "out_dtype": make()}, "out_dtype")
+    refused(valid_calls.combine, valid_calls.combine() | {"out": None, "out_dtype": make()}, "out_dtype")
     for name in ("qkv_dtype", "causal", "num_splits", "batch_size", "window_size", "pack_gqa"):
-        refused(malformed_calls.metadata, malformed_calls.metadata() | {name: make()}, name)
+        refused(valid_calls.metadata, valid_calls.metadata() | {name: make()}, name)
     pair = {"window_size": (make(), 1)}
-    refused(malformed_calls.plain_dense, malformed_calls.plain_dense() | pair, "window_size")
+    refused(valid_calls.plain_dense, valid_calls.plain_dense() | pair, "window_size")
 
 
 class Loud:
@@ -213,47 +213,47 @@ class Loud:
 @pytest.mark.parametrize("name", ["q", "out", "sinks", "causal", "num_splits", "window_size"])
 def test_an_error_text_asks_no_repr(name, value):
     with torch.autocast("cpu", torch.bfloat16):
-        text = refused(malformed_calls.dense, malformed_calls.dense() | {name: value}, name)
+        text = refused(valid_calls.dense, valid_calls.dense() | {name: value}, name)
     assert len(text) < 300
 
 
 def test_negated_tensors_of_fp8_are_resolved():
-    call = malformed_calls.fp8()
-    expected = FUNCTIONS[malformed_calls.fp8](**call).clone()
+    call = valid_calls.fp8()
+    expected = FUNCTIONS[valid_calls.fp8](**call).clone()
     bits = call["k"].view(torch.uint8) ^ 0x80
     call["k"] = bits.view(torch.float8_e4m3fn)._neg_view()
-    assert torch.equal(FUNCTIONS[malformed_calls.fp8](**call), expected)
+    assert torch.equal(FUNCTIONS[valid_calls.fp8](**call), expected)
 
 
 def test_a_collective_that_failed_names_the_argument(monkeypatch):
     def fail(_: Any) -> Tensor:
         raise RuntimeError("Invalid scalar type")
 
-    call = malformed_calls.dense()
+    call = valid_calls.dense()
     call["v"] = AsyncCollectiveTensor(call["v"])
     monkeypatch.setattr(AsyncCollectiveTensor, "wait", fail)
-    assert "cannot be waited for: Invalid scalar type" in refused(malformed_calls.dense, call, "v")
+    assert "cannot be waited for: Invalid scalar type" in refused(valid_calls.dense, call, "v")
 
 
 def test_what_is_written_under_a_functional_mode_is_functional():
-    call = malformed_calls.cache()
+    call = valid_calls.cache()
     with FunctionalTensorMode():
         call["v"] = FunctionalTensor.to_functional(call["v"])
-        refused(malformed_calls.cache, call, "k_cache")
-        call = malformed_calls.dense() | {"out": None}
+        refused(valid_calls.cache, call, "k_cache")
+        call = valid_calls.dense() | {"out": None}
         call["v"] = Wrapped(call["v"])
         call["q"] = FunctionalTensor.to_functional(call["q"])
-        assert "FunctionalTensorMode" in refused(malformed_calls.dense, call, "v")
+        assert "FunctionalTensorMode" in refused(valid_calls.dense, call, "v")
 
 
 def test_a_subclass_beside_functional_tensors_is_refused_by_name():
     """torch makes the answer one of the subclass, and fails."""
-    call = malformed_calls.dense() | {"out": None}
+    call = valid_calls.dense() | {"out": None}
     call["k"] = call["k"].as_subclass(odd_tensors.Named)
     with FunctionalTensorMode():
         call["q"] = FunctionalTensor.to_functional(call["q"])
-        refused(malformed_calls.dense, call, "k")
-    refused(malformed_calls.dense, call | {"k": call["v"]}, "q")  # outside of its mode
+        refused(valid_calls.dense, call, "k")
+    refused(valid_calls.dense, call | {"k": call["v"]}, "q")  # outside of its mode
 
 
 @pytest.mark.parametrize(
@@ -270,25 +270,25 @@ def test_a_subclass_beside_functional_tensors_is_refused_by_name():
 )
 def test_a_traced_call_names_the_argument_of_another_type(name, value):
     mode = FakeTensorMode()
-    call = {n: mode.from_tensor(x) if isinstance(x, Tensor) else x for n, x in malformed_calls.dense().items()}
+    call = {n: mode.from_tensor(x) if isinstance(x, Tensor) else x for n, x in valid_calls.dense().items()}
     with mode:
-        refused(malformed_calls.dense, call | {name: value}, name)
+        refused(valid_calls.dense, call | {name: value}, name)
 
 
 def test_an_int_of_cache_seqlens_goes_with_fake_tensors_outside_of_their_mode():
-    mode, call = FakeTensorMode(), malformed_calls.plain_cache()
+    mode, call = FakeTensorMode(), valid_calls.plain_cache()
     call = {n: mode.from_tensor(x) if isinstance(x, Tensor) else x for n, x in call.items()}
-    found = FUNCTIONS[malformed_calls.plain_cache](**call | {"cache_seqlens": 3})
+    found = FUNCTIONS[valid_calls.plain_cache](**call | {"cache_seqlens": 3})
     assert (found[0] if isinstance(found, tuple) else found).shape == call["q"].shape
 
 
 def test_a_meta_tensor_beside_functional_ones_is_no_answer():
     """torch took the shapes of such a call for its answer, in memory that nobody wrote."""
-    call = malformed_calls.plain_cache()
+    call = valid_calls.plain_cache()
     with FunctionalTensorMode():
         call["q"] = FunctionalTensor.to_functional(call["q"])
         call["v_cache"] = call["v_cache"].to("meta")
-        refused(malformed_calls.plain_cache, call | {"out": None}, "v_cache")
+        refused(valid_calls.plain_cache, call | {"out": None}, "v_cache")
 
 
 def test_addresses_of_this_process_are_sure():

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 import jit_kernel
+from jit_kernel.fa3.checks import call as checks_of_calls
 from jit_kernel.fa3.checks import memory
-from tests.support import malformed_calls
-from tests.support.malformed_calls import FUNCTIONS, Call
+from tests.support import valid_calls
 from tests.support.odd_tensors import to
+from tests.support.valid_calls import FUNCTIONS, Call
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 each_device = pytest.mark.parametrize("device", DEVICES)
@@ -50,15 +51,15 @@ def over(tensor: Tensor, shape: torch.Size, start: int, dtype: torch.dtype) -> t
 
 
 READ = {
-    malformed_calls.plain_dense: ("q", "k", "v"),
-    malformed_calls.plain_varlen: ("q", "k", "v", "cu_seqlens_q", "seqused_k"),
-    malformed_calls.plain_cache: ("q", "k_cache", "v_cache", "cache_seqlens"),
-    malformed_calls.dense: ("q", "k", "v", "sinks"),
-    malformed_calls.varlen: ("q", "k", "v", "cu_seqlens_q", "seqused_q", "seqused_k"),
-    malformed_calls.paged: ("q", "k", "v", "page_table", "seqused_k"),
-    malformed_calls.cache: ("q", "k_cache", "v_cache", "k", "v", "rotary_cos", "rotary_seqlens", "cache_batch_idx"),
-    malformed_calls.fp8: ("q", "k", "v", "q_descale"),
-    malformed_calls.combine: ("out_partial", "lse_partial"),
+    valid_calls.plain_dense: ("q", "k", "v"),
+    valid_calls.plain_varlen: ("q", "k", "v", "cu_seqlens_q", "seqused_k"),
+    valid_calls.plain_cache: ("q", "k_cache", "v_cache", "cache_seqlens"),
+    valid_calls.dense: ("q", "k", "v", "sinks"),
+    valid_calls.varlen: ("q", "k", "v", "cu_seqlens_q", "seqused_q", "seqused_k"),
+    valid_calls.paged: ("q", "k", "v", "page_table", "seqused_k"),
+    valid_calls.cache: ("q", "k_cache", "v_cache", "k", "v", "rotary_cos", "rotary_seqlens", "cache_batch_idx"),
+    valid_calls.fp8: ("q", "k", "v", "q_descale"),
+    valid_calls.combine: ("out_partial", "lse_partial"),
 }
 PLACES = [(base, name) for base, names in READ.items() for name in names]
 
@@ -69,7 +70,7 @@ PLACES = [(base, name) for base, names in READ.items() for name in names]
 def test_out_shares_no_byte_with_an_input(base, name, warm, device):
     """From the first byte of the input to its last, from before it and from behind it."""
     call = to(device, base())
-    if warm and (device == "cpu" or base is not malformed_calls.fp8):
+    if warm and (device == "cpu" or base is not valid_calls.fp8):
         FUNCTIONS[base](**to(device, base()))
     out = call["out"]
     last = call[name].numel() * call[name].element_size() - 4
@@ -83,20 +84,20 @@ def test_out_shares_no_byte_with_an_input(base, name, warm, device):
 @pytest.mark.parametrize("cached", ["k_cache", "v_cache"])
 @pytest.mark.parametrize("name", ["q", "k", "v", "rotary_sin", "cache_seqlens", "out"])
 def test_a_cache_that_is_appended_to_shares_no_byte(name, cached, device):
-    call = to(device, malformed_calls.cache())
+    call = to(device, valid_calls.cache())
     call[cached], call[name] = over(call[cached], call[name].shape, 64, call[name].dtype)
     if call[name].dtype == torch.int32:
         call[name].copy_(torch.tensor([4, 13]))
-    refuses(malformed_calls.cache, call, "shares its memory with")
+    refuses(valid_calls.cache, call, "shares its memory with")
 
 
 @each_device
 def test_one_cache_for_keys_and_values_is_refused_with_an_append(device):
-    call = to(device, malformed_calls.cache())
-    refuses(malformed_calls.cache, call | {"v_cache": call["k_cache"]}, "k_cache shares its memory with v_cache")
+    call = to(device, valid_calls.cache())
+    refuses(valid_calls.cache, call | {"v_cache": call["k_cache"]}, "k_cache shares its memory with v_cache")
     call |= {"k": None, "v": None, "rotary_cos": None, "rotary_sin": None, "v_cache": call["k_cache"]}
-    expected = FUNCTIONS[malformed_calls.cache](**call | {"v_cache": call["k_cache"].clone(), "out": None})
-    assert torch.equal(FUNCTIONS[malformed_calls.cache](**call), expected)
+    expected = FUNCTIONS[valid_calls.cache](**call | {"v_cache": call["k_cache"].clone(), "out": None})
+    assert torch.equal(FUNCTIONS[valid_calls.cache](**call), expected)
 
 
 @each_device
@@ -119,12 +120,12 @@ def test_slices_of_one_buffer_are_served(device):
 
 @each_device
 def test_caches_between_each_others_pages_are_served(device):
-    call = to(device, malformed_calls.paged_cache())
+    call = to(device, valid_calls.paged_cache())
     expected = call | {"k_cache": call["k_cache"].clone(), "v_cache": call["v_cache"].clone()}
     both = torch.stack([call["k_cache"], call["v_cache"]], dim=1)
     call |= {"k_cache": both[:, 0], "v_cache": both[:, 1]}
-    found = FUNCTIONS[malformed_calls.paged_cache](**call)
-    assert torch.equal(found, FUNCTIONS[malformed_calls.paged_cache](**expected))
+    found = FUNCTIONS[valid_calls.paged_cache](**call)
+    assert torch.equal(found, FUNCTIONS[valid_calls.paged_cache](**expected))
     assert torch.equal(both[:, 0], expected["k_cache"])
     assert torch.equal(both[:, 1], expected["v_cache"])
 
@@ -221,3 +222,22 @@ def test_a_search_through_strides_that_do_not_nest_takes_little_memory():
         assert tracemalloc.get_traced_memory()[1] < 16 << 20
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("warm", [True, False], ids=["warm", "cold"])
+@pytest.mark.parametrize("base", [valid_calls.dense, valid_calls.varlen, valid_calls.cache])
+def test_a_window_in_the_memory_of_out_is_read_before_out_is_written(base, warm):
+    """As every tensor that stands for numbers: with its call remembered or not."""
+
+    def attend(window: Any, out: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return FUNCTIONS[base](**base() | {"softcap": 0.5, "window_size": window, "out": out})
+
+    out = torch.zeros_like(base()["out"])
+    expected = attend((7, 3), out).clone()
+    checks_of_calls._passed.clear()
+    if warm:
+        attend(torch.tensor([7, 3], dtype=torch.int32), out)
+    window = out.zero_().view(-1).view(torch.int32)[:2].copy_(torch.tensor([7, 3]))
+    assert torch.equal(attend(window, out), expected)
+    assert window.tolist() != [7, 3]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import jit_kernel
-from tests.support.malformed_calls import Call, ints
+from tests.support.valid_calls import Call, ints
 
 B, SQ, SK, HQ, D = 3, 5, 24, 6, 64
 FP8 = torch.float8_e4m3fn

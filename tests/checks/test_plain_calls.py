@@ -15,8 +15,8 @@ import jit_kernel
 from jit_kernel import config
 from jit_kernel.fa3 import call as calls
 from jit_kernel.fa3 import seam
-from tests.support import malformed_calls
-from tests.support.malformed_calls import Call, ints
+from tests.support import valid_calls
+from tests.support.valid_calls import Call, ints
 
 pytestmark = pytest.mark.skipif(not jit_kernel._is_fa3_supported("cpu"), reason="no implementation serves the CPU here")
 
@@ -140,10 +140,10 @@ def test_out_and_bounds_are_plain(make):
 
 
 @pytest.mark.parametrize(
-    "base", [base for base in malformed_calls.FUNCTIONS if base.__name__.startswith("plain_")], ids=lambda b: b.__name__
+    "base", [base for base in valid_calls.FUNCTIONS if base.__name__.startswith("plain_")], ids=lambda b: b.__name__
 )
 def test_the_calls_that_are_malformed_were_plain(base):
-    assert plain(malformed_calls.FUNCTIONS[base].__name__, base()) is not None
+    assert plain(valid_calls.FUNCTIONS[base].__name__, base()) is not None
 
 
 def _with_values_of_their_own_size() -> Call:
@@ -161,12 +161,12 @@ DECLINED = {
     "no queries": (dense, lambda: dense() | {"q": torch.randn(2, 0, 4, 32)}),
     "rows without a query": (ragged, lambda: ragged() | {"cu_seqlens_q": ints(0, 4, 8), "return_softmax_lse": True}),
     "seqused_q": (ragged, lambda: ragged() | {"seqused_q": ints(1, 5)}),
-    "qv": (ragged, malformed_calls.mla),
+    "qv": (ragged, valid_calls.mla),
     "an int for all lengths": (cache, lambda: cache() | {"cache_seqlens": 9}),
     "cache_leftpad": (cache, lambda: cache() | {"cache_leftpad": ints(1, 2)}),
     "cache_batch_idx": (cache, lambda: cache() | {"cache_batch_idx": ints(1, 0)}),
-    "new keys": (cache, malformed_calls.cache),
-    "scheduler_metadata": (cache, malformed_calls.planned),
+    "new keys": (cache, valid_calls.cache),
+    "scheduler_metadata": (cache, valid_calls.planned),
 }
 
 
@@ -210,8 +210,8 @@ def test_results_lie_on_the_cpu_whatever_the_default_device_is():
         "flash_attn_func": dense(),
         "flash_attn_varlen_func": ragged() | {"seqused_q": ints(1, 5), "return_softmax_lse": True},
         "flash_attn_with_kvcache": cache() | {"return_softmax_lse": True},
-        "flash_attn_combine": malformed_calls.combine() | {"out": None},
-        "merge_state": malformed_calls.merge(),
+        "flash_attn_combine": valid_calls.combine() | {"out": None},
+        "merge_state": valid_calls.merge(),
     }
     for name, call in calls.items():
         function = getattr(jit_kernel, name)

@@ -12,9 +12,9 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.nn import Parameter
 
 import jit_kernel
-from tests.support import malformed_calls, odd_tensors
-from tests.support.malformed_calls import FUNCTIONS, Call
+from tests.support import odd_tensors, valid_calls
 from tests.support.odd_tensors import BASES, REFUSED, SERVED_BY_GPUS, Named, Wrapped, to, written
+from tests.support.valid_calls import FUNCTIONS, Call
 
 PLACES = list(odd_tensors.places())
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -74,7 +74,7 @@ def refuses(error: type[Exception], base: Any, call: Call, name: str) -> str:
 @each_place
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_has_no_memory_is_refused_by_name(kind, base, name, device):
-    if kind == "fake" and base is malformed_calls.metadata:
+    if kind == "fake" and base is valid_calls.metadata:
         pytest.skip("it has no other tensor, and a call of fake tensors is served")
     error, make = REFUSED[kind]
     call = to(device, base())
@@ -174,7 +174,7 @@ def test_forward_mode_tangents_are_refused(grad_mode, base, name, device):
 
 @each_device
 def test_plain_tensors_are_served_while_others_have_tangents(device):
-    call = to(device, malformed_calls.dense())
+    call = to(device, valid_calls.dense())
     expected = jit_kernel.flash_attn_func(**call | {"out": None})
     with forward_ad.dual_level():
         assert torch.equal(jit_kernel.flash_attn_func(**call | {"out": None}), expected)
@@ -193,6 +193,6 @@ def test_an_empty_wrapper_is_a_wrapper(device):
 
 def test_a_wrapper_that_is_not_read_stays_out_of_the_way():
     """Descales beside 32-bit keys: the same result as without them."""
-    call = malformed_calls.dense() | {"out": None}
+    call = valid_calls.dense() | {"out": None}
     expected = jit_kernel.flash_attn_func(**call)
     assert torch.equal(jit_kernel.flash_attn_func(**call, k_descale=torch.full((3,), torch.nan)), expected)

@@ -14,9 +14,9 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import jit_kernel
-from tests.support import malformed_calls
-from tests.support.malformed_calls import FUNCTIONS, Call
+from tests.support import valid_calls
 from tests.support.odd_tensors import SERVED_BY_GPUS, to
+from tests.support.valid_calls import FUNCTIONS, Call
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 each_device = pytest.mark.parametrize("device", DEVICES)
@@ -213,7 +213,7 @@ def test_transforms_are_refused_by_name(transform, base, device):
 
 @each_device
 def test_a_call_that_a_transform_does_not_reach_is_served(device):
-    call = to(device, malformed_calls.dense()) | {"out": None}
+    call = to(device, valid_calls.dense()) | {"out": None}
     expected = jit_kernel.flash_attn_func(**call)
     shift = torch.ones(3, *expected.shape, dtype=expected.dtype, device=device)
 
@@ -239,7 +239,7 @@ def test_a_call_that_a_transform_does_not_reach_is_served(device):
 @pytest.mark.parametrize("operator", ["dense", "merge_state"])
 def test_operators_refuse_derivatives(operator, device):
     """Whoever calls an operator by itself loses none in silence."""
-    base = malformed_calls.dense if operator == "dense" else malformed_calls.merge
+    base = valid_calls.dense if operator == "dense" else valid_calls.merge
     call = to(device, base())
     name = next(iter(call))
 

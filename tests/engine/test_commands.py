@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 from pathlib import Path
 
 import pytest
 
 from jit_kernel import __main__, config
-from jit_kernel.commands import cache
+from jit_kernel.commands import cache, doctor
+from jit_kernel.engine import lock as locks
 from jit_kernel.engine.store import CacheError, Store, write_manifest
 from tests.support.commands import command
 
@@ -211,3 +213,34 @@ def test_doctor_reports_devices_compilers_and_the_store(store):
 def test_doctor_without_a_compiler_says_what_to_install(store):
     answer = command("jit_kernel", "doctor", JIT_KERNEL_CACHE_DIR=store, PATH="", CXX="")
     assert answer.returncode == 0 and "apt-get install g++" in answer.stdout
+
+
+def test_doctor_counts_what_is_left_of_entries_that_vanish(filled, monkeypatch):
+    """Another process clears the store between the manifest's reading and the files'."""
+    monkeypatch.setattr(config, "cache_dir", lambda: filled.root)
+    found = list(filled.manifests())
+    whole = doctor.report()["cache"]["bytes"]
+    removed = found[0][0]
+    lost = sum(path.stat().st_size for path in removed.iterdir())
+    shutil.rmtree(removed)
+    monkeypatch.setattr(Store, "manifests", lambda self: iter(found))
+    assert doctor.report()["cache"]["bytes"] == whole - lost > 0
+
+
+def test_locks_that_another_process_removes_with_their_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "is_dir", lambda self: True)  # as it was a moment before
+    locks.remove_free(tmp_path / "gone")
+    assert not os.path.lexists(tmp_path / "gone")
+
+
+def test_a_quarantine_that_another_process_removes(filled, monkeypatch):
+    damaged = next(iter(filled.manifests()))[0]
+    rename = os.rename
+
+    def renamed_and_cleared(old, new):
+        rename(old, new)
+        shutil.rmtree(Path(new).parent)
+
+    monkeypatch.setattr(os, "rename", renamed_and_cleared)
+    assert filled.quarantine(damaged) is not None
+    assert not os.path.lexists(damaged)

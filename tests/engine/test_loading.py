@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
-from jit_kernel import jit
+from jit_kernel import config, jit
 from jit_kernel.device import Target
-from jit_kernel.engine import library
+from jit_kernel.engine import build, library
 from jit_kernel.engine import store as stores
+from jit_kernel.engine.entry import Entry
+from jit_kernel.engine.store import Store
 from tests.support import children, tiny
 
 
@@ -214,3 +216,22 @@ def test_bytes_that_cannot_be_loaded_leave_no_descriptor():
         with pytest.raises(library.UnloadableError):
             library.load(b"no library", "broken", set())
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError(13, "denied"), OSError(30, "read-only"), stores.CacheError("others")]
+)
+def test_a_library_that_cannot_be_taken_out_of_the_store_says_why_it_cannot_be_loaded(tmp_path, monkeypatch, error):
+    """Neither the store's state, nor a compiler that is gone, nor a manifest without a command hides it."""
+
+    def quarantine(self: Store, place: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(config, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(Store, "quarantine", quarantine)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    entry = Entry(tmp_path / "tiny" / "cpu:any" / "key-compiler", {}, {}, fresh=True)
+    found = build.unloadable(tiny.spec(), Target("cpu", "any"), entry, "wrong ELF class")
+    assert "cannot be loaded: wrong ELF class" in str(found) and "stays in the store" in str(found)
+    assert str(error) in str(found) and "CXX" in str(found)

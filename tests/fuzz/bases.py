@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import jit_kernel
-from tests.support import case_tensors, cases, malformed_calls
+from tests.support import case_tensors, cases, valid_calls
 from tests.support.cases import DENSE, FP8, KVCACHE, VARLEN
 
 COMBINE, MERGE, METADATA = "flash_attn_combine", "merge_state", "get_scheduler_metadata"
@@ -64,8 +64,8 @@ def metadata_of(call: Call) -> Call:
 
 
 def _table(random: Random) -> tuple[str, Call]:
-    base = random.choice(list(malformed_calls.FUNCTIONS))
-    return malformed_calls.FUNCTIONS[base].__name__, base()
+    base = random.choice(list(valid_calls.FUNCTIONS))
+    return valid_calls.FUNCTIONS[base].__name__, base()
 
 
 def _normal(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -86,7 +86,7 @@ def _edge(random: Random) -> tuple[str, Call]:
             "k": _normal(batch, sk, hk, d, dtype=dtype),
             "v": _normal(batch, sk, hk, dv, dtype=dtype),
         }
-    ints = malformed_calls.ints
+    ints = valid_calls.ints
     if function == VARLEN:
         lengths = [[random.choice(SIZES) for _ in range(batch)] for _ in range(2)]
         starts = [[sum(each[:i]) for i in range(batch + 1)] for each in lengths]
@@ -150,7 +150,7 @@ def _merge(random: Random) -> tuple[str, Call]:
 
 
 def _metadata(random: Random) -> tuple[str, Call]:
-    call = malformed_calls.metadata()
+    call = valid_calls.metadata()
     batch = random.choice((0, 1, 2, 7))
     call |= {"batch_size": batch, "cache_seqlens": torch.randint(0, 16, (batch,), dtype=torch.int32)}
     call |= {"num_splits": random.choice((0, 1, 5)), "qkv_dtype": random.choice(DTYPES)}

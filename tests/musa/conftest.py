@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from jit_kernel import moore_threads as musa
-from tests.support.musa_device import RUNTIME, on_path
+from jit_kernel.fa3.seam import FUNCTIONS as CPU
+from tests.support.musa_device import RUNTIME, Machine, machine, on_path
 
 
 @pytest.fixture
@@ -28,3 +29,9 @@ def site(tmp_path: Path) -> Iterator[Callable[[Callable[[Path], None]], musa.Rep
     yield look
     for entered in reversed(stack):
         entered.__exit__(None, None, None)
+
+
+@pytest.fixture
+def stack(tmp_path: Path) -> Iterator[Machine]:
+    with machine(tmp_path / "site", CPU) as found:
+        yield found

@@ -21,7 +21,7 @@ from jit_kernel.fa3.decision import Accepted
 from jit_kernel.fa3.features import features_of
 from jit_kernel.fa3.seam import FUNCTIONS as CPU
 from tests.support import case_run, case_tensors, cases, reference
-from tests.support.mate_double import VERSIONS, wrapper_signatures
+from tests.support.mate_signatures import VERSIONS, wrapper_signatures
 from tests.support.musa_calls import decode_call, metadata_of
 from tests.support.musa_device import Machine, machine, on_musa, to_musa
 

@@ -17,7 +17,7 @@ import torch
 
 from jit_kernel import config, device, jit
 from jit_kernel.device import Target
-from jit_kernel.engine import compiler, triton_compiler
+from jit_kernel.engine import compiler, process, triton_compiler
 from jit_kernel.fa3 import portable
 from jit_kernel.fa3.decision import Accepted, Rejected
 from jit_kernel.fa3.portable import kernels as portable_kernels
@@ -246,3 +246,13 @@ def test_the_launcher_builds_without_a_driver_and_refuses_bad_launches(launcher:
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match=r"libcuda\.so\.1|CUDA_ERROR"):
             launcher["prepare"](0)
+
+
+@pytest.mark.parametrize("output", ["", "\n", "a warning", "[]", '{"metadata": {}}', '{"image": "?", "metadata": 1}'])
+def test_a_compiler_that_ends_well_without_an_answer(output: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed behind its work, or with another program's words in its output."""
+    spec = portable_kernels.combine_spec("fp32", "bf16", 64, True, 2)
+    monkeypatch.setattr(process, "run", lambda *_, **__: process.Ended(0, output, "its log"))
+    with pytest.raises(triton_compiler.TritonError, match=r"portable for cuda:sm_80: .* answered no cubin") as caught:
+        triton_compiler.compile_unit(spec.unit, config.kernel_sources_dir() / spec.kernel, Target("cuda", "sm_80"))
+    assert caught.value.log == "its log"

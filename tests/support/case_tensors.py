@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tests.support import reference
+from tests.support.case_maker import Maker, raw
 from tests.support.cases import FP8, KVCACHE, VARLEN, Plan
 
 WILD = (2**31 - 1, -(2**31), -1, 1 << 20)  # page numbers where none may be read
@@ -41,57 +42,13 @@ class Case:
         return "\n".join(lines)
 
 
-def raw(x: Tensor) -> Tensor:
-    """x, or its bytes where torch has no indexing for its dtype."""
-    return x.view(torch.uint8) if x.dtype == FP8 else x
-
-
 def put(x: Tensor, where: tuple, what: Tensor) -> None:
     raw(x)[where] = raw(what.contiguous())
 
 
-class _Maker:
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.random = torch.Generator().manual_seed(plan.seed)
-        self.batch = len(plan.lengths_q)
-        self.slots: Callable[[int, int, int], tuple] = lambda i, a, b: ()  # where tokens a to b of sequence i lie
-
-    def roll(self, n: int) -> int:
-        return int(torch.randint(n, (), generator=self.random))
-
-    def normal(self, *shape: int, dtype: torch.dtype | None = None, factor: float = 1.0) -> Tensor:
-        dtype = dtype or self.plan.dtype
-        values = torch.randn(*shape, generator=self.random) * factor
-        return values.clamp(-440, 440).to(self.plan.device).to(dtype)
-
-    def ints(self, values: list[int] | tuple[int, ...]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=self.plan.device)
-
-    def poisoned(self, *shape: int, dtype: torch.dtype | None = None, strided: bool = False) -> Tensor:
-        """All NaN; when strided, a view with a unit last stride into something larger."""
-        step = self.plan.stride_step
-        kind = self.roll(4) if strided else 0
-        if kind == 0:
-            return self._nans(shape, dtype)
-        if kind == 1:  # rows wider than they say, starting off the beginning
-            wide = step * (1 + self.roll(5))
-            padded = -(-shape[-1] // step) * step + 2 * wide
-            return self._nans((*shape[:-1], padded), dtype)[..., wide : wide + shape[-1]]
-        if kind == 2:  # heads outside of tokens
-            *front, tokens, heads, d = shape
-            return self._nans((*front, heads, tokens, -(-d // step) * step), dtype).transpose(-2, -3)[..., :d]
-        between = self._nans((shape[0], 2, *shape[1:-1], -(-shape[-1] // step) * step), dtype)
-        return between[:, self.roll(2), ..., : shape[-1]]  # another tensor's rows in between
-
-    def _nans(self, shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor:
-        x = torch.empty(shape, dtype=dtype or self.plan.dtype, device=self.plan.device)
-        return x.view(torch.uint8).fill_(0x7F).view(FP8) if x.dtype == FP8 else x.fill_(torch.nan)
-
-
 def build(plan: Plan) -> Case:
     """The tensors of a plan, on its device; the same numbers for the same plan."""
-    maker = _Maker(plan)
+    maker = Maker(plan)
     arguments: dict[str, Any] = {}
     queries, out_rows, lse_rows = _place_queries(maker, arguments)
     keys = _place_keys(maker, arguments)
@@ -113,7 +70,7 @@ def build(plan: Plan) -> Case:
     return Case(plan, arguments, problem, out_rows, lse_rows, appended, maker.slots)
 
 
-def _gaps(maker: _Maker, lengths: tuple[int, ...], spare: bool) -> list[int]:
+def _gaps(maker: Maker, lengths: tuple[int, ...], spare: bool) -> list[int]:
     """Room for each sequence: its length, and when spare some rows more."""
     return [n + (maker.roll(6) if spare else 0) for n in lengths]
 
@@ -122,7 +79,7 @@ def _starts(rooms: list[int] | tuple[int, ...]) -> list[int]:
     return [0, *itertools.accumulate(rooms)]
 
 
-def _place_queries(maker: _Maker, arguments: dict[str, Any]) -> tuple[list, list[tuple], list[tuple]]:
+def _place_queries(maker: Maker, arguments: dict[str, Any]) -> tuple[list, list[tuple], list[tuple]]:
     plan = maker.plan
     rooms = _gaps(maker, plan.lengths_q, plan.seqused_q)
     starts = _starts(rooms)
@@ -159,7 +116,7 @@ def _place_queries(maker: _Maker, arguments: dict[str, Any]) -> tuple[list, list
     return queries, rows, lse_rows
 
 
-def _place_keys(maker: _Maker, arguments: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+def _place_keys(maker: Maker, arguments: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
     """Put the keys that are there before the call; record where later tokens go in maker.slots."""
     plan = maker.plan
     new = plan.lengths_new or (0,) * maker.batch
@@ -202,7 +159,7 @@ def _place_keys(maker: _Maker, arguments: dict[str, Any]) -> list[tuple[Tensor, 
     return keys
 
 
-def _key_memory(maker: _Maker, lead: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def _key_memory(maker: Maker, lead: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     plan = maker.plan
     if plan.strides and plan.d % plan.stride_step == 0 and maker.roll(4) == 0:  # one memory for both
         both = maker.poisoned(*lead, plan.hk, plan.d + plan.dv)
@@ -213,7 +170,7 @@ def _key_memory(maker: _Maker, lead: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     )
 
 
-def _paged(maker: _Maker, arguments: dict[str, Any], rows: int, picked: list[int], ends: tuple[int, ...]) -> tuple:
+def _paged(maker: Maker, arguments: dict[str, Any], rows: int, picked: list[int], ends: tuple[int, ...]) -> tuple:
     """Shuffled pages with some to spare, and a table whose unused entries point nowhere."""
     plan = maker.plan
     size = plan.page_size
@@ -235,7 +192,7 @@ def _paged(maker: _Maker, arguments: dict[str, Any], rows: int, picked: list[int
     return pages, size
 
 
-def _append(maker: _Maker, arguments: dict[str, Any], keys: list, queries: list) -> tuple[list, list]:
+def _append(maker: Maker, arguments: dict[str, Any], keys: list, queries: list) -> tuple[list, list]:
     """New tokens, rotated where the plan says so, at the end of each sequence's keys; queries are rotated, too."""
     plan = maker.plan
     if plan.lengths_new is None:
@@ -270,7 +227,7 @@ def _joined(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat([raw(a), raw(b)]).view(a.dtype)
 
 
-def _rotary_tables(maker: _Maker, arguments: dict[str, Any]) -> list[int]:
+def _rotary_tables(maker: Maker, arguments: dict[str, Any]) -> list[int]:
     """cos and sin of random angles, and the first position of each sequence."""
     plan = maker.plan
     first = list(plan.lengths_k)
@@ -290,7 +247,7 @@ def _rotate(plan: Plan, arguments: dict[str, Any], x: Tensor, positions: Tensor)
                             interleaved=plan.rotary_interleaved)  # fmt: skip
 
 
-def _descales(maker: _Maker, arguments: dict[str, Any]) -> dict[str, Tensor]:
+def _descales(maker: Maker, arguments: dict[str, Any]) -> dict[str, Tensor]:
     """(b, hk) float32 factors, or one factor seen by all."""
     plan = maker.plan
     made = {}
@@ -302,7 +259,7 @@ def _descales(maker: _Maker, arguments: dict[str, Any]) -> dict[str, Tensor]:
     return made
 
 
-def _scalars(maker: _Maker, arguments: dict[str, Any]) -> None:
+def _scalars(maker: Maker, arguments: dict[str, Any]) -> None:
     plan = maker.plan
     defaults = {"softmax_scale": None, "causal": False, "window_size": (-1, -1), "softcap": 0.0, "attention_chunk": 0,
                 "pack_gqa": None, "num_splits": None, "only_qv": False}  # fmt: skip

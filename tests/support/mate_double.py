@@ -9,44 +9,19 @@ metadata sliced by the batch of the call that uses it. It must agree with every 
 from __future__ import annotations
 
 import inspect
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-DATA = Path(__file__).parents[1] / "data"
-VERSIONS = ("0.1.3", "0.2.0", "0.2.1", "0.2.2")
+from tests.support.mate_layout import STRIDED, VARLEN_ONLY, Layout, last_dim_dense, mask_of, resolved, rounded
+from tests.support.mate_signatures import wrapper_signatures
+
 HALF = (torch.float16, torch.bfloat16)
-_ROUNDED = (64, 128, 192, 256, 384, 512)
 _PAIRS = ((64, 64), (128, 128), (192, 128), (192, 192), (256, 256), (384, 384), (512, 512))
-
-
-def wrapper_signatures(version: str) -> dict[str, inspect.Signature]:
-    """The recorded signatures of a version's wrapper, by function."""
-    peers = json.loads((DATA / "peer_signatures.json").read_text())
-    key = next(k for k in peers if k.startswith(f"mate v{version} wrappers/flash-attention"))
-    return {name: _signature(parameters) for name, parameters in peers[key].items()}
-
-
-def _signature(parameters: list[dict[str, str]]) -> inspect.Signature:
-    def default(text: str) -> Any:
-        return torch.bfloat16 if text == "torch.bfloat16" else eval(text, {}, {})
-
-    return inspect.Signature(
-        [
-            inspect.Parameter(
-                p["name"],
-                inspect.Parameter.POSITIONAL_OR_KEYWORD,
-                default=default(p["default"]) if "default" in p else inspect.Parameter.empty,
-            )
-            for p in parameters
-        ]
-    )
 
 
 @dataclass
@@ -98,11 +73,11 @@ class Mate:
             raise AssertionError(message)
 
     def _dense(self, **a: Any) -> Any:
-        return self._varlen(**{**dict.fromkeys(_VARLEN_ONLY), **a})
+        return self._varlen(**{**dict.fromkeys(VARLEN_ONLY), **a})
 
     def _varlen(self, **a: Any) -> Any:
         with_lse = a["return_softmax_lse"] or a.get("return_attn_probs", False)
-        a = _resolved(a)
+        a = resolved(a)
         a["page_table"] = a.get("page_table") if a.get("page_table") is not None else a.get("block_table")
         a.setdefault("out", None)
         mubin = self._takes_mubin(a)
@@ -111,7 +86,7 @@ class Mate:
             self._require(a["window_size"][1] is None or a["window_size"][1] < 0)
             out, lse = self._run("flash_attn_varlen_func", "mubin", {}, a)
         else:
-            a = {k: _last_dim_dense(x) if k in _STRIDED else x for k, x in a.items()}
+            a = {k: last_dim_dense(x) if k in STRIDED else x for k, x in a.items()}
             out, lse, _ = self._jit("flash_attn_varlen_func", a)
         return (out, lse) if with_lse else out
 
@@ -147,7 +122,7 @@ class Mate:
         )
 
     def _kvcache(self, **a: Any) -> Any:
-        a = _resolved(a)
+        a = resolved(a)
         self._require(a["k_cache"].stride(-1) == 1, "k_cache must have contiguous last dimension")
         self._require(a["v_cache"].stride(-1) == 1, "v_cache must have contiguous last dimension")
         if isinstance(a["cache_seqlens"], int):
@@ -173,14 +148,14 @@ class Mate:
         layout = self._checked_layout(a)
         if a["sinks"] is not None:
             a["num_splits"], a["scheduler_metadata"] = -1, None
-        causal, local = _mask(a, layout)
+        causal, local = mask_of(a, layout)
         self._require(a["cp_world_size"] == 1 or not local)
         if a["out"] is not None:
             self._require(a["out"].shape == layout.out_shape and a["out"].dtype == a["q"].dtype)
         metadata = a["scheduler_metadata"]
         if metadata is not None:
             self._require(metadata.shape[0] >= 4 * layout.batch, "metadata buffer is too small")
-        pair = (_rounded(a["q"].shape[-1]), _rounded(a["v"].shape[-1]))
+        pair = (rounded(a["q"].shape[-1]), rounded(a["v"].shape[-1]))
         self._require(pair in _PAIRS, f"Add config for headdim {pair[0]}-{pair[1]}")
         compiled_for = {
             "has_metadata": metadata is not None,
@@ -290,65 +265,7 @@ class Mate:
             require(t is None or (t.dtype == torch.int32 and t.stride(0) == 1), "must be int32 and contiguous")
         require(a["num_heads_q"] % a["num_heads_kv"] == 0)
         a["headdim_v"] = a["headdim_v"] or a["headdim"]
-        require((_rounded(a["headdim"]), _rounded(a["headdim_v"])) in _PAIRS)
+        require((rounded(a["headdim"]), rounded(a["headdim_v"])) in _PAIRS)
         if self.launcher is None:
             return torch.zeros(4 * b, dtype=torch.int32)
         return self.launcher.metadata(a)
-
-
-@dataclass(frozen=True)
-class Layout:
-    batch: int
-    seqlen_q: int
-    seqlen_k: int
-    out_shape: tuple[int, ...]
-    lse_shape: tuple[int, ...]
-
-
-_STRIDED = ("q", "k", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "page_table")
-_VARLEN_ONLY = (
-    "cu_seqlens_q",
-    "cu_seqlens_k",
-    "max_seqlen_q",
-    "max_seqlen_k",
-    "seqused_q",
-    "seqused_k",
-    "page_table",
-    "scheduler_metadata",
-    "out",
-)
-
-
-def _last_dim_dense(x: Tensor | None) -> Tensor | None:
-    return x.contiguous() if x is not None and x.stride(-1) != 1 else x
-
-
-def _resolved(a: dict[str, Any]) -> dict[str, Any]:
-    """What the wrapper and the core do to the arguments before any check."""
-    a = {**a, "sinks": a["sinks"] if a["sinks"] is not None else a["s_aux"]}
-    a["qv"] = a["qv"] if a["qv"] is not None else a.get("q_v")
-    a["window_size"] = (-1, -1) if a["window_size"] is None else tuple(a["window_size"])
-    a["attention_chunk"] = a["attention_chunk"] or 0
-    if a["softmax_scale"] is None:
-        width = a["q"].shape[-1] + (a["qv"].shape[-1] if a["qv"] is not None else 0)
-        a["softmax_scale"] = width**-0.5
-    return a
-
-
-def _rounded(head_dim: int) -> int:
-    return next((n for n in _ROUNDED if head_dim <= n), 512)  # beyond 512 it is rounded down
-
-
-def _mask(a: dict[str, Any], layout: Layout) -> tuple[bool, bool]:
-    """(is_causal, is_local) of the compiled kernel."""
-    left, right = a["window_size"]
-    chunk = a["attention_chunk"]
-    ragged = ("cu_seqlens_q", "cu_seqlens_k", "cu_seqlens_k_new", "seqused_q", "seqused_k", "page_table", "k_new")
-    fixed = all(a.get(name) is None for name in ragged) and a.get("cache_leftpad") is None
-    if chunk > 0 and fixed and layout.seqlen_q <= layout.seqlen_k <= chunk:
-        chunk = 0
-    left = -1 if left is None or left >= layout.seqlen_k - 1 else left
-    right = -1 if right is None or right >= layout.seqlen_q - 1 else right
-    right = 0 if a["causal"] else right
-    causal = left < 0 and right == 0 and chunk == 0
-    return causal, (left >= 0 or right >= 0 or chunk >= 1) and not causal

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
+from torch import Tensor
 
 import jit_kernel.flash_attention_v3 as fa3
 from jit_kernel.attention import ForwardMetadata
@@ -40,3 +42,13 @@ def metadata_of(call: dict[str, object], **changes: object) -> torch.Tensor:
         "causal": call["causal"],
     }
     return fa3.get_scheduler_metadata(**to_musa(arguments | changes))
+
+
+def same(out: Tensor, expected: Tensor) -> bool:
+    """Equal as far as two kernels in bf16 are."""
+    return bool(torch.allclose(out.float(), expected.float(), rtol=2e-2, atol=2e-2))
+
+
+def truth(name: str, call: dict[str, Any]) -> Any:
+    """What the CPU answers."""
+    return getattr(fa3, name)(**call)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.support import malformed_calls
-from tests.support.malformed_calls import FUNCTIONS, Call
+from tests.support import valid_calls
+from tests.support.valid_calls import FUNCTIONS, Call
 
 
 class Wrapped(Tensor):
@@ -96,8 +96,8 @@ def _moved(device: str, name: str, value: Any) -> Any:
     return value.to(device=device, dtype=value.dtype if stays else DTYPES.get(value.dtype, value.dtype))
 
 
-BASES = [base for base in FUNCTIONS if base not in (malformed_calls.wide, malformed_calls.planned)]
-SERVED_BY_GPUS = [base for base in BASES if base not in (malformed_calls.fp8, malformed_calls.mla)]
+BASES = [base for base in FUNCTIONS if base not in (valid_calls.wide, valid_calls.planned)]
+SERVED_BY_GPUS = [base for base in BASES if base not in (valid_calls.fp8, valid_calls.mla)]
 
 
 def places() -> Iterator[tuple[Callable[[], Call], str]]:
@@ -110,5 +110,5 @@ def places() -> Iterator[tuple[Callable[[], Call], str]]:
 
 def written(base: Callable[[], Call], name: str) -> bool:
     """Whether the call writes this argument."""
-    appends = base in (malformed_calls.cache, malformed_calls.paged_cache)
+    appends = base in (valid_calls.cache, valid_calls.paged_cache)
     return name == "out" or (appends and name in ("k_cache", "v_cache"))

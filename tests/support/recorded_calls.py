@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from jit_kernel import flash_attention_v3
-from tests.support.mate_double import DATA
+from tests.support.mate_signatures import DATA
 from tests.support.musa_device import MusaTensor, machine, to_musa
 
 OURS = (ValueError, TypeError, NotImplementedError)

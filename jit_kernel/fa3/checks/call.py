@@ -181,7 +181,8 @@ def check_numbers(call: Call) -> None:
 def refuse_shared_memory(call: Call) -> None:
     """out, and a cache that is appended to, share no byte with another tensor: what one thread writes, others read."""
     names = NAME_OF[call.function]
-    given = [(names.get(name, name), value) for name in FIELDS if isinstance(value := getattr(call, name), Tensor)]
+    fields = [name for name in FIELDS if name not in _NO_MEMORY]
+    given = [(names.get(name, name), value) for name in fields if isinstance(value := getattr(call, name), Tensor)]
     for field in forms.written_fields(call):
         written = getattr(call, field)
         for name, tensor in given:
