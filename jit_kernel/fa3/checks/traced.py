@@ -92,7 +92,8 @@ def _whole(name: str, value: Any, low: int = 0) -> int | Tensor:
     A 0-dim tensor stays where its number is recorded, or where it has none; else it is read, in spite of any mode.
     """
     if isinstance(value, Tensor) and is_integer(value) and value.dim() == 0 and value.device.type != "meta":
-        if is_recorded() or type(value) is not Tensor or is_functional(value):
+        stays = is_recorded() or type(value) is not Tensor or is_functional(value)
+        if stays:
             return value
     with torch._C._DisableTorchDispatch():
         number = need_integer(name, value)
