@@ -88,10 +88,10 @@ def _taken(
 ) -> T:
     """The same choice for the other functions, whose tensors are among `named`."""
     if is_compiling():
-        return traced(*arguments)
+        return traced(**named)
     if is_transformed():
         if are_wrapped(named):
-            return traced(*arguments)
+            return traced(**named)
         made: T = outside_of_transforms(_taken, function, traced, now, named, *arguments)
         return made
     if not is_traced():
@@ -99,5 +99,4 @@ def _taken(
             return now(*arguments)
         except TracedTensorError:
             pass  # a fake tensor outside of its mode
-    torch_operators.settle(function, named)
-    return traced(*arguments)
+    return traced(**torch_operators.settle(function, named))

@@ -26,7 +26,6 @@ from jit_kernel.fa3.call import (
     VARLEN,
     Arguments,
     Call,
-    MetadataParameters,
     Result,
     batch_of,
     lse_shape,
@@ -212,11 +211,9 @@ def settle(function: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     return settled
 
 
-def plan(parameters: MetadataParameters) -> Tensor:
+def plan(*, window_size: Any, **arguments: Any) -> Tensor:
     """`get_scheduler_metadata` while it is traced."""
-    arguments = parameters.arguments()
-    arguments["window_size"] = _window(parameters.window_size)
-    made: Tensor = torch.ops.jit_kernel.metadata(**arguments)
+    made: Tensor = torch.ops.jit_kernel.metadata(window_size=_window(window_size), **arguments)
     return made
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from tests.fuzz import drawing, oracle, workers
+from tests.fuzz import drawing, kinds, oracle, workers
 from tests.fuzz.oracle import ANSWERED, FAULTS, REFUSED
 
 BATCH = 400  # calls of one child
@@ -70,12 +70,14 @@ def maker(options: Options, keep: Collection[int] | None = None) -> workers.Make
             options.seed, index, without=options.without, keep=keep, guarded=options.guarded, device=options.device
         )
         drawn.threads = min(drawn.threads, options.most_threads)
+        state = kinds.state_of_torch()
         verdict = oracle.judge(drawn)
         more: dict[str, Any] = {}
-        if verdict.what in FAULTS:
-            more = {"last": True}
-        elif not verdict.judged:
-            more = {"judged": False}
+        if not verdict.judged:
+            more["judged"] = False
+        # Where torch fails to make a tensor, it may leave its state changed: the calls behind it go to another child.
+        if verdict.what in FAULTS or kinds.state_of_torch() != state:
+            more["last"] = True
         return verdict.what, verdict.text, more
 
     return make

@@ -123,6 +123,19 @@ def _copy(x: Tensor) -> Tensor:
     return made.set_(memory.untyped_storage(), x.storage_offset(), x.shape, x.stride())
 
 
+def _shared_copy(around: Surroundings, x: Tensor) -> Tensor:
+    """The same, in one memory for all tensors of a call that share theirs."""
+    storage = x.untyped_storage()
+
+    def make() -> Tensor:
+        return torch.empty(0, dtype=torch.uint8, device=x.device).set_(storage).clone()
+
+    with outside():  # in the mode of an earlier one the copy would be functional itself, and wrapped twice
+        memory = around.once(f"copy {storage.data_ptr()}", make)
+        made = torch.empty(0, dtype=x.dtype, device=x.device)
+        return made.set_(memory.untyped_storage(), x.storage_offset(), x.shape, x.stride())
+
+
 def _neg_view(_: Surroundings, x: Tensor) -> Made:
     memory = negated(x)
     return Made(memory._neg_view(), x, (memory,))
@@ -148,13 +161,12 @@ def _fake_in_mode(around: Surroundings, x: Tensor) -> Made:
     return Made(made, None)
 
 
-def _functional(_: Surroundings, x: Tensor) -> Made:
-    return Made(torch._to_functional_tensor(_copy(x)), x)
+def _functional(around: Surroundings, x: Tensor) -> Made:
+    return Made(torch._to_functional_tensor(_shared_copy(around, x)), x)
 
 
 def _functional_subclass(around: Surroundings, x: Tensor) -> Made:
-    with outside():  # in the mode of an earlier one the copy would be functional itself, and wrapped twice
-        made = _copy(x)
+    made = _shared_copy(around, x)
     mode = around.once("functional", FunctionalTensorMode)
     around.once("functional mode", lambda: around.stack.enter_context(mode))
     return Made(FunctionalTensor.to_functional(made), x)
@@ -166,7 +178,7 @@ def _functionalized(around: Surroundings, x: Tensor) -> Made:
         around.stack.callback(functorch._func_decrement_nesting)
         return made
 
-    made = _copy(x)
+    made = _shared_copy(around, x)
     return Made(functorch._wrap_functional_tensor(made, around.once("functionalize", level)), x)
 
 
@@ -296,8 +308,10 @@ def _simple(function: Callable[[Tensor], Any], *, means: bool = True) -> Callabl
     return lambda _, x: Made(function(x), x if means else None, (x,) if means else ())
 
 
-# Kinds that open a transform or a mode, in which no plain tensor can be made: they come last.
-TRANSFORMS = ("functionalized", "batched", "of grad", "of jvp", "dual", "fake in its mode", "functional subclass")
+# Kinds that open a transform or a mode, in which no plain tensor can be made: they come last, those of a mode behind
+# the others, which torch fails to make under FakeTensorMode.
+TRANSFORMS = ("functionalized", "batched", "of grad", "of jvp", "dual")
+MODES = ("fake in its mode", "functional subclass")
 KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (
@@ -347,6 +361,23 @@ def outside() -> Iterator[None]:
     """As if no transform and no mode were active."""
     with temporarily_clear_interpreter_stack(), _disable_current_modes(), torch._C.DisableTorchFunctionSubclass():
         yield
+
+
+def state_of_torch() -> dict[str, Any]:
+    """What of torch's state a call may not leave changed: this thread's dispatch, modes, levels and transforms."""
+    return {
+        "included keys": torch._C._dispatch_tls_local_include_set().raw_repr(),
+        "excluded keys": torch._C._dispatch_tls_local_exclude_set().raw_repr(),
+        "dispatch modes": torch._C._len_torch_dispatch_stack(),
+        "function modes": torch._C._len_torch_function_stack(),
+        "function subclasses": torch._C._is_torch_function_enabled(),
+        "tracing": torch._C._get_tracing_state() is not None,
+        "transforms": len(functorch.get_interpreter_stack() or ()),
+        "forward-mode level": fwAD._current_level,
+        "grad": (torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled(), torch.is_inference_mode_enabled()),
+        "default dtype": torch.get_default_dtype(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
 
 
 def values(x: Any) -> Tensor | None:

@@ -2,7 +2,8 @@
 
 A call is answered rightly, or refused by an error that names an argument with nothing written. Everything else is a
 fault: "unnamed" (an error that does not help), "refused" (a call that must be served), "written" (memory that changed
-before an error, or outside of what a call may write), "wrong" (an answer that is not what the arguments mean).
+before an error, or outside of what a call may write), "wrong" (an answer that is not what the arguments mean), "left"
+(a state of torch's that the call changed for what comes after it).
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ import jit_kernel
 from jit_kernel import flash_attention_v3
 from tests.fuzz import answers, kinds
 from tests.fuzz.drawing import Drawn
-from tests.fuzz.kinds import CANNOT, TRANSFORMS, Made, Surroundings
+from tests.fuzz.kinds import CANNOT, MODES, TRANSFORMS, Made, Surroundings
 from tests.fuzz.meaning import MeaninglessError, UnjudgedError, overlaps_itself
 
 CUDA_ERROR = 71  # status of a process that a CUDA error ends
 ANSWERED, REFUSED = "answered", "refused by name"
-FAULTS = ("crash", "hang", "unnamed", "refused", "written", "wrong")
+FAULTS = ("crash", "hang", "unnamed", "refused", "written", "wrong", "left")
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,7 @@ def _judge(drawn: Drawn) -> Verdict:
             before = {name: snapshot.copy_of(value) for name, value in plain.items()}
         torch.set_num_threads(drawn.threads)
         error: Exception | None = None
+        state = kinds.state_of_torch()
         try:
             with surroundings(drawn.surroundings):
                 result = _WAYS[drawn.way](function, given)
@@ -165,6 +167,9 @@ def _judge(drawn: Drawn) -> Verdict:
                 os._exit(CUDA_ERROR)
         finally:
             torch.set_num_threads(1)
+        left = [what for what, now in kinds.state_of_torch().items() if now != state[what]]
+        if left:
+            raise FaultError("left", f"changed for what comes after it: {', '.join(left)}; {error!r:.200}")
         if error is None:
             found = _read(result, drawn, made, given)
     if error is not None:
@@ -209,9 +214,13 @@ def _warm(function: Any, drawn: Drawn) -> None:
         function(**{name: _on_device(copies.copy_of(value), value) for name, value in drawn.plain.items()})
 
 
+def _order(named: tuple[str, kinds.Kind]) -> int:
+    return next((place for place, names in ((1, TRANSFORMS), (2, MODES)) if named[1].name in names), 0)
+
+
 def _make_kinds(drawn: Drawn, around: Surroundings) -> dict[str, Made]:
     made = {}
-    for name, kind in sorted(drawn.kinds, key=lambda each: each[1].name in TRANSFORMS):
+    for name, kind in sorted(drawn.kinds, key=_order):
         value = drawn.arguments[name]
         if type(value) is not Tensor or value.numel() > 2**20:
             continue

@@ -241,6 +241,11 @@ def test_an_append_that_goes_elsewhere(plant):
     assert oracle.judge(drawn).what == "wrong"
 
 
+def test_a_state_of_torch_that_is_left_changed(plant):
+    plant(lambda **given: (torch.use_deterministic_algorithms(True), REAL[DENSE](**given))[1])
+    assert alone(a_dense_call()).what == "left"
+
+
 def test_a_merge_with_the_wrong_weights(plant):
     drawn = a_call(lambda it: it.function == "merge_state" and bool(it.arguments["lse_a"].isfinite().all())
                    and it.arguments["out_a"].numel() > 8)  # fmt: skip

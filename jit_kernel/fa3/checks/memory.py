@@ -38,6 +38,15 @@ def overlap(one: Tensor, other: Tensor) -> bool:
     return _touch(other.data_ptr() - one.data_ptr(), _bytes_of(one), _bytes_of(other))
 
 
+def share_storage(one: Tensor, other: Tensor) -> bool:
+    """The same of tensors of one storage, whose addresses need not exist: those of fake tensors do not."""
+    if one.untyped_storage()._cdata != other.untyped_storage()._cdata:
+        return False
+    distance = other.storage_offset() * other.element_size() - one.storage_offset() * one.element_size()
+    meet = distance < extent(one) and -distance < extent(other)
+    return meet and _touch(distance, _bytes_of(one), _bytes_of(other))
+
+
 def overlaps_itself(tensor: Tensor) -> bool:
     """Whether two elements of a tensor share memory, as in an expanded one."""
     reach = 0

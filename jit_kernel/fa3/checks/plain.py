@@ -49,7 +49,12 @@ def is_traced() -> bool:
 
     A dispatch mode that only looks on changes no result, and is not asked.
     """
-    if tracing_state() is not None or (count_modes() and any(map(_mode_of, _TRACING_MODES))):
+    return is_recorded() or bool(count_modes() and any(map(_mode_of, _TRACING_MODES)))
+
+
+def is_recorded() -> bool:
+    """Whether torch records the operators that run here: make_fx, torch.jit.trace, export."""
+    if tracing_state() is not None or (count_modes() and _mode_of(torch._C._TorchDispatchModeKey.PROXY) is not None):
         return True
     # make_fx(pre_dispatch=True) keeps its mode in a stack of its own, beside a mode for functions.
     return bool(has_function_mode() and _count_before_dispatch())
@@ -252,14 +257,19 @@ def is_functional(tensor: Tensor) -> bool:
     return isinstance(tensor, FunctionalTensor) or torch._is_functional_tensor(tensor)
 
 
+def wrapped_by_functional(tensor: Tensor) -> Tensor:
+    """What a functionalization of torch's wraps, the tensor itself where none does."""
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    inner: Tensor = tensor.elem if isinstance(tensor, FunctionalTensor) else tensor
+    return torch._from_functional_tensor(inner) if torch._is_functional_tensor(inner) else inner
+
+
 def wraps_fake(tensor: Tensor) -> bool:
     """Whether a functional tensor wraps a fake one."""
     from torch._subclasses.fake_tensor import FakeTensor
-    from torch._subclasses.functional_tensor import FunctionalTensor
 
-    inner: Any = tensor.elem if isinstance(tensor, FunctionalTensor) else tensor
-    if torch._is_functional_tensor(inner):
-        inner = torch._from_functional_tensor(inner)
+    inner = wrapped_by_functional(tensor)
     return inner is not tensor and isinstance(inner, FakeTensor)
 
 
@@ -269,9 +279,13 @@ def in_forward_mode() -> bool:
 
 
 def _has_tangent(tensor: Tensor) -> bool:
+    if not in_forward_mode():
+        return False
     try:
-        return in_forward_mode() and _unpack_dual(tensor).tangent is not None
-    except RuntimeError:  # under FakeTensorMode torch fails to look at one of torch.func's
+        # Under FakeTensorMode torch fails to look, and leaves its dispatch without autograd and tracing for good.
+        with torch._C._DisableTorchDispatch():
+            return _unpack_dual(tensor).tangent is not None
+    except RuntimeError:  # a tensor that torch cannot look at may have one
         return True
 
 

@@ -10,24 +10,38 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from jit_kernel.fa3.checks.memory import share_storage
 from jit_kernel.fa3.checks.plain import (
     UNINITIALIZED,
     active_fake_mode,
     has_dispatch,
     in_functional_mode,
     is_functional,
+    is_recorded,
     refusal_of_transform,
+    wrapped_by_functional,
     wraps_fake,
 )
-from jit_kernel.fa3.checks.values import described, need_bool, need_integer, need_number, need_window, shown
+from jit_kernel.fa3.checks.values import (
+    INT32_MAX,
+    described,
+    is_integer,
+    need_bool,
+    need_integer,
+    need_number,
+    need_range,
+    need_window,
+    need_writable,
+    shown,
+)
 
-_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool, Tensor)
+_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 def settle_types(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a function of seam.py as its operator takes them. Raises TypeError for one that it cannot take.
 
-    Symbolic numbers, and tensors that hold one, are traced and stay.
+    Symbolic numbers, and tensors whose numbers are recorded, stay.
     """
     parameters = inspect.signature(function).parameters
     return {name: _settled(name, parameters[name].annotation, value) for name, value in arguments.items()}
@@ -38,7 +52,7 @@ def _settled(name: str, annotation: str, value: Any) -> Any:
     if value is None and ("None" in others or kind.startswith("tuple")):
         return value
     if kind == "Tensor":
-        return need_integer(name, value) if "int" in others and not isinstance(value, Tensor) else _shaped(name, value)
+        return _whole(name, value) if "int" in others and not isinstance(value, Tensor) else _shaped(name, value)
     if kind == "torch.dtype":
         if not isinstance(value, torch.dtype):
             raise TypeError(f"{name} is {described(value)}; it must be a torch.dtype")
@@ -47,19 +61,44 @@ def _settled(name: str, annotation: str, value: Any) -> Any:
         if not isinstance(value, torch.SymBool):
             need_bool(name, value)
         return value
-    is_pair = kind.startswith("tuple")
-    if isinstance(value, _SYMBOLIC) and (is_pair or not isinstance(value, Tensor) or value.dim() == 0):
-        return value
     if kind == "int":
-        return need_integer(name, value)
+        return value if isinstance(value, _SYMBOLIC) else _whole(name, value)
     if kind == "float":
+        if isinstance(value, _SYMBOLIC):
+            return value
         number = need_number(name, value)
         try:
             return float(number)  # an int may be too large for the schema's
         except OverflowError:
             raise ValueError(f"{name} is {shown(number)}; it must be finite in float32") from None
-    traced = isinstance(value, (tuple, list)) and any(isinstance(bound, _SYMBOLIC) for bound in value)
-    return value if traced else need_window(value)
+    return _pair(value)
+
+
+def _pair(window: Any) -> Any:
+    """window_size; symbolic bounds, and what is recorded of tensors, stay."""
+    if isinstance(window, Tensor):
+        recorded = is_integer(window) and window.is_cpu and window.shape == (2,)
+        return window if recorded else need_window(window)
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        return need_window(window)
+    bounds = [_whole("window_size", bound, -1) if isinstance(bound, Tensor) else bound for bound in window]
+    stays = any(isinstance(bound, (*_SYMBOLIC, Tensor)) for bound in bounds)
+    return tuple(bounds) if stays else need_window(bounds)
+
+
+def _whole(name: str, value: Any, low: int = 0) -> int | Tensor:
+    """An int that every argument's own range lies within; a schema's int64 would overflow without naming it.
+
+    A 0-dim tensor stays where its number is recorded, or where it has none; else it is read, in spite of any mode.
+    """
+    if isinstance(value, Tensor) and is_integer(value) and value.dim() == 0 and value.device.type != "meta":
+        stays = is_recorded() or type(value) is not Tensor or is_functional(value)
+        if stays:
+            return value
+    with torch._C._DisableTorchDispatch():
+        number = need_integer(name, value)
+    need_range(name, number, low, INT32_MAX)
+    return number
 
 
 def _shaped(name: str, value: object) -> Tensor:
@@ -88,6 +127,26 @@ def refuse_untraceable(arguments: Mapping[str, Any], written: tuple[str, ...]) -
         _refuse_beside_functional(tensors, written)
     else:
         _refuse_functional(tensors)
+    _refuse_shared_memory(tensors, written)
+
+
+def _refuse_shared_memory(tensors: Mapping[str, Tensor], written: tuple[str, ...]) -> None:
+    """What is written overlaps neither itself nor another tensor, as far as sizes are known while tracing."""
+    lying = {name: inner for name, value in tensors.items() if _is_laid_out(inner := wrapped_by_functional(value))}
+    for one in written:
+        if one not in lying:
+            continue
+        need_writable(one, lying[one])
+        for name, tensor in lying.items():
+            if name != one and share_storage(lying[one], tensor):
+                raise ValueError(f"{one} shares its memory with {name}; it must have memory of its own: it is written")
+
+
+def _is_laid_out(tensor: Tensor) -> bool:
+    """Whether a tensor has a storage, and lies in it at a place that is no symbol."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return False
+    return all(isinstance(n, int) for n in (*tensor.shape, *tensor.stride(), tensor.storage_offset()))
 
 
 def _refuse_meta(tensors: Mapping[str, Tensor]) -> None:

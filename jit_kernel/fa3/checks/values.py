@@ -61,8 +61,12 @@ def _text(value: object) -> str | None:
 
 
 def shown(value: float) -> str:
-    """A number as an error text shows it; Python refuses to print an int of more than 4300 digits."""
-    return f"an int of {value.bit_length()} bits" if isinstance(value, int) and value.bit_length() > 256 else str(value)
+    """A number as an error text shows it; Python refuses to print an int of more than 4300 digits, and a fraction."""
+    if isinstance(value, numbers.Rational):
+        bits = max(int(value.numerator).bit_length(), int(value.denominator).bit_length())
+        if bits > 256:
+            return f"{'an int' if isinstance(value, int) else 'a fraction'} of {bits} bits"
+    return str(value)
 
 
 def need_tensor(name: str, value: object, *, written: bool = False) -> Tensor:
@@ -169,13 +173,18 @@ def need_bool(name: str, value: object) -> None:
         raise TypeError(f"{name} is {described(value)}; it must be a bool")
 
 
+def is_integer(tensor: Tensor) -> bool:
+    """Whether a tensor holds integers, which bools are not."""
+    return not isinstance(tensor, plain.UNINITIALIZED) and tensor.dtype in _INTEGER_DTYPES
+
+
 def need_integer(name: str, value: Any) -> int:
     """An int: one, or what has an index (a number of numpy, a 0-dim tensor of integers), but no bool."""
     if value.__class__ is int:
         number: int = value
         return number
     if isinstance(value, Tensor):
-        if not isinstance(value, plain.UNINITIALIZED) and value.dim() == 0 and value.dtype in _INTEGER_DTYPES:
+        if is_integer(value) and value.dim() == 0:
             plain.need_served_device(name, value)
             return int(plain.in_memory(name, value))
     elif not isinstance(value, bool) and hasattr(value, "__index__"):
@@ -207,12 +216,7 @@ def need_window(window: Any) -> tuple[int, int]:
     """
     if window is None:
         return UNBOUNDED
-    if (
-        isinstance(window, Tensor)
-        and not isinstance(window, plain.UNINITIALIZED)
-        and window.dtype in _INTEGER_DTYPES
-        and window.is_cpu
-    ):
+    if isinstance(window, Tensor) and is_integer(window) and window.is_cpu:
         window = plain.in_memory("window_size", window).tolist()
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise TypeError(f"window_size is {described(window)}; it must be a pair of ints (left, right)")
