@@ -18,11 +18,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import jit_kernel
 from jit_kernel.fa3 import seam
-from tests.support import malformed_calls
-from tests.support.malformed_calls import FUNCTIONS, Call
+from tests.support import valid_calls
+from tests.support.valid_calls import FUNCTIONS, Call
 
 Base = Callable[[], Call]
-BASES: list[Base] = [malformed_calls.dense, malformed_calls.varlen, malformed_calls.cache, malformed_calls.metadata]
+BASES: list[Base] = [valid_calls.dense, valid_calls.varlen, valid_calls.cache, valid_calls.metadata]
 
 
 def each(kind: str) -> Any:
@@ -113,7 +113,7 @@ def test_a_float_that_is_none_is_refused_by_name(base, name, value):
     ids=str,
 )
 def test_a_window_that_is_none_is_refused_by_name(window):
-    base, mode = malformed_calls.dense, FakeTensorMode()
+    base, mode = valid_calls.dense, FakeTensorMode()
     refused(base, fakes(mode, base()) | {"window_size": window}, "window_size")
     with mode:
         refused(base, fakes(mode, base()) | {"window_size": window}, "window_size")
@@ -138,9 +138,9 @@ def test_what_is_written_shares_no_memory(kind):
         behind = buffer.view(-1)[8 : 8 + v.numel()].view(v.shape)
         for out, name in ((v, "v"), (k, "k"), (behind, "q")):
             call = {"q": q, "k": k, "v": v, "out": out}
-            assert f"shares its memory with {name}" in refused(malformed_calls.dense, call, "out")
+            assert f"shares its memory with {name}" in refused(valid_calls.dense, call, "out")
         row = kind(memory[3])[:, :1].expand(2, 5, 4, 32)
-        assert "expanded" in refused(malformed_calls.dense, {"q": q, "k": k, "v": v, "out": row}, "out")
+        assert "expanded" in refused(valid_calls.dense, {"q": q, "k": k, "v": v, "out": row}, "out")
         assert jit_kernel.flash_attn_func(q, k, v, out=buffer[3]).shape == v.shape
         rows = kind(memory.transpose(0, 2).contiguous()).transpose(0, 2)
         assert jit_kernel.flash_attn_func(rows[0], rows[1], rows[2], out=rows[3]).shape == v.shape
@@ -151,7 +151,7 @@ def test_functional_tensors_over_one_plain_memory_share_it():
     with FunctionalTensorMode():
         q, k, v = map(functional, memory)
         call = {"q": q, "k": k, "v": v, "out": functional(memory[2])}
-        assert "shares its memory with v" in refused(malformed_calls.dense, call, "out")
+        assert "shares its memory with v" in refused(valid_calls.dense, call, "out")
 
 
 @pytest.mark.parametrize("kind", [functional, fake])
@@ -160,10 +160,10 @@ def test_the_out_of_combine_shares_no_memory(kind):
     with FunctionalTensorMode() if kind is functional else nullcontext():
         parts = kind(memory)
         call = {"out_partial": parts, "lse_partial": kind(torch.randn(3, 2, 5, 4)), "out": parts[1]}
-        assert "shares its memory with out_partial" in refused(malformed_calls.combine, call, "out")
+        assert "shares its memory with out_partial" in refused(valid_calls.combine, call, "out")
 
 
-@pytest.mark.parametrize("base", [*BASES, malformed_calls.combine, malformed_calls.merge], ids=lambda b: b.__name__)
+@pytest.mark.parametrize("base", [*BASES, valid_calls.combine, valid_calls.merge], ids=lambda b: b.__name__)
 def test_a_tangent_that_is_looked_for_under_a_fake_mode_leaves_no_trace(base):
     """torch failed to look, and left this thread without autograd and torch.jit.trace from there on."""
     call = base()
