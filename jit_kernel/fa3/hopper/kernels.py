@@ -52,6 +52,11 @@ def all_specs() -> Iterator[KernelSpec]:
                     yield forward_spec(dtype, head_dim, head_dim_v, masked, softcap)
 
 
+def _is_plain(spec: KernelSpec) -> bool:
+    """Whether a variant itself says how it is launched; of the others the launcher has a table."""
+    return "threads" in dict(spec.variant)
+
+
 class DeviceKernels(cubin.DeviceKernels):
     """The kernels of one GPU; `forward` launches one by its handle."""
 
@@ -65,6 +70,11 @@ class DeviceKernels(cubin.DeviceKernels):
         """What `forward` is until the launcher is loaded."""
         return bool(self._launcher()["forward"](*arguments))
 
+    def _load_function(self, spec: KernelSpec) -> str:
+        return "load_plain" if _is_plain(spec) else "load_kernel"
+
     def _load_arguments(self, spec: KernelSpec, cubin: Cubin) -> tuple[Any, ...]:
         fields = dict(spec.variant)
+        if _is_plain(spec):
+            return fields["function"], fields["threads"], fields["shared_bytes"]
         return fields["head_dim"], fields["head_dim_v"], fields["masked"]
