@@ -46,7 +46,7 @@ class Compiled:
         if self.failure is not None:
             raise self.failure
         loading = {"load_kernel": self._load_kernel, "load_plain": self._load_plain}
-        return {"prepare": self._prepare, **loading, "forward": "forward", "launch": "launch"}
+        return {"prepare": self._prepare, **loading, "forward": "forward", "append": "append", "launch": "launch"}
 
     def _prepare(self, index: int) -> int:
         self.prepared.append(index)

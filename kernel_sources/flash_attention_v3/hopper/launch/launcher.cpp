@@ -5,6 +5,7 @@
 //   load_plain(image, name, threads, shared_bytes) -> handle, for a launch that knows no variants
 //   prepare(device) -> multiprocessors: what a launch needs that does not depend on the variant
 //   forward(handle, tensors..., scalars...) -> whether it was launched
+//   append(handle, tensors..., scalars...) -> the same
 #include <tvm/ffi/tvm_ffi.h>
 
 #include <algorithm>
@@ -13,6 +14,7 @@
 #include <string>
 #include <utility>
 
+#include "flash_attention_v3/hopper/launch/append_launch.h"
 #include "flash_attention_v3/hopper/launch/progress.h"
 #include "flash_attention_v3/hopper/launch/tensor_map.h"
 #include "flash_attention_v3/hopper/prefill/config.h"
@@ -202,3 +204,4 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(load_kernel, jit_kernel::hopper::load_kernel);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(load_plain, jit_kernel::hopper::load_plain);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(prepare, jit_kernel::hopper::prepare);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward, jit_kernel::hopper::forward);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(append, jit_kernel::hopper::append);
