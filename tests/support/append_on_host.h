@@ -102,7 +102,8 @@ inline void jit_kernel::cuda::Kernel::launch(int, Grid grid, void** arguments) {
 
 inline int64_t load(bool is_bf16) {
   using jit_kernel::cuda::Kernel;
-  return jit_kernel::cuda::KernelTable<Kernel>::get().add(std::make_unique<Kernel>(Kernel{is_bf16}));
+  return jit_kernel::cuda::KernelTable<Kernel>::get().add(
+      std::make_unique<Kernel>(Kernel{is_bf16}));
 }
 
 inline int64_t quotient(int64_t number, int64_t divisor) {
