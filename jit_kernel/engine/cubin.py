@@ -56,8 +56,12 @@ class DeviceKernels:
     def _keep(self, functions: Any) -> None:
         """For a subclass: what it calls of the launcher's functions, which are there before the first handle is."""
 
+    def _load_function(self, spec: KernelSpec) -> str:
+        """Which of the launcher's functions takes a kernel."""
+        return "load_kernel"
+
     def _load_arguments(self, spec: KernelSpec, cubin: Cubin) -> tuple[Any, ...]:
-        """What `load_kernel` takes behind the image: for the generic launcher, what Triton says of its cubin."""
+        """What that function takes behind the image: for the generic launcher, what Triton says of its cubin."""
         launch = cubin.metadata
         return launch["name"], launch["types"], launch["threads"], launch["shared"]
 
@@ -76,7 +80,7 @@ class DeviceKernels:
         if not self.compiles_under_capture:
             self._refuse_to_compile_under_capture(spec)
         cubin = memory.load_cubin(spec, self.target)
-        handle = int(self._launcher()["load_kernel"](cubin.image, *self._load_arguments(spec, cubin)))
+        handle = int(self._launcher()[self._load_function(spec)](cubin.image, *self._load_arguments(spec, cubin)))
         self.handles[key] = handle
         return handle
 

@@ -45,7 +45,8 @@ class Compiled:
         self.launchers.append(spec)
         if self.failure is not None:
             raise self.failure
-        return {"prepare": self._prepare, "load_kernel": self._load_kernel, "forward": "forward", "launch": "launch"}
+        loading = {"load_kernel": self._load_kernel, "load_plain": self._load_plain}
+        return {"prepare": self._prepare, **loading, "forward": "forward", "append": "append", "launch": "launch"}
 
     def _prepare(self, index: int) -> int:
         self.prepared.append(index)
@@ -54,6 +55,9 @@ class Compiled:
     def _load_kernel(self, *arguments: Any) -> int:
         self.loaded.append(arguments)
         return len(self.loaded) + 6
+
+    def _load_plain(self, *arguments: Any) -> int:
+        return self._load_kernel("plain", *arguments)
 
     def _load_cubin(self, spec: KernelSpec, target: Target) -> memory.Cubin:
         self.cubins.append(spec)
@@ -85,6 +89,13 @@ def test_a_kernel_is_loaded_under_its_key_by_a_launcher_that_is_prepared_once(na
     expected = (64, 64, False) if name == "hopper" else ("k", "pi", 128, 64)
     assert compiled.loaded == [(b"image", *expected)] * 2
     assert kernels.forward == "forward" if name == "hopper" else kernels.launch == "launch"
+
+
+def test_a_variant_that_says_how_it_is_launched_needs_no_table_of_the_launchers(compiled: Compiled) -> None:
+    variant = (("function", "fill"), ("dtype", "bf16"), ("threads", 128), ("shared_bytes", 64))
+    kernels = hopper_kernels.DeviceKernels(0, TARGET)
+    assert kernels.load(("a",), KernelSpec(hopper_kernels.FOLDER, "unit", "cuda", variant)) == 7
+    assert compiled.loaded == [("plain", b"image", "fill", 128, 64)]
 
 
 @pytest.mark.parametrize("name", MAKERS)

@@ -17,6 +17,7 @@ LAUNCHER = KernelSpec(
 DTYPES = ("bf16", "fp16")
 # Head sizes of q and k, and of v; the least that hold a call's serve it, the rest is padded inside.
 HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+_APPEND_THREADS = 128  # kAppendThreads of append/params.h, as the unit asserts
 # The compiler's account of registers and spills goes to the entry's log, which the tests read.
 _FLAGS = ("--ptxas-options=-v",)
 
@@ -42,29 +43,55 @@ def forward_spec(dtype: str, head_dim: int, head_dim_v: int, masked: bool, softc
     return KernelSpec(FOLDER, unit, "cuda", variant, _FLAGS)
 
 
+def append_spec(dtype: str) -> KernelSpec:
+    """The kernel that puts new keys and values into a cache and rotates: every head size and layout."""
+    unit = (
+        '#include "flash_attention_v3/hopper/append/append.cuh"\n'
+        f"JIT_KERNEL_EXPORT_APPEND({dtype}, {_APPEND_THREADS})\n"
+    )
+    variant = (("function", "append"), ("dtype", dtype), ("threads", _APPEND_THREADS), ("shared_bytes", 0))
+    return KernelSpec(FOLDER, unit, "cuda", variant, _FLAGS)
+
+
 def all_specs() -> Iterator[KernelSpec]:
     """The launcher and every kernel: two dtypes, six pairs of head sizes, with and without mask and softcap."""
     yield LAUNCHER
     for dtype in DTYPES:
+        yield append_spec(dtype)
         for head_dim, head_dim_v in HEAD_DIMS:
             for masked in (False, True):
                 for softcap in (False, True):
                     yield forward_spec(dtype, head_dim, head_dim_v, masked, softcap)
 
 
+def _is_plain(spec: KernelSpec) -> bool:
+    """Whether a variant itself says how it is launched; of the others the launcher has a table."""
+    return "threads" in dict(spec.variant)
+
+
 class DeviceKernels(cubin.DeviceKernels):
-    """The kernels of one GPU; `forward` launches one by its handle."""
+    """The kernels of one GPU; `forward` and `append` launch one by its handle."""
 
     def __init__(self, index: int, target: Target) -> None:
         super().__init__(index, target, LAUNCHER)
 
     def _keep(self, functions: Any) -> None:
         self.forward = functions["forward"]  # type: ignore[method-assign]
+        self.append = functions["append"]  # type: ignore[method-assign]
 
     def forward(self, *arguments: object) -> bool:
         """What `forward` is until the launcher is loaded."""
         return bool(self._launcher()["forward"](*arguments))
 
+    def append(self, *arguments: object) -> bool:
+        """As `forward`."""
+        return bool(self._launcher()["append"](*arguments))
+
+    def _load_function(self, spec: KernelSpec) -> str:
+        return "load_plain" if _is_plain(spec) else "load_kernel"
+
     def _load_arguments(self, spec: KernelSpec, cubin: Cubin) -> tuple[Any, ...]:
         fields = dict(spec.variant)
+        if _is_plain(spec):
+            return fields["function"], fields["threads"], fields["shared_bytes"]
         return fields["head_dim"], fields["head_dim_v"], fields["masked"]

@@ -1,9 +1,11 @@
 // The host side of the Hopper kernels: loads cubins, encodes tensor maps, launches on the caller's
 // stream.
 //
-//   load_kernel(image, head_dim, head_dim_v, masked) -> handle
+//   load_kernel(image, head_dim, head_dim_v, masked) -> handle, for forward
+//   load_plain(image, name, threads, shared_bytes) -> handle, for a launch that knows no variants
 //   prepare(device) -> multiprocessors: what a launch needs that does not depend on the variant
 //   forward(handle, tensors..., scalars...) -> whether it was launched
+//   append(handle, tensors..., scalars...) -> the same
 #include <tvm/ffi/tvm_ffi.h>
 
 #include <algorithm>
@@ -13,6 +15,7 @@
 #include <string>
 #include <utility>
 
+#include "flash_attention_v3/hopper/launch/append_launch.h"
 #include "flash_attention_v3/hopper/launch/progress.h"
 #include "flash_attention_v3/hopper/launch/tensor_map.h"
 #include "flash_attention_v3/hopper/prefill/config.h"
@@ -24,6 +27,7 @@ namespace jit_kernel::hopper {
 using cuda::data_of;
 using tvm::ffi::Bytes;
 using tvm::ffi::Optional;
+using tvm::ffi::String;
 using tvm::ffi::TensorView;
 
 constexpr int kUnbounded = 1 << 30;
@@ -67,6 +71,17 @@ int64_t load_kernel(Bytes image, int64_t head_dim, int64_t head_dim_v, bool mask
     }
   }
   TVM_FFI_THROW(ValueError) << "no Hopper kernel has head sizes " << head_dim << "/" << head_dim_v;
+}
+
+int64_t load_plain(Bytes image, String name, int64_t threads, int64_t shared_bytes) {
+  if (threads < 32 || threads > 1024 || shared_bytes < 0 || shared_bytes > INT32_MAX) {
+    TVM_FFI_THROW(ValueError) << "kernel " << std::string(name) << " has " << threads
+                              << " threads and " << shared_bytes
+                              << " bytes of shared memory; it must have 32 to 1024 threads";
+  }
+  return cuda::KernelTable<cuda::Kernel>::get().add(std::make_unique<cuda::Kernel>(
+      std::string(image), std::string(name), static_cast<unsigned>(threads),
+      static_cast<unsigned>(shared_bytes)));
 }
 
 int64_t prepare(int64_t device) {
@@ -191,5 +206,7 @@ bool forward(int64_t handle, TensorView q, TensorView k, TensorView v, TensorVie
 }  // namespace jit_kernel::hopper
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(load_kernel, jit_kernel::hopper::load_kernel);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(load_plain, jit_kernel::hopper::load_plain);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(prepare, jit_kernel::hopper::prepare);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward, jit_kernel::hopper::forward);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(append, jit_kernel::hopper::append);

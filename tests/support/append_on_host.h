@@ -1,0 +1,116 @@
+// The Hopper append kernel and its launcher, compiled for the CPU: names that nvcc and the driver
+// give, then the sources as they are. A launch runs every thread of every block, one by one.
+#include <cstdint>
+#include <cstring>
+#include <memory>
+
+#define __device__
+#define __forceinline__ inline
+
+template <class To, class From>
+inline To same_bits(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+struct uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline int min(int a, int b) { return a < b ? a : b; }
+inline float __int_as_float(unsigned bits) { return same_bits<float>(bits); }
+inline unsigned __umulhi(unsigned a, unsigned b) {
+  return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32);
+}
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+  const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const unsigned from = selector >> (4 * i) & 7;
+    result |= static_cast<unsigned>(bytes >> (8 * from) & 0xff) << (8 * i);
+  }
+  return result;
+}
+inline uint64_t __cvta_generic_to_shared(const void* pointer) {
+  return reinterpret_cast<uint64_t>(pointer);
+}
+
+// In place of the driver.
+#define JIT_KERNEL_CUDA_DRIVER_H_
+namespace jit_kernel::cuda {
+struct Grid {
+  unsigned x;
+};
+struct Kernel {
+  bool is_bf16;
+  void launch(int device, Grid grid, void** params);
+};
+}  // namespace jit_kernel::cuda
+
+#include "flash_attention_v3/hopper/append/place.cuh"
+#include "flash_attention_v3/hopper/append/rotary.cuh"
+
+// Elements whose conversions are none of the GPU's instructions.
+namespace jit_kernel {
+struct host_bf16 {};
+struct host_fp16 {};
+template <>
+constexpr bool kIsBf16<host_bf16> = true;
+template <>
+inline u32 pack<host_bf16>(float low, float high) {
+  const auto rounded = [](float x) {  // to nearest, ties to even
+    const u32 bits = same_bits<u32>(x);
+    return x != x ? 0x7fffu : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  };
+  return rounded(low) | rounded(high) << 16;
+}
+template <>
+inline u32 pack<host_fp16>(float low, float high) {
+  const auto rounded = [](float x) {
+    return static_cast<u32>(same_bits<uint16_t>(static_cast<_Float16>(x)));
+  };
+  return rounded(low) | rounded(high) << 16;
+}
+namespace hopper {
+template <>
+inline float low_of<host_fp16>(u32 word) {
+  return static_cast<float>(same_bits<_Float16>(static_cast<uint16_t>(word)));
+}
+}  // namespace hopper
+}  // namespace jit_kernel
+
+#include "flash_attention_v3/hopper/append/append.cuh"
+#include "flash_attention_v3/hopper/launch/append_launch.h"
+
+inline void jit_kernel::cuda::Kernel::launch(int, Grid grid, void** arguments) {
+  const auto& params = *static_cast<const hopper::AppendParams*>(arguments[0]);
+  for (unsigned block = 0; block < grid.x; ++block) {
+    for (unsigned thread = 0; thread < hopper::kAppendThreads; ++thread) {
+      if (is_bf16) {
+        hopper::append_rows<host_bf16>(params, block, thread);
+      } else {
+        hopper::append_rows<host_fp16>(params, block, thread);
+      }
+    }
+  }
+}
+
+inline int64_t load(bool is_bf16) {
+  using jit_kernel::cuda::Kernel;
+  return jit_kernel::cuda::KernelTable<Kernel>::get().add(
+      std::make_unique<Kernel>(Kernel{is_bf16}));
+}
+
+inline int64_t quotient(int64_t number, int64_t divisor) {
+  return jit_kernel::hopper::divide(static_cast<unsigned>(number),
+                                    jit_kernel::hopper::divisor_of(divisor));
+}
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(load, load);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(quotient, quotient);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(append, jit_kernel::hopper::append);
