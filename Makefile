@@ -64,6 +64,7 @@ sanitize-gpu:
 
 bench-gpu:
 	$(PYTHON) benchmarks/hopper_prefill.py
+	$(PYTHON) benchmarks/hopper_serving.py --check
 	$(PYTHON) benchmarks/portable.py
 	$(PYTHON) benchmarks/overhead.py --device cuda
 

@@ -1,0 +1,140 @@
+"""The tensors of a cell, the call of ours on them, and whether a result is right."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from serving_cells import Cell
+
+from jit_kernel import flash_attention_v3
+
+# Of a row's norm, in float32: rounding to bf16 makes 0.0025. One wrong key of 8,192 makes 0.0156, a wrong page more.
+MOST_ERROR = 0.01
+DRAFT_BITS = 32  # of a word of draft_mask, whose bits are the last keys
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """q (b, sq, hq, d); caches (pages, page, hk, d); page_table (b, most pages), whose unused entries are 0."""
+
+    q: torch.Tensor
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    page_table: torch.Tensor
+    lengths: torch.Tensor
+    draft_mask: torch.Tensor | None
+    out: torch.Tensor
+
+
+def make(cell: Cell, device: str) -> Inputs:
+    """Random tensors of a cell, the same at every call; pages lie in random order."""
+    dice = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=dice, device=device, dtype=torch.bfloat16)
+
+    lengths = cell.lengths()
+    pages = [-(-length // cell.page) for length in lengths]
+    order = torch.randperm(sum(pages), generator=dice, device=device).int()
+    table = torch.zeros((cell.batch, max(pages)), dtype=torch.int32, device=device)
+    used = torch.arange(max(pages), device=device) < torch.tensor(pages, device=device)[:, None]
+    table[used] = order
+    k_cache, v_cache = (normal(sum(pages), cell.page, cell.kv_heads, cell.head_dim) for _ in "kv")
+    q = normal(cell.batch, cell.queries, cell.heads, cell.head_dim)
+    mask = tree_mask(cell.batch, cell.queries).to(device) if cell.tree else None
+    counts = torch.tensor(lengths, dtype=torch.int32, device=device)
+    return Inputs(q, k_cache, v_cache, table, counts, mask, torch.empty_like(q))
+
+
+def tree_mask(batch: int, queries: int) -> torch.Tensor:
+    """(batch * queries, 1) int32: drafts are a sequence's last keys; each sees itself, its ancestors, and all before.
+
+    A draft's parent is a random one before it, or the context.
+    """
+    if queries > DRAFT_BITS:
+        raise ValueError(f"{queries} drafts; a word holds {DRAFT_BITS}")
+    dice = random.Random(0)
+    rows = []
+    for _ in range(batch):
+        older = (1 << (DRAFT_BITS - queries)) - 1
+        seen: list[int] = []
+        for i in range(queries):
+            parent = dice.randrange(-1, i)
+            seen.append((seen[parent] if parent >= 0 else older) | 1 << (DRAFT_BITS - queries + i))
+        rows += seen
+    signed = [row - (1 << DRAFT_BITS) if row >> (DRAFT_BITS - 1) else row for row in rows]
+    return torch.tensor(signed, dtype=torch.int32)[:, None]
+
+
+def missing(cell: Cell) -> str | None:
+    """Why a cell cannot be called at all, None when it can."""
+    parameters = inspect.signature(getattr(flash_attention_v3, cell.function)).parameters
+    return f"{cell.function} has no draft_mask" if cell.tree and "draft_mask" not in parameters else None
+
+
+def our_call(cell: Cell, inputs: Inputs) -> Callable[[], torch.Tensor]:
+    """The public function on the cell's tensors, `out` given, the number of splits left to it."""
+    function = getattr(flash_attention_v3, cell.function)
+    options: dict[str, object] = {"page_table": inputs.page_table, "causal": True, "num_splits": 0}
+    if inputs.draft_mask is not None:
+        options["draft_mask"] = inputs.draft_mask
+    if cell.function == "flash_attn_with_kvcache":
+        q, k, v, out, lengths = inputs.q, inputs.k_cache, inputs.v_cache, inputs.out, inputs.lengths
+        return lambda: function(q, k, v, cache_seqlens=lengths, out=out, **options)
+    flat_q, flat_out = inputs.q.flatten(0, 1), inputs.out.flatten(0, 1)
+    starts = torch.arange(cell.batch + 1, dtype=torch.int32, device=flat_q.device) * cell.queries
+    longest = max(cell.lengths())
+
+    def ragged() -> torch.Tensor:
+        return function(
+            flat_q, inputs.k_cache, inputs.v_cache, starts, None, cell.queries, longest, seqused_k=inputs.lengths,
+            out=flat_out, **options,
+        )  # fmt: skip
+
+    return ragged
+
+
+def reference(cell: Cell, inputs: Inputs, sequence: int, tokens: list[int]) -> torch.Tensor:
+    """(tokens, hq, d): the formula in float32 for some query tokens of a sequence."""
+    length = int(inputs.lengths[sequence])
+    pages = inputs.page_table[sequence, : -(-length // cell.page)].long()
+    k, v = (cache[pages].flatten(0, 1)[:length].float() for cache in (inputs.k_cache, inputs.v_cache))
+    group = cell.heads // cell.kv_heads
+    q = inputs.q[sequence, tokens].float().unflatten(1, (cell.kv_heads, group))
+    scores = torch.einsum("thgd,nhd->hgtn", q, k) / math.sqrt(cell.head_dim)
+    rows = torch.tensor(tokens, device=q.device)
+    seen = torch.arange(length, device=q.device) <= (length - cell.queries + rows)[:, None]
+    if inputs.draft_mask is not None:
+        words = inputs.draft_mask[sequence * cell.queries + rows].long()
+        seen[:, -DRAFT_BITS:] &= (words >> torch.arange(DRAFT_BITS, device=q.device) & 1).bool()
+    weights = torch.softmax(scores.masked_fill(~seen, -math.inf), dim=-1)
+    return torch.einsum("hgtn,nhd->thgd", weights, v).flatten(1, 2)
+
+
+def fault(cell: Cell, inputs: Inputs, result: torch.Tensor) -> str | None:
+    """Where some rows of a result are wrong, of the first, the last and two other sequences; None if they are right."""
+    dice = random.Random(0)
+    sequences = {0, cell.batch - 1, *(dice.randrange(cell.batch) for _ in range(2))}
+    tokens = sorted({0, cell.queries // 2, cell.queries - 1})
+    rows = result.view(cell.batch, cell.queries, cell.heads, cell.head_dim)
+    for sequence in sorted(sequences):
+        right = reference(cell, inputs, sequence, tokens)
+        errors = (rows[sequence, tokens].float() - right).norm(dim=-1) / right.norm(dim=-1)
+        errors = errors.flatten().nan_to_num(nan=math.inf)
+        worst = int(errors.argmax())
+        error = float(errors[worst])
+        if error > MOST_ERROR:
+            token, head = tokens[worst // cell.heads], worst % cell.heads
+            return f"relative error {error:.4f} at sequence {sequence}, token {token}, head {head}"
+    return None
+
+
+def fault_of(cell: Cell, inputs: Inputs, call: Callable[[], torch.Tensor]) -> str | None:
+    """The same for what a call writes into an output that held NaN."""
+    inputs.out.fill_(math.nan)
+    return fault(cell, inputs, call())
