@@ -56,6 +56,10 @@ class DeviceKernels:
     def _keep(self, functions: Any) -> None:
         """For a subclass: what it calls of the launcher's functions, which are there before the first handle is."""
 
+    def _loader(self, spec: KernelSpec) -> str:
+        """The launcher's function that loads a variant."""
+        return "load_kernel"
+
     def _load_arguments(self, spec: KernelSpec, cubin: Cubin) -> tuple[Any, ...]:
         """What `load_kernel` takes behind the image: for the generic launcher, what Triton says of its cubin."""
         launch = cubin.metadata
@@ -76,7 +80,7 @@ class DeviceKernels:
         if not self.compiles_under_capture:
             self._refuse_to_compile_under_capture(spec)
         cubin = memory.load_cubin(spec, self.target)
-        handle = int(self._launcher()["load_kernel"](cubin.image, *self._load_arguments(spec, cubin)))
+        handle = int(self._launcher()[self._loader(spec)](cubin.image, *self._load_arguments(spec, cubin)))
         self.handles[key] = handle
         return handle
 

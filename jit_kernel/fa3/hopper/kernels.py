@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from jit_kernel.device import Target
+import torch
+
+from jit_kernel.device import Target, device_target
 from jit_kernel.engine import cubin
 from jit_kernel.jit import Cubin, KernelSpec
 
@@ -17,6 +19,9 @@ LAUNCHER = KernelSpec(
 DTYPES = ("bf16", "fp16")
 # Head sizes of q and k, and of v; the least that hold a call's serve it, the rest is padded inside.
 HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+# Of the decode kernels: of q, k and v, and the packed query rows of a sequence.
+DECODE_HEAD_DIMS = (64, 128, 256)
+DECODE_ROWS = (8, 16, 32, 64)
 # The compiler's account of registers and spills goes to the entry's log, which the tests read.
 _FLAGS = ("--ptxas-options=-v",)
 
@@ -42,6 +47,13 @@ def forward_spec(dtype: str, head_dim: int, head_dim_v: int, masked: bool, softc
     return KernelSpec(FOLDER, unit, "cuda", variant, _FLAGS)
 
 
+def decode_spec(dtype: str, head_dim: int, rows: int) -> KernelSpec:
+    """The kernel for at most `rows` packed query rows, tokens x group, of a sequence."""
+    unit = f'#include "flash_attention_v3/hopper/decode/decode.cuh"\nJIT_KERNEL_EXPORT_DECODE({dtype}, {head_dim}, {rows})\n'
+    variant = (("function", "decode"), ("dtype", dtype), ("head_dim", head_dim), ("rows", rows))
+    return KernelSpec(FOLDER, unit, "cuda", variant, _FLAGS)
+
+
 def all_specs() -> Iterator[KernelSpec]:
     """The launcher and every kernel: two dtypes, six pairs of head sizes, with and without mask and softcap."""
     yield LAUNCHER
@@ -50,21 +62,50 @@ def all_specs() -> Iterator[KernelSpec]:
             for masked in (False, True):
                 for softcap in (False, True):
                     yield forward_spec(dtype, head_dim, head_dim_v, masked, softcap)
+        for head_dim in DECODE_HEAD_DIMS:
+            for rows in DECODE_ROWS:
+                yield decode_spec(dtype, head_dim, rows)
 
 
 class DeviceKernels(cubin.DeviceKernels):
-    """The kernels of one GPU; `forward` launches one by its handle."""
+    """The kernels of one GPU; `forward` and `decode` launch one by its handle."""
 
     def __init__(self, index: int, target: Target) -> None:
         super().__init__(index, target, LAUNCHER)
 
     def _keep(self, functions: Any) -> None:
         self.forward = functions["forward"]  # type: ignore[method-assign]
+        self.decode = functions["decode"]  # type: ignore[method-assign]
 
     def forward(self, *arguments: object) -> bool:
         """What `forward` is until the launcher is loaded."""
         return bool(self._launcher()["forward"](*arguments))
 
+    def decode(self, *arguments: object) -> bool:
+        """What `decode` is until the launcher is loaded."""
+        return bool(self._launcher()["decode"](*arguments))
+
+    def partial_floats(self, handle: int, heads_k: int, sm_margin: int) -> int:
+        """How many numbers a launch of a decode kernel needs for the partial results of cut sequences."""
+        return int(self._launcher()["partial_floats"](handle, self._index, heads_k, sm_margin))
+
+    def _loader(self, spec: KernelSpec) -> str:
+        return "load_decode" if dict(spec.variant)["function"] == "decode" else "load_kernel"
+
     def _load_arguments(self, spec: KernelSpec, cubin: Cubin) -> tuple[Any, ...]:
         fields = dict(spec.variant)
+        if fields["function"] == "decode":
+            return fields["head_dim"], fields["rows"]
         return fields["head_dim"], fields["head_dim_v"], fields["masked"]
+
+
+_devices: dict[int, DeviceKernels] = {}
+
+
+def kernels_of(device: torch.device) -> DeviceKernels:
+    """The kernels of a tensor's device."""
+    index: int = device.index
+    found = _devices.get(index)
+    if found is None:
+        found = _devices[index] = DeviceKernels(index, device_target(device))
+    return found

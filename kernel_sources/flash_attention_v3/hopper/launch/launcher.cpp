@@ -12,6 +12,7 @@
 #include <string>
 #include <utility>
 
+#include "flash_attention_v3/hopper/launch/decode_launch.h"
 #include "flash_attention_v3/hopper/launch/progress.h"
 #include "flash_attention_v3/hopper/launch/tensor_map.h"
 #include "flash_attention_v3/hopper/prefill/config.h"
