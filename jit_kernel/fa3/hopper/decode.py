@@ -11,7 +11,7 @@ from jit_kernel.fa3 import call as calls
 from jit_kernel.fa3.call import Call, Result
 from jit_kernel.fa3.features import DTYPE_NAMES
 from jit_kernel.fa3.hopper import kernels
-from jit_kernel.fa3.hopper.kernels import DECODE_HEAD_DIMS, DECODE_ROWS, DeviceKernels
+from jit_kernel.fa3.hopper.kernels import DECODE_HEAD_DIMS, DECODE_MOST_ROWS, DECODE_ROWS, DeviceKernels
 from jit_kernel.jit import KernelSpec
 
 Key = tuple[torch.dtype, int, int]  # dtype, head size, rows
@@ -21,14 +21,11 @@ def key_of(call: Call) -> Key | None:
     """The variant that serves a call's shapes; None where it has more query rows than any serves."""
     q, v = call.q, call.v
     rows = (call.max_seqlen_q or 0) * (q.shape[-2] // v.shape[-2])
-    if rows > DECODE_ROWS[-1]:
-        return None
     size = max(q.shape[-1], v.shape[-1])
-    return (
-        q.dtype,
-        next(each for each in DECODE_HEAD_DIMS if size <= each),
-        next(each for each in DECODE_ROWS if rows <= each),
-    )
+    head_dim = next(each for each in DECODE_HEAD_DIMS if size <= each)
+    if rows > DECODE_MOST_ROWS[head_dim]:
+        return None
+    return q.dtype, head_dim, next(each for each in DECODE_ROWS if rows <= each)
 
 
 def spec_of(key: Key) -> KernelSpec:
@@ -54,7 +51,7 @@ def attend(call: Call, key: Key, q: Tensor) -> Result:
     clear_rest = call.out is None and (offsets is not None or call.seqused_q is not None)
     if not _launch(device, handle, call, q, result, lse, None, new, left, right, clear_rest):
         # The stream is being captured: room comes from torch's allocator, which knows.
-        room = device.partial_floats(handle, call.k.shape[-2], call.sm_margin)
+        room = device.partial_floats(handle, call.k.shape[-2], calls.batch_of(call), call.sm_margin)
         partials = torch.empty(room, dtype=torch.float32, device=q.device)
         _launch(device, handle, call, q, result, lse, partials, new, left, right, clear_rest)
     return result if lse is None else (result, lse)

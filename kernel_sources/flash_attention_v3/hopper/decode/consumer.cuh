@@ -17,6 +17,7 @@ struct DecodeConsumer {
 
   const DecodeParams& params;
   const DecodeShared<C> shared;
+  const int stream;
   const int head;
   RingPosition<C::kStages> at;
   RingPosition<kDecodeItemSlots> item_at;
@@ -29,6 +30,15 @@ struct DecodeConsumer {
     mbarrier_arrive_if(barrier, threadIdx.x % 32 == 0);
   }
 
+  __device__ __forceinline__ u32 my_tile() const {
+    return shared.tile(at.stage()) + stream * C::kBytesOfStream;
+  }
+  __device__ __forceinline__ void wait_tile() { mbarrier_wait(shared.full(at.stage()), at.parity()); }
+  __device__ __forceinline__ void release_tile() {
+    release(shared.empty(at.stage()));
+    at.advance();
+  }
+
   // Which queries there are and what each sees, a thread each.
   __device__ __forceinline__ void find_queries(const DecodeItem& item) {
     const int thread = threadIdx.x % 128;
@@ -37,11 +47,11 @@ struct DecodeConsumer {
       const bool exists = token < item.len_q;
       const KeyInterval sees = visible_keys<true>(params, exists ? token : item.len_q - 1,
                                                   item.len_q, item.len_k);
-      *shared.query(thread) = {item.leftpad + max(0, sees.low), item.leftpad + sees.high,
+      *shared.query(stream, thread) = {item.leftpad + max(0, sees.low), item.leftpad + sees.high,
                                exists ? token : -1,
                                head * params.group + thread - token * params.group};
     }
-    consumers_sync();
+    stream_sync(stream);
   }
 
   // The queries to shared memory, 0 where there is none.
@@ -55,25 +65,25 @@ struct DecodeConsumer {
     for (int first = 0; first < C::kRows; first += kAtOnce) {
       const int index = first + threadIdx.x % 128 / kPieces;
       if (C::kRows < kAtOnce && index >= C::kRows) break;
-      const DecodeQuery query = *shared.query(index);
+      const DecodeQuery query = *shared.query(stream, index);
       uint4 words = {0, 0, 0, 0};
       if (query.token >= 0 && piece * 8 < params.head_dim) {
         words = *reinterpret_cast<const uint4*>(q + query.token * params.q_row_stride +
                                                 query.head * params.q_head_stride);
       }
-      const u32 address = shared.q() + piece / 8 * C::kRows * 128 + index * 128 +
+      const u32 address = shared.q(stream) + piece / 8 * C::kRows * 128 + index * 128 +
                           ((piece % 8) ^ (index % 8)) * 16;
       asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(words.x),
                    "r"(words.y), "r"(words.z), "r"(words.w)
                    : "memory");
     }
     proxy_fence();
-    consumers_sync();
+    stream_sync(stream);
   }
 
   __device__ __forceinline__ void multiply_scores() {
-    const u32 k = wgmma_descriptor_low(shared.k(at.stage()), 16);
-    const u32 q = wgmma_descriptor_low(shared.q(), 16);
+    const u32 k = wgmma_descriptor_low(my_tile(), 16);
+    const u32 q = wgmma_descriptor_low(shared.q(stream), 16);
     pin_registers(scores);
     wgmma_fence();
 #pragma unroll
@@ -86,12 +96,12 @@ struct DecodeConsumer {
     wgmma_commit();
     wgmma_wait<0>();
     pin_registers(scores);
-    release(shared.k_empty(at.stage()));
+    release_tile();
   }
 
   __device__ __forceinline__ void multiply_values() {
-    const u32 v = wgmma_descriptor_low(shared.v(at.stage()), 16);
-    const u32 p = wgmma_descriptor_low(shared.p(buffer), 16);
+    const u32 v = wgmma_descriptor_low(my_tile(), 16);
+    const u32 p = wgmma_descriptor_low(shared.p(stream, buffer), 16);
 #pragma unroll
     for (int panel = 0; panel < C::kPanels; ++panel) pin_registers(output[panel]);
     wgmma_fence();
@@ -109,7 +119,7 @@ struct DecodeConsumer {
     wgmma_wait<0>();
 #pragma unroll
     for (int panel = 0; panel < C::kPanels; ++panel) pin_registers(output[panel]);
-    release(shared.v_empty(at.stage()));
+    release_tile();
   }
 
   // -inf for keys that a query does not see. `row`: the cache's row of the block's first key.
@@ -117,7 +127,7 @@ struct DecodeConsumer {
     const int key = accumulator_row(row);
 #pragma unroll
     for (int i = 0; i < kQueries; ++i) {
-      const DecodeQuery query = *shared.query(i / 2 * 8 + threadIdx.x % 4 * 2 + i % 2);
+      const DecodeQuery query = *shared.query(stream, i / 2 * 8 + threadIdx.x % 4 * 2 + i % 2);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         float& score = scores[i / 2 * 4 + 2 * r + i % 2];
@@ -143,7 +153,7 @@ struct DecodeConsumer {
 
   // Zeros for values that no query sees: they may hold anything, and 0 times NaN is NaN.
   __device__ __forceinline__ void clear_hidden_values(const DecodeItem& item, int row) {
-    const u32 v = shared.v(at.stage());
+    const u32 v = my_tile();
     const int below = min(max(item.low - row, 0), kDecodeKeys);
     const int above = min(max(item.high - row, 0), kDecodeKeys);
 #pragma unroll 1
@@ -157,44 +167,51 @@ struct DecodeConsumer {
   __device__ __forceinline__ void run_block(const DecodeItem& item, int block, int every_low,
                                             int every_high) {
     const int row = block * kDecodeKeys;
-    mbarrier_wait(shared.k_full(at.stage()), at.parity());
+    wait_tile();
     if (params.box_rows == 0) proxy_fence();
     multiply_scores();
-    if (params.has_softcap) {
+    if (params.softcap_scale != 0.f) {
 #pragma unroll
-      for (float& score : scores) score = tanh_fast(score * params.score_factor);
-    } else if (params.score_factor < 0.f) {
-#pragma unroll
-      for (float& score : scores) score = -score;
+      for (float& score : scores) score = tanh_fast(score * params.softcap_scale);
     }
     if (row < every_low || row + kDecodeKeys > every_high) mask_scores_of(item, row);
     const float scale = params.scale_log2;
     const float threshold = kRescaleThreshold / scale;
     float sums[kQueries];
     u32 packed[C::kRows / 4];
-    const bool grew = exponentiate<C>(scores, softmax, scale, threshold, sums, packed);
-    store_probabilities<C>(shared.p(buffer), packed);
-    mbarrier_wait(shared.v_full(at.stage()), at.parity());
-    if (row < item.low || row + kDecodeKeys > item.high) clear_hidden_values(item, row);
-    proxy_fence();
-    if (consumers_any(grew)) {
+    bool again = false;  // with references that were raised; one copy of the code for both
+#pragma unroll 1
+    while (true) {
+      const bool grew = exponentiate<C>(scores, softmax, scale, threshold, sums, packed);
+      store_probabilities<C>(shared.p(stream, buffer), packed);
+      if (!again) {
+        wait_tile();
+        if (row < item.low || row + kDecodeKeys > item.high) clear_hidden_values(item, row);
+      }
+      proxy_fence();
+      if (!stream_any(stream, grew)) break;
       float factors[kQueries];
-      raise_references<C>(shared, scores, softmax, scale, threshold, factors);
+      raise_references<C>(shared, stream, scores, softmax, scale, threshold, factors);
 #pragma unroll
       for (int panel = 0; panel < C::kPanels; ++panel) {
 #pragma unroll
         for (int i = 0; i < C::kRows / 2; ++i) output[panel][i] *= factors[i / 4 * 2 + i % 2];
       }
-      exponentiate<C>(scores, softmax, scale, threshold, sums, packed);
-      store_probabilities<C>(shared.p(buffer), packed);
-      proxy_fence();
-      consumers_sync();
+      again = true;
     }
 #pragma unroll
     for (int i = 0; i < kQueries; ++i) softmax.sum[i] += sums[i];
     multiply_values();
     buffer ^= 1;
-    at.advance();
+  }
+
+  // The other stream has the item's last block.
+  __device__ __forceinline__ void pass_block() {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      wait_tile();
+      release_tile();
+    }
   }
 
   __device__ __forceinline__ void run_item(const DecodeItem& item) {
@@ -207,30 +224,42 @@ struct DecodeConsumer {
       for (float& value : output[panel]) value = 0.f;
     }
     // Rows of the cache that every query sees.
-    const int every_low = uniform(shared.query(C::kRows - 1)->low);
-    int every_high = shared.query(0)->high;
+    const int every_low = uniform(shared.query(stream, C::kRows - 1)->low);
+    int every_high = shared.query(stream, 0)->high;
     if (params.draft_mask != nullptr) {
       every_high = min(every_high, item.leftpad + item.len_k - 32 * params.draft_words);
     }
     every_high = uniform(every_high);
+    const bool in_turns = C::kStreams == 2 && params.heads_of_block == 1;
+    const int step = in_turns ? 2 : 1, first = in_turns ? stream : 0;
+    int block = item.block_begin + first;
 #pragma unroll 1
-    for (int block = item.block_begin; block < item.block_end; ++block) {
-      run_block(item, block, every_low, every_high);
+    for (; block < item.block_end; block += step) run_block(item, block, every_low, every_high);
+    if (block - first < item.block_end) pass_block();
+    gather_statistics<C>(shared, stream, softmax, params.scale_log2);
+    if (in_turns) join_streams<C>(shared, stream, output);
+    if (!in_turns || stream == 0) {
+      stream_sync(stream);
+      finish(item);
     }
-    gather_statistics<C>(shared, softmax, params.scale_log2);
-    finish(item);
-    consumers_sync();  // the queries' memory and the statistics are free again
+    // The queries' memory and the statistics are free again.
+    if (in_turns) {
+      named_barrier_sync(kStreamsBarrier, 256);
+    } else {
+      stream_sync(stream);
+    }
   }
 
   __device__ __forceinline__ void finish(const DecodeItem& item) {
     if (item.parts == 1) {
-      store_rows<C>(params, item, shared, output);
+      store_rows<C>(params, item, shared, stream, output);
       return;
     }
-    const int part = blockIdx.x / params.heads_k;
-    store_partial<C>(shared, partial_of<C>(params, part, head, item.is_first), output);
-    if (arrive_last(params, item, head, reinterpret_cast<int*>(shared.factors()))) {
-      merge_parts<C>(params, item, shared, head);
+    const int part = blockIdx.x / (params.heads_k / params.heads_of_block);
+    store_partial<C>(shared, stream, partial_of<C>(params, part, head, item.is_first), output);
+    int* const answer = reinterpret_cast<int*>(shared.factors(stream));
+    if (arrive_last(params, item, head, stream, answer)) {
+      merge_parts<C>(params, item, shared, stream, head);
     }
   }
 

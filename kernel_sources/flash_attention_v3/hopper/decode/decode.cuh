@@ -1,5 +1,5 @@
-// Attention of few query rows over a cache, for sm_90a: one key head and one part of the work a block,
-// four producer warps (one where the copy engine loads) and one consumer warpgroup.
+// Attention of few query rows over a cache, for sm_90a: one or two key heads and one part of the work a
+// block, four producer warps (one where the copy engine loads) and a consumer warpgroup a stream.
 #pragma once
 
 #include "flash_attention_v3/hopper/decode/config.h"
@@ -11,7 +11,8 @@ namespace jit_kernel::hopper {
 template <class C>
 __device__ __forceinline__ void decode(const DecodeParams& params, char* base) {
   const DecodeShared<C> shared{base};
-  const int head = blockIdx.x % params.heads_k, part = blockIdx.x / params.heads_k;
+  const int groups = params.heads_k / params.heads_of_block;
+  const int head = blockIdx.x % groups * params.heads_of_block, part = blockIdx.x / groups;
   if (threadIdx.x == 0) {
     const bool by_boxes = params.box_rows > 0;
     if (by_boxes) {
@@ -19,23 +20,25 @@ __device__ __forceinline__ void decode(const DecodeParams& params, char* base) {
       tma_prefetch_descriptor(&params.v.map);
     }
     for (int stage = 0; stage < C::kStages; ++stage) {
-      mbarrier_init(shared.k_full(stage), by_boxes ? 1 : 128);
-      mbarrier_init(shared.k_empty(stage), 4);
-      mbarrier_init(shared.v_full(stage), by_boxes ? 1 : 128);
-      mbarrier_init(shared.v_empty(stage), 4);
+      mbarrier_init(shared.full(stage), by_boxes ? 1 : 128);
+      mbarrier_init(shared.empty(stage), 4 * C::kStreams);
     }
     for (int slot = 0; slot < kDecodeItemSlots; ++slot) {
       mbarrier_init(shared.item_full(slot), 1);
-      mbarrier_init(shared.item_empty(slot), 4);
+      mbarrier_init(shared.item_empty(slot), 4 * C::kStreams);
     }
     mbarrier_init_fence();
   }
   __syncthreads();
   if (threadIdx.x < 128) {
+    if constexpr (C::kStreams == 2) lower_registers<C::kProducerRegisters>();
     if (params.clear_rest && threadIdx.x >= 96) clear_other_rows(params);
     produce_items<C>(params, shared, part, head);
   } else {
-    DecodeConsumer<C> consumer{params, shared, head};
+    if constexpr (C::kStreams == 2) raise_registers<C::kConsumerRegisters>();
+    const int stream = uniform(threadIdx.x / 128 - 1);
+    DecodeConsumer<C> consumer{params, shared, stream,
+                               head + (params.heads_of_block == 2 ? stream : 0)};
     consumer.run();
   }
 }
@@ -45,8 +48,7 @@ __device__ __forceinline__ void decode(const DecodeParams& params, char* base) {
 // The kernel of a variant.
 #define JIT_KERNEL_EXPORT_DECODE(element, head_dim, rows)                                   \
   using Variant = jit_kernel::hopper::DecodeConfig<jit_kernel::element, head_dim, rows>;    \
-  extern "C" __global__ void __launch_bounds__(jit_kernel::hopper::kDecodeThreads,          \
-                                               Variant::kResidents)                         \
+  extern "C" __global__ void __launch_bounds__(Variant::kThreads, 1)                        \
       decode(const __grid_constant__ jit_kernel::hopper::DecodeParams params) {             \
     extern __shared__ __align__(1024) char shared_memory[];                                 \
     jit_kernel::hopper::decode<Variant>(params, shared_memory);                             \

@@ -36,68 +36,125 @@ __device__ __forceinline__ RowResult finish_query(float sum, float reference, fl
 
 // The sums over all threads, and the references (as exponents of 2), to shared memory.
 template <class C>
-__device__ __forceinline__ void gather_statistics(const DecodeShared<C>& shared,
+__device__ __forceinline__ void gather_statistics(const DecodeShared<C>& shared, int stream,
                                                   const DecodeSoftmax<C>& state, float scale) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
 #pragma unroll
   for (int i = 0; i < DecodeSoftmax<C>::kQueries; ++i) {
     const int query = i / 2 * 8 + lane % 4 * 2 + i % 2;
     const float sum = over_keys_of_warp(state.sum[i], Sum());
-    if (lane < 4) shared.statistics(warp)[query] = sum;
+    if (lane < 4) shared.statistics(stream, warp)[query] = sum;
     if (warp == 0 && lane < 4) {
       const float reference = state.reference[i];
-      shared.references()[query] =
+      shared.references(stream)[query] =
           reference == minus_infinity() ? minus_infinity() : reference * scale;
     }
   }
-  consumers_sync();
 }
 
 template <class C>
-__device__ __forceinline__ float sum_of(const DecodeShared<C>& shared, int query) {
-  return shared.statistics(0)[query] + shared.statistics(1)[query] +
-         (shared.statistics(2)[query] + shared.statistics(3)[query]);
+__device__ __forceinline__ float sum_of(const DecodeShared<C>& shared, int stream, int query) {
+  const float* const of_warps = shared.statistics(stream, 0) + query;
+  return of_warps[0] + of_warps[C::kRows] + (of_warps[2 * C::kRows] + of_warps[3 * C::kRows]);
+}
+
+// Where a thread's part of query `i` lies in kRows x kHeadDim numbers.
+template <class C>
+__device__ __forceinline__ int place_in_output(int i) {
+  const int thread = threadIdx.x % 128;
+  const int query = i / 2 * 8 + thread % 4 * 2 + i % 2;
+  return query * C::kHeadDim + thread / 32 * 16 + thread % 32 / 4;
+}
+
+// Two streams of one head: the second one's result joins the first one's. All threads of both.
+template <class C>
+__device__ __forceinline__ void join_streams(const DecodeShared<C>& shared, int stream,
+                                             float (&output)[C::kPanels][C::kRows / 2]) {
+  constexpr int kQueries = DecodeSoftmax<C>::kQueries;
+  named_barrier_sync(kStreamsBarrier, 256);  // the queries are done with, the statistics are there
+  if (stream == 1) {
+#pragma unroll
+    for (int i = 0; i < kQueries; ++i) {
+      float* const at = shared.exchange() + place_in_output<C>(i);
+#pragma unroll
+      for (int panel = 0; panel < C::kPanels; ++panel) {
+        at[64 * panel] = output[panel][i / 2 * 4 + i % 2];
+        at[64 * panel + 8] = output[panel][i / 2 * 4 + 2 + i % 2];
+      }
+    }
+  }
+  named_barrier_sync(kStreamsBarrier, 256);
+  if (stream == 1) return;
+  const int thread = threadIdx.x % 128;
+#pragma unroll
+  for (int i = 0; i < kQueries; ++i) {
+    const int query = i / 2 * 8 + thread % 4 * 2 + i % 2;
+    const float first = shared.references(0)[query], second = shared.references(1)[query];
+    const float higher = fmaxf(first, second);
+    const float of_first = first == higher ? 1.f : exp2_fast(first - higher);
+    const float of_second = second == higher ? 1.f : exp2_fast(second - higher);
+    const float* const at = shared.exchange() + place_in_output<C>(i);
+#pragma unroll
+    for (int panel = 0; panel < C::kPanels; ++panel) {
+      float& a = output[panel][i / 2 * 4 + i % 2];
+      float& b = output[panel][i / 2 * 4 + 2 + i % 2];
+      a = fmaf(a, of_first, at[64 * panel] * of_second);
+      b = fmaf(b, of_first, at[64 * panel + 8] * of_second);
+    }
+  }
+  stream_sync(0);  // every thread has read the references
+  if (thread < C::kRows) {
+    const float first = shared.references(0)[thread], second = shared.references(1)[thread];
+    const float higher = fmaxf(first, second);
+    const float of_first = first == higher ? 1.f : exp2_fast(first - higher);
+    const float of_second = second == higher ? 1.f : exp2_fast(second - higher);
+    shared.statistics(0, 0)[thread] =
+        fmaf(sum_of(shared, 0, thread), of_first, sum_of(shared, 1, thread) * of_second);
+    shared.references(0)[thread] = higher;
+#pragma unroll
+    for (int warp = 1; warp < 4; ++warp) shared.statistics(0, warp)[thread] = 0.f;
+  }
 }
 
 // The rows of a whole item, by way of the queries' shared memory, which are done with.
 template <class C>
 __device__ __forceinline__ void store_rows(const DecodeParams& params, const DecodeItem& item,
-                                           const DecodeShared<C>& shared,
+                                           const DecodeShared<C>& shared, int stream,
                                            float (&output)[C::kPanels][C::kRows / 2]) {
   const int thread = threadIdx.x % 128;
   if (thread < C::kRows) {
-    const DecodeQuery query = *shared.query(thread);
+    const DecodeQuery query = *shared.query(stream, thread);
     const bool exists = query.token >= 0;
     const float sink = sink_log2<typename C::Element>(params, exists ? query.head : 0);
     const RowResult result =
-        finish_query(sum_of(shared, thread), shared.references()[thread], sink);
-    shared.factors()[thread] = result.factor;
+        finish_query(sum_of(shared, stream, thread), shared.references(stream)[thread], sink);
+    shared.factors(stream)[thread] = result.factor;
     if (exists) store_lse(params, item, query, result.lse);
   }
-  consumers_sync();
+  stream_sync(stream);
 #pragma unroll
   for (int panel = 0; panel < C::kPanels; ++panel) {
     u32 packed[C::kRows / 4];
 #pragma unroll
     for (int j = 0; j < C::kRows / 8; ++j) {
-      const float a = shared.factors()[8 * j + thread % 4 * 2];
-      const float b = shared.factors()[8 * j + thread % 4 * 2 + 1];
+      const float a = shared.factors(stream)[8 * j + thread % 4 * 2];
+      const float b = shared.factors(stream)[8 * j + thread % 4 * 2 + 1];
       const float* const at = output[panel] + 4 * j;
       packed[2 * j] = pack<typename C::Element>(at[0] * a, at[1] * b);
       packed[2 * j + 1] = pack<typename C::Element>(at[2] * a, at[3] * b);
     }
-    store_probabilities<C>(shared.q() + panel * C::kRows * 128, packed);
+    store_probabilities<C>(shared.q(stream) + panel * C::kRows * 128, packed);
   }
-  consumers_sync();
+  stream_sync(stream);
   constexpr int kPieces = C::kHeadDim / 8;
   const int piece = thread % kPieces;
 #pragma unroll 1
   for (int index = thread / kPieces; index < C::kRows; index += 128 / kPieces) {
-    const DecodeQuery query = *shared.query(index);
+    const DecodeQuery query = *shared.query(stream, index);
     u32 words[4];
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-                 : "r"(shared.q() + piece / 8 * C::kRows * 128 + index * 128 +
+                 : "r"(shared.q(stream) + piece / 8 * C::kRows * 128 + index * 128 +
                        ((piece % 8) ^ (index % 8)) * 16)
                  : "memory");
     store_16_if(out_of(params, item, query) + 8 * piece, words,
@@ -114,32 +171,32 @@ __device__ __forceinline__ float* partial_of(const DecodeParams& params, int par
 }
 
 template <class C>
-__device__ __forceinline__ void store_partial(const DecodeShared<C>& shared, float* partial,
+__device__ __forceinline__ void store_partial(const DecodeShared<C>& shared, int stream,
+                                              float* partial,
                                               float (&output)[C::kPanels][C::kRows / 2]) {
   const int thread = threadIdx.x % 128;
 #pragma unroll
   for (int i = 0; i < DecodeSoftmax<C>::kQueries; ++i) {
-    const int query = i / 2 * 8 + thread % 4 * 2 + i % 2;
-    float* const row = partial + query * C::kHeadDim + thread / 32 * 16 + thread % 32 / 4;
+    float* const at = partial + place_in_output<C>(i);
 #pragma unroll
     for (int panel = 0; panel < C::kPanels; ++panel) {
-      row[64 * panel] = output[panel][i / 2 * 4 + i % 2];
-      row[64 * panel + 8] = output[panel][i / 2 * 4 + 2 + i % 2];
+      at[64 * panel] = output[panel][i / 2 * 4 + i % 2];
+      at[64 * panel + 8] = output[panel][i / 2 * 4 + 2 + i % 2];
     }
   }
   if (thread < C::kRows) {
     float* const end = partial + C::kRows * C::kHeadDim + 2 * thread;
-    end[0] = shared.references()[thread];
-    end[1] = sum_of(shared, thread);
+    end[0] = shared.references(stream)[thread];
+    end[1] = sum_of(shared, stream, thread);
   }
 }
 
 // Whether this part is the last one of an item to arrive; its partial result is written. The counter
 // is zero again after the last.
 __device__ __forceinline__ bool arrive_last(const DecodeParams& params, const DecodeItem& item,
-                                            int head, volatile int* answer) {
+                                            int head, int stream, volatile int* answer) {
   __threadfence();
-  consumers_sync();
+  stream_sync(stream);
   if (threadIdx.x % 128 == 0) {
     int* const counter = params.counters + item.first_part * params.heads_k + head;
     const bool last = atomicAdd(counter, 1) == item.parts - 1;
@@ -147,7 +204,7 @@ __device__ __forceinline__ bool arrive_last(const DecodeParams& params, const De
     __threadfence();
     *answer = last;
   }
-  consumers_sync();
+  stream_sync(stream);
   return *answer != 0;
 }
 
@@ -172,7 +229,8 @@ __device__ __forceinline__ float2 load_other_pair(const float* address) {
 // Merges the parts of an item in their order, four numbers of a row a thread.
 template <class C>
 __device__ __forceinline__ void merge_parts(const DecodeParams& params, const DecodeItem& item,
-                                            const DecodeShared<C>& shared, int head) {
+                                            const DecodeShared<C>& shared, int stream,
+                                            int head) {
   constexpr int kQuads = C::kHeadDim / 4;
   const int rows = min(C::kRows, item.len_q * params.group);
 #pragma unroll 1
@@ -181,7 +239,7 @@ __device__ __forceinline__ void merge_parts(const DecodeParams& params, const De
     if (quad * 4 >= params.head_dim_v) continue;
     float top = minus_infinity(), sum = 0.f;
     float4 total = {0.f, 0.f, 0.f, 0.f};
-    constexpr int kAtOnce = 4;
+    constexpr int kAtOnce = C::kRows <= 16 ? 8 : 4;  // loads on their way
 #pragma unroll 1
     for (int first = 0; first < item.parts; first += kAtOnce) {
       float4 value[kAtOnce];
@@ -208,7 +266,7 @@ __device__ __forceinline__ void merge_parts(const DecodeParams& params, const De
         total.w = fmaf(total.w, old, value[i].w * now);
       }
     }
-    const DecodeQuery query = *shared.query(index);
+    const DecodeQuery query = *shared.query(stream, index);
     const RowResult result =
         finish_query(sum, top, sink_log2<typename C::Element>(params, query.head));
     if (quad == 0) store_lse(params, item, query, result.lse);

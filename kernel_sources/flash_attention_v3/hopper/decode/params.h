@@ -29,7 +29,7 @@ struct DecodeParams {
   const int* cache_leftpad;
   const int* draft_mask;  // null when there is none
   float* partials;        // one slot for each cut end of a part
-  int* counters;          // one for each block, zero before and after each launch
+  int* counters;          // one for each part and head, zero before and after each launch
   long long q_batch_stride, q_row_stride, q_head_stride;
   long long out_batch_stride, out_row_stride, out_head_stride;
   long long lse_batch_stride, lse_head_stride;
@@ -39,14 +39,14 @@ struct DecodeParams {
   int rows_k;    // rows of a cache entry, where no length is given
   int new_rows;
   int head_dim, head_dim_v;
-  int parts;      // blocks for each key head
-  int place_rows; // rows of a place: of a page, or of a cache entry
-  int box_rows;   // rows of a box of the copy engine; 0: threads load
-  int box_panels;
+  int heads_of_block;  // key heads of a thread block: one or two
+  int parts;           // thread blocks for each of them
+  int place_rows;      // rows of a place: of a page, or of a cache entry
+  int box_rows;        // rows of a box of the copy engine; 0: threads load
+  int box_panels;      // and its panels, of one head or of two
   int draft_words;
-  float scale_log2;     // positive; scores to exponents of 2
-  float score_factor;   // 1 or -1, the sign of softmax_scale; with softcap softmax_scale / softcap
-  int has_softcap;
+  float scale_log2;     // scores to exponents of 2: softmax_scale * log2(e), with softcap: softcap * log2(e)
+  float softcap_scale;  // softmax_scale / softcap; 0 without softcap
   int window_left, window_right;  // a large number when unbounded
   int chunk;                      // 0 when there are none
   unsigned chunk_multiplier, chunk_shift;  // as in ForwardParams; the same for the group

@@ -1,7 +1,7 @@
-// The producer warps: keep the rings of keys and values full, item after item.
+// The producer warps: keep the ring of keys and values full, item after item.
 //
-// The copy engine loads a box of rows of a page at a time, asked by one warp; where a page has no 8
-// rows in a line (pages of 1, of 3), all four warps load 16 bytes a thread.
+// The copy engine loads a box of rows of a page at a time, asked by the lanes of one warp; where a
+// page has no 8 rows in a line (pages of 1, of 3), all four warps load 16 bytes a thread.
 #pragma once
 
 #include "flash_attention_v3/hopper/decode/schedule.cuh"
@@ -36,115 +36,152 @@ template <class C>
 struct DecodeProducer {
   const DecodeParams& params;
   const DecodeShared<C> shared;
-  const int head;
+  const int head;  // the first of this block
   RingPosition<C::kStages> at;
+
+  // Blocks of keys in a stage: each stream's own of one head, or the same of two.
+  __device__ __forceinline__ int blocks_of_stage() const {
+    return params.heads_of_block == 1 ? C::kStreams : 1;
+  }
 
   // The place of a row's box; 0 for a box without a row that is seen, whose page is not looked up.
   __device__ __forceinline__ int place_of(const DecodeItem& item, const CachePlaces& places,
                                           int row) const {
-    return row < item.high && row + params.box_rows > item.low ? places.place(row) : 0;
+    return is_needed(item, row) ? places.place(row) : 0;
+  }
+  __device__ __forceinline__ bool is_needed(const DecodeItem& item, int row) const {
+    return row < min(item.high, item.block_end * kDecodeKeys) && row + params.box_rows > item.low;
   }
 
-  // One warp. Each lane has a box: lane l that of the l-th rows of the blocks that come next.
+  // One warp. A lane knows the place of a box of rows, 32 of them in a line, and the 32 behind are on
+  // their way. In a stage lane l asks for box l % boxes of the rows and for the panels l / boxes.
   __device__ __forceinline__ void load_boxes(const DecodeItem& item) {
     const int lane = threadIdx.x % 32;
-    const int boxes = kDecodeKeys / params.box_rows;  // of a block, 1 to 8
-    const int bytes = params.box_rows * C::kHeadDim * 2;
+    const int blocks = blocks_of_stage();
+    const int boxes = blocks * kDecodeKeys / params.box_rows;  // 1 to 16
+    const int panels = C::kPanels * params.heads_of_block / params.box_panels;
+    const int box = lane % boxes, panel = lane / boxes * params.box_panels;
+    const int bytes = params.box_rows * kDecodePanel * 2;
+    // Of a stage: block by block, panel by panel.
+    const int offset = box * params.box_rows / kDecodeKeys * C::kBytesOfStream +
+                       panel * kDecodeKeys * kDecodePanel * 2 +
+                       box * params.box_rows % kDecodeKeys * kDecodePanel * 2;
+    const int column = panel % C::kPanels * kDecodePanel, of_head = head + panel / C::kPanels;
     const CachePlaces places(params, item.batch);
     int place = 0, next_place = 0;
-    int ahead = 0;  // boxes that the lanes know of; the places of the 32 behind are on their way
+    int ahead = 0;
 #pragma unroll 1
-    for (int block = item.block_begin; block < item.block_end; ++block) {
+    for (int block = item.block_begin; block < item.block_end; block += blocks) {
+      const int first = block * kDecodeKeys;
       if (ahead == 0) {
-        const int row = block * kDecodeKeys + lane * params.box_rows;
+        const int row = first + lane * params.box_rows;
         if (block == item.block_begin) next_place = place_of(item, places, row);
         place = next_place;
         next_place = place_of(item, places, row + 32 * params.box_rows);
         ahead = 32;
       }
-      const int index = 32 - ahead + lane;
-      const int row = block * kDecodeKeys + lane * params.box_rows;
-      const int here = __shfl_sync(0xffffffffu, place, index % 32);
-      const bool loads = lane < boxes && row < item.high && row + params.box_rows > item.low;
-      const int expected = __popc(__ballot_sync(0xffffffffu, loads)) * bytes;
+      const int row = first + box * params.box_rows;
+      const int here = __shfl_sync(0xffffffffu, place, 32 - ahead + box);
+      const bool loads = lane < boxes * panels && is_needed(item, row);
+      const int expected =
+          __popc(__ballot_sync(0xffffffffu, loads)) * bytes * params.box_panels;
       const int in_place = loads ? places.row_in_place(row) : 0;
-      const int stage = at.stage();
-      load_box(params.k, shared.k(stage), shared.k_full(stage), shared.k_empty(stage), loads,
-               expected, lane, in_place, here);
-      load_box(params.v, shared.v(stage), shared.v_full(stage), shared.v_empty(stage), loads,
-               expected, lane, in_place, here);
-      at.advance();
+#pragma unroll 1
+      for (int i = 0; i < 2; ++i) {
+        load_tile(i == 0 ? params.k : params.v, loads, expected, offset, column, in_place, of_head,
+                  here);
+      }
       ahead -= boxes;
     }
   }
 
-  __device__ __forceinline__ void load_box(const CacheRows& rows, u32 tile, u32 full, u32 empty,
-                                           bool loads, int expected, int lane, int in_place,
-                                           int place) {
-    mbarrier_wait(empty, at.parity() ^ 1);
-    if (lane == 0) mbarrier_arrive_expect(full, expected);
+  __device__ __forceinline__ void load_tile(const CacheRows& rows, bool loads, int expected,
+                                            int offset, int column, int row, int of_head,
+                                            int place) {
+    const u32 full = shared.full(at.stage());
+    mbarrier_wait(shared.empty(at.stage()), at.parity() ^ 1);
+    if (threadIdx.x % 32 == 0) mbarrier_arrive_expect(full, expected);
     __syncwarp();
     if (loads) {
-      const u32 destination = tile + lane * params.box_rows * kDecodePanel * 2;
-#pragma unroll 1
-      for (int panel = 0; panel < C::kPanels; panel += params.box_panels) {
-        tma_load(destination + panel * kDecodeKeys * kDecodePanel * 2, &rows.map, full, kEvictNormal,
-                 panel * kDecodePanel, in_place, 0, head, place);
-      }
+      // One box over the panels of two heads begins at the first one's panel.
+      const bool joined = params.box_panels > C::kPanels;
+      tma_load(shared.tile(at.stage()) + offset, &rows.map, full, kEvictNormal, column, row,
+               joined ? of_head * C::kPanels : 0, joined ? 0 : of_head, place);
     }
     __syncwarp();
+    at.advance();
   }
 
-  // All producer threads: kThreadsOfRow of them a row, 16 bytes each.
+  // All producer threads: kThreadsOfRow of them a row, 16 bytes each. A warp has kRowsOfWarp rows of
+  // a stage, whose places its lanes know.
   static constexpr int kThreadsOfRow = C::kHeadDim / 8;
-  static constexpr int kRowsAtOnce = 128 / kThreadsOfRow;
-  static constexpr int kPasses = kDecodeKeys / kRowsAtOnce;
+  static constexpr int kRowsAtOnce = 32 / kThreadsOfRow;  // of a warp
+  static constexpr int kRowsOfWarp = C::kStreams * kDecodeKeys / 4;
+  static constexpr int kPasses = kRowsOfWarp / kRowsAtOnce;
+  static_assert(kRowsOfWarp <= 32, "a lane knows one row");
 
-  __device__ __forceinline__ void find_rows(const DecodeItem& item, const CachePlaces& places,
-                                            int block, int (&found)[kPasses]) {
-#pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) {
-      const int row = block * kDecodeKeys + pass * kRowsAtOnce + threadIdx.x / kThreadsOfRow;
-      found[pass] = row >= item.low && row < item.high ? places.place(row) : -1;
-    }
+  // This lane's row of a stage whose first block is `block`: its block there, and its row in it.
+  __device__ __forceinline__ int lane_row(int block) const {
+    const int in_stage = threadIdx.x / 32 * kRowsOfWarp + threadIdx.x % 32;
+    const int in_block = params.heads_of_block == 1 ? in_stage : in_stage % kDecodeKeys;
+    return block * kDecodeKeys + in_block;
+  }
+  __device__ __forceinline__ int find_row(const DecodeItem& item, const CachePlaces& places,
+                                          int block) const {
+    const int row = lane_row(block);
+    const bool seen = row >= item.low && row < min(item.high, item.block_end * kDecodeKeys);
+    return seen && threadIdx.x % 32 < kRowsOfWarp ? places.place(row) : -1;
   }
 
-  __device__ __forceinline__ void load_rows(const CacheRows& rows, const CachePlaces& places,
-                                            u32 tile, u32 full, u32 empty, int columns, int block,
-                                            const int (&found)[kPasses]) {
-    const int piece = threadIdx.x % kThreadsOfRow;
+  __device__ __forceinline__ void load_rows(const CacheRows& rows, int columns, int place,
+                                            int in_place) {
+    const int lane = threadIdx.x % 32, piece = lane % kThreadsOfRow;
     const int filled = piece * 8 < columns ? 16 : 0;
-    mbarrier_wait(empty, at.parity() ^ 1);
-#pragma unroll
+    const u32 full = shared.full(at.stage());
+    mbarrier_wait(shared.empty(at.stage()), at.parity() ^ 1);
+    const u32 tile = shared.tile(at.stage());
+    const unsigned short* const data =
+        static_cast<const unsigned short*>(rows.data) + (filled != 0 ? piece * 8 : 0);
+#pragma unroll 4
     for (int pass = 0; pass < kPasses; ++pass) {
-      const int in_tile = pass * kRowsAtOnce + threadIdx.x / kThreadsOfRow;
-      if (found[pass] < 0) continue;
-      const int in_place = places.row_in_place(block * kDecodeKeys + in_tile);
-      const void* const source = static_cast<const unsigned short*>(rows.data) +
-                                 found[pass] * rows.place_stride + in_place * rows.row_stride +
-                                 head * rows.head_stride + (filled != 0 ? piece * 8 : 0);
-      const u32 destination = tile + piece / 8 * (kDecodeKeys * kDecodePanel * 2) +
+      const int row = pass * kRowsAtOnce + lane / kThreadsOfRow;  // of this warp
+      const int of_place = __shfl_sync(0xffffffffu, place, row);
+      const int of_row = __shfl_sync(0xffffffffu, in_place, row);
+      const int in_stage = threadIdx.x / 32 * kRowsOfWarp + row;
+      const int stream = in_stage / kDecodeKeys, in_tile = in_stage % kDecodeKeys;
+      const int of_head = head + (params.heads_of_block == 1 ? 0 : stream);
+      const void* const source = data + of_place * rows.place_stride + of_row * rows.row_stride +
+                                 of_head * rows.head_stride;
+      const u32 destination = tile + stream * C::kBytesOfStream +
+                              piece / 8 * (kDecodeKeys * kDecodePanel * 2) +
                               in_tile * (kDecodePanel * 2) + ((piece % 8) ^ (in_tile % 8)) * 16;
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source),
-                   "r"(filled)
-                   : "memory");
+      if (of_place >= 0) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination),
+                     "l"(source), "r"(filled)
+                     : "memory");
+      }
     }
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(full) : "memory");
+    at.advance();
   }
 
+  // The rows of two stages are found ahead.
   __device__ __forceinline__ void load_each_row(const DecodeItem& item) {
     const CachePlaces places(params, item.batch);
-    int found[kPasses];
-    if (item.block_begin < item.block_end) find_rows(item, places, item.block_begin, found);
+    const int blocks = blocks_of_stage();
+    int place = find_row(item, places, item.block_begin);
+    int next = find_row(item, places, item.block_begin + blocks);
 #pragma unroll 1
-    for (int block = item.block_begin; block < item.block_end; ++block) {
-      const int stage = at.stage();
-      load_rows(params.k, places, shared.k(stage), shared.k_full(stage), shared.k_empty(stage),
-                params.head_dim, block, found);
-      load_rows(params.v, places, shared.v(stage), shared.v_full(stage), shared.v_empty(stage),
-                params.head_dim_v, block, found);
-      if (block + 1 < item.block_end) find_rows(item, places, block + 1, found);
-      at.advance();
+    for (int block = item.block_begin; block < item.block_end; block += blocks) {
+      const int after = find_row(item, places, block + 2 * blocks);
+      const int in_place = places.row_in_place(lane_row(block));
+#pragma unroll 1
+      for (int i = 0; i < 2; ++i) {
+        load_rows(i == 0 ? params.k : params.v, i == 0 ? params.head_dim : params.head_dim_v, place,
+                  in_place);
+      }
+      place = next;
+      next = after;
     }
   }
 };

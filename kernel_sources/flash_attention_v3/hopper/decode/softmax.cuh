@@ -14,18 +14,21 @@
 
 namespace jit_kernel::hopper {
 
-constexpr int kConsumerBarrier = 1;  // of the 128 consumer threads; 0 is the block's
+constexpr int kStreamBarrier = 1;  // the first of one named barrier a stream; 0 is the block's
+constexpr int kStreamsBarrier = 3;
 
-__device__ __forceinline__ void consumers_sync() { named_barrier_sync(kConsumerBarrier, 128); }
+__device__ __forceinline__ void stream_sync(int stream) {
+  named_barrier_sync(kStreamBarrier + stream, 128);
+}
 
-// Whether `value` is true in any consumer thread; a barrier as well.
-__device__ __forceinline__ bool consumers_any(bool value) {
+// Whether `value` is true in any thread of the stream; a barrier as well.
+__device__ __forceinline__ bool stream_any(int stream, bool value) {
   u32 any;
   asm volatile(
-      "{\n.reg .pred p, q;\nsetp.ne.u32 p, %1, 0;\n"
-      "barrier.cta.red.or.pred q, 1, 128, p;\nselp.u32 %0, 1, 0, q;\n}"
+      "{\n.reg .pred p, q;\nsetp.ne.u32 p, %2, 0;\n"
+      "barrier.cta.red.or.pred q, %1, 128, p;\nselp.u32 %0, 1, 0, q;\n}"
       : "=r"(any)
-      : "r"(static_cast<u32>(value))
+      : "r"(kStreamBarrier + stream), "r"(static_cast<u32>(value))
       : "memory");
   return any != 0;
 }
@@ -119,23 +122,24 @@ __device__ __forceinline__ float over_keys_of_warp(float value, Operation operat
   return value;
 }
 
-// One number of each query, combined over all 128 threads. A barrier must stand between two of these.
+// One number of each query, combined over all threads of the stream. A barrier must stand between two of these.
 template <class C, class Operation>
-__device__ __forceinline__ void over_keys(const DecodeShared<C>& shared,
+__device__ __forceinline__ void over_keys(const DecodeShared<C>& shared, int stream,
                                           float (&values)[DecodeSoftmax<C>::kQueries],
                                           Operation operation) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
 #pragma unroll
   for (int i = 0; i < DecodeSoftmax<C>::kQueries; ++i) {
     values[i] = over_keys_of_warp(values[i], operation);
-    if (lane < 4) shared.statistics(warp)[i / 2 * 8 + 2 * lane + i % 2] = values[i];
+    if (lane < 4) shared.statistics(stream, warp)[i / 2 * 8 + 2 * lane + i % 2] = values[i];
   }
-  consumers_sync();
+  stream_sync(stream);
 #pragma unroll
   for (int i = 0; i < DecodeSoftmax<C>::kQueries; ++i) {
     const int query = i / 2 * 8 + lane % 4 * 2 + i % 2;
-    values[i] = operation(operation(shared.statistics(0)[query], shared.statistics(1)[query]),
-                          operation(shared.statistics(2)[query], shared.statistics(3)[query]));
+    const float* const of_warps = shared.statistics(stream, 0) + query;
+    values[i] = operation(operation(of_warps[0], of_warps[C::kRows]),
+                          operation(of_warps[2 * C::kRows], of_warps[3 * C::kRows]));
   }
 }
 
@@ -148,7 +152,7 @@ struct Sum {
 
 // Raises the references that are too low to the maximum of this block; `factors` of the output.
 template <class C>
-__device__ __forceinline__ void raise_references(const DecodeShared<C>& shared,
+__device__ __forceinline__ void raise_references(const DecodeShared<C>& shared, int stream,
                                                  const float (&scores)[C::kRows / 2],
                                                  DecodeSoftmax<C>& state, float scale,
                                                  float threshold,
@@ -159,7 +163,7 @@ __device__ __forceinline__ void raise_references(const DecodeShared<C>& shared,
     const int at = i / 2 * 4 + i % 2;
     highest[i] = fmaxf(scores[at], scores[at + 2]);
   }
-  over_keys(shared, highest, Larger());
+  over_keys(shared, stream, highest, Larger());
 #pragma unroll
   for (int i = 0; i < DecodeSoftmax<C>::kQueries; ++i) {
     const float before = state.reference[i];

@@ -1,14 +1,13 @@
 // The host side of the decode kernels.
 //
 //   load_decode(image, head_dim, rows) -> handle
-//   partial_floats(handle, device, heads_k, sm_margin) -> room for partial results
+//   partial_floats(handle, device, heads_k, batch, sm_margin) -> room for partial results
 //   decode(handle, tensors..., scalars...) -> whether it was launched: not without room in a capture
 #pragma once
 
 #include <tvm/ffi/tvm_ffi.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <memory>
 #include <numeric>
@@ -29,12 +28,15 @@ using tvm::ffi::TensorView;
 
 // What the host must know of a variant.
 struct DecodeShape {
-  int head_dim, rows, residents, shared_bytes, partial_floats;
+  int head_dim, rows, streams, threads, shared_bytes, partial_floats;
 };
 
 constexpr DecodeShape kDecodeShapes[] = {
 #define JIT_KERNEL_DECODE_SHAPE(head_dim, rows)                     \
-  {head_dim, rows, DecodeConfig<void, head_dim, rows>::kResidents,  \
+  {head_dim,                                                        \
+   rows,                                                            \
+   DecodeConfig<void, head_dim, rows>::kStreams,                    \
+   DecodeConfig<void, head_dim, rows>::kThreads,                    \
    DecodeConfig<void, head_dim, rows>::kSharedBytes,                \
    DecodeConfig<void, head_dim, rows>::kPartialFloats},
     JIT_KERNEL_DECODE_TILES(JIT_KERNEL_DECODE_SHAPE)
@@ -44,7 +46,7 @@ constexpr DecodeShape kDecodeShapes[] = {
 struct DecodeVariant {
   DecodeVariant(const DecodeShape& shape, std::string image)
       : shape(shape),
-        kernel(std::move(image), "decode", kDecodeThreads,
+        kernel(std::move(image), "decode", static_cast<unsigned>(shape.threads),
                static_cast<unsigned>(shape.shared_bytes)) {}
   const DecodeShape& shape;
   cuda::Kernel kernel;
@@ -71,17 +73,35 @@ struct Division {
   unsigned multiplier, shift = 0;
 };
 
-// Thread blocks of each key head: as many as run at the same time.
-inline int decode_parts(const DecodeShape& shape, int device, int64_t heads_k, int64_t sm_margin) {
-  const int64_t blocks =
-      std::max<int64_t>(1, cuda::multiprocessors(device) - sm_margin) * shape.residents;
-  return static_cast<int>(std::max<int64_t>(1, blocks / heads_k));
+// How the work is laid out: key heads of a thread block, and thread blocks for each of them.
+struct DecodeGrid {
+  int heads_of_block, parts;
+};
+
+// As many thread blocks as run at the same time, but up to 4 % less where sequences of one length are
+// then not cut: to write and merge partial results costs more. Two heads a block read longer rows of
+// memory; of little work each head's blocks are many, and fewer parts are merged sooner.
+inline DecodeGrid decode_grid(const DecodeShape& shape, int device, int64_t heads_k, int64_t batch,
+                              int64_t sm_margin) {
+  const int64_t most = std::max<int64_t>(1, cuda::multiprocessors(device) - sm_margin);
+  const bool two = shape.streams == 2 && heads_k % 2 == 0 && heads_k * batch >= most / 4;
+  const int64_t groups = two ? heads_k / 2 : heads_k;
+  const int64_t parts = std::max<int64_t>(1, most / groups);
+  int64_t even = parts;
+  if (batch >= parts) {
+    while (batch % even != 0) --even;
+  } else if (batch > 0) {
+    even = parts / batch * batch;
+  }
+  return {two ? 2 : 1, static_cast<int>(even * 100 >= parts * 96 ? even : parts)};
 }
 
-inline int64_t partial_floats(int64_t handle, int64_t device, int64_t heads_k, int64_t sm_margin) {
+inline int64_t partial_floats(int64_t handle, int64_t device, int64_t heads_k, int64_t batch,
+                              int64_t sm_margin) {
   const DecodeShape& shape = cuda::KernelTable<DecodeVariant>::get().at(handle).shape;
-  const int parts = decode_parts(shape, static_cast<int>(device), heads_k, sm_margin);
-  return kPartialsPerBlock * parts * heads_k * shape.partial_floats;
+  const DecodeGrid grid =
+      decode_grid(shape, static_cast<int>(device), heads_k, batch, sm_margin);
+  return kPartialsPerBlock * grid.parts * heads_k * shape.partial_floats;
 }
 
 // Rows that the copy engine takes at a time: the most that divide a page and a block, at least the 8
@@ -92,9 +112,18 @@ inline int box_rows_of(int64_t place_rows, bool paged) {
   return rows >= 8 ? static_cast<int>(rows) : 0;
 }
 
-// Keys or values of a cache (place, row, head, column). Boxes of whole panels in one copy where a box
-// is a block and the head size is whole panels.
-inline void set_cache_rows(CacheRows& rows, const TensorView& x, int box_rows, int box_panels) {
+// Panels of a box: of both heads of a block, of one, or one alone. More than one only where a box is a
+// block and the head size is whole panels.
+inline int box_panels_of(const TensorView& x, const DecodeShape& shape, int box_rows,
+                         int heads_of_block) {
+  const int panels = shape.head_dim / kDecodePanel;
+  if (box_rows != kDecodeKeys || x.size(3) != shape.head_dim) return 1;
+  return heads_of_block == 2 && x.stride(2) == shape.head_dim ? 2 * panels : panels;
+}
+
+// Keys or values of a cache (place, row, head, column).
+inline void set_cache_rows(CacheRows& rows, const TensorView& x, int box_rows, int box_panels,
+                           int panels) {
   rows.data = cuda::data_of(x);
   rows.place_stride = x.stride(0);
   rows.row_stride = x.stride(1);
@@ -102,11 +131,11 @@ inline void set_cache_rows(CacheRows& rows, const TensorView& x, int box_rows, i
   if (box_rows == 0) return;
   static EncodeTiled* const encode = cuda::driver_function<EncodeTiled>("cuTensorMapEncodeTiled");
   const ByteStrides strides(x);
-  const bool whole = box_panels > 1;
-  const uint64_t columns = static_cast<uint64_t>(x.size(3));
+  const bool whole = box_panels > 1, joined = box_panels > panels;
+  const uint64_t columns = static_cast<uint64_t>(x.size(3)), heads = static_cast<uint64_t>(x.size(2));
+  const uint64_t of_head = whole ? static_cast<uint64_t>(panels) : 1;
   const uint64_t sizes[kRank] = {whole ? kDecodePanel : columns, static_cast<uint64_t>(x.size(1)),
-                                 whole ? columns / kDecodePanel : 1,
-                                 static_cast<uint64_t>(x.size(2)),
+                                 joined ? of_head * heads : of_head, joined ? 1 : heads,
                                  static_cast<uint64_t>(x.size(0))};
   const uint64_t steps[kRank - 1] = {static_cast<uint64_t>(strides.row), kDecodePanel * 2,
                                      static_cast<uint64_t>(strides.head),
@@ -143,23 +172,21 @@ inline void set_decode_tensors(DecodeParams& params, const DecodeShape& shape, c
   params.place_shift = place.shift;
   const bool empty = k.size(0) * k.size(1) == 0;  // no tensor map has such sizes
   params.box_rows = empty ? 0 : box_rows_of(params.place_rows, paged);
-  const bool whole = params.box_rows == kDecodeKeys && params.head_dim == shape.head_dim &&
-                     params.head_dim_v == shape.head_dim;
-  params.box_panels = whole ? shape.head_dim / kDecodePanel : 1;
-  set_cache_rows(params.k, k, params.box_rows, params.box_panels);
-  set_cache_rows(params.v, v, params.box_rows, params.box_panels);
+  // One number for both: a head size is padded in both or in neither, or panel by panel.
+  params.box_panels =
+      std::min(box_panels_of(k, shape, params.box_rows, params.heads_of_block),
+               box_panels_of(v, shape, params.box_rows, params.heads_of_block));
+  const int panels = shape.head_dim / kDecodePanel;
+  set_cache_rows(params.k, k, params.box_rows, params.box_panels, panels);
+  set_cache_rows(params.v, v, params.box_rows, params.box_panels, panels);
 }
 
 inline void set_decode_scores(DecodeParams& params, double softmax_scale, double softcap,
                               int64_t left, int64_t right, int64_t chunk) {
   constexpr double kLog2E = 1.4426950408889634;
   constexpr int kUnbounded = 1 << 30;
-  params.has_softcap = softcap > 0;
-  params.scale_log2 =
-      static_cast<float>((softcap > 0 ? softcap : std::abs(softmax_scale)) * kLog2E);
-  params.score_factor = softcap > 0        ? static_cast<float>(softmax_scale / softcap)
-                        : softmax_scale < 0 ? -1.f
-                                            : 1.f;
+  params.scale_log2 = static_cast<float>((softcap > 0 ? softcap : softmax_scale) * kLog2E);
+  params.softcap_scale = softcap > 0 ? static_cast<float>(softmax_scale / softcap) : 0.f;
   params.window_left = left < 0 || left > kUnbounded ? kUnbounded : static_cast<int>(left);
   params.window_right = right < 0 || right > kUnbounded ? kUnbounded : static_cast<int>(right);
   if (chunk <= 0) return;
@@ -184,9 +211,13 @@ inline bool decode(int64_t handle, TensorView q, TensorView k, TensorView v, Ten
   const cuda::ContextGuard context(device);
   DecodeParams params = {};
   const bool ragged = cu_seqlens_q.has_value(), paged = page_table.has_value();
+  params.batch = static_cast<int>(ragged ? cu_seqlens_q.value().size(0) - 1 : q.size(0));
+  const DecodeGrid grid =
+      decode_grid(variant.shape, device, k.size(2), params.batch, sm_margin);
+  params.heads_of_block = grid.heads_of_block;
+  params.parts = grid.parts;
   set_decode_tensors(params, variant.shape, q, k, v, out, ragged, paged);
   set_decode_scores(params, softmax_scale, softcap, left, right, chunk);
-  params.batch = static_cast<int>(ragged ? cu_seqlens_q.value().size(0) - 1 : q.size(0));
   params.rows_k = params.place_rows;
   if (paged) {
     params.page_table_stride = page_table.value().stride(0);
@@ -214,17 +245,17 @@ inline bool decode(int64_t handle, TensorView q, TensorView k, TensorView v, Ten
   }
   params.new_rows = static_cast<int>(new_rows);
   params.clear_rest = clear_rest;
-  params.parts = decode_parts(variant.shape, device, params.heads_k, sm_margin);
-  const int blocks = params.parts * params.heads_k;
   if (params.parts > 1) {
-    const int64_t floats = int64_t{kPartialsPerBlock} * blocks * variant.shape.partial_floats;
+    const int counters = params.parts * params.heads_k;
+    const int64_t floats = int64_t{kPartialsPerBlock} * counters * variant.shape.partial_floats;
     const Workspace::Memory memory =
-        Workspace::of(device).memory(cuda::current_stream(device), blocks, floats);
+        Workspace::of(device).memory(cuda::current_stream(device), counters, floats);
     params.counters = memory.counters;
     params.partials = partials.has_value() ? cuda::data_of<float>(partials) : memory.partials;
     if (params.partials == nullptr) return false;
   }
   void* arguments[] = {&params};
+  const int blocks = params.parts * (params.heads_k / params.heads_of_block);
   variant.kernel.launch(device, {static_cast<unsigned>(blocks)}, arguments);
   return true;
 }
