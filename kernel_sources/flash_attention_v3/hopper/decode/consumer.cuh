@@ -164,8 +164,9 @@ struct DecodeConsumer {
     }
   }
 
+  // is_first: no query has a reference yet.
   __device__ __forceinline__ void run_block(const DecodeItem& item, int block, int every_low,
-                                            int every_high) {
+                                            int every_high, bool is_first) {
     const int row = block * kDecodeKeys;
     wait_tile();
     if (params.box_rows == 0) proxy_fence();
@@ -178,31 +179,36 @@ struct DecodeConsumer {
     const float scale = params.scale_log2;
     const float threshold = kRescaleThreshold / scale;
     float sums[kQueries];
-    u32 packed[C::kRows / 4];
-    bool again = false;  // with references that were raised; one copy of the code for both
+    bool waits = true, raises = is_first;
 #pragma unroll 1
-    while (true) {
+    while (true) {  // once, or again with references that were raised
+      if (raises) raise(threshold);
+      u32 packed[C::kRows / 4];
       const bool grew = exponentiate<C>(scores, softmax, scale, threshold, sums, packed);
       store_probabilities<C>(shared.p(stream, buffer), packed);
-      if (!again) {
+      if (waits) {
         wait_tile();
         if (row < item.low || row + kDecodeKeys > item.high) clear_hidden_values(item, row);
+        waits = false;
       }
       proxy_fence();
-      if (!stream_any(stream, grew)) break;
-      float factors[kQueries];
-      raise_references<C>(shared, stream, scores, softmax, scale, threshold, factors);
-#pragma unroll
-      for (int panel = 0; panel < C::kPanels; ++panel) {
-#pragma unroll
-        for (int i = 0; i < C::kRows / 2; ++i) output[panel][i] *= factors[i / 4 * 2 + i % 2];
-      }
-      again = true;
+      raises = stream_any(stream, grew);
+      if (!raises) break;
     }
 #pragma unroll
     for (int i = 0; i < kQueries; ++i) softmax.sum[i] += sums[i];
     multiply_values();
     buffer ^= 1;
+  }
+
+  __device__ __forceinline__ void raise(float threshold) {
+    float factors[kQueries];
+    raise_references<C>(shared, stream, scores, softmax, params.scale_log2, threshold, factors);
+#pragma unroll
+    for (int panel = 0; panel < C::kPanels; ++panel) {
+#pragma unroll
+      for (int i = 0; i < C::kRows / 2; ++i) output[panel][i] *= factors[i / 4 * 2 + i % 2];
+    }
   }
 
   // The other stream has the item's last block.
@@ -234,7 +240,9 @@ struct DecodeConsumer {
     const int step = in_turns ? 2 : 1, first = in_turns ? stream : 0;
     int block = item.block_begin + first;
 #pragma unroll 1
-    for (; block < item.block_end; block += step) run_block(item, block, every_low, every_high);
+    for (; block < item.block_end; block += step) {
+      run_block(item, block, every_low, every_high, block == item.block_begin + first);
+    }
     if (block - first < item.block_end) pass_block();
     gather_statistics<C>(shared, stream, softmax, params.scale_log2);
     if (in_turns) join_streams<C>(shared, stream, output);

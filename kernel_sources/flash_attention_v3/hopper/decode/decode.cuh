@@ -13,34 +13,36 @@ __device__ __forceinline__ void decode(const DecodeParams& params, char* base) {
   const DecodeShared<C> shared{base};
   const int groups = params.heads_k / params.heads_of_block;
   const int head = blockIdx.x % groups * params.heads_of_block, part = blockIdx.x / groups;
-  if (threadIdx.x == 0) {
-    const bool by_boxes = params.box_rows > 0;
-    if (by_boxes) {
-      tma_prefetch_descriptor(&params.k.map);
-      tma_prefetch_descriptor(&params.v.map);
+  const bool by_boxes = params.box_rows > 0;
+  if (threadIdx.x >= 128) {
+    const int index = threadIdx.x - 128;
+    if (index < C::kBarriers) {
+      // Tiles become full and empty, then items.
+      const int arrivals = index < C::kStages         ? (by_boxes ? 1 : 128)
+                           : index < 2 * C::kStages   ? 4 * C::kStreams
+                           : index < 2 * C::kStages + kDecodeItemSlots ? 1
+                                                                       : 4 * C::kStreams;
+      mbarrier_init(shared.barrier(index), arrivals);
+      mbarrier_init_fence();
     }
-    for (int stage = 0; stage < C::kStages; ++stage) {
-      mbarrier_init(shared.full(stage), by_boxes ? 1 : 128);
-      mbarrier_init(shared.empty(stage), 4 * C::kStreams);
-    }
-    for (int slot = 0; slot < kDecodeItemSlots; ++slot) {
-      mbarrier_init(shared.item_full(slot), 1);
-      mbarrier_init(shared.item_empty(slot), 4 * C::kStreams);
-    }
-    mbarrier_init_fence();
-  }
-  __syncthreads();
-  if (threadIdx.x < 128) {
-    if constexpr (C::kStreams == 2) lower_registers<C::kProducerRegisters>();
-    if (params.clear_rest && threadIdx.x >= 96) clear_other_rows(params);
-    produce_items<C>(params, shared, part, head);
-  } else {
+    __syncthreads();
     if constexpr (C::kStreams == 2) raise_registers<C::kConsumerRegisters>();
     const int stream = uniform(threadIdx.x / 128 - 1);
     DecodeConsumer<C> consumer{params, shared, stream,
                                head + (params.heads_of_block == 2 ? stream : 0)};
     consumer.run();
+    return;
   }
+  if (by_boxes && threadIdx.x < 2) {
+    tma_prefetch_descriptor(threadIdx.x == 0 ? &params.k.map : &params.v.map);
+  }
+  // Lengths are on their way while the barriers are made.
+  DecodeSchedule schedule(params, part);
+  __syncthreads();
+  if constexpr (C::kStreams == 2) lower_registers<C::kProducerRegisters>();
+  if (params.clear_rest && threadIdx.x >= 96) clear_other_rows(params);
+  if (by_boxes && static_cast<int>(threadIdx.x) >= 32 * params.copy_warps) return;
+  produce_items<C>(params, shared, schedule, head);
 }
 
 }  // namespace jit_kernel::hopper

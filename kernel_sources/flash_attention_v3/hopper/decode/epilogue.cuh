@@ -195,13 +195,17 @@ __device__ __forceinline__ void store_partial(const DecodeShared<C>& shared, int
 // is zero again after the last.
 __device__ __forceinline__ bool arrive_last(const DecodeParams& params, const DecodeItem& item,
                                             int head, int stream, volatile int* answer) {
-  __threadfence();
   stream_sync(stream);
   if (threadIdx.x % 128 == 0) {
     int* const counter = params.counters + item.first_part * params.heads_k + head;
-    const bool last = atomicAdd(counter, 1) == item.parts - 1;
+    int before;
+    // Releases what the barrier has gathered from the stream's threads, acquires what the others did.
+    asm volatile("fence.acq_rel.gpu;\natom.add.acq_rel.gpu.global.s32 %0, [%1], 1;"
+                 : "=r"(before)
+                 : "l"(counter)
+                 : "memory");
+    const bool last = before == item.parts - 1;
     if (last) *counter = 0;
-    __threadfence();
     *answer = last;
   }
   stream_sync(stream);
@@ -239,7 +243,7 @@ __device__ __forceinline__ void merge_parts(const DecodeParams& params, const De
     if (quad * 4 >= params.head_dim_v) continue;
     float top = minus_infinity(), sum = 0.f;
     float4 total = {0.f, 0.f, 0.f, 0.f};
-    constexpr int kAtOnce = C::kRows <= 16 ? 8 : 4;  // loads on their way
+    constexpr int kAtOnce = C::kRows <= 16 ? 16 : 4;  // loads on their way
 #pragma unroll 1
     for (int first = 0; first < item.parts; first += kAtOnce) {
       float4 value[kAtOnce];
@@ -252,18 +256,27 @@ __device__ __forceinline__ void merge_parts(const DecodeParams& params, const De
         value[i] = load_other(partial + index * C::kHeadDim + 4 * quad);
         end[i] = load_other_pair(partial + C::kRows * C::kHeadDim + 2 * index);
       }
+      float higher = top;
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        if (first + i >= item.parts || end[i].x == minus_infinity()) continue;
-        const float higher = fmaxf(top, end[i].x);
-        const float old = top == higher ? 1.f : exp2_fast(top - higher);
-        const float now = end[i].x == higher ? 1.f : exp2_fast(end[i].x - higher);
-        top = higher;
-        sum = fmaf(sum, old, end[i].y * now);
-        total.x = fmaf(total.x, old, value[i].x * now);
-        total.y = fmaf(total.y, old, value[i].y * now);
-        total.z = fmaf(total.z, old, value[i].z * now);
-        total.w = fmaf(total.w, old, value[i].w * now);
+        if (first + i >= item.parts) end[i].x = minus_infinity();
+        higher = fmaxf(higher, end[i].x);
+      }
+      // -inf less -inf is no number: parts without a key are skipped.
+      const float old = top == higher ? 1.f : exp2_fast(top - higher);
+      top = higher;
+      sum *= old;
+      total = {total.x * old, total.y * old, total.z * old, total.w * old};
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const float weight = end[i].x == minus_infinity() ? 0.f
+                             : end[i].x == higher         ? 1.f
+                                                          : exp2_fast(end[i].x - higher);
+        sum = fmaf(end[i].y, weight, sum);
+        total.x = fmaf(value[i].x, weight, total.x);
+        total.y = fmaf(value[i].y, weight, total.y);
+        total.z = fmaf(value[i].z, weight, total.z);
+        total.w = fmaf(value[i].w, weight, total.w);
       }
     }
     const DecodeQuery query = *shared.query(stream, index);

@@ -44,6 +44,9 @@ struct DecodeParams {
   int place_rows;      // rows of a place: of a page, or of a cache entry
   int box_rows;        // rows of a box of the copy engine; 0: threads load
   int box_panels;      // and its panels, of one head or of two
+  int boxes_log2;      // boxes of rows of a stage
+  int copies;          // boxes of a stage
+  int copy_warps;      // warps that ask for them
   int draft_words;
   float scale_log2;     // scores to exponents of 2: softmax_scale * log2(e), with softcap: softcap * log2(e)
   float softcap_scale;  // softmax_scale / softcap; 0 without softcap

@@ -53,15 +53,16 @@ struct DecodeProducer {
     return row < min(item.high, item.block_end * kDecodeKeys) && row + params.box_rows > item.low;
   }
 
-  // One warp. A lane knows the place of a box of rows, 32 of them in a line, and the 32 behind are on
-  // their way. In a stage lane l asks for box l % boxes of the rows and for the panels l / boxes.
+  // A lane knows the place of a box of rows, 32 of them in a line, and the 32 behind are on their way.
+  // Of a stage's copies, boxes x panels, warp w asks for every fourth: a warp issues them one after the
+  // other. The first warp alone where there are no more than four.
   __device__ __forceinline__ void load_boxes(const DecodeItem& item) {
     const int lane = threadIdx.x % 32;
     const int blocks = blocks_of_stage();
-    const int boxes = blocks * kDecodeKeys / params.box_rows;  // 1 to 16
-    const int panels = C::kPanels * params.heads_of_block / params.box_panels;
-    const int box = lane % boxes, panel = lane / boxes * params.box_panels;
-    const int bytes = params.box_rows * kDecodePanel * 2;
+    const int boxes = 1 << params.boxes_log2;  // 1 to 16
+    const int copy = lane * params.copy_warps + threadIdx.x / 32;
+    const int box = copy & (boxes - 1), panel = (copy >> params.boxes_log2) * params.box_panels;
+    const int bytes = params.box_rows * params.box_panels * kDecodePanel * 2;
     // Of a stage: block by block, panel by panel.
     const int offset = box * params.box_rows / kDecodeKeys * C::kBytesOfStream +
                        panel * kDecodeKeys * kDecodePanel * 2 +
@@ -82,9 +83,10 @@ struct DecodeProducer {
       }
       const int row = first + box * params.box_rows;
       const int here = __shfl_sync(0xffffffffu, place, 32 - ahead + box);
-      const bool loads = lane < boxes * panels && is_needed(item, row);
-      const int expected =
-          __popc(__ballot_sync(0xffffffffu, loads)) * bytes * params.box_panels;
+      const bool loads = copy < params.copies && is_needed(item, row);
+      const unsigned needed = __ballot_sync(
+          0xffffffffu, lane < boxes && is_needed(item, first + lane * params.box_rows));
+      const int expected = __popc(needed) * (params.copies >> params.boxes_log2) * bytes;
       const int in_place = loads ? places.row_in_place(row) : 0;
 #pragma unroll 1
       for (int i = 0; i < 2; ++i) {
@@ -100,7 +102,8 @@ struct DecodeProducer {
                                             int place) {
     const u32 full = shared.full(at.stage());
     mbarrier_wait(shared.empty(at.stage()), at.parity() ^ 1);
-    if (threadIdx.x % 32 == 0) mbarrier_arrive_expect(full, expected);
+    // Bytes of another warp's copies may arrive before they are expected: the phase waits for this.
+    if (threadIdx.x == 0) mbarrier_arrive_expect(full, expected);
     __syncwarp();
     if (loads) {
       // One box over the panels of two heads begins at the first one's panel.
@@ -133,36 +136,45 @@ struct DecodeProducer {
     return seen && threadIdx.x % 32 < kRowsOfWarp ? places.place(row) : -1;
   }
 
-  __device__ __forceinline__ void load_rows(const CacheRows& rows, int columns, int place,
-                                            int in_place) {
+  // `offset`: where this lane's row begins, in 16 bytes; `seen`: whether it is loaded at all.
+  __device__ __forceinline__ void load_rows(const CacheRows& rows, int columns, u32 offset,
+                                            bool seen) {
     const int lane = threadIdx.x % 32, piece = lane % kThreadsOfRow;
-    const int filled = piece * 8 < columns ? 16 : 0;
+    const u32 all_seen = __ballot_sync(0xffffffffu, seen);
+    const bool filled = piece * 8 < columns;
+    const char* const data = static_cast<const char*>(rows.data) + (filled ? piece * 16 : 0);
+    const int of_lane = lane / kThreadsOfRow;  // of the rows of a pass
     const u32 full = shared.full(at.stage());
+    const u32 first_row = threadIdx.x / 32 * kRowsOfWarp + of_lane;
+    const u32 tile = shared.tile(at.stage()) + piece / 8 * (kDecodeKeys * kDecodePanel * 2) +
+                     first_row / kDecodeKeys * C::kBytesOfStream +
+                     first_row % kDecodeKeys * (kDecodePanel * 2);
     mbarrier_wait(shared.empty(at.stage()), at.parity() ^ 1);
-    const u32 tile = shared.tile(at.stage());
-    const unsigned short* const data =
-        static_cast<const unsigned short*>(rows.data) + (filled != 0 ? piece * 8 : 0);
-#pragma unroll 4
+#pragma unroll 8
     for (int pass = 0; pass < kPasses; ++pass) {
-      const int row = pass * kRowsAtOnce + lane / kThreadsOfRow;  // of this warp
-      const int of_place = __shfl_sync(0xffffffffu, place, row);
-      const int of_row = __shfl_sync(0xffffffffu, in_place, row);
-      const int in_stage = threadIdx.x / 32 * kRowsOfWarp + row;
-      const int stream = in_stage / kDecodeKeys, in_tile = in_stage % kDecodeKeys;
-      const int of_head = head + (params.heads_of_block == 1 ? 0 : stream);
-      const void* const source = data + of_place * rows.place_stride + of_row * rows.row_stride +
-                                 of_head * rows.head_stride;
-      const u32 destination = tile + stream * C::kBytesOfStream +
-                              piece / 8 * (kDecodeKeys * kDecodePanel * 2) +
-                              in_tile * (kDecodePanel * 2) + ((piece % 8) ^ (in_tile % 8)) * 16;
-      if (of_place >= 0) {
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination),
-                     "l"(source), "r"(filled)
-                     : "memory");
-      }
+      const int row = pass * kRowsAtOnce + of_lane;  // of this warp
+      const u32 begins = __shfl_sync(0xffffffffu, offset, row);
+      const u32 destination =
+          tile + pass * kRowsAtOnce * (kDecodePanel * 2) + ((piece ^ row) & 7) * 16;
+      asm volatile(
+          "{\n.reg .pred p;\nsetp.ne.u32 p, %3, 0;\n"
+          "@p cp.async.cg.shared.global [%0], [%1], 16, %2;\n}" ::"r"(destination),
+          "l"(data + static_cast<unsigned long long>(begins) * 16), "r"(filled ? 16 : 0),
+          "r"(all_seen >> row & 1)
+          : "memory");
     }
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(full) : "memory");
     at.advance();
+  }
+
+  // Where this lane's row begins, in 16 bytes.
+  __device__ __forceinline__ u32 offset_of(const CacheRows& rows, int place, int in_place) const {
+    const int of_head =
+        head + (params.heads_of_block == 1
+                    ? 0
+                    : (threadIdx.x / 32 * kRowsOfWarp + threadIdx.x % 32) / kDecodeKeys);
+    return static_cast<u32>((place * rows.place_stride + in_place * rows.row_stride +
+                             of_head * rows.head_stride) >> 3);
   }
 
   // The rows of two stages are found ahead.
@@ -177,8 +189,9 @@ struct DecodeProducer {
       const int in_place = places.row_in_place(lane_row(block));
 #pragma unroll 1
       for (int i = 0; i < 2; ++i) {
-        load_rows(i == 0 ? params.k : params.v, i == 0 ? params.head_dim : params.head_dim_v, place,
-                  in_place);
+        const CacheRows& rows = i == 0 ? params.k : params.v;
+        load_rows(rows, i == 0 ? params.head_dim : params.head_dim_v,
+                  offset_of(rows, place, in_place), place >= 0);
       }
       place = next;
       next = after;
@@ -189,37 +202,32 @@ struct DecodeProducer {
 // A producer warp; the first one also hands the items over to the consumers.
 template <class C>
 __device__ __forceinline__ void produce_items(const DecodeParams& params,
-                                              const DecodeShared<C>& shared, int part, int head) {
-  const bool by_boxes = params.box_rows > 0;
-  if (by_boxes && threadIdx.x >= 32) return;
-  DecodeSchedule schedule(params, part);
+                                              const DecodeShared<C>& shared,
+                                              DecodeSchedule& schedule, int head) {
   DecodeProducer<C> producer{params, shared, head};
   RingPosition<kDecodeItemSlots> at;
   DecodeItem item;
-  bool found;
-  do {
-    found = schedule.next(item);
+#pragma unroll 1
+  while (true) {
+    const bool found = schedule.next(item);
     if (threadIdx.x < 32) {
       mbarrier_wait(shared.item_empty(at.stage()), at.parity() ^ 1);
       if (threadIdx.x == 0) {
         DecodeItem& slot = *shared.item(at.stage());
-        if (found) {
-          slot = item;
-        } else {
-          slot.batch = -1;
-        }
+        if (!found) item.batch = -1;
+        slot = item;
         mbarrier_arrive(shared.item_full(at.stage()));
       }
       __syncwarp();
       at.advance();
     }
-    if (!found) break;
-    if (by_boxes) {
+    if (!found) return;
+    if (params.box_rows > 0) {
       producer.load_boxes(item);
     } else {
       producer.load_each_row(item);
     }
-  } while (true);
+  }
 }
 
 }  // namespace jit_kernel::hopper

@@ -13,9 +13,6 @@
 
 namespace jit_kernel::hopper {
 
-// Fewer blocks than this are not worth another part: its partial result has to be merged.
-constexpr unsigned kLeastBlocks = 1;
-
 // floor(value / n) for 0 <= value < 2^31, by the numbers that the launcher made for n.
 __device__ __forceinline__ int divide(int value, unsigned multiplier, unsigned shift) {
   return __umulhi(2u * value, multiplier) >> shift;
@@ -44,27 +41,6 @@ __device__ __forceinline__ DecodeLengths lengths_of(const DecodeParams& params, 
   return of;
 }
 
-// What the queries of a sequence see: rows of the cache, and blocks of them.
-struct BlockRange {
-  int low, high;
-  int begin, end;
-
-  // A sequence that sees no key is work, too: its rows become 0.
-  __device__ __forceinline__ unsigned cost() const { return max(1, end - begin); }
-};
-
-__device__ __forceinline__ BlockRange blocks_of(const DecodeParams& params,
-                                                const DecodeLengths& of) {
-  const int low = max(0, visible_keys<true>(params, 0, of.len_q, of.len_k).low);
-  const int high = visible_keys<true>(params, of.len_q - 1, of.len_q, of.len_k).high;
-  BlockRange range;
-  range.low = of.leftpad + low;
-  range.high = of.leftpad + max(low, high);
-  range.begin = range.low / kDecodeKeys;
-  range.end = high > low ? (range.high + kDecodeKeys - 1) / kDecodeKeys : range.begin;
-  return range;
-}
-
 // All lanes of one warp together: a lane has a sequence of 32.
 class DecodeSchedule {
  public:
@@ -76,9 +52,12 @@ class DecodeSchedule {
       open(first);
       total_ += __reduce_add_sync(0xffffffffu, cost_);
     }
-    parts_ = min(static_cast<unsigned>(params.parts), (total_ + kLeastBlocks - 1) / kLeastBlocks);
-    at_ = part < parts_ ? part * total_ / parts_ : total_;
-    end_ = part < parts_ ? (part + 1) * total_ / parts_ : total_;
+    // Equal runs, of which the first are one block longer.
+    const unsigned parts = params.parts;
+    run_ = total_ / parts;
+    longer_ = total_ - run_ * parts;
+    at_ = part * run_ + min(part, longer_);
+    end_ = at_ + run_ + (part < longer_);
     if (params.batch > 32) open(0);
   }
 
@@ -101,44 +80,19 @@ class DecodeSchedule {
     }
     const int source = __popc(__ballot_sync(0xffffffffu, up_to <= at_ - base_));
     const unsigned end = base_ + __shfl_sync(0xffffffffu, up_to, source);
-    DecodeLengths of;
-    of.len_q = __shfl_sync(0xffffffffu, of_.len_q, source);
-    of.len_k = __shfl_sync(0xffffffffu, of_.len_k, source);
-    of.leftpad = __shfl_sync(0xffffffffu, of_.leftpad, source);
-    fill(item, first_ + source, of, end);
-    at_ = min(end_, end);
-    return true;
-  }
-
- private:
-  __device__ __forceinline__ unsigned part_of(unsigned block) const {
-    return ((block + 1) * parts_ - 1) / total_;
-  }
-
-  // This lane's sequence of the 32 from `first` on.
-  __device__ __forceinline__ void open(int first) {
-    first_ = first;
-    const int batch = first + threadIdx.x % 32;
-    cost_ = 0;
-    of_ = {0, 0, 0};
-    if (batch >= params_.batch) return;
-    of_ = lengths_of(params_, batch);
-    if (of_.len_q > 0) cost_ = blocks_of(params_, of_).cost();
-  }
-
-  __device__ __forceinline__ void fill(DecodeItem& item, int batch, const DecodeLengths& of,
-                                       unsigned end) const {
-    const BlockRange range = blocks_of(params_, of);
-    const unsigned start = end - range.cost();
-    item.batch = batch;
-    item.len_q = of.len_q;
-    item.len_k = of.len_k;
-    item.leftpad = of.leftpad;
-    item.offset_q = params_.cu_seqlens_q != nullptr ? params_.cu_seqlens_q[batch] : 0;
-    item.low = range.low;
-    item.high = range.high;
-    item.block_begin = range.begin + static_cast<int>(at_ - start);
-    item.block_end = min(range.end, range.begin + static_cast<int>(min(end_, end) - start));
+    const unsigned start = end - __shfl_sync(0xffffffffu, cost_, source);
+    item.batch = first_ + source;
+    item.len_q = __shfl_sync(0xffffffffu, of_.len_q, source);
+    item.len_k = __shfl_sync(0xffffffffu, of_.len_k, source);
+    item.leftpad = __shfl_sync(0xffffffffu, of_.leftpad, source);
+    item.low = __shfl_sync(0xffffffffu, low_, source);
+    item.high = __shfl_sync(0xffffffffu, high_, source);
+    item.offset_q = params_.cu_seqlens_q != nullptr ? params_.cu_seqlens_q[item.batch] : 0;
+    const int first_block = item.low / kDecodeKeys;
+    item.block_begin = first_block + static_cast<int>(at_ - start);
+    item.block_end = item.high > item.low
+                         ? first_block + static_cast<int>(min(end_, end) - start)
+                         : item.block_begin;
     item.is_first = at_ == start;
     item.first_part = 0;
     item.parts = 1;
@@ -146,14 +100,41 @@ class DecodeSchedule {
       item.first_part = part_of(start);
       item.parts = part_of(end - 1) - item.first_part + 1;
     }
+    at_ = min(end_, end);
+    return true;
+  }
+
+ private:
+  __device__ __forceinline__ unsigned part_of(unsigned block) const {
+    const unsigned in_longer = longer_ * (run_ + 1);
+    if (block < in_longer) return block / (run_ + 1);
+    return longer_ + (block - in_longer) / run_;
+  }
+
+  // This lane's sequence of the 32 from `first` on: what its queries see, in rows of the cache, and
+  // how many blocks that is. A sequence that sees no key is work, too: its rows become 0.
+  __device__ __forceinline__ void open(int first) {
+    first_ = first;
+    const int batch = first + threadIdx.x % 32;
+    cost_ = 0;
+    if (batch >= params_.batch) return;
+    of_ = lengths_of(params_, batch);
+    if (of_.len_q <= 0) return;
+    const int low = max(0, visible_keys<true>(params_, 0, of_.len_q, of_.len_k).low);
+    const int high = visible_keys<true>(params_, of_.len_q - 1, of_.len_q, of_.len_k).high;
+    low_ = of_.leftpad + low;
+    high_ = of_.leftpad + max(low, high);
+    const int blocks = (high_ + kDecodeKeys - 1) / kDecodeKeys - low_ / kDecodeKeys;
+    cost_ = high > low ? blocks : 1;
   }
 
   const DecodeParams& params_;
   unsigned total_, at_, end_;  // in blocks, over all sequences
-  unsigned parts_;
-  unsigned base_ = 0;  // where the 32 sequences begin
+  unsigned run_, longer_;      // blocks of a part; so many parts have one more
+  unsigned base_ = 0;          // where the 32 sequences begin
   int first_;
-  DecodeLengths of_;
+  DecodeLengths of_ = {0, 0, 0};
+  int low_ = 0, high_ = 0;
   unsigned cost_;
 };
 

@@ -73,6 +73,8 @@ struct Division {
   unsigned multiplier, shift = 0;
 };
 
+inline int g_two = -1;
+inline void tune(int64_t, int64_t two) { g_two = (int)two; }
 // How the work is laid out: key heads of a thread block, and thread blocks for each of them.
 struct DecodeGrid {
   int heads_of_block, parts;
@@ -84,7 +86,7 @@ struct DecodeGrid {
 inline DecodeGrid decode_grid(const DecodeShape& shape, int device, int64_t heads_k, int64_t batch,
                               int64_t sm_margin) {
   const int64_t most = std::max<int64_t>(1, cuda::multiprocessors(device) - sm_margin);
-  const bool two = shape.streams == 2 && heads_k % 2 == 0 && heads_k * batch >= most / 4;
+  const bool two = shape.streams == 2 && heads_k % 2 == 0 && (g_two < 0 ? 4 * batch * heads_k >= 6 * most : g_two == 1);
   const int64_t groups = two ? heads_k / 2 : heads_k;
   const int64_t parts = std::max<int64_t>(1, most / groups);
   int64_t even = parts;
@@ -177,6 +179,12 @@ inline void set_decode_tensors(DecodeParams& params, const DecodeShape& shape, c
       std::min(box_panels_of(k, shape, params.box_rows, params.heads_of_block),
                box_panels_of(v, shape, params.box_rows, params.heads_of_block));
   const int panels = shape.head_dim / kDecodePanel;
+  if (params.box_rows > 0) {
+    const int blocks = params.heads_of_block == 1 ? shape.streams : 1;
+    while (params.box_rows << params.boxes_log2 < blocks * kDecodeKeys) ++params.boxes_log2;
+    params.copies = (panels * params.heads_of_block / params.box_panels) << params.boxes_log2;
+    params.copy_warps = params.copies > 4 ? 4 : 1;
+  }
   set_cache_rows(params.k, k, params.box_rows, params.box_panels, panels);
   set_cache_rows(params.v, v, params.box_rows, params.box_panels, panels);
 }
@@ -265,3 +273,4 @@ inline bool decode(int64_t handle, TensorView q, TensorView k, TensorView v, Ten
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(load_decode, jit_kernel::hopper::load_decode);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(partial_floats, jit_kernel::hopper::partial_floats);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(decode, jit_kernel::hopper::decode);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(tune, jit_kernel::hopper::tune);
