@@ -51,7 +51,9 @@ def attend(call: Call, key: Key, q: Tensor) -> Result:
     clear_rest = call.out is None and (offsets is not None or call.seqused_q is not None)
     if not _launch(device, handle, call, q, result, lse, None, new, left, right, clear_rest):
         # The stream is being captured: room comes from torch's allocator, which knows.
-        room = device.partial_floats(handle, call.k.shape[-2], calls.batch_of(call), call.sm_margin)
+        table, k = call.page_table, call.k
+        rows_k = k.shape[1] * (1 if table is None else table.shape[1])
+        room = device.partial_floats(handle, k.shape[-2], calls.batch_of(call), rows_k, call.sm_margin)
         partials = torch.empty(room, dtype=torch.float32, device=q.device)
         _launch(device, handle, call, q, result, lse, partials, new, left, right, clear_rest)
     return result if lse is None else (result, lse)

@@ -87,9 +87,9 @@ class DeviceKernels(cubin.DeviceKernels):
         """What `decode` is until the launcher is loaded."""
         return bool(self._launcher()["decode"](*arguments))
 
-    def partial_floats(self, handle: int, heads_k: int, batch: int, sm_margin: int) -> int:
+    def partial_floats(self, handle: int, heads_k: int, batch: int, rows_k: int, sm_margin: int) -> int:
         """How many numbers a launch of a decode kernel needs for the partial results of cut sequences."""
-        return int(self._launcher()["partial_floats"](handle, self._index, heads_k, batch, sm_margin))
+        return int(self._launcher()["partial_floats"](handle, self._index, heads_k, batch, rows_k, sm_margin))
 
     def _loader(self, spec: KernelSpec) -> str:
         return "load_decode" if dict(spec.variant)["function"] == "decode" else "load_kernel"

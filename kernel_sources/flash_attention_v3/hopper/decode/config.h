@@ -7,6 +7,7 @@ namespace jit_kernel::hopper {
 constexpr int kDecodeKeys = 64;       // keys of a block: the rows of one wgmma
 constexpr int kDecodePanel = 64;      // columns of a panel: 128 bytes, the widest swizzle
 constexpr int kDecodeItemSlots = 2;   // items that the producer may be ahead
+constexpr int kClusterParts = 8;      // thread blocks that share one sequence's keys, where those are few
 constexpr int kPartialsPerBlock = 2;  // a block's run of work is cut at most at both of its ends
 
 // A sequence, and the blocks of its keys that are this part's.

@@ -18,7 +18,7 @@ struct DecodeConsumer {
   const DecodeParams& params;
   const DecodeShared<C> shared;
   const int stream;
-  const int head;
+  const int head, part;
   RingPosition<C::kStages> at;
   RingPosition<kDecodeItemSlots> item_at;
   DecodeSoftmax<C> softmax;
@@ -246,7 +246,13 @@ struct DecodeConsumer {
     if (block - first < item.block_end) pass_block();
     gather_statistics<C>(shared, stream, softmax, params.scale_log2);
     if (in_turns) join_streams<C>(shared, stream, output);
-    if (!in_turns || stream == 0) {
+    const bool has_result = !in_turns || stream == 0;
+    if (params.in_clusters) {
+      stream_sync(stream);
+      merge_in_cluster<C>(params, item, shared, stream, part, has_result, output);
+      return;
+    }
+    if (has_result) {
       stream_sync(stream);
       finish(item);
     }
@@ -263,7 +269,6 @@ struct DecodeConsumer {
       store_rows<C>(params, item, shared, stream, output);
       return;
     }
-    const int part = blockIdx.x / (params.heads_k / params.heads_of_block);
     store_partial<C>(shared, stream, partial_of<C>(params, part, head, item.is_first), output);
     int* const answer = reinterpret_cast<int*>(shared.factors(stream));
     if (arrive_last(params, item, head, stream, answer)) {

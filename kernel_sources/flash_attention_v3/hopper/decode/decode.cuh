@@ -11,8 +11,9 @@ namespace jit_kernel::hopper {
 template <class C>
 __device__ __forceinline__ void decode(const DecodeParams& params, char* base) {
   const DecodeShared<C> shared{base};
-  const int groups = params.heads_k / params.heads_of_block;
-  const int head = blockIdx.x % groups * params.heads_of_block, part = blockIdx.x / groups;
+  // Neighbouring blocks, or clusters, are the key heads of the same tokens.
+  const int part = params.in_clusters ? blockIdx.x : blockIdx.y;
+  const int head = (params.in_clusters ? blockIdx.y : blockIdx.x) * params.heads_of_block;
   const bool by_boxes = params.box_rows > 0;
   if (threadIdx.x >= 128) {
     const int index = threadIdx.x - 128;
@@ -29,7 +30,7 @@ __device__ __forceinline__ void decode(const DecodeParams& params, char* base) {
     if constexpr (C::kStreams == 2) raise_registers<C::kConsumerRegisters>();
     const int stream = uniform(threadIdx.x / 128 - 1);
     DecodeConsumer<C> consumer{params, shared, stream,
-                               head + (params.heads_of_block == 2 ? stream : 0)};
+                               head + (params.heads_of_block == 2 ? stream : 0), part};
     consumer.run();
     return;
   }
@@ -37,12 +38,20 @@ __device__ __forceinline__ void decode(const DecodeParams& params, char* base) {
     tma_prefetch_descriptor(threadIdx.x == 0 ? &params.k.map : &params.v.map);
   }
   // Lengths are on their way while the barriers are made.
-  DecodeSchedule schedule(params, part);
+  DecodeSchedule schedule(params);
+  DecodeItem item;
+  bool found;
+  if (params.in_clusters) {
+    found = item_of_cluster(params, blockIdx.z, part, item);
+  } else {
+    schedule.start(part);
+    found = schedule.next(item);
+  }
   __syncthreads();
   if constexpr (C::kStreams == 2) lower_registers<C::kProducerRegisters>();
   if (params.clear_rest && threadIdx.x >= 96) clear_other_rows(params);
   if (by_boxes && static_cast<int>(threadIdx.x) >= 32 * params.copy_warps) return;
-  produce_items<C>(params, shared, schedule, head);
+  produce_items<C>(params, shared, schedule, item, found, head);
 }
 
 }  // namespace jit_kernel::hopper

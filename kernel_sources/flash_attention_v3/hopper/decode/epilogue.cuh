@@ -230,64 +230,148 @@ __device__ __forceinline__ float2 load_other_pair(const float* address) {
   return value;
 }
 
+// Four neighbouring numbers of a row, summed over parts with their weights.
+struct MergedQuad {
+  float top = minus_infinity(), sum = 0.f;
+  float4 total = {0.f, 0.f, 0.f, 0.f};
+
+  template <int kCount>
+  __device__ __forceinline__ void add(const float4 (&value)[kCount], const float2 (&end)[kCount]) {
+    float higher = top;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) higher = fmaxf(higher, end[i].x);
+    // -inf less -inf is no number: parts without a key are skipped.
+    const float old = top == higher ? 1.f : exp2_fast(top - higher);
+    top = higher;
+    sum *= old;
+    total = {total.x * old, total.y * old, total.z * old, total.w * old};
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const float weight = end[i].x == minus_infinity() ? 0.f
+                           : end[i].x == higher         ? 1.f
+                                                        : exp2_fast(end[i].x - higher);
+      sum = fmaf(end[i].y, weight, sum);
+      total.x = fmaf(value[i].x, weight, total.x);
+      total.y = fmaf(value[i].y, weight, total.y);
+      total.z = fmaf(value[i].z, weight, total.z);
+      total.w = fmaf(value[i].w, weight, total.w);
+    }
+  }
+
+  template <class Element>
+  __device__ __forceinline__ void store(const DecodeParams& params, const DecodeItem& item,
+                                        const DecodeQuery& query, int quad) const {
+    const RowResult result = finish_query(sum, top, sink_log2<Element>(params, query.head));
+    if (quad == 0) store_lse(params, item, query, result.lse);
+    const u32 words[2] = {pack<Element>(total.x * result.factor, total.y * result.factor),
+                          pack<Element>(total.z * result.factor, total.w * result.factor)};
+    *reinterpret_cast<uint2*>(out_of(params, item, query) + 4 * quad) = {words[0], words[1]};
+  }
+};
+
 // Merges the parts of an item in their order, four numbers of a row a thread.
 template <class C>
 __device__ __forceinline__ void merge_parts(const DecodeParams& params, const DecodeItem& item,
-                                            const DecodeShared<C>& shared, int stream,
-                                            int head) {
+                                            const DecodeShared<C>& shared, int stream, int head) {
   constexpr int kQuads = C::kHeadDim / 4;
+  constexpr int kAtOnce = C::kRows <= 16 ? 8 : 4;  // loads on their way
   const int rows = min(C::kRows, item.len_q * params.group);
+  const float* const first = partial_of<C>(params, item.first_part, head, false);
+  const int step = 2 * params.heads_k * C::kPartialFloats;
 #pragma unroll 1
   for (int at = threadIdx.x % 128; at < rows * kQuads; at += 128) {
     const int index = at / kQuads, quad = at % kQuads;
     if (quad * 4 >= params.head_dim_v) continue;
-    float top = minus_infinity(), sum = 0.f;
-    float4 total = {0.f, 0.f, 0.f, 0.f};
-    constexpr int kAtOnce = C::kRows <= 16 ? 16 : 4;  // loads on their way
+    const float* const of_thread = first + index * C::kHeadDim + 4 * quad;
+    const float* const of_row = first + C::kRows * C::kHeadDim + 2 * index;
+    MergedQuad merged;
 #pragma unroll 1
-    for (int first = 0; first < item.parts; first += kAtOnce) {
+    for (int begin = 0; begin < item.parts; begin += kAtOnce) {
       float4 value[kAtOnce];
       float2 end[kAtOnce];
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        const int part = min(first + i, item.parts - 1);
-        const float* const partial =
-            partial_of<C>(params, item.first_part + part, head, part == 0);
-        value[i] = load_other(partial + index * C::kHeadDim + 4 * quad);
-        end[i] = load_other_pair(partial + C::kRows * C::kHeadDim + 2 * index);
+        const int part = min(begin + i, item.parts - 1);
+        // The first part wrote the end of its run, the others the beginning of theirs.
+        const int offset = part * step + (part == 0 ? C::kPartialFloats : 0);
+        value[i] = load_other(of_thread + offset);
+        end[i] = load_other_pair(of_row + offset);
+        if (begin + i >= item.parts) end[i].x = minus_infinity();
       }
-      float higher = top;
+      merged.add(value, end);
+    }
+    merged.store<typename C::Element>(params, item, *shared.query(stream, index), quad);
+  }
+}
+
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// The address of the same place in another block's shared memory.
+__device__ __forceinline__ u32 in_block(const void* pointer, int rank) {
+  u32 address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(address)
+      : "r"(shared_address(pointer)), "r"(rank));
+  return address;
+}
+
+__device__ __forceinline__ float load_remote(u32 address) {
+  float value;
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+  return value;
+}
+
+// The results of a cluster's blocks, each in its own shared memory, become one: every block has some
+// of the numbers. All consumer threads; `has_result`: of two streams of one head the first has it.
+template <class C>
+__device__ __forceinline__ void merge_in_cluster(const DecodeParams& params, const DecodeItem& item,
+                                                 const DecodeShared<C>& shared, int stream, int part,
+                                                 bool has_result,
+                                                 float (&output)[C::kPanels][C::kRows / 2]) {
+  constexpr int kQuads = C::kHeadDim / 4;
+  const int thread = threadIdx.x % 128;
+  // The tiles' memory is done with once both streams are through.
+  named_barrier_sync(kStreamsBarrier, 128 * C::kStreams);
+  float* const results =
+      reinterpret_cast<float*>(shared.base + C::kOffsetTiles) + stream * C::kRows * C::kHeadDim;
+  if (has_result) {
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        if (first + i >= item.parts) end[i].x = minus_infinity();
-        higher = fmaxf(higher, end[i].x);
-      }
-      // -inf less -inf is no number: parts without a key are skipped.
-      const float old = top == higher ? 1.f : exp2_fast(top - higher);
-      top = higher;
-      sum *= old;
-      total = {total.x * old, total.y * old, total.z * old, total.w * old};
+    for (int i = 0; i < DecodeSoftmax<C>::kQueries; ++i) {
+      float* const at = results + place_in_output<C>(i);
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const float weight = end[i].x == minus_infinity() ? 0.f
-                             : end[i].x == higher         ? 1.f
-                                                          : exp2_fast(end[i].x - higher);
-        sum = fmaf(end[i].y, weight, sum);
-        total.x = fmaf(value[i].x, weight, total.x);
-        total.y = fmaf(value[i].y, weight, total.y);
-        total.z = fmaf(value[i].z, weight, total.z);
-        total.w = fmaf(value[i].w, weight, total.w);
+      for (int panel = 0; panel < C::kPanels; ++panel) {
+        at[64 * panel] = output[panel][i / 2 * 4 + i % 2];
+        at[64 * panel + 8] = output[panel][i / 2 * 4 + 2 + i % 2];
       }
     }
-    const DecodeQuery query = *shared.query(stream, index);
-    const RowResult result =
-        finish_query(sum, top, sink_log2<typename C::Element>(params, query.head));
-    if (quad == 0) store_lse(params, item, query, result.lse);
-    const u32 words[2] = {
-        pack<typename C::Element>(total.x * result.factor, total.y * result.factor),
-        pack<typename C::Element>(total.z * result.factor, total.w * result.factor)};
-    *reinterpret_cast<uint2*>(out_of(params, item, query) + 4 * quad) = {words[0], words[1]};
+    if (thread < C::kRows) shared.factors(stream)[thread] = sum_of(shared, stream, thread);
   }
+  cluster_sync();
+  if (has_result) {
+    const int rows = min(C::kRows, item.len_q * params.group);
+#pragma unroll 1
+    for (int at = thread * kClusterParts + part; at < rows * kQuads; at += 128 * kClusterParts) {
+      const int index = at / kQuads, quad = at % kQuads;
+      if (quad * 4 >= params.head_dim_v) continue;
+      float4 value[kClusterParts];
+      float2 end[kClusterParts];
+#pragma unroll
+      for (int i = 0; i < kClusterParts; ++i) {
+        asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                     : "=f"(value[i].x), "=f"(value[i].y), "=f"(value[i].z), "=f"(value[i].w)
+                     : "r"(in_block(results + index * C::kHeadDim + 4 * quad, i))
+                     : "memory");
+        end[i] = {load_remote(in_block(shared.references(stream) + index, i)),
+                  load_remote(in_block(shared.factors(stream) + index, i))};
+      }
+      MergedQuad merged;
+      merged.add(value, end);
+      merged.store<typename C::Element>(params, item, *shared.query(stream, index), quad);
+    }
+  }
+  cluster_sync();  // no block leaves while another one reads its memory
 }
 
 // Rows of out that belong to no query become 0, their lse -inf: one warp of each block.
@@ -311,8 +395,9 @@ __device__ __forceinline__ void clear_tokens(const DecodeParams& params, int bat
 }
 
 __device__ __forceinline__ void clear_other_rows(const DecodeParams& params) {
+  const int block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
 #pragma unroll 1
-  for (int batch = blockIdx.x; batch < params.batch; batch += gridDim.x) {
+  for (int batch = block; batch < params.batch; batch += gridDim.x * gridDim.y * gridDim.z) {
     const int used = params.seqused_q != nullptr ? max(0, params.seqused_q[batch]) : params.seqlen_q;
     if (params.cu_seqlens_q == nullptr) {
       clear_tokens(params, batch, used, params.seqlen_q);

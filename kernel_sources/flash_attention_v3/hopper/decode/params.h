@@ -41,6 +41,8 @@ struct DecodeParams {
   int head_dim, head_dim_v;
   int heads_of_block;  // key heads of a thread block: one or two
   int parts;           // thread blocks for each of them
+  int in_clusters;     // a cluster of kClusterParts blocks for each sequence and key heads of a block
+  unsigned parts_multiplier, parts_shift;
   int place_rows;      // rows of a place: of a page, or of a cache entry
   int box_rows;        // rows of a box of the copy engine; 0: threads load
   int box_panels;      // and its panels, of one head or of two

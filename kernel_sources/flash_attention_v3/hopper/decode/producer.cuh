@@ -203,13 +203,12 @@ struct DecodeProducer {
 template <class C>
 __device__ __forceinline__ void produce_items(const DecodeParams& params,
                                               const DecodeShared<C>& shared,
-                                              DecodeSchedule& schedule, int head) {
+                                              DecodeSchedule& schedule, DecodeItem& item,
+                                              bool found, int head) {
   DecodeProducer<C> producer{params, shared, head};
   RingPosition<kDecodeItemSlots> at;
-  DecodeItem item;
 #pragma unroll 1
   while (true) {
-    const bool found = schedule.next(item);
     if (threadIdx.x < 32) {
       mbarrier_wait(shared.item_empty(at.stage()), at.parity() ^ 1);
       if (threadIdx.x == 0) {
@@ -227,6 +226,7 @@ __device__ __forceinline__ void produce_items(const DecodeParams& params,
     } else {
       producer.load_each_row(item);
     }
+    found = !params.in_clusters && schedule.next(item);
   }
 }
 

@@ -41,38 +41,79 @@ __device__ __forceinline__ DecodeLengths lengths_of(const DecodeParams& params, 
   return of;
 }
 
+// What a sequence's queries see: rows of the cache, and how many blocks that is. A sequence that sees no
+// key is work, too: its rows become 0.
+struct SeenRows {
+  int low, high;
+  unsigned cost;
+};
+
+__device__ __forceinline__ SeenRows seen_rows(const DecodeParams& params, const DecodeLengths& of) {
+  const int low = max(0, visible_keys<true>(params, 0, of.len_q, of.len_k).low);
+  const int high = visible_keys<true>(params, of.len_q - 1, of.len_q, of.len_k).high;
+  SeenRows seen;
+  seen.low = of.leftpad + low;
+  seen.high = of.leftpad + max(low, high);
+  const int blocks = (seen.high + kDecodeKeys - 1) / kDecodeKeys - seen.low / kDecodeKeys;
+  seen.cost = high > low ? blocks : 1;
+  if (of.len_q <= 0) seen.cost = 0;
+  return seen;
+}
+
+// The only item of a block of a cluster; false where the sequence has no query.
+__device__ __forceinline__ bool item_of_cluster(const DecodeParams& params, int batch, int part,
+                                                DecodeItem& item) {
+  const DecodeLengths of = lengths_of(params, batch);
+  const SeenRows seen = seen_rows(params, of);
+  item.batch = batch;
+  item.len_q = of.len_q;
+  item.len_k = of.len_k;
+  item.leftpad = of.leftpad;
+  item.offset_q = params.cu_seqlens_q != nullptr ? params.cu_seqlens_q[batch] : 0;
+  item.low = seen.low;
+  item.high = seen.high;
+  const int first = seen.low / kDecodeKeys;
+  const int blocks = seen.high > seen.low ? seen.cost : 0;
+  item.block_begin = first + part * blocks / kClusterParts;
+  item.block_end = first + (part + 1) * blocks / kClusterParts;
+  item.first_part = 0;
+  item.parts = 1;
+  item.is_first = 0;
+  return seen.cost > 0;
+}
+
 // All lanes of one warp together: a lane has a sequence of 32.
 class DecodeSchedule {
  public:
-  __device__ __forceinline__ DecodeSchedule(const DecodeParams& params, unsigned part)
-      : params_(params) {
+  __device__ __forceinline__ DecodeSchedule(const DecodeParams& params) : params_(params) {}
+
+  __device__ __forceinline__ void start(unsigned part) {
     total_ = 0;
 #pragma unroll 1
-    for (int first = 0; first < params.batch; first += 32) {
+    for (int first = 0; first < params_.batch; first += 32) {
       open(first);
-      total_ += __reduce_add_sync(0xffffffffu, cost_);
+      total_ += __reduce_add_sync(0xffffffffu, seen_.cost);
     }
     // Equal runs, of which the first are one block longer.
-    const unsigned parts = params.parts;
-    run_ = total_ / parts;
-    longer_ = total_ - run_ * parts;
+    run_ = divide(total_, params_.parts_multiplier, params_.parts_shift);
+    longer_ = total_ - run_ * params_.parts;
     at_ = part * run_ + min(part, longer_);
     end_ = at_ + run_ + (part < longer_);
-    if (params.batch > 32) open(0);
+    if (params_.batch > 32) open(0);
   }
 
   // The next item of this part; false when there are no more.
   __device__ __forceinline__ bool next(DecodeItem& item) {
     if (at_ >= end_) return false;
-    unsigned window = __reduce_add_sync(0xffffffffu, cost_);
+    unsigned window = __reduce_add_sync(0xffffffffu, seen_.cost);
 #pragma unroll 1
     while (at_ >= base_ + window) {
       base_ += window;
       open(first_ + 32);
-      window = __reduce_add_sync(0xffffffffu, cost_);
+      window = __reduce_add_sync(0xffffffffu, seen_.cost);
     }
     const int lane = threadIdx.x % 32;
-    unsigned up_to = cost_;
+    unsigned up_to = seen_.cost;
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
       const unsigned below = __shfl_up_sync(0xffffffffu, up_to, step);
@@ -80,13 +121,13 @@ class DecodeSchedule {
     }
     const int source = __popc(__ballot_sync(0xffffffffu, up_to <= at_ - base_));
     const unsigned end = base_ + __shfl_sync(0xffffffffu, up_to, source);
-    const unsigned start = end - __shfl_sync(0xffffffffu, cost_, source);
+    const unsigned start = end - __shfl_sync(0xffffffffu, seen_.cost, source);
     item.batch = first_ + source;
     item.len_q = __shfl_sync(0xffffffffu, of_.len_q, source);
     item.len_k = __shfl_sync(0xffffffffu, of_.len_k, source);
     item.leftpad = __shfl_sync(0xffffffffu, of_.leftpad, source);
-    item.low = __shfl_sync(0xffffffffu, low_, source);
-    item.high = __shfl_sync(0xffffffffu, high_, source);
+    item.low = __shfl_sync(0xffffffffu, seen_.low, source);
+    item.high = __shfl_sync(0xffffffffu, seen_.high, source);
     item.offset_q = params_.cu_seqlens_q != nullptr ? params_.cu_seqlens_q[item.batch] : 0;
     const int first_block = item.low / kDecodeKeys;
     item.block_begin = first_block + static_cast<int>(at_ - start);
@@ -111,21 +152,14 @@ class DecodeSchedule {
     return longer_ + (block - in_longer) / run_;
   }
 
-  // This lane's sequence of the 32 from `first` on: what its queries see, in rows of the cache, and
-  // how many blocks that is. A sequence that sees no key is work, too: its rows become 0.
+  // This lane's sequence of the 32 from `first` on.
   __device__ __forceinline__ void open(int first) {
     first_ = first;
     const int batch = first + threadIdx.x % 32;
-    cost_ = 0;
+    seen_ = {0, 0, 0};
     if (batch >= params_.batch) return;
     of_ = lengths_of(params_, batch);
-    if (of_.len_q <= 0) return;
-    const int low = max(0, visible_keys<true>(params_, 0, of_.len_q, of_.len_k).low);
-    const int high = visible_keys<true>(params_, of_.len_q - 1, of_.len_q, of_.len_k).high;
-    low_ = of_.leftpad + low;
-    high_ = of_.leftpad + max(low, high);
-    const int blocks = (high_ + kDecodeKeys - 1) / kDecodeKeys - low_ / kDecodeKeys;
-    cost_ = high > low ? blocks : 1;
+    seen_ = seen_rows(params_, of_);
   }
 
   const DecodeParams& params_;
@@ -134,8 +168,7 @@ class DecodeSchedule {
   unsigned base_ = 0;          // where the 32 sequences begin
   int first_;
   DecodeLengths of_ = {0, 0, 0};
-  int low_ = 0, high_ = 0;
-  unsigned cost_;
+  SeenRows seen_ = {0, 0, 0};
 };
 
 }  // namespace jit_kernel::hopper

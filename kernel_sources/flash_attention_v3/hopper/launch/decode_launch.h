@@ -73,18 +73,25 @@ struct Division {
   unsigned multiplier, shift = 0;
 };
 
-inline int g_two = -1;
-inline void tune(int64_t, int64_t two) { g_two = (int)two; }
+inline int g_two = -1, g_cluster = 1;
+inline void tune(int64_t c, int64_t two) { g_two = (int)two; g_cluster = (int)c; }
+constexpr int64_t kMostRowsOfCluster = 1 << 20;
 // How the work is laid out: key heads of a thread block, and thread blocks for each of them.
 struct DecodeGrid {
   int heads_of_block, parts;
+  bool in_clusters;
 };
 
 // As many thread blocks as run at the same time, but up to 4 % less where sequences of one length are
 // then not cut: to write and merge partial results costs more. Two heads a block read longer rows of
 // memory; of little work each head's blocks are many, and fewer parts are merged sooner.
 inline DecodeGrid decode_grid(const DecodeShape& shape, int device, int64_t heads_k, int64_t batch,
-                              int64_t sm_margin) {
+                              int64_t rows_k, int64_t sm_margin) {
+  // Of 132 multiprocessors 15 clusters of 8 run at the same time.
+  if (g_cluster && rows_k <= kMostRowsOfCluster && heads_k * batch >= 4 &&
+      heads_k * batch * (kClusterParts + 1) <= cuda::multiprocessors(device) - sm_margin) {
+    return {1, kClusterParts, true};
+  }
   const int64_t most = std::max<int64_t>(1, cuda::multiprocessors(device) - sm_margin);
   const bool two = shape.streams == 2 && heads_k % 2 == 0 && (g_two < 0 ? 4 * batch * heads_k >= 6 * most : g_two == 1);
   const int64_t groups = two ? heads_k / 2 : heads_k;
@@ -95,14 +102,14 @@ inline DecodeGrid decode_grid(const DecodeShape& shape, int device, int64_t head
   } else if (batch > 0) {
     even = parts / batch * batch;
   }
-  return {two ? 2 : 1, static_cast<int>(even * 100 >= parts * 96 ? even : parts)};
+  return {two ? 2 : 1, static_cast<int>(even * 100 >= parts * 96 ? even : parts), false};
 }
 
 inline int64_t partial_floats(int64_t handle, int64_t device, int64_t heads_k, int64_t batch,
-                              int64_t sm_margin) {
+                              int64_t rows_k, int64_t sm_margin) {
   const DecodeShape& shape = cuda::KernelTable<DecodeVariant>::get().at(handle).shape;
   const DecodeGrid grid =
-      decode_grid(shape, static_cast<int>(device), heads_k, batch, sm_margin);
+      decode_grid(shape, static_cast<int>(device), heads_k, batch, rows_k, sm_margin);
   return kPartialsPerBlock * grid.parts * heads_k * shape.partial_floats;
 }
 
@@ -220,17 +227,21 @@ inline bool decode(int64_t handle, TensorView q, TensorView k, TensorView v, Ten
   DecodeParams params = {};
   const bool ragged = cu_seqlens_q.has_value(), paged = page_table.has_value();
   params.batch = static_cast<int>(ragged ? cu_seqlens_q.value().size(0) - 1 : q.size(0));
-  const DecodeGrid grid =
-      decode_grid(variant.shape, device, k.size(2), params.batch, sm_margin);
-  params.heads_of_block = grid.heads_of_block;
-  params.parts = grid.parts;
-  set_decode_tensors(params, variant.shape, q, k, v, out, ragged, paged);
-  set_decode_scores(params, softmax_scale, softcap, left, right, chunk);
-  params.rows_k = params.place_rows;
+  params.rows_k = static_cast<int>(k.size(1));
   if (paged) {
     params.page_table_stride = page_table.value().stride(0);
     params.rows_k *= static_cast<int>(page_table.value().size(1));
   }
+  const DecodeGrid grid =
+      decode_grid(variant.shape, device, k.size(2), params.batch, params.rows_k, sm_margin);
+  params.heads_of_block = grid.heads_of_block;
+  params.parts = grid.parts;
+  params.in_clusters = grid.in_clusters;
+  const Division parts(grid.parts);
+  params.parts_multiplier = parts.multiplier;
+  params.parts_shift = parts.shift;
+  set_decode_tensors(params, variant.shape, q, k, v, out, ragged, paged);
+  set_decode_scores(params, softmax_scale, softcap, left, right, chunk);
   params.lse = cuda::data_of<float>(lse);
   if (params.lse != nullptr) {
     const TensorView& tensor = lse.value();
@@ -253,7 +264,7 @@ inline bool decode(int64_t handle, TensorView q, TensorView k, TensorView v, Ten
   }
   params.new_rows = static_cast<int>(new_rows);
   params.clear_rest = clear_rest;
-  if (params.parts > 1) {
+  if (params.parts > 1 && !params.in_clusters) {
     const int counters = params.parts * params.heads_k;
     const int64_t floats = int64_t{kPartialsPerBlock} * counters * variant.shape.partial_floats;
     const Workspace::Memory memory =
@@ -263,8 +274,15 @@ inline bool decode(int64_t handle, TensorView q, TensorView k, TensorView v, Ten
     if (params.partials == nullptr) return false;
   }
   void* arguments[] = {&params};
-  const int blocks = params.parts * (params.heads_k / params.heads_of_block);
-  variant.kernel.launch(device, {static_cast<unsigned>(blocks)}, arguments);
+  const unsigned groups = static_cast<unsigned>(params.heads_k / params.heads_of_block);
+  const unsigned parts_of_head = static_cast<unsigned>(params.parts);
+  if (params.in_clusters) {
+    variant.kernel.launch_clusters(
+        device, {parts_of_head, groups, static_cast<unsigned>(params.batch)}, kClusterParts,
+        arguments);
+  } else {
+    variant.kernel.launch(device, {groups, parts_of_head}, arguments);
+  }
   return true;
 }
 
