@@ -245,13 +245,12 @@ struct DecodeConsumer {
     }
     if (block - first < item.block_end) pass_block();
     gather_statistics<C>(shared, stream, softmax, params.scale_log2);
-    if (in_turns) join_streams<C>(shared, stream, output);
-    const bool has_result = !in_turns || stream == 0;
     if (params.in_clusters) {
-      stream_sync(stream);
-      merge_in_cluster<C>(params, item, shared, stream, part, has_result, output);
+      merge_in_cluster<C>(params, item, shared, stream, part, output);
       return;
     }
+    if (in_turns) join_streams<C>(shared, stream, output);
+    const bool has_result = !in_turns || stream == 0;
     if (has_result) {
       stream_sync(stream);
       finish(item);

@@ -50,7 +50,7 @@ __device__ __forceinline__ void decode(const DecodeParams& params, char* base) {
   __syncthreads();
   if constexpr (C::kStreams == 2) lower_registers<C::kProducerRegisters>();
   if (params.clear_rest && threadIdx.x >= 96) clear_other_rows(params);
-  if (by_boxes && static_cast<int>(threadIdx.x) >= 32 * params.copy_warps) return;
+  if (by_boxes && static_cast<int>(threadIdx.x) >= 32 * max(2, params.copy_warps)) return;
   produce_items<C>(params, shared, schedule, item, found, head);
 }
 

@@ -323,53 +323,52 @@ __device__ __forceinline__ float load_remote(u32 address) {
   return value;
 }
 
-// The results of a cluster's blocks, each in its own shared memory, become one: every block has some
-// of the numbers. All consumer threads; `has_result`: of two streams of one head the first has it.
+// The results of a cluster's streams, each in its own shared memory, become one: each of its threads has
+// some of the numbers. All consumer threads; both streams of a block have the same head.
 template <class C>
 __device__ __forceinline__ void merge_in_cluster(const DecodeParams& params, const DecodeItem& item,
                                                  const DecodeShared<C>& shared, int stream, int part,
-                                                 bool has_result,
                                                  float (&output)[C::kPanels][C::kRows / 2]) {
-  constexpr int kQuads = C::kHeadDim / 4;
-  const int thread = threadIdx.x % 128;
+  constexpr int kQuads = C::kHeadDim / 4, kResults = C::kRows * C::kHeadDim;
   // The tiles' memory is done with once both streams are through.
   named_barrier_sync(kStreamsBarrier, 128 * C::kStreams);
-  float* const results =
-      reinterpret_cast<float*>(shared.base + C::kOffsetTiles) + stream * C::kRows * C::kHeadDim;
-  if (has_result) {
+  float* const results = reinterpret_cast<float*>(shared.base + C::kOffsetTiles);
 #pragma unroll
-    for (int i = 0; i < DecodeSoftmax<C>::kQueries; ++i) {
-      float* const at = results + place_in_output<C>(i);
+  for (int i = 0; i < DecodeSoftmax<C>::kQueries; ++i) {
+    float* const at = results + stream * kResults + place_in_output<C>(i);
 #pragma unroll
-      for (int panel = 0; panel < C::kPanels; ++panel) {
-        at[64 * panel] = output[panel][i / 2 * 4 + i % 2];
-        at[64 * panel + 8] = output[panel][i / 2 * 4 + 2 + i % 2];
-      }
+    for (int panel = 0; panel < C::kPanels; ++panel) {
+      at[64 * panel] = output[panel][i / 2 * 4 + i % 2];
+      at[64 * panel + 8] = output[panel][i / 2 * 4 + 2 + i % 2];
     }
-    if (thread < C::kRows) shared.factors(stream)[thread] = sum_of(shared, stream, thread);
   }
+  const int thread = threadIdx.x % 128;
+  if (thread < C::kRows) shared.factors(stream)[thread] = sum_of(shared, stream, thread);
   cluster_sync();
-  if (has_result) {
-    const int rows = min(C::kRows, item.len_q * params.group);
+  const int rows = min(C::kRows, item.len_q * params.group);
+  constexpr int kThreads = 128 * C::kStreams * kClusterParts;
 #pragma unroll 1
-    for (int at = thread * kClusterParts + part; at < rows * kQuads; at += 128 * kClusterParts) {
-      const int index = at / kQuads, quad = at % kQuads;
-      if (quad * 4 >= params.head_dim_v) continue;
+  for (int at = (threadIdx.x - 128) * kClusterParts + part; at < rows * kQuads; at += kThreads) {
+    const int index = at / kQuads, quad = at % kQuads;
+    if (quad * 4 >= params.head_dim_v) continue;
+    MergedQuad merged;
+#pragma unroll 1
+    for (int of = 0; of < C::kStreams; ++of) {
       float4 value[kClusterParts];
       float2 end[kClusterParts];
 #pragma unroll
       for (int i = 0; i < kClusterParts; ++i) {
-        asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                     : "=f"(value[i].x), "=f"(value[i].y), "=f"(value[i].z), "=f"(value[i].w)
-                     : "r"(in_block(results + index * C::kHeadDim + 4 * quad, i))
-                     : "memory");
-        end[i] = {load_remote(in_block(shared.references(stream) + index, i)),
-                  load_remote(in_block(shared.factors(stream) + index, i))};
+        asm volatile(
+            "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+            : "=f"(value[i].x), "=f"(value[i].y), "=f"(value[i].z), "=f"(value[i].w)
+            : "r"(in_block(results + of * kResults + index * C::kHeadDim + 4 * quad, i))
+            : "memory");
+        end[i] = {load_remote(in_block(shared.references(of) + index, i)),
+                  load_remote(in_block(shared.factors(of) + index, i))};
       }
-      MergedQuad merged;
       merged.add(value, end);
-      merged.store<typename C::Element>(params, item, *shared.query(stream, index), quad);
     }
+    merged.store<typename C::Element>(params, item, *shared.query(stream, index), quad);
   }
   cluster_sync();  // no block leaves while another one reads its memory
 }

@@ -49,6 +49,7 @@ struct DecodeParams {
   int boxes_log2;      // boxes of rows of a stage
   int copies;          // boxes of a stage
   int copy_warps;      // warps that ask for them
+  unsigned long long policy;  // of the L2 cache
   int draft_words;
   float scale_log2;     // scores to exponents of 2: softmax_scale * log2(e), with softcap: softcap * log2(e)
   float softcap_scale;  // softmax_scale / softcap; 0 without softcap

@@ -108,7 +108,7 @@ struct DecodeProducer {
     if (loads) {
       // One box over the panels of two heads begins at the first one's panel.
       const bool joined = params.box_panels > C::kPanels;
-      tma_load(shared.tile(at.stage()) + offset, &rows.map, full, kEvictNormal, column, row,
+      tma_load(shared.tile(at.stage()) + offset, &rows.map, full, params.policy, column, row,
                joined ? of_head * C::kPanels : 0, joined ? 0 : of_head, place);
     }
     __syncwarp();
@@ -199,7 +199,7 @@ struct DecodeProducer {
   }
 };
 
-// A producer warp; the first one also hands the items over to the consumers.
+// A producer warp; the second one hands the items over to the consumers, while the first one loads.
 template <class C>
 __device__ __forceinline__ void produce_items(const DecodeParams& params,
                                               const DecodeShared<C>& shared,
@@ -209,9 +209,9 @@ __device__ __forceinline__ void produce_items(const DecodeParams& params,
   RingPosition<kDecodeItemSlots> at;
 #pragma unroll 1
   while (true) {
-    if (threadIdx.x < 32) {
+    if (threadIdx.x / 32 == 1) {
       mbarrier_wait(shared.item_empty(at.stage()), at.parity() ^ 1);
-      if (threadIdx.x == 0) {
+      if (threadIdx.x == 32) {
         DecodeItem& slot = *shared.item(at.stage());
         if (!found) item.batch = -1;
         slot = item;
@@ -222,7 +222,7 @@ __device__ __forceinline__ void produce_items(const DecodeParams& params,
     }
     if (!found) return;
     if (params.box_rows > 0) {
-      producer.load_boxes(item);
+      if (static_cast<int>(threadIdx.x) < 32 * params.copy_warps) producer.load_boxes(item);
     } else {
       producer.load_each_row(item);
     }
