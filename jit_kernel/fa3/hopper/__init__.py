@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jit_kernel.device import Target, device_target
+from jit_kernel.device import Target
 from jit_kernel.fa3 import call as calls
 from jit_kernel.fa3.call import Call, Result
 from jit_kernel.fa3.decision import Accepted, Decision, Rejected
@@ -29,7 +29,6 @@ CLAIMED = frozenset(
     ("ragged_q", "ragged_k", "seqused_q", "seqused_k", "causal", "window", "chunk", "softcap", "sinks", "lse")
 )
 
-_devices: dict[int, DeviceKernels] = {}
 _asks_for_more = asks_for_more(CLAIMED)
 
 
@@ -61,7 +60,7 @@ def prepare(device: str) -> None:
     """Compile or load the launcher."""
     global _asks_for_more
     _asks_for_more = asks_for_more(CLAIMED)
-    _kernels_of(torch.device(device))
+    kernels.kernels_of(torch.device(device))
 
 
 def all_variants(target: Target) -> list[KernelSpec]:
@@ -89,14 +88,6 @@ def _spec(dtype: str, head_dim: int, head_dim_v: int, masked: bool, softcap: boo
     if sizes is None:
         raise ValueError(f"no kernel has head sizes {head_dim}/{head_dim_v}")
     return kernels.forward_spec(dtype, *sizes, masked, softcap)
-
-
-def _kernels_of(device: torch.device) -> DeviceKernels:
-    index: int = device.index
-    found = _devices.get(index)
-    if found is None:
-        found = _devices[index] = DeviceKernels(index, device_target(device))
-    return found
 
 
 def _load(device: DeviceKernels, key: tuple[Any, ...]) -> int:
@@ -129,7 +120,7 @@ def _attend(call: Call, only_known: bool) -> Result | None:
     only_known: None, and nothing is launched, where the kernel is not loaded yet or a row is not aligned.
     """
     q, v, offsets = call.q, call.v, call.cu_seqlens_q
-    device = _kernels_of(q.device)
+    device = kernels.kernels_of(q.device)
     left, right = calls.mask_bounds(call)
     chunk, softcap = call.attention_chunk or 0, call.softcap
     key = (q.dtype, q.shape[-1], v.shape[-1], left >= 0 or right >= 0 or chunk > 0, softcap > 0)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from jit_kernel.device import Target
+import torch
+
+from jit_kernel.device import Target, device_target
 from jit_kernel.engine import cubin
 from jit_kernel.jit import Cubin, KernelSpec
 
@@ -18,6 +20,10 @@ DTYPES = ("bf16", "fp16")
 # Head sizes of q and k, and of v; the least that hold a call's serve it, the rest is padded inside.
 HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
 _APPEND_THREADS = 128  # kAppendThreads of append/params.h, as the unit asserts
+# Of the decode kernels: of q, k and v, and the packed query rows of a sequence.
+DECODE_HEAD_DIMS = (64, 128, 256)
+DECODE_ROWS = (8, 16, 32, 64)
+DECODE_MOST_ROWS = {64: 64, 128: 64, 256: 32}
 # The compiler's account of registers and spills goes to the entry's log, which the tests read.
 _FLAGS = ("--ptxas-options=-v",)
 
@@ -53,6 +59,16 @@ def append_spec(dtype: str) -> KernelSpec:
     return KernelSpec(FOLDER, unit, "cuda", variant, _FLAGS)
 
 
+def decode_spec(dtype: str, head_dim: int, rows: int) -> KernelSpec:
+    """The kernel for at most `rows` packed query rows, tokens x group, of a sequence."""
+    unit = (
+        '#include "flash_attention_v3/hopper/decode/decode.cuh"\n'
+        f"JIT_KERNEL_EXPORT_DECODE({dtype}, {head_dim}, {rows})\n"
+    )
+    variant = (("function", "decode"), ("dtype", dtype), ("head_dim", head_dim), ("rows", rows))
+    return KernelSpec(FOLDER, unit, "cuda", variant, _FLAGS)
+
+
 def all_specs() -> Iterator[KernelSpec]:
     """The launcher and every kernel: two dtypes, six pairs of head sizes, with and without mask and softcap."""
     yield LAUNCHER
@@ -62,6 +78,10 @@ def all_specs() -> Iterator[KernelSpec]:
             for masked in (False, True):
                 for softcap in (False, True):
                     yield forward_spec(dtype, head_dim, head_dim_v, masked, softcap)
+        for head_dim in DECODE_HEAD_DIMS:
+            for rows in DECODE_ROWS:
+                if rows <= DECODE_MOST_ROWS[head_dim]:
+                    yield decode_spec(dtype, head_dim, rows)
 
 
 def _is_plain(spec: KernelSpec) -> bool:
@@ -70,7 +90,7 @@ def _is_plain(spec: KernelSpec) -> bool:
 
 
 class DeviceKernels(cubin.DeviceKernels):
-    """The kernels of one GPU; `forward` and `append` launch one by its handle."""
+    """The kernels of one GPU; `forward`, `decode` and `append` launch one by its handle."""
 
     def __init__(self, index: int, target: Target) -> None:
         super().__init__(index, target, LAUNCHER)
@@ -78,6 +98,7 @@ class DeviceKernels(cubin.DeviceKernels):
     def _keep(self, functions: Any) -> None:
         self.forward = functions["forward"]  # type: ignore[method-assign]
         self.append = functions["append"]  # type: ignore[method-assign]
+        self.decode = functions["decode"]  # type: ignore[method-assign]
 
     def forward(self, *arguments: object) -> bool:
         """What `forward` is until the launcher is loaded."""
@@ -87,11 +108,35 @@ class DeviceKernels(cubin.DeviceKernels):
         """As `forward`."""
         return bool(self._launcher()["append"](*arguments))
 
+    def decode(self, *arguments: object) -> bool:
+        """As `forward`."""
+        return bool(self._launcher()["decode"](*arguments))
+
+    def partial_floats(self, handle: int, heads_k: int, batch: int, rows_k: int, sm_margin: int) -> int:
+        """How many numbers a launch of a decode kernel needs for the partial results of cut sequences."""
+        return int(self._launcher()["partial_floats"](handle, self._index, heads_k, batch, rows_k, sm_margin))
+
     def _load_function(self, spec: KernelSpec) -> str:
-        return "load_plain" if _is_plain(spec) else "load_kernel"
+        if _is_plain(spec):
+            return "load_plain"
+        return "load_decode" if dict(spec.variant)["function"] == "decode" else "load_kernel"
 
     def _load_arguments(self, spec: KernelSpec, cubin: Cubin) -> tuple[Any, ...]:
         fields = dict(spec.variant)
         if _is_plain(spec):
             return fields["function"], fields["threads"], fields["shared_bytes"]
+        if fields["function"] == "decode":
+            return fields["head_dim"], fields["rows"]
         return fields["head_dim"], fields["head_dim_v"], fields["masked"]
+
+
+_devices: dict[int, DeviceKernels] = {}
+
+
+def kernels_of(device: torch.device) -> DeviceKernels:
+    """The kernels of a tensor's device."""
+    index: int = device.index
+    found = _devices.get(index)
+    if found is None:
+        found = _devices[index] = DeviceKernels(index, device_target(device))
+    return found

@@ -8,8 +8,8 @@
 namespace jit_kernel::hopper {
 
 // Half, so that the product of no finite sink is infinite.
-template <class Element>
-__device__ __forceinline__ float half_sink_log2(const ForwardParams& params, int head) {
+template <class Element, class Params>
+__device__ __forceinline__ float half_sink_log2(const Params& params, int head) {
   if (params.sinks == nullptr) return minus_infinity();
   const float sink = params.sinks_are_elements ? load_element<Element>(params.sinks, head)
                                                : static_cast<const float*>(params.sinks)[head];

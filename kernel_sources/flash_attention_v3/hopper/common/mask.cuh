@@ -13,12 +13,13 @@ struct KeyInterval {
 
 // floor(position / chunk) for 0 <= position < 2^31: a division takes registers that the widest
 // tiles lack.
-__device__ __forceinline__ int chunk_of(const ForwardParams& params, int position) {
+template <class Params>
+__device__ __forceinline__ int chunk_of(const Params& params, int position) {
   return __umulhi(2u * position, params.chunk_multiplier) >> params.chunk_shift;
 }
 
-template <bool kMasked>
-__device__ __forceinline__ KeyInterval visible_keys(const ForwardParams& params, int row, int len_q,
+template <bool kMasked, class Params>
+__device__ __forceinline__ KeyInterval visible_keys(const Params& params, int row, int len_q,
                                                     int len_k) {
   if constexpr (!kMasked) return {0, len_k};
   const int position = row + len_k - len_q;

@@ -16,6 +16,7 @@
 #include <utility>
 
 #include "flash_attention_v3/hopper/launch/append_launch.h"
+#include "flash_attention_v3/hopper/launch/decode_launch.h"
 #include "flash_attention_v3/hopper/launch/progress.h"
 #include "flash_attention_v3/hopper/launch/tensor_map.h"
 #include "flash_attention_v3/hopper/prefill/config.h"

@@ -53,6 +53,20 @@ Signature* driver_function(const char* name) {
   return reinterpret_cast<Signature*>(driver_symbol(name));
 }
 
+// CUlaunchAttribute and CUlaunchConfig; the value of an attribute has 64 bytes.
+struct LaunchAttribute {
+  int id;
+  int padding;
+  unsigned value[16];
+};
+struct LaunchConfig {
+  unsigned grid_x, grid_y, grid_z, block_x, block_y, block_z, shared_bytes;
+  Stream stream;
+  LaunchAttribute* attributes;
+  unsigned attribute_count;
+};
+inline constexpr int kClusterDimension = 4;  // CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+
 struct Driver {
   Result (*init)(unsigned);
   Result (*error_name)(Result, const char**);
@@ -69,6 +83,7 @@ struct Driver {
   Result (*function_set_attribute)(Function, int, int);
   Result (*launch_kernel)(Function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
                           unsigned, Stream, void**, void**);
+  Result (*launch_kernel_ex)(const LaunchConfig*, Function, void**, void**);
 
   static const Driver& get() {
     static const Driver driver = load();
@@ -97,6 +112,7 @@ struct Driver {
     bind(&d.module_get_function, "cuModuleGetFunction");
     bind(&d.function_set_attribute, "cuFuncSetAttribute");
     bind(&d.launch_kernel, "cuLaunchKernel");
+    bind(&d.launch_kernel_ex, "cuLaunchKernelEx");
     d.init(0);  // a failure repeats at the first call that needs a device, and is reported there
     return d;
   }
@@ -224,6 +240,16 @@ class Kernel {
     check(Driver::get().launch_kernel(entry, grid.x, grid.y, grid.z, threads_, 1, 1, shared_,
                                       current_stream(device), params, nullptr),
           name_.c_str());
+  }
+
+  // The same in clusters of `cluster` blocks along x.
+  void launch_clusters(int device, Grid grid, unsigned cluster, void** params) {
+    const ContextGuard context(device);
+    const Function entry = function(device);
+    LaunchAttribute attribute{kClusterDimension, 0, {cluster, 1, 1}};
+    const LaunchConfig config{grid.x, grid.y,  grid.z, threads_,   1, 1,
+                              shared_, current_stream(device), &attribute, 1};
+    check(Driver::get().launch_kernel_ex(&config, entry, params, nullptr), name_.c_str());
   }
 
  private:

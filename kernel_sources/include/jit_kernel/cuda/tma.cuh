@@ -6,6 +6,7 @@
 namespace jit_kernel {
 
 // L2 eviction policies, in the encoding that createpolicy.fractional returns for fraction 1.
+constexpr u64 kEvictNormal = 0x1000000000000000ull;
 constexpr u64 kEvictFirst = 0x12F0000000000000ull;
 constexpr u64 kEvictLast = 0x14F0000000000000ull;
 

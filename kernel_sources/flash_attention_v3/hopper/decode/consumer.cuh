@@ -1,0 +1,290 @@
+// The consumer warpgroup: a sequence's packed query rows over an item's blocks of keys.
+//
+// The operands are swapped: 64 keys are the rows of the first product, 64 columns of the values those
+// of the second, and the query rows are the columns of both, 8 to 64 of them. So 8 rows cost an
+// eighth of what a 64-row tile of queries would.
+#pragma once
+
+#include "flash_attention_v3/hopper/decode/epilogue.cuh"
+#include "flash_attention_v3/hopper/decode/schedule.cuh"
+
+namespace jit_kernel::hopper {
+
+template <class C>
+struct DecodeConsumer {
+  using Element = typename C::Element;
+  static constexpr int kQueries = DecodeSoftmax<C>::kQueries;
+
+  const DecodeParams& params;
+  const DecodeShared<C> shared;
+  const int stream;
+  const int head, part;
+  RingPosition<C::kStages> at;
+  RingPosition<kDecodeItemSlots> item_at;
+  DecodeSoftmax<C> softmax;
+  float scores[C::kRows / 2];
+  float output[C::kPanels][C::kRows / 2];
+  int buffer = 0;  // of probabilities
+
+  __device__ __forceinline__ void release(u32 barrier) {
+    mbarrier_arrive_if(barrier, threadIdx.x % 32 == 0);
+  }
+
+  __device__ __forceinline__ u32 my_tile() const {
+    return shared.tile(at.stage()) + stream * C::kBytesOfStream;
+  }
+  __device__ __forceinline__ void wait_tile() { mbarrier_wait(shared.full(at.stage()), at.parity()); }
+  __device__ __forceinline__ void release_tile() {
+    release(shared.empty(at.stage()));
+    at.advance();
+  }
+
+  // Which queries there are and what each sees, a thread each.
+  __device__ __forceinline__ void find_queries(const DecodeItem& item) {
+    const int thread = threadIdx.x % 128;
+    if (thread < C::kRows) {
+      const int token = divide(thread, params.group_multiplier, params.group_shift);
+      const bool exists = token < item.len_q;
+      const KeyInterval sees = visible_keys<true>(params, exists ? token : item.len_q - 1,
+                                                  item.len_q, item.len_k);
+      *shared.query(stream, thread) = {item.leftpad + max(0, sees.low), item.leftpad + sees.high,
+                               exists ? token : -1,
+                               head * params.group + thread - token * params.group};
+    }
+    stream_sync(stream);
+  }
+
+  // The queries to shared memory, 0 where there is none.
+  __device__ __forceinline__ void load_queries(const DecodeItem& item) {
+    constexpr int kPieces = C::kHeadDim / 8, kAtOnce = 128 / kPieces;
+    const int piece = threadIdx.x % kPieces;
+    const unsigned short* const q = static_cast<const unsigned short*>(params.q) +
+                                    item.batch * params.q_batch_stride +
+                                    item.offset_q * params.q_row_stride + piece * 8;
+#pragma unroll
+    for (int first = 0; first < C::kRows; first += kAtOnce) {
+      const int index = first + threadIdx.x % 128 / kPieces;
+      if (C::kRows < kAtOnce && index >= C::kRows) break;
+      const DecodeQuery query = *shared.query(stream, index);
+      uint4 words = {0, 0, 0, 0};
+      if (query.token >= 0 && piece * 8 < params.head_dim) {
+        words = *reinterpret_cast<const uint4*>(q + query.token * params.q_row_stride +
+                                                query.head * params.q_head_stride);
+      }
+      const u32 address = shared.q(stream) + piece / 8 * C::kRows * 128 + index * 128 +
+                          ((piece % 8) ^ (index % 8)) * 16;
+      asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(words.x),
+                   "r"(words.y), "r"(words.z), "r"(words.w)
+                   : "memory");
+    }
+    proxy_fence();
+    stream_sync(stream);
+  }
+
+  __device__ __forceinline__ void multiply_scores() {
+    const u32 k = wgmma_descriptor_low(my_tile(), 16);
+    const u32 q = wgmma_descriptor_low(shared.q(stream), 16);
+    pin_registers(scores);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < C::kHeadDim / 16; ++i) {
+      const int inside = i % 4 * 32;
+      wgmma_ss<Element>(scores,
+                        wgmma_descriptor<128>(k + (i / 4 * kDecodeKeys * 128 + inside >> 4)),
+                        wgmma_descriptor<128>(q + (i / 4 * C::kRows * 128 + inside >> 4)), i != 0);
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+    pin_registers(scores);
+    release_tile();
+  }
+
+  __device__ __forceinline__ void multiply_values() {
+    const u32 v = wgmma_descriptor_low(my_tile(), 16);
+    const u32 p = wgmma_descriptor_low(shared.p(stream, buffer), 16);
+#pragma unroll
+    for (int panel = 0; panel < C::kPanels; ++panel) pin_registers(output[panel]);
+    wgmma_fence();
+#pragma unroll
+    for (int panel = 0; panel < C::kPanels; ++panel) {
+#pragma unroll
+      for (int i = 0; i < kDecodeKeys / 16; ++i) {
+        wgmma_ss<Element, true>(
+            output[panel],
+            wgmma_descriptor<128>(v + (panel * kDecodeKeys * 128 + i * 16 * 128 >> 4)),
+            wgmma_descriptor<128>(p + (i * 32 >> 4)), 1);
+      }
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+#pragma unroll
+    for (int panel = 0; panel < C::kPanels; ++panel) pin_registers(output[panel]);
+    release_tile();
+  }
+
+  // -inf for keys that a query does not see. `row`: the cache's row of the block's first key.
+  __device__ __forceinline__ void mask_scores_of(const DecodeItem& item, int row) {
+    const int key = accumulator_row(row);
+#pragma unroll
+    for (int i = 0; i < kQueries; ++i) {
+      const DecodeQuery query = *shared.query(stream, i / 2 * 8 + threadIdx.x % 4 * 2 + i % 2);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float& score = scores[i / 2 * 4 + 2 * r + i % 2];
+        const int at = key + 8 * r;
+        bool visible = at >= query.low && at < query.high;
+        if (params.draft_mask != nullptr) {
+          visible = visible && sees_draft(item, query.token, at - item.leftpad);
+        }
+        score = visible ? score : minus_infinity();
+      }
+    }
+  }
+
+  // The draft mask's bit of a key, one of the last 32 draft_words; older ones are seen.
+  __device__ __forceinline__ bool sees_draft(const DecodeItem& item, int token, int key) const {
+    const int bit = key - (item.len_k - 32 * params.draft_words);
+    if (bit < 0 || token < 0) return true;
+    const long long row = params.cu_seqlens_q != nullptr
+                              ? item.offset_q + token
+                              : static_cast<long long>(item.batch) * params.seqlen_q + token;
+    return params.draft_mask[row * params.draft_mask_stride + bit / 32] >> (bit % 32) & 1;
+  }
+
+  // Zeros for values that no query sees: they may hold anything, and 0 times NaN is NaN.
+  __device__ __forceinline__ void clear_hidden_values(const DecodeItem& item, int row) {
+    const u32 v = my_tile();
+    const int below = min(max(item.low - row, 0), kDecodeKeys);
+    const int above = min(max(item.high - row, 0), kDecodeKeys);
+#pragma unroll 1
+    for (int i = threadIdx.x % 128; i < kDecodeKeys * C::kPanels * 8; i += 128) {
+      const int in_panel = i % (kDecodeKeys * 8);
+      const int key = in_panel / 8;
+      if (key < below || key >= above) store_zeros(v + i * 16);
+    }
+  }
+
+  // is_first: no query has a reference yet.
+  __device__ __forceinline__ void run_block(const DecodeItem& item, int block, int every_low,
+                                            int every_high, bool is_first) {
+    const int row = block * kDecodeKeys;
+    wait_tile();
+    if (params.box_rows == 0) proxy_fence();
+    multiply_scores();
+    if (params.softcap_scale != 0.f) {
+#pragma unroll
+      for (float& score : scores) score = tanh_fast(score * params.softcap_scale);
+    }
+    if (row < every_low || row + kDecodeKeys > every_high) mask_scores_of(item, row);
+    const float scale = params.scale_log2;
+    const float threshold = kRescaleThreshold / scale;
+    float sums[kQueries];
+    bool waits = true, raises = is_first;
+#pragma unroll 1
+    while (true) {  // once, or again with references that were raised
+      if (raises) raise(threshold);
+      u32 packed[C::kRows / 4];
+      const bool grew = exponentiate<C>(scores, softmax, scale, threshold, sums, packed);
+      store_probabilities<C>(shared.p(stream, buffer), packed);
+      if (waits) {
+        wait_tile();
+        if (row < item.low || row + kDecodeKeys > item.high) clear_hidden_values(item, row);
+        waits = false;
+      }
+      proxy_fence();
+      raises = stream_any(stream, grew);
+      if (!raises) break;
+    }
+#pragma unroll
+    for (int i = 0; i < kQueries; ++i) softmax.sum[i] += sums[i];
+    multiply_values();
+    buffer ^= 1;
+  }
+
+  __device__ __forceinline__ void raise(float threshold) {
+    float factors[kQueries];
+    raise_references<C>(shared, stream, scores, softmax, params.scale_log2, threshold, factors);
+#pragma unroll
+    for (int panel = 0; panel < C::kPanels; ++panel) {
+#pragma unroll
+      for (int i = 0; i < C::kRows / 2; ++i) output[panel][i] *= factors[i / 4 * 2 + i % 2];
+    }
+  }
+
+  // The other stream has the item's last block.
+  __device__ __forceinline__ void pass_block() {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      wait_tile();
+      release_tile();
+    }
+  }
+
+  __device__ __forceinline__ void run_item(const DecodeItem& item) {
+    find_queries(item);
+    load_queries(item);
+    start_queries<C>(softmax);
+#pragma unroll
+    for (int panel = 0; panel < C::kPanels; ++panel) {
+#pragma unroll
+      for (float& value : output[panel]) value = 0.f;
+    }
+    // Rows of the cache that every query sees.
+    const int every_low = uniform(shared.query(stream, C::kRows - 1)->low);
+    int every_high = shared.query(stream, 0)->high;
+    if (params.draft_mask != nullptr) {
+      every_high = min(every_high, item.leftpad + item.len_k - 32 * params.draft_words);
+    }
+    every_high = uniform(every_high);
+    const bool in_turns = C::kStreams == 2 && params.heads_of_block == 1;
+    const int step = in_turns ? 2 : 1, first = in_turns ? stream : 0;
+    int block = item.block_begin + first;
+#pragma unroll 1
+    for (; block < item.block_end; block += step) {
+      run_block(item, block, every_low, every_high, block == item.block_begin + first);
+    }
+    if (block - first < item.block_end) pass_block();
+    gather_statistics<C>(shared, stream, softmax, params.scale_log2);
+    if (params.in_clusters) {
+      merge_in_cluster<C>(params, item, shared, stream, part, output);
+      return;
+    }
+    if (in_turns) join_streams<C>(shared, stream, output);
+    const bool has_result = !in_turns || stream == 0;
+    if (has_result) {
+      stream_sync(stream);
+      finish(item);
+    }
+    // The queries' memory and the statistics are free again.
+    if (in_turns) {
+      named_barrier_sync(kStreamsBarrier, 256);
+    } else {
+      stream_sync(stream);
+    }
+  }
+
+  __device__ __forceinline__ void finish(const DecodeItem& item) {
+    if (item.parts == 1) {
+      store_rows<C>(params, item, shared, stream, output);
+      return;
+    }
+    store_partial<C>(shared, stream, partial_of<C>(params, part, head, item.is_first), output);
+    int* const answer = reinterpret_cast<int*>(shared.factors(stream));
+    if (arrive_last(params, item, head, stream, answer)) {
+      merge_parts<C>(params, item, shared, stream, head);
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+    while (true) {
+      mbarrier_wait(shared.item_full(item_at.stage()), item_at.parity());
+      const DecodeItem& item = *shared.item(item_at.stage());
+      if (uniform(item.batch) < 0) return;
+      run_item(item);
+      release(shared.item_empty(item_at.stage()));
+      item_at.advance();
+    }
+  }
+};
+
+}  // namespace jit_kernel::hopper

@@ -1,0 +1,66 @@
+// Attention of few query rows over a cache, for sm_90a: one or two key heads and one part of the work a
+// block, four producer warps (one where the copy engine loads) and a consumer warpgroup a stream.
+#pragma once
+
+#include "flash_attention_v3/hopper/decode/config.h"
+#include "flash_attention_v3/hopper/decode/consumer.cuh"
+#include "flash_attention_v3/hopper/decode/producer.cuh"
+
+namespace jit_kernel::hopper {
+
+template <class C>
+__device__ __forceinline__ void decode(const DecodeParams& params, char* base) {
+  const DecodeShared<C> shared{base};
+  // Neighbouring blocks, or clusters, are the key heads of the same tokens.
+  const int part = params.in_clusters ? blockIdx.x : blockIdx.y;
+  const int head = (params.in_clusters ? blockIdx.y : blockIdx.x) * params.heads_of_block;
+  const bool by_boxes = params.box_rows > 0;
+  if (threadIdx.x >= 128) {
+    const int index = threadIdx.x - 128;
+    if (index < C::kBarriers) {
+      // Tiles become full and empty, then items.
+      const int arrivals = index < C::kStages         ? (by_boxes ? 1 : 128)
+                           : index < 2 * C::kStages   ? 4 * C::kStreams
+                           : index < 2 * C::kStages + kDecodeItemSlots ? 1
+                                                                       : 4 * C::kStreams;
+      mbarrier_init(shared.barrier(index), arrivals);
+      mbarrier_init_fence();
+    }
+    __syncthreads();
+    if constexpr (C::kStreams == 2) raise_registers<C::kConsumerRegisters>();
+    const int stream = uniform(threadIdx.x / 128 - 1);
+    DecodeConsumer<C> consumer{params, shared, stream,
+                               head + (params.heads_of_block == 2 ? stream : 0), part};
+    consumer.run();
+    return;
+  }
+  if (by_boxes && threadIdx.x < 2) {
+    tma_prefetch_descriptor(threadIdx.x == 0 ? &params.k.map : &params.v.map);
+  }
+  // Lengths are on their way while the barriers are made.
+  DecodeSchedule schedule(params);
+  DecodeItem item;
+  bool found;
+  if (params.in_clusters) {
+    found = item_of_cluster(params, blockIdx.z, part, item);
+  } else {
+    schedule.start(part);
+    found = schedule.next(item);
+  }
+  __syncthreads();
+  if constexpr (C::kStreams == 2) lower_registers<C::kProducerRegisters>();
+  if (params.clear_rest && threadIdx.x >= 96) clear_other_rows(params);
+  if (by_boxes && static_cast<int>(threadIdx.x) >= 32 * max(2, params.copy_warps)) return;
+  produce_items<C>(params, shared, schedule, item, found, head);
+}
+
+}  // namespace jit_kernel::hopper
+
+// The kernel of a variant.
+#define JIT_KERNEL_EXPORT_DECODE(element, head_dim, rows)                                   \
+  using Variant = jit_kernel::hopper::DecodeConfig<jit_kernel::element, head_dim, rows>;    \
+  extern "C" __global__ void __launch_bounds__(Variant::kThreads, 1)                        \
+      decode(const __grid_constant__ jit_kernel::hopper::DecodeParams params) {             \
+    extern __shared__ __align__(1024) char shared_memory[];                                 \
+    jit_kernel::hopper::decode<Variant>(params, shared_memory);                             \
+  }

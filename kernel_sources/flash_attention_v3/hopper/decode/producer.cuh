@@ -1,0 +1,233 @@
+// The producer warps: keep the ring of keys and values full, item after item.
+//
+// The copy engine loads a box of rows of a page at a time, asked by the lanes of one warp; where a
+// page has no 8 rows in a line (pages of 1, of 3), all four warps load 16 bytes a thread.
+#pragma once
+
+#include "flash_attention_v3/hopper/decode/schedule.cuh"
+#include "flash_attention_v3/hopper/decode/shared_memory.cuh"
+#include "jit_kernel/cuda/tma.cuh"
+
+namespace jit_kernel::hopper {
+
+// Where a sequence's rows lie: pages by a table, or one entry of a dense cache.
+struct CachePlaces {
+  const DecodeParams& params;
+  const int* table;  // null for a dense cache
+  int entry;
+
+  __device__ __forceinline__ CachePlaces(const DecodeParams& params, int batch) : params(params) {
+    entry = params.cache_batch_idx != nullptr ? params.cache_batch_idx[batch] : batch;
+    table = params.page_table != nullptr ? params.page_table + entry * params.page_table_stride
+                                         : nullptr;
+  }
+  __device__ __forceinline__ int index(int row) const {
+    return divide(row, params.place_multiplier, params.place_shift);
+  }
+  __device__ __forceinline__ int place(int row) const {
+    return table != nullptr ? table[index(row)] : entry;
+  }
+  __device__ __forceinline__ int row_in_place(int row) const {
+    return row - index(row) * params.place_rows;
+  }
+};
+
+template <class C>
+struct DecodeProducer {
+  const DecodeParams& params;
+  const DecodeShared<C> shared;
+  const int head;  // the first of this block
+  RingPosition<C::kStages> at;
+
+  // Blocks of keys in a stage: each stream's own of one head, or the same of two.
+  __device__ __forceinline__ int blocks_of_stage() const {
+    return params.heads_of_block == 1 ? C::kStreams : 1;
+  }
+
+  // The place of a row's box; 0 for a box without a row that is seen, whose page is not looked up.
+  __device__ __forceinline__ int place_of(const DecodeItem& item, const CachePlaces& places,
+                                          int row) const {
+    return is_needed(item, row) ? places.place(row) : 0;
+  }
+  __device__ __forceinline__ bool is_needed(const DecodeItem& item, int row) const {
+    return row < min(item.high, item.block_end * kDecodeKeys) && row + params.box_rows > item.low;
+  }
+
+  // A lane knows the place of a box of rows, 32 of them in a line, and the 32 behind are on their way.
+  // Of a stage's copies, boxes x panels, warp w asks for every fourth: a warp issues them one after the
+  // other. The first warp alone where there are no more than four.
+  __device__ __forceinline__ void load_boxes(const DecodeItem& item) {
+    const int lane = threadIdx.x % 32;
+    const int blocks = blocks_of_stage();
+    const int boxes = 1 << params.boxes_log2;  // 1 to 16
+    const int copy = lane * params.copy_warps + threadIdx.x / 32;
+    const int box = copy & (boxes - 1), panel = (copy >> params.boxes_log2) * params.box_panels;
+    const int bytes = params.box_rows * params.box_panels * kDecodePanel * 2;
+    // Of a stage: block by block, panel by panel.
+    const int offset = box * params.box_rows / kDecodeKeys * C::kBytesOfStream +
+                       panel * kDecodeKeys * kDecodePanel * 2 +
+                       box * params.box_rows % kDecodeKeys * kDecodePanel * 2;
+    const int column = panel % C::kPanels * kDecodePanel, of_head = head + panel / C::kPanels;
+    const CachePlaces places(params, item.batch);
+    int place = 0, next_place = 0;
+    int ahead = 0;
+#pragma unroll 1
+    for (int block = item.block_begin; block < item.block_end; block += blocks) {
+      const int first = block * kDecodeKeys;
+      if (ahead == 0) {
+        const int row = first + lane * params.box_rows;
+        if (block == item.block_begin) next_place = place_of(item, places, row);
+        place = next_place;
+        next_place = place_of(item, places, row + 32 * params.box_rows);
+        ahead = 32;
+      }
+      const int row = first + box * params.box_rows;
+      const int here = __shfl_sync(0xffffffffu, place, 32 - ahead + box);
+      const bool loads = copy < params.copies && is_needed(item, row);
+      const unsigned needed = __ballot_sync(
+          0xffffffffu, lane < boxes && is_needed(item, first + lane * params.box_rows));
+      const int expected = __popc(needed) * (params.copies >> params.boxes_log2) * bytes;
+      const int in_place = loads ? places.row_in_place(row) : 0;
+#pragma unroll 1
+      for (int i = 0; i < 2; ++i) {
+        load_tile(i == 0 ? params.k : params.v, loads, expected, offset, column, in_place, of_head,
+                  here);
+      }
+      ahead -= boxes;
+    }
+  }
+
+  __device__ __forceinline__ void load_tile(const CacheRows& rows, bool loads, int expected,
+                                            int offset, int column, int row, int of_head,
+                                            int place) {
+    const u32 full = shared.full(at.stage());
+    mbarrier_wait(shared.empty(at.stage()), at.parity() ^ 1);
+    // Bytes of another warp's copies may arrive before they are expected: the phase waits for this.
+    if (threadIdx.x == 0) mbarrier_arrive_expect(full, expected);
+    __syncwarp();
+    if (loads) {
+      // One box over the panels of two heads begins at the first one's panel.
+      const bool joined = params.box_panels > C::kPanels;
+      tma_load(shared.tile(at.stage()) + offset, &rows.map, full, params.policy, column, row,
+               joined ? of_head * C::kPanels : 0, joined ? 0 : of_head, place);
+    }
+    __syncwarp();
+    at.advance();
+  }
+
+  // All producer threads: kThreadsOfRow of them a row, 16 bytes each. A warp has kRowsOfWarp rows of
+  // a stage, whose places its lanes know.
+  static constexpr int kThreadsOfRow = C::kHeadDim / 8;
+  static constexpr int kRowsAtOnce = 32 / kThreadsOfRow;  // of a warp
+  static constexpr int kRowsOfWarp = C::kStreams * kDecodeKeys / 4;
+  static constexpr int kPasses = kRowsOfWarp / kRowsAtOnce;
+  static_assert(kRowsOfWarp <= 32, "a lane knows one row");
+
+  // This lane's row of a stage whose first block is `block`: its block there, and its row in it.
+  __device__ __forceinline__ int lane_row(int block) const {
+    const int in_stage = threadIdx.x / 32 * kRowsOfWarp + threadIdx.x % 32;
+    const int in_block = params.heads_of_block == 1 ? in_stage : in_stage % kDecodeKeys;
+    return block * kDecodeKeys + in_block;
+  }
+  __device__ __forceinline__ int find_row(const DecodeItem& item, const CachePlaces& places,
+                                          int block) const {
+    const int row = lane_row(block);
+    const bool seen = row >= item.low && row < min(item.high, item.block_end * kDecodeKeys);
+    return seen && threadIdx.x % 32 < kRowsOfWarp ? places.place(row) : -1;
+  }
+
+  // `offset`: where this lane's row begins, in 16 bytes; `seen`: whether it is loaded at all.
+  __device__ __forceinline__ void load_rows(const CacheRows& rows, int columns, u32 offset,
+                                            bool seen) {
+    const int lane = threadIdx.x % 32, piece = lane % kThreadsOfRow;
+    const u32 all_seen = __ballot_sync(0xffffffffu, seen);
+    const bool filled = piece * 8 < columns;
+    const char* const data = static_cast<const char*>(rows.data) + (filled ? piece * 16 : 0);
+    const int of_lane = lane / kThreadsOfRow;  // of the rows of a pass
+    const u32 full = shared.full(at.stage());
+    const u32 first_row = threadIdx.x / 32 * kRowsOfWarp + of_lane;
+    const u32 tile = shared.tile(at.stage()) + piece / 8 * (kDecodeKeys * kDecodePanel * 2) +
+                     first_row / kDecodeKeys * C::kBytesOfStream +
+                     first_row % kDecodeKeys * (kDecodePanel * 2);
+    mbarrier_wait(shared.empty(at.stage()), at.parity() ^ 1);
+#pragma unroll 8
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int row = pass * kRowsAtOnce + of_lane;  // of this warp
+      const u32 begins = __shfl_sync(0xffffffffu, offset, row);
+      const u32 destination =
+          tile + pass * kRowsAtOnce * (kDecodePanel * 2) + ((piece ^ row) & 7) * 16;
+      asm volatile(
+          "{\n.reg .pred p;\nsetp.ne.u32 p, %3, 0;\n"
+          "@p cp.async.cg.shared.global [%0], [%1], 16, %2;\n}" ::"r"(destination),
+          "l"(data + static_cast<unsigned long long>(begins) * 16), "r"(filled ? 16 : 0),
+          "r"(all_seen >> row & 1)
+          : "memory");
+    }
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(full) : "memory");
+    at.advance();
+  }
+
+  // Where this lane's row begins, in 16 bytes.
+  __device__ __forceinline__ u32 offset_of(const CacheRows& rows, int place, int in_place) const {
+    const int of_head =
+        head + (params.heads_of_block == 1
+                    ? 0
+                    : (threadIdx.x / 32 * kRowsOfWarp + threadIdx.x % 32) / kDecodeKeys);
+    return static_cast<u32>((place * rows.place_stride + in_place * rows.row_stride +
+                             of_head * rows.head_stride) >> 3);
+  }
+
+  // The rows of two stages are found ahead.
+  __device__ __forceinline__ void load_each_row(const DecodeItem& item) {
+    const CachePlaces places(params, item.batch);
+    const int blocks = blocks_of_stage();
+    int place = find_row(item, places, item.block_begin);
+    int next = find_row(item, places, item.block_begin + blocks);
+#pragma unroll 1
+    for (int block = item.block_begin; block < item.block_end; block += blocks) {
+      const int after = find_row(item, places, block + 2 * blocks);
+      const int in_place = places.row_in_place(lane_row(block));
+#pragma unroll 1
+      for (int i = 0; i < 2; ++i) {
+        const CacheRows& rows = i == 0 ? params.k : params.v;
+        load_rows(rows, i == 0 ? params.head_dim : params.head_dim_v,
+                  offset_of(rows, place, in_place), place >= 0);
+      }
+      place = next;
+      next = after;
+    }
+  }
+};
+
+// A producer warp; the second one hands the items over to the consumers, while the first one loads.
+template <class C>
+__device__ __forceinline__ void produce_items(const DecodeParams& params,
+                                              const DecodeShared<C>& shared,
+                                              DecodeSchedule& schedule, DecodeItem& item,
+                                              bool found, int head) {
+  DecodeProducer<C> producer{params, shared, head};
+  RingPosition<kDecodeItemSlots> at;
+#pragma unroll 1
+  while (true) {
+    if (threadIdx.x / 32 == 1) {
+      mbarrier_wait(shared.item_empty(at.stage()), at.parity() ^ 1);
+      if (threadIdx.x == 32) {
+        DecodeItem& slot = *shared.item(at.stage());
+        if (!found) item.batch = -1;
+        slot = item;
+        mbarrier_arrive(shared.item_full(at.stage()));
+      }
+      __syncwarp();
+      at.advance();
+    }
+    if (!found) return;
+    if (params.box_rows > 0) {
+      if (static_cast<int>(threadIdx.x) < 32 * params.copy_warps) producer.load_boxes(item);
+    } else {
+      producer.load_each_row(item);
+    }
+    found = !params.in_clusters && schedule.next(item);
+  }
+}
+
+}  // namespace jit_kernel::hopper

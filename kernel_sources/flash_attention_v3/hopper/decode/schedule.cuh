@@ -1,0 +1,174 @@
+// Which work is whose: every key head's blocks of keys, all sequences end to end, are cut into equal
+// runs, one for each of the head's `parts` thread blocks.
+//
+// Neighbouring thread blocks are the heads of one part, so they read the same tokens at the same
+// time: 1 to 3 % of the memory's rate. A sequence is cut only where a run ends. Lengths are read here,
+// so that a captured graph serves any.
+#pragma once
+
+#include "flash_attention_v3/hopper/common/mask.cuh"
+#include "flash_attention_v3/hopper/decode/config.h"
+#include "flash_attention_v3/hopper/decode/params.h"
+#include "jit_kernel/cuda/warpgroup.cuh"
+
+namespace jit_kernel::hopper {
+
+// floor(value / n) for 0 <= value < 2^31, by the numbers that the launcher made for n.
+__device__ __forceinline__ int divide(int value, unsigned multiplier, unsigned shift) {
+  return __umulhi(2u * value, multiplier) >> shift;
+}
+
+// Lengths of a sequence; len_k counts from leftpad.
+struct DecodeLengths {
+  int len_q, len_k, leftpad;
+};
+
+__device__ __forceinline__ DecodeLengths lengths_of(const DecodeParams& params, int batch) {
+  DecodeLengths of;
+  of.len_q = params.seqlen_q;
+  if (params.cu_seqlens_q != nullptr) {
+    of.len_q = params.cu_seqlens_q[batch + 1] - params.cu_seqlens_q[batch];
+  }
+  if (params.seqused_q != nullptr) of.len_q = min(of.len_q, params.seqused_q[batch]);
+  of.len_q = max(0, of.len_q);
+  int rows = params.rows_k;
+  if (params.seqused_k != nullptr) rows = params.seqused_k[batch];
+  rows += params.cu_seqlens_k_new != nullptr
+              ? params.cu_seqlens_k_new[batch + 1] - params.cu_seqlens_k_new[batch]
+              : params.new_rows;
+  of.leftpad = params.cache_leftpad != nullptr ? max(0, params.cache_leftpad[batch]) : 0;
+  of.len_k = max(0, min(rows, params.rows_k) - of.leftpad);
+  return of;
+}
+
+// What a sequence's queries see: rows of the cache, and how many blocks that is. A sequence that sees no
+// key is work, too: its rows become 0.
+struct SeenRows {
+  int low, high;
+  unsigned cost;
+};
+
+__device__ __forceinline__ SeenRows seen_rows(const DecodeParams& params, const DecodeLengths& of) {
+  const int low = max(0, visible_keys<true>(params, 0, of.len_q, of.len_k).low);
+  const int high = visible_keys<true>(params, of.len_q - 1, of.len_q, of.len_k).high;
+  SeenRows seen;
+  seen.low = of.leftpad + low;
+  seen.high = of.leftpad + max(low, high);
+  const int blocks = (seen.high + kDecodeKeys - 1) / kDecodeKeys - seen.low / kDecodeKeys;
+  seen.cost = high > low ? blocks : 1;
+  if (of.len_q <= 0) seen.cost = 0;
+  return seen;
+}
+
+// The only item of a block of a cluster; false where the sequence has no query.
+__device__ __forceinline__ bool item_of_cluster(const DecodeParams& params, int batch, int part,
+                                                DecodeItem& item) {
+  const DecodeLengths of = lengths_of(params, batch);
+  const SeenRows seen = seen_rows(params, of);
+  item.batch = batch;
+  item.len_q = of.len_q;
+  item.len_k = of.len_k;
+  item.leftpad = of.leftpad;
+  item.offset_q = params.cu_seqlens_q != nullptr ? params.cu_seqlens_q[batch] : 0;
+  item.low = seen.low;
+  item.high = seen.high;
+  const int first = seen.low / kDecodeKeys;
+  const int blocks = seen.high > seen.low ? seen.cost : 0;
+  item.block_begin = first + part * blocks / kClusterParts;
+  item.block_end = first + (part + 1) * blocks / kClusterParts;
+  item.first_part = 0;
+  item.parts = 1;
+  item.is_first = 0;
+  return seen.cost > 0;
+}
+
+// All lanes of one warp together: a lane has a sequence of 32.
+class DecodeSchedule {
+ public:
+  __device__ __forceinline__ DecodeSchedule(const DecodeParams& params) : params_(params) {}
+
+  __device__ __forceinline__ void start(unsigned part) {
+    total_ = 0;
+#pragma unroll 1
+    for (int first = 0; first < params_.batch; first += 32) {
+      open(first);
+      total_ += __reduce_add_sync(0xffffffffu, seen_.cost);
+    }
+    // Equal runs, of which the first are one block longer.
+    run_ = divide(total_, params_.parts_multiplier, params_.parts_shift);
+    longer_ = total_ - run_ * params_.parts;
+    at_ = part * run_ + min(part, longer_);
+    end_ = at_ + run_ + (part < longer_);
+    if (params_.batch > 32) open(0);
+  }
+
+  // The next item of this part; false when there are no more.
+  __device__ __forceinline__ bool next(DecodeItem& item) {
+    if (at_ >= end_) return false;
+    unsigned window = __reduce_add_sync(0xffffffffu, seen_.cost);
+#pragma unroll 1
+    while (at_ >= base_ + window) {
+      base_ += window;
+      open(first_ + 32);
+      window = __reduce_add_sync(0xffffffffu, seen_.cost);
+    }
+    const int lane = threadIdx.x % 32;
+    unsigned up_to = seen_.cost;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const unsigned below = __shfl_up_sync(0xffffffffu, up_to, step);
+      if (lane >= step) up_to += below;
+    }
+    const int source = __popc(__ballot_sync(0xffffffffu, up_to <= at_ - base_));
+    const unsigned end = base_ + __shfl_sync(0xffffffffu, up_to, source);
+    const unsigned start = end - __shfl_sync(0xffffffffu, seen_.cost, source);
+    item.batch = first_ + source;
+    item.len_q = __shfl_sync(0xffffffffu, of_.len_q, source);
+    item.len_k = __shfl_sync(0xffffffffu, of_.len_k, source);
+    item.leftpad = __shfl_sync(0xffffffffu, of_.leftpad, source);
+    item.low = __shfl_sync(0xffffffffu, seen_.low, source);
+    item.high = __shfl_sync(0xffffffffu, seen_.high, source);
+    item.offset_q = params_.cu_seqlens_q != nullptr ? params_.cu_seqlens_q[item.batch] : 0;
+    const int first_block = item.low / kDecodeKeys;
+    item.block_begin = first_block + static_cast<int>(at_ - start);
+    item.block_end = item.high > item.low
+                         ? first_block + static_cast<int>(min(end_, end) - start)
+                         : item.block_begin;
+    item.is_first = at_ == start;
+    item.first_part = 0;
+    item.parts = 1;
+    if (start < at_ || end > end_) {
+      item.first_part = part_of(start);
+      item.parts = part_of(end - 1) - item.first_part + 1;
+    }
+    at_ = min(end_, end);
+    return true;
+  }
+
+ private:
+  __device__ __forceinline__ unsigned part_of(unsigned block) const {
+    const unsigned in_longer = longer_ * (run_ + 1);
+    if (block < in_longer) return block / (run_ + 1);
+    return longer_ + (block - in_longer) / run_;
+  }
+
+  // This lane's sequence of the 32 from `first` on.
+  __device__ __forceinline__ void open(int first) {
+    first_ = first;
+    const int batch = first + threadIdx.x % 32;
+    seen_ = {0, 0, 0};
+    if (batch >= params_.batch) return;
+    of_ = lengths_of(params_, batch);
+    seen_ = seen_rows(params_, of_);
+  }
+
+  const DecodeParams& params_;
+  unsigned total_, at_, end_;  // in blocks, over all sequences
+  unsigned run_, longer_;      // blocks of a part; so many parts have one more
+  unsigned base_ = 0;          // where the 32 sequences begin
+  int first_;
+  DecodeLengths of_ = {0, 0, 0};
+  SeenRows seen_ = {0, 0, 0};
+};
+
+}  // namespace jit_kernel::hopper

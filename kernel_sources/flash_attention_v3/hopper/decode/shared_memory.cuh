@@ -1,0 +1,45 @@
+// Where things lie in shared memory: queries, probabilities, keys and values, statistics, items.
+#pragma once
+
+#include "flash_attention_v3/hopper/common/ring.cuh"
+#include "flash_attention_v3/hopper/decode/config.h"
+
+namespace jit_kernel::hopper {
+
+template <class C>
+struct DecodeShared {
+  char* base;
+
+  __device__ u32 address(int offset) const { return shared_address(base) + offset; }
+  __device__ u32 q(int stream) const { return address(stream * C::kBytesQ); }
+  __device__ u32 p(int stream, int buffer) const {
+    return address(C::kOffsetP + (2 * stream + buffer) * C::kBytesP);
+  }
+  __device__ u32 tile(int stage) const {
+    return address(C::kOffsetTiles + stage * C::kBytesTile);
+  }
+  // Where one stream's output reaches the other: the queries' memory, which is then done with.
+  __device__ float* exchange() const { return reinterpret_cast<float*>(base); }
+  // A number for each query of a stream: of each of the four warps, and the two below.
+  __device__ float* statistics(int stream, int index) const {
+    return reinterpret_cast<float*>(base + C::kOffsetStatistics + stream * C::kBytesStatistics) +
+           index * C::kRows;
+  }
+  __device__ float* references(int stream) const { return statistics(stream, 4); }
+  __device__ float* factors(int stream) const { return statistics(stream, 5); }
+  __device__ DecodeQuery* query(int stream, int index) const {
+    return reinterpret_cast<DecodeQuery*>(base + C::kOffsetQueries) + stream * C::kRows + index;
+  }
+  __device__ DecodeItem* item(int slot) const {
+    return reinterpret_cast<DecodeItem*>(base + C::kOffsetItem + slot * 64);
+  }
+  __device__ u32 barrier(int index) const { return address(C::kOffsetBarriers + 8 * index); }
+  __device__ u32 full(int stage) const { return barrier(stage); }
+  __device__ u32 empty(int stage) const { return barrier(C::kStages + stage); }
+  __device__ u32 item_full(int slot) const { return barrier(2 * C::kStages + slot); }
+  __device__ u32 item_empty(int slot) const {
+    return barrier(2 * C::kStages + kDecodeItemSlots + slot);
+  }
+};
+
+}  // namespace jit_kernel::hopper

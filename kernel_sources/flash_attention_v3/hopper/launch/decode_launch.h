@@ -1,0 +1,309 @@
+// The host side of the decode kernels.
+//
+//   load_decode(image, head_dim, rows) -> handle
+//   partial_floats(handle, device, heads_k, batch, sm_margin) -> room for partial results
+//   decode(handle, tensors..., scalars...) -> whether it was launched: not without room in a capture
+#pragma once
+
+#include <tvm/ffi/tvm_ffi.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <numeric>
+#include <string>
+#include <utility>
+
+#include "flash_attention_v3/hopper/decode/config.h"
+#include "flash_attention_v3/hopper/decode/params.h"
+#include "flash_attention_v3/hopper/launch/tensor_map.h"
+#include "flash_attention_v3/hopper/launch/workspace.h"
+#include "jit_kernel/cuda/kernel_table.h"
+#include "jit_kernel/cuda/tensor.h"
+
+namespace jit_kernel::hopper {
+
+using tvm::ffi::Optional;
+using tvm::ffi::TensorView;
+
+// Policies of the L2 cache, as createpolicy.fractional encodes them.
+constexpr unsigned long long kReadOnce = 0x12F0000000000000ull;
+constexpr unsigned long long kReadNormally = 0x1000000000000000ull;
+
+// What the host must know of a variant.
+struct DecodeShape {
+  int head_dim, rows, streams, threads, shared_bytes, partial_floats;
+};
+
+constexpr DecodeShape kDecodeShapes[] = {
+#define JIT_KERNEL_DECODE_SHAPE(head_dim, rows)                     \
+  {head_dim,                                                        \
+   rows,                                                            \
+   DecodeConfig<void, head_dim, rows>::kStreams,                    \
+   DecodeConfig<void, head_dim, rows>::kThreads,                    \
+   DecodeConfig<void, head_dim, rows>::kSharedBytes,                \
+   DecodeConfig<void, head_dim, rows>::kPartialFloats},
+    JIT_KERNEL_DECODE_TILES(JIT_KERNEL_DECODE_SHAPE)
+#undef JIT_KERNEL_DECODE_SHAPE
+};
+
+struct DecodeVariant {
+  DecodeVariant(const DecodeShape& shape, std::string image)
+      : shape(shape),
+        kernel(std::move(image), "decode", static_cast<unsigned>(shape.threads),
+               static_cast<unsigned>(shape.shared_bytes)) {}
+  const DecodeShape& shape;
+  cuda::Kernel kernel;
+};
+
+inline int64_t load_decode(tvm::ffi::Bytes image, int64_t head_dim, int64_t rows) {
+  for (const DecodeShape& shape : kDecodeShapes) {
+    if (shape.head_dim == head_dim && shape.rows == rows) {
+      return cuda::KernelTable<DecodeVariant>::get().add(
+          std::make_unique<DecodeVariant>(shape, std::string(image)));
+    }
+  }
+  TVM_FFI_THROW(ValueError) << "no decode kernel has head size " << head_dim << " and " << rows
+                            << " rows";
+}
+
+// floor(value / n) for 0 <= value < 2^31 is 2 value * multiplier / 2^(32 + shift).
+struct Division {
+  explicit Division(int64_t n) {
+    while (int64_t{1} << shift < n) ++shift;
+    const uint64_t power = uint64_t{1} << (31 + shift);
+    multiplier = static_cast<unsigned>((power + static_cast<uint64_t>(n) - 1) / static_cast<uint64_t>(n));
+  }
+  unsigned multiplier, shift = 0;
+};
+
+// How the work is laid out: key heads of a thread block, and thread blocks for each of them.
+struct DecodeGrid {
+  int heads_of_block, parts;
+  bool in_clusters;
+};
+
+// A cluster is worth it up to so many rows of the cache for each one: 1 x 32k with 8 heads took 46 us in 8
+// clusters and 50 without.
+constexpr int64_t kRowsOfCluster = 4096;
+
+// As many thread blocks as run at the same time, but up to 4 % less where sequences of one length are
+// then not cut: to write and merge partial results costs more. Two heads a block read longer rows of
+// memory; of little work each head's blocks are many, and fewer parts are merged sooner.
+inline DecodeGrid decode_grid(const DecodeShape& shape, int device, int64_t heads_k, int64_t batch,
+                              int64_t rows_k, int64_t sm_margin) {
+  // Of 132 multiprocessors 15 clusters of 8 run at the same time. One that has long to read would leave
+  // most of the machine idle.
+  const int64_t clusters = heads_k * batch;
+  if (clusters >= 4 && clusters * (kClusterParts + 1) <= cuda::multiprocessors(device) - sm_margin &&
+      rows_k <= clusters * kRowsOfCluster) {
+    return {1, kClusterParts, true};
+  }
+  const int64_t most = std::max<int64_t>(1, cuda::multiprocessors(device) - sm_margin);
+  const bool two = shape.streams == 2 && heads_k % 2 == 0 && 2 * batch * heads_k >= 3 * most;
+  const int64_t groups = two ? heads_k / 2 : heads_k;
+  const int64_t parts = std::max<int64_t>(1, most / groups);
+  int64_t even = parts;
+  if (batch >= parts) {
+    while (batch % even != 0) --even;
+  } else if (batch > 0) {
+    even = parts / batch * batch;
+  }
+  return {two ? 2 : 1, static_cast<int>(even * 100 >= parts * 96 ? even : parts), false};
+}
+
+inline int64_t partial_floats(int64_t handle, int64_t device, int64_t heads_k, int64_t batch,
+                              int64_t rows_k, int64_t sm_margin) {
+  const DecodeShape& shape = cuda::KernelTable<DecodeVariant>::get().at(handle).shape;
+  const DecodeGrid grid =
+      decode_grid(shape, static_cast<int>(device), heads_k, batch, rows_k, sm_margin);
+  return kPartialsPerBlock * grid.parts * heads_k * shape.partial_floats;
+}
+
+// Rows that the copy engine takes at a time: the most that divide a page and a block, at least the 8
+// of a swizzle; 0 where there are none.
+inline int box_rows_of(int64_t place_rows, bool paged) {
+  if (!paged) return kDecodeKeys;
+  const int64_t rows = std::gcd<int64_t>(place_rows, kDecodeKeys);
+  return rows >= 8 ? static_cast<int>(rows) : 0;
+}
+
+// Panels of a box: of both heads of a block, of one, or one alone. More than one only where a box is a
+// block and the head size is whole panels.
+inline int box_panels_of(const TensorView& x, const DecodeShape& shape, int box_rows,
+                         int heads_of_block) {
+  const int panels = shape.head_dim / kDecodePanel;
+  if (box_rows != kDecodeKeys || x.size(3) != shape.head_dim) return 1;
+  return heads_of_block == 2 && x.stride(2) == shape.head_dim ? 2 * panels : panels;
+}
+
+// Keys or values of a cache (place, row, head, column).
+inline void set_cache_rows(CacheRows& rows, const TensorView& x, int box_rows, int box_panels,
+                           int panels) {
+  rows.data = cuda::data_of(x);
+  rows.place_stride = x.stride(0);
+  rows.row_stride = x.stride(1);
+  rows.head_stride = x.stride(2);
+  if (box_rows == 0) return;
+  static EncodeTiled* const encode = cuda::driver_function<EncodeTiled>("cuTensorMapEncodeTiled");
+  const ByteStrides strides(x);
+  const bool whole = box_panels > 1, joined = box_panels > panels;
+  const uint64_t columns = static_cast<uint64_t>(x.size(3)), heads = static_cast<uint64_t>(x.size(2));
+  const uint64_t of_head = whole ? static_cast<uint64_t>(panels) : 1;
+  const uint64_t sizes[kRank] = {whole ? kDecodePanel : columns, static_cast<uint64_t>(x.size(1)),
+                                 joined ? of_head * heads : of_head, joined ? 1 : heads,
+                                 static_cast<uint64_t>(x.size(0))};
+  const uint64_t steps[kRank - 1] = {static_cast<uint64_t>(strides.row), kDecodePanel * 2,
+                                     static_cast<uint64_t>(strides.head),
+                                     static_cast<uint64_t>(strides.batch)};
+  const uint32_t box[kRank] = {kDecodePanel, static_cast<uint32_t>(box_rows),
+                               static_cast<uint32_t>(box_panels), 1, 1};
+  const uint32_t every[kRank] = {1, 1, 1, 1, 1};
+  cuda::check(encode(&rows.map, x.dtype().code == kDLBfloat ? kBfloat16 : kFloat16, kRank,
+                     cuda::data_of(x), sizes, steps, box, every, 0, kSwizzle128, kPromote128, 0),
+              "cuTensorMapEncodeTiled");
+}
+
+inline void set_decode_tensors(DecodeParams& params, const DecodeShape& shape, const TensorView& q,
+                               const TensorView& k, const TensorView& v, const TensorView& out,
+                               bool ragged, bool paged) {
+  params.q = cuda::data_of(q);
+  params.out = cuda::data_of(out);
+  params.q_batch_stride = ragged ? 0 : q.stride(0);
+  params.out_batch_stride = ragged ? 0 : out.stride(0);
+  params.q_row_stride = q.stride(q.ndim() - 3);
+  params.out_row_stride = out.stride(out.ndim() - 3);
+  params.q_head_stride = q.stride(q.ndim() - 2);
+  params.out_head_stride = out.stride(out.ndim() - 2);
+  params.seqlen_q = static_cast<int>(q.size(q.ndim() - 3));
+  params.heads_k = static_cast<int>(k.size(2));
+  params.group = static_cast<int>(q.size(q.ndim() - 2)) / params.heads_k;
+  params.head_dim = static_cast<int>(q.size(q.ndim() - 1));
+  params.head_dim_v = static_cast<int>(v.size(3));
+  params.place_rows = static_cast<int>(k.size(1));
+  const Division group(params.group), place(std::max(1, params.place_rows));
+  params.group_multiplier = group.multiplier;
+  params.group_shift = group.shift;
+  params.place_multiplier = place.multiplier;
+  params.place_shift = place.shift;
+  const bool empty = k.size(0) * k.size(1) == 0;  // no tensor map has such sizes
+  params.box_rows = empty ? 0 : box_rows_of(params.place_rows, paged);
+  // One number for both: a head size is padded in both or in neither, or panel by panel.
+  params.box_panels =
+      std::min(box_panels_of(k, shape, params.box_rows, params.heads_of_block),
+               box_panels_of(v, shape, params.box_rows, params.heads_of_block));
+  const int panels = shape.head_dim / kDecodePanel;
+  if (params.box_rows > 0) {
+    const int blocks = params.heads_of_block == 1 ? shape.streams : 1;
+    while (params.box_rows << params.boxes_log2 < blocks * kDecodeKeys) ++params.boxes_log2;
+    params.copies = (panels * params.heads_of_block / params.box_panels) << params.boxes_log2;
+    params.copy_warps = params.copies > 4 ? 4 : 1;
+  }
+  set_cache_rows(params.k, k, params.box_rows, params.box_panels, panels);
+  set_cache_rows(params.v, v, params.box_rows, params.box_panels, panels);
+}
+
+// An infinite factor would make no number of a difference of 0.
+inline float as_finite(double factor) {
+  return static_cast<float>(std::min<double>(factor, std::numeric_limits<float>::max()));
+}
+
+inline void set_decode_scores(DecodeParams& params, double softmax_scale, double softcap,
+                              int64_t left, int64_t right, int64_t chunk) {
+  constexpr double kLog2E = 1.4426950408889634;
+  constexpr int kUnbounded = 1 << 30;
+  params.scale_log2 = as_finite((softcap > 0 ? softcap : softmax_scale) * kLog2E);
+  params.softcap_scale = softcap > 0 ? as_finite(softmax_scale / softcap) : 0.f;
+  params.window_left = left < 0 || left > kUnbounded ? kUnbounded : static_cast<int>(left);
+  params.window_right = right < 0 || right > kUnbounded ? kUnbounded : static_cast<int>(right);
+  if (chunk <= 0) return;
+  params.chunk = static_cast<int>(std::min<int64_t>(chunk, kUnbounded));
+  const Division division(params.chunk);
+  params.chunk_multiplier = division.multiplier;
+  params.chunk_shift = division.shift;
+}
+
+// Shapes, dtypes and devices have been checked; rows start at multiples of 16 bytes.
+inline bool decode(int64_t handle, TensorView q, TensorView k, TensorView v, TensorView out,
+                   Optional<TensorView> lse, Optional<TensorView> cu_seqlens_q,
+                   Optional<TensorView> seqused_q, Optional<TensorView> seqused_k,
+                   Optional<TensorView> cu_seqlens_k_new, Optional<TensorView> page_table,
+                   Optional<TensorView> cache_batch_idx, Optional<TensorView> cache_leftpad,
+                   Optional<TensorView> draft_mask, Optional<TensorView> sinks,
+                   Optional<TensorView> partials, int64_t new_rows, double softmax_scale,
+                   double softcap, int64_t left, int64_t right, int64_t chunk, int64_t sm_margin,
+                   bool clear_rest) {
+  DecodeVariant& variant = cuda::KernelTable<DecodeVariant>::get().at(handle);
+  const int device = cuda::checked_device(q.device().device_id);
+  const cuda::ContextGuard context(device);
+  DecodeParams params = {};
+  const bool ragged = cu_seqlens_q.has_value(), paged = page_table.has_value();
+  params.batch = static_cast<int>(ragged ? cu_seqlens_q.value().size(0) - 1 : q.size(0));
+  params.rows_k = static_cast<int>(k.size(1));
+  if (paged) {
+    params.page_table_stride = page_table.value().stride(0);
+    params.rows_k *= static_cast<int>(page_table.value().size(1));
+  }
+  const DecodeGrid grid =
+      decode_grid(variant.shape, device, k.size(2), params.batch, params.rows_k, sm_margin);
+  params.heads_of_block = grid.heads_of_block;
+  params.parts = grid.parts;
+  params.in_clusters = grid.in_clusters;
+  // What a short launch reads should not push out what others wrote: 1 to 2 us of 1 x 8k. It costs long
+  // ones 2 to 3 %.
+  params.policy = grid.in_clusters ? kReadOnce : kReadNormally;
+  const Division parts(grid.parts);
+  params.parts_multiplier = parts.multiplier;
+  params.parts_shift = parts.shift;
+  set_decode_tensors(params, variant.shape, q, k, v, out, ragged, paged);
+  set_decode_scores(params, softmax_scale, softcap, left, right, chunk);
+  params.lse = cuda::data_of<float>(lse);
+  if (params.lse != nullptr) {
+    const TensorView& tensor = lse.value();
+    params.lse_batch_stride = tensor.ndim() == 3 ? tensor.stride(0) : 0;
+    params.lse_head_stride = tensor.stride(tensor.ndim() - 2);
+  }
+  params.sinks = cuda::data_of<void>(sinks);
+  params.sinks_are_elements = sinks.has_value() && sinks.value().dtype().bits == 16;
+  params.cu_seqlens_q = cuda::data_of<int>(cu_seqlens_q);
+  params.seqused_q = cuda::data_of<int>(seqused_q);
+  params.seqused_k = cuda::data_of<int>(seqused_k);
+  params.cu_seqlens_k_new = cuda::data_of<int>(cu_seqlens_k_new);
+  params.page_table = cuda::data_of<int>(page_table);
+  params.cache_batch_idx = cuda::data_of<int>(cache_batch_idx);
+  params.cache_leftpad = cuda::data_of<int>(cache_leftpad);
+  params.draft_mask = cuda::data_of<int>(draft_mask);
+  if (draft_mask.has_value()) {
+    params.draft_mask_stride = draft_mask.value().stride(0);
+    params.draft_words = static_cast<int>(draft_mask.value().size(1));
+  }
+  params.new_rows = static_cast<int>(new_rows);
+  params.clear_rest = clear_rest;
+  if (params.parts > 1 && !params.in_clusters) {
+    const int counters = params.parts * params.heads_k;
+    const int64_t floats = int64_t{kPartialsPerBlock} * counters * variant.shape.partial_floats;
+    const Workspace::Memory memory =
+        Workspace::of(device).memory(cuda::current_stream(device), counters, floats);
+    params.counters = memory.counters;
+    params.partials = partials.has_value() ? cuda::data_of<float>(partials) : memory.partials;
+    if (params.partials == nullptr) return false;
+  }
+  void* arguments[] = {&params};
+  const unsigned groups = static_cast<unsigned>(params.heads_k / params.heads_of_block);
+  const unsigned parts_of_head = static_cast<unsigned>(params.parts);
+  if (params.in_clusters) {
+    variant.kernel.launch_clusters(
+        device, {parts_of_head, groups, static_cast<unsigned>(params.batch)}, kClusterParts,
+        arguments);
+  } else {
+    variant.kernel.launch(device, {groups, parts_of_head}, arguments);
+  }
+  return true;
+}
+
+}  // namespace jit_kernel::hopper
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(load_decode, jit_kernel::hopper::load_decode);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(partial_floats, jit_kernel::hopper::partial_floats);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(decode, jit_kernel::hopper::decode);
