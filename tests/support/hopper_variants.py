@@ -6,6 +6,7 @@ from jit_kernel import config
 from jit_kernel.device import Target
 from jit_kernel.engine import compiler, nvrtc
 from jit_kernel.fa3.hopper import kernels as hopper_kernels
+from jit_kernel.jit import KernelSpec
 
 TARGET = Target("cuda", "sm_90a")
 # One of each tile, both dtypes, with and without mask and softcap: dtype, d, dv, is masked, has softcap.
@@ -23,9 +24,17 @@ NAMED = [
 ]
 
 
+# On cached keys: dtype, d, dv. Each tile has its own registers.
+NAMED_CACHED = [("fp16" if d == 96 else "bf16", d, dv) for d, dv in hopper_kernels.HEAD_DIMS]
+
+
 def compile_variant(fields: tuple[str, int, int, bool, bool]) -> tuple[bytes, str]:
     """The cubin of a variant and the compiler's log; nothing is taken from NVRTC's own cache."""
-    spec = hopper_kernels.forward_spec(*fields)
+    return compile_spec(hopper_kernels.forward_spec(*fields))
+
+
+def compile_spec(spec: KernelSpec) -> tuple[bytes, str]:
+    """The same of any kernel."""
     sources = config.kernel_sources_dir()
     return nvrtc.compile_cubin(
         spec.unit,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jit_kernel.device import Target, device_target
+from jit_kernel.device import Target
 from jit_kernel.fa3 import call as calls
 from jit_kernel.fa3.call import Call, Result
 from jit_kernel.fa3.decision import Accepted, Decision, Rejected
@@ -29,7 +29,6 @@ CLAIMED = frozenset(
     ("ragged_q", "ragged_k", "seqused_q", "seqused_k", "causal", "window", "chunk", "softcap", "sinks", "lse")
 )
 
-_devices: dict[int, DeviceKernels] = {}
 _asks_for_more = asks_for_more(CLAIMED)
 
 
@@ -92,11 +91,7 @@ def _spec(dtype: str, head_dim: int, head_dim_v: int, masked: bool, softcap: boo
 
 
 def _kernels_of(device: torch.device) -> DeviceKernels:
-    index: int = device.index
-    found = _devices.get(index)
-    if found is None:
-        found = _devices[index] = DeviceKernels(index, device_target(device))
-    return found
+    return kernels.kernels_of(device)
 
 
 def _load(device: DeviceKernels, key: tuple[Any, ...]) -> int:
