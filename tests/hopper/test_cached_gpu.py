@@ -178,6 +178,29 @@ def test_the_same_call_a_thousand_times_gives_the_same_bits(page_size: int) -> N
         assert torch.equal(kvcache(q, k, v, **given), first)
 
 
+@pytest.mark.parametrize("num_splits", [0, 5])
+@pytest.mark.parametrize("sizes", hopper_kernels.HEAD_DIMS, ids=str)
+def test_parts_of_long_keys_are_joined_to_the_same_bits_each_time(sizes: tuple[int, int], num_splits: int) -> None:
+    """A chunk of queries at the end of many keys, few heads: more parts than tiles; and tiles with fewer blocks."""
+    torch.manual_seed(15)
+    lengths, page_size = [20_000, 90, 5_000], 64
+    q = randn(3, 70, 8, sizes[0])
+    table = shuffled_table(3, max(lengths), page_size)
+    k, v = (randn(table.numel(), page_size, 1, d) for d in sizes)
+    call = partial(
+        kvcache, q, k, v, cache_seqlens=ints(*lengths), page_table=table, causal=True, return_softmax_lse=True
+    )
+    out, lse = call(num_splits=num_splits)
+    keys = [[x[row.long()].flatten(0, 1)[:n] for x in (k, v)] for row, n in zip(table, lengths, strict=True)]
+    problem = reference.Problem([reference.Sequence(q[i], *keys[i]) for i in range(3)], causal=True)
+    assert reference.check(list(out), list(lse), problem).worst <= 1
+    assert not torch.equal(call(num_splits=1)[0][0], out[0])  # the keys were cut
+    for _ in range(200):
+        again, again_lse = call(num_splits=num_splits)
+        assert torch.equal(again, out)
+        assert torch.equal(again_lse, lse)
+
+
 def test_a_captured_call_replays_with_other_lengths() -> None:
     torch.manual_seed(14)
     q, k, v = randn(3, 40, 8, 128), randn(3, 1000, 1, 128), randn(3, 1000, 1, 128)

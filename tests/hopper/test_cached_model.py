@@ -5,9 +5,15 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jit_kernel.fa3 import call as calls
+from jit_kernel.fa3.call import Call
+from jit_kernel.fa3.hopper import cached
+from jit_kernel.fa3.hopper import kernels as hopper_kernels
+from jit_kernel.fa3.portable import planning
 from tests.support import cached_model as model
 from tests.support import shared_numbers
 from tests.support.cached_model import Cache
@@ -106,6 +112,60 @@ def test_rows_are_copied_to_where_the_copy_engine_puts_them(row: shared_numbers.
                 inside = in_block * panel * 2 + piece % pieces_of_panel * model.PIECE
                 expected[base + model.swizzled(inside, panel * 2)] = in_block, piece
         assert written == expected
+
+
+@QUIET
+@given(st.integers(0, 300), st.integers(1, 500), st.integers(1, 130))
+def test_parts_of_a_tile_are_all_of_its_blocks_once_and_none_is_empty(begin: int, count: int, splits: int) -> None:
+    parts = model.cut(begin, begin + count, splits)
+    assert [block for part in parts for block in part] == list(range(begin, begin + count))
+    assert all(len(part) > 0 for part in parts)
+    assert len(parts) <= splits
+
+
+@QUIET
+@given(st.integers(1, 140), st.integers(1, 132), st.integers(0, 200_000))
+def test_keys_are_cut_as_the_portable_kernels_cut_them(tiles: int, blocks: int, keys: int) -> None:
+    """Where memory does not bound it: what one implementation's heuristic gives, the other's does."""
+    assert model.parts_of_tiles(tiles, blocks, keys, 1 << 30) == planning.best_splits(tiles, blocks, keys)
+    bounded = model.parts_of_tiles(tiles, blocks, keys, cached.PARTS_OF_BLOCK * blocks)
+    assert bounded == 1 or bounded * tiles <= cached.PARTS_OF_BLOCK * blocks
+
+
+def test_tiles_of_one_part_lie_side_by_side_and_every_part_comes_once() -> None:
+    found = model.order(7, 3, base=5)
+    assert [part for part, _, _ in found] == sorted(part for part, _, _ in found)
+    assert sorted((ordinal, part) for part, _, ordinal in found) == [(5 + t, p) for t in range(7) for p in range(3)]
+
+
+def test_the_host_has_the_kernels_own_numbers_of_parts() -> None:
+    text = (PREFILL / "cached_params.h").read_text(encoding="utf-8")
+    for name, number in (
+        ("kPartStateColumns", cached.STATE_COLUMNS),
+        ("kLeastKeysOfPart", cached.LEAST_KEYS),
+        ("kMostPartsOfTile", cached.MOST_PARTS),
+    ):
+        assert re.findall(rf"{name} = (\d+)", text) == [str(number)]
+    for row in TILES:
+        rows = hopper_kernels.TILE_ROWS.get((row.head_dim, row.head_dim_v), 128)
+        assert rows == row.warpgroups * model.ROWS_PER_WARPGROUP
+
+
+def call_of(q: tuple[int, ...], k: tuple[int, ...], **given: object) -> Call:
+    arguments = {"q": torch.empty(q), "k_cache": torch.empty(k), "v_cache": torch.empty(k), "num_splits": 0, **given}
+    return Call(*calls.of(calls.KVCACHE, arguments))
+
+
+def test_memory_for_parts_is_asked_for_where_keys_may_be_cut() -> None:
+    page_table = torch.zeros(1, 2048, dtype=torch.int32)
+    few = call_of((1, 256, 8, 8), (1, 64, 1, 8), page_table=page_table)
+    assert cached.most_parts(few, 128, 132) == 264  # 16 tiles of up to 128 parts
+    assert cached.most_parts(call_of((1, 256, 8, 8), (1, 1000, 1, 8)), 128, 132) == 16 * 3
+    assert cached.most_parts(call_of((1, 256, 8, 8), (1, 500, 1, 8)), 128, 132) == 0  # too few keys
+    assert cached.most_parts(call_of((8, 256, 8, 8), (8, 5000, 1, 8)), 128, 132) == 0  # enough tiles
+    assert cached.most_parts(call_of((8, 256, 8, 8), (8, 5000, 1, 8), num_splits=3), 128, 132) == 8 * 16 * 3
+    ragged = {"cu_seqlens_q": torch.tensor([0, 1, 130])}
+    assert cached.most_parts(call_of((130, 3, 8), (2, 5000, 1, 8), **ragged), 128, 132) == 3 * (1 + 2) * 19
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 8, 16, 32, 64, 128])

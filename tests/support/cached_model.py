@@ -150,3 +150,36 @@ def packed_box(group: int, row: int, first_row: int) -> tuple[int, int]:
     box = [(token, head) for token in range(ROWS_PER_WARPGROUP // pack) for head in range(pack)]
     token, head = box[row]
     return (first_row >> pack_shift(group)) + token, head
+
+
+def cut(begin: int, end: int, splits: int) -> list[range]:
+    """The blocks of each part of a tile, by TileScheduler::cut."""
+    each = -(-(end - begin) // splits)
+    parts = -(-(end - begin) // each)
+    return [range(begin + part * each, min(end, begin + (part + 1) * each)) for part in range(parts)]
+
+
+def parts_of_tiles(tiles: int, blocks: int, keys: int, most_parts: int) -> int:
+    """Into how many parts tiles are cut with num_splits 0."""
+    if tiles == 0 or 10 * tiles >= 8 * blocks:
+        return 1
+    most = min(128, keys // 256, most_parts // tiles)
+
+    def fill(parts: int) -> float:
+        work = tiles * parts
+        return work / (-(-work // blocks) * blocks)
+
+    best = max((fill(parts) for parts in range(1, most + 1)), default=0.0)
+    least = min((parts for parts in range(1, most + 1) if fill(parts) >= 0.85 * best), default=128)
+    return 1 if most <= 1 else least
+
+
+def order(tiles: int, splits: int, base: int) -> list[tuple[int, int, int]]:
+    """(part, tile of the section, ordinal) by linear index, by TileScheduler::seek, of a section behind base tiles."""
+    found = []
+    for index in range(base * splits, (base + tiles) * splits):
+        offset = index - base * splits
+        part = offset // tiles
+        tile = offset - part * tiles
+        found.append((part, tile, base * splits // splits + tile))
+    return found

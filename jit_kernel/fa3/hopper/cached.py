@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from jit_kernel.fa3 import call as calls
@@ -14,6 +15,11 @@ from jit_kernel.fa3.call import Call, Result
 from jit_kernel.fa3.features import DTYPE_NAMES
 from jit_kernel.fa3.hopper import kernels
 from jit_kernel.fa3.hopper.kernels import DeviceKernels
+
+# As the kernels have them, in prefill/cached_params.h.
+STATE_COLUMNS, LEAST_KEYS, MOST_PARTS = 8, 256, 128
+# So many parts for each block are enough to fill the last round, and bound the memory: 17 MiB at head size 128.
+PARTS_OF_BLOCK = 2
 
 
 def attend(call: Call) -> Result:
@@ -43,14 +49,48 @@ def try_attend(call: Call, *, only_known: bool) -> Result | None:
     left, right = calls.mask_bounds(call)
     fresh = call.k_new.shape[1] if call.k_new is not None and call.cu_seqlens_k_new is None else 0
     clear_rest = call.out is None and (offsets is not None or call.seqused_q is not None)
+    scratch = None if call.num_splits == 1 else _scratch(call, device.multiprocessors)
     launched = device.forward_cached(
         handle, q, call.k, v, result, lse, call.page_table, offsets, call.seqused_q, call.seqused_k,
-        call.cu_seqlens_k_new, call.cache_batch_idx, call.cache_leftpad, call.sinks, fresh, call.softmax_scale,
-        float(call.softcap), left, right, call.attention_chunk or 0, call.sm_margin, clear_rest, only_known,
+        call.cu_seqlens_k_new, call.cache_batch_idx, call.cache_leftpad, call.sinks, scratch, call.num_splits,
+        fresh, call.softmax_scale, float(call.softcap), left, right, call.attention_chunk or 0, call.sm_margin,
+        clear_rest, only_known,
     )  # fmt: skip
     if not launched:
         return None
     return result if lse is None else (result, lse)
+
+
+def _scratch(call: Call, multiprocessors: int) -> Tensor | None:
+    """Memory for the parts that the keys of tiles may be cut into, None where they will not be.
+
+    The kernel finds the number of parts by the lengths, which only the device knows; it cuts no more than fit here.
+    """
+    columns = kernels.padded(call.q.shape[-1], call.v.shape[-1])
+    if columns is None:
+        return None
+    rows = kernels.TILE_ROWS.get(columns, 128)
+    parts = most_parts(call, rows, max(1, multiprocessors - call.sm_margin))
+    if parts == 0:
+        return None
+    size = parts * rows * (columns[1] + STATE_COLUMNS)
+    return torch.empty(size, dtype=torch.float32, device=call.q.device)
+
+
+def most_parts(call: Call, rows: int, blocks: int) -> int:
+    """How many parts all tiles of `rows` may have together on so many blocks; 0 where no keys will be cut."""
+    q, k, table = call.q, call.k, call.page_table
+    group = q.shape[-2] // k.shape[-2]
+    pack = group if 64 % group == 0 else 1
+    heads, batch = q.shape[-2] // pack, calls.batch_of(call)
+    dense = call.cu_seqlens_q is None
+    tiles = heads * (batch * -(-q.shape[1] * pack // rows) if dense else q.shape[0] * pack // rows + batch)
+    if call.num_splits > 1:
+        return tiles * call.num_splits
+    of_tile = (k.shape[1] if table is None else k.shape[1] * table.shape[1]) // LEAST_KEYS
+    if of_tile <= 1 or (dense and call.seqused_q is None and 10 * tiles >= 8 * blocks):
+        return 0
+    return min(PARTS_OF_BLOCK * blocks, tiles * min(MOST_PARTS, of_tile))
 
 
 def _load(device: DeviceKernels, key: tuple[object, ...]) -> int:

@@ -20,6 +20,8 @@ CACHED = "forward_cached"  # prefill on cached keys, as a kernel and as the laun
 DTYPES = ("bf16", "fp16")
 # Head sizes of q and k, and of v; the least that hold a call's serve it, the rest is padded inside.
 HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+# Rows of queries in a tile, by head sizes; 128 where they are not named.
+TILE_ROWS = {(64, 64): 256}
 # The compiler's account of registers and spills goes to the entry's log, which the tests read.
 _FLAGS = ("--ptxas-options=-v",)
 

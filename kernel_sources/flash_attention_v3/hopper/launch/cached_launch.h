@@ -8,11 +8,13 @@
 #include <cstdint>
 #include <numeric>
 
+#include "flash_attention_v3/hopper/launch/arrivals.h"
 #include "flash_attention_v3/hopper/launch/prefill_launch.h"
 #include "flash_attention_v3/hopper/prefill/cached_params.h"
 
 namespace jit_kernel::hopper {
 
+constexpr int kRowsOfWarp = 16;
 constexpr int kSwizzleRows = 8;  // a box begins and ends at a multiple of the swizzle's period
 
 // The call's index tensors, each absent where the call has none.
@@ -117,6 +119,26 @@ inline void set_call(CachedParams& params, const Shape& shape, const TensorView&
   encode_queries(params, shape, q);
 }
 
+// The memory of parts that keys are cut into, where the caller gave some, and counters for them.
+// Returns how many parts a tile may have.
+inline int64_t set_parts(CachedParams& params, const Shape& shape, int64_t num_splits,
+                         const Optional<TensorView>& scratch, int device) {
+  if (num_splits == 1 || !scratch.has_value()) {
+    params.num_splits = 1;
+    return 1;
+  }
+  const int64_t columns = (shape.head_dim_v + kPartStateColumns) * static_cast<int64_t>(shape.rows);
+  params.num_splits = static_cast<int>(num_splits);
+  params.parts = data_of<float>(scratch);
+  params.most_parts =
+      static_cast<int>(std::min<int64_t>(scratch.value().size(0) / columns, kUnbounded));
+  // Tiles that do not fit into the memory with all of their parts are not cut.
+  const int64_t tiles = params.most_parts / std::max<int64_t>(2, num_splits) + 1;
+  params.arrivals = ArrivalPool::of(device).counters(cuda::current_stream(device),
+                                                     tiles * shape.rows / kRowsOfWarp);
+  return num_splits > 0 ? num_splits : std::max<int64_t>(1, params.capacity / kLeastKeysOfPart);
+}
+
 // As `forward`, on a cache: k and v are (pages, page_size, heads, columns) with page_table, else
 // one page a batch entry. New keys of seqlen_k_new tokens, or of cu_seqlens_k_new, lie in it
 // already.
@@ -125,7 +147,8 @@ inline bool forward_cached(int64_t handle, TensorView q, TensorView k, TensorVie
                            Optional<TensorView> cu_seqlens_q, Optional<TensorView> seqused_q,
                            Optional<TensorView> seqused_k, Optional<TensorView> cu_seqlens_k_new,
                            Optional<TensorView> cache_batch_idx, Optional<TensorView> cache_leftpad,
-                           Optional<TensorView> sinks, int64_t seqlen_k_new, double softmax_scale,
+                           Optional<TensorView> sinks, Optional<TensorView> scratch,
+                           int64_t num_splits, int64_t seqlen_k_new, double softmax_scale,
                            double softcap, int64_t left, int64_t right, int64_t chunk,
                            int64_t sm_margin, bool clear_rest, bool if_aligned) {
   if (if_aligned && !(is_aligned(q) && is_aligned(k) && is_aligned(v) && is_aligned(out))) {
@@ -146,7 +169,8 @@ inline bool forward_cached(int64_t handle, TensorView q, TensorView k, TensorVie
   params.clear_rest = clear_rest;
   params.progress = ProgressPool::of(device).counters(cuda::current_stream(device));
   void* arguments[] = {&params};
-  const unsigned grid = grid_of(params, variant.shape, params.pack_shift, device, sm_margin);
+  const int64_t parts = set_parts(params, variant.shape, num_splits, scratch, device);
+  const unsigned grid = grid_of(params, variant.shape, params.pack_shift, parts, device, sm_margin);
   variant.kernel.launch(device, {grid}, arguments);
   return true;
 }

@@ -151,12 +151,13 @@ inline int64_t most_tiles(const ForwardParams& params, const Shape& shape, int p
   return tiles * (params.heads_q >> pack_shift);
 }
 
-// Blocks that can have a tile at the same time; more of them would only look and leave.
-inline unsigned grid_of(const ForwardParams& params, const Shape& shape, int pack_shift, int device,
-                        int64_t sm_margin) {
+// Blocks that can have a tile, or a part of one, at the same time; more of them would only look and
+// leave.
+inline unsigned grid_of(const ForwardParams& params, const Shape& shape, int pack_shift,
+                        int64_t parts, int device, int64_t sm_margin) {
   const int64_t most = std::max<int64_t>(1, cuda::multiprocessors(device) - sm_margin);
-  return static_cast<unsigned>(
-      std::max<int64_t>(1, std::min(most, most_tiles(params, shape, pack_shift))));
+  const int64_t tiles = std::min(most, most_tiles(params, shape, pack_shift));
+  return static_cast<unsigned>(std::max<int64_t>(1, std::min(most, tiles * parts)));
 }
 
 // Every row starts at a multiple of the copy engine's 16 bytes.
@@ -193,7 +194,8 @@ inline bool forward(int64_t handle, TensorView q, TensorView k, TensorView v, Te
   params.clear_rest = clear_rest;
   params.progress = ProgressPool::of(device).counters(cuda::current_stream(device));
   void* arguments[] = {&params};
-  variant.kernel.launch(device, {grid_of(params, variant.shape, 0, device, sm_margin)}, arguments);
+  variant.kernel.launch(device, {grid_of(params, variant.shape, 0, 1, device, sm_margin)},
+                        arguments);
   return true;
 }
 

@@ -17,6 +17,11 @@ struct CacheRows {
   int columns;
 };
 
+// A part of a tile's keys leaves, of each row, its output and so many columns more: what a thread
+// knows of its rows. Less than so many keys are not worth a part; of one tile there are at most
+// 128: both are as of the portable kernels.
+enum : int { kPartStateColumns = 8, kLeastKeysOfPart = 256, kMostPartsOfTile = 128 };
+
 struct CachedParams : ForwardParams {
   const int* page_table;       // null for a dense cache
   const int* cache_batch_idx;  // each null where there is none
@@ -31,6 +36,10 @@ struct CachedParams : ForwardParams {
   int box_rows, boxes;  // rows of a box and boxes of a block of keys; 0 where rows are copied one
                         // by one
   CacheRows k_rows, v_rows;  // for the latter
+  int num_splits;  // parts that the keys of a tile are cut into; 0: as many as fill the machine
+  int most_parts;  // for which there is memory, of all tiles; 0: keys are not cut
+  float* parts;    // what they leave
+  int* arrivals;   // zeros, one for each 16 rows of every tile: how many parts have come
   int pack_shift;  // a tile's row is query token row >> pack_shift, and of 1 << pack_shift query
                    // heads the one of its low bits
 };

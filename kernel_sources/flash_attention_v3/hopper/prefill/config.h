@@ -21,8 +21,10 @@ struct TileInfo {
 // The same of keys in a cache, whose rows are numbered as cached_params.h says. head is the first
 // of the tile's query heads, row counts packed rows, len_q tokens.
 struct CachedTileInfo : TileInfo {
-  int leftpad, cache_row;  // cache_row: of the page table, or of the dense cache
-  int low, high;           // rows of the cache that some row of the tile sees
+  int leftpad, cache_row;   // cache_row: of the page table, or of the dense cache
+  int low, high;            // rows of the cache that some row of the tile sees
+  int part, parts;          // of the tile's keys, and how many there are
+  int ordinal, first_part;  // the tile's number among all, and its first part's
 };
 
 // Calls on cached keys have one kernel for each pair of head sizes: what they ask for is found out

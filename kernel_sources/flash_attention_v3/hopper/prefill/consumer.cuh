@@ -9,6 +9,7 @@
 #include "flash_attention_v3/hopper/common/fragments.cuh"
 #include "flash_attention_v3/hopper/prefill/cached_epilogue.cuh"
 #include "flash_attention_v3/hopper/prefill/cached_keys.cuh"
+#include "flash_attention_v3/hopper/prefill/cached_parts.cuh"
 #include "flash_attention_v3/hopper/prefill/shared_memory.cuh"
 #include "jit_kernel/cuda/warpgroup.cuh"
 
@@ -312,6 +313,14 @@ struct Consumer {
       if constexpr (!C::kOverlap) wgmma_wait<0>();
       skip_keys(skipped);
       const typename C::Info& tile = *shared.tile(tile_at.stage());
+      bool stores = true;
+      if constexpr (C::kCached) {
+        if (uniform(tile.parts) > 1) {
+          wgmma_wait<0>();
+          pin_registers(output);
+          stores = join_parts<C>(params, tile, output, softmax, warpgroup);
+        }
+      }
       RingPosition<kTileSlots> this_at = tile_at;
       tile_at.advance();
       const bool more = open_tile();
@@ -322,7 +331,7 @@ struct Consumer {
       wgmma_wait<1>();
       release_output();
       if constexpr (C::kCached) {
-        store_cached_tile<C>(params, tile, output, softmax, warpgroup);
+        if (stores) store_cached_tile<C>(params, tile, output, softmax, warpgroup);
       } else {
         store_tile<C>(params, tile, output, softmax, warpgroup);
       }

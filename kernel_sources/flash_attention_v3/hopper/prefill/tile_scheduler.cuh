@@ -7,7 +7,7 @@
 // counter.
 #pragma once
 
-#include "flash_attention_v3/hopper/prefill/cached_keys.cuh"
+#include "flash_attention_v3/hopper/prefill/cached_parts.cuh"
 #include "flash_attention_v3/hopper/prefill/producer.cuh"
 #include "jit_kernel/cuda/warpgroup.cuh"
 
@@ -43,23 +43,32 @@ class TileScheduler {
  public:
   __device__ TileScheduler(const typename C::Params& params, const unsigned short* order)
       : params_(params), order_(order) {
+    if constexpr (C::kCached) splits_ = parts_of_tiles<C>(params);
     open_window(0);
   }
 
   // Finds the tile of a linear index that is not below that of the call before. False past the end.
   __device__ bool seek(int index, typename C::Info& info) {
     int tiles = __reduce_add_sync(0xffffffffu, blocks_);
-    while (index - base_ >= tiles * heads()) {
-      base_ += tiles * heads();
+    while (index - base_ >= tiles * heads() * splits_) {
+      base_ += tiles * heads() * splits_;
       if (!advance()) return false;
       tiles = __reduce_add_sync(0xffffffffu, blocks_);
     }
-    int source, head, block;
-    locate(index - base_, tiles, source, head, block);
+    int source, head, block, offset = index - base_, part = 0;
+    if constexpr (C::kCached) {
+      // Tiles of the same part side by side: they read the same keys.
+      part = offset / (tiles * heads());
+      offset -= part * tiles * heads();
+    }
+    locate(offset, tiles, source, head, block);
     const int len_q = __shfl_sync(0xffffffffu, len_q_, source);
     const int len_k = __shfl_sync(0xffffffffu, len_k_, source);
     const int batch = __shfl_sync(0xffffffffu, batch_, source);
-    if (lane() == 0) write(info, batch, first_head_ + head, block * C::kRows, len_q, len_k);
+    if (lane() == 0) {
+      write(info, batch, first_head_ + head, block * C::kRows, len_q, len_k);
+      if constexpr (C::kCached) cut(info, base_ / splits_ + offset, part);
+    }
     return true;
   }
 
@@ -129,6 +138,20 @@ class TileScheduler {
     info.block_begin = info.low / C::kKeys;
   }
 
+  // The blocks of one part of a tile; none where part is not below parts.
+  __device__ void cut(typename C::Info& info, int ordinal, int part) const {
+    info.ordinal = ordinal;
+    info.first_part = ordinal * splits_;
+    info.part = part;
+    info.parts = 1;
+    if (splits_ == 1 || info.first_part + splits_ > params_.most_parts) return;
+    const int blocks = info.block_end - info.block_begin;
+    const int each = (blocks + splits_ - 1) / splits_;
+    info.parts = (blocks + each - 1) / each;
+    info.block_begin += part * each;
+    info.block_end = min(info.block_end, info.block_begin + each);
+  }
+
   __device__ void open_window(int first) {
     first_ = first;
     first_head_ = 0;
@@ -175,6 +198,7 @@ class TileScheduler {
   int first_, width_;                   // the window's sequences
   int batch_, len_q_, len_k_, blocks_;  // this lane's sequence, blocks of queries
   int first_head_, section_;            // first query head of the section, heads of a whole one
+  int splits_ = 1;                      // parts of each tile's keys
 };
 
 // The scheduler warp: finds the next tile while the producer and the consumers work on the present
@@ -192,6 +216,13 @@ __device__ __forceinline__ void schedule(const typename C::Params& params,
     typename C::Info& tile = *shared.tile(at.stage());
     mbarrier_wait(shared.tile_empty(at.stage()), at.parity() ^ 1);
     found = scheduler.seek(index, tile);
+    if constexpr (C::kCached) {
+      while (found && uniform(tile.part >= tile.parts)) {  // a tile with fewer blocks than parts
+        if (leader) index = atomicAdd(params.progress, 1) + gridDim.x;
+        index = uniform(index);
+        found = scheduler.seek(index, tile);
+      }
+    }
     if (leader) {
       if (!found) tile.batch = -1;
       mbarrier_arrive(shared.tile_full(at.stage()));
