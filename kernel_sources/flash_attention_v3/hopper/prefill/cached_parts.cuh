@@ -26,7 +26,7 @@ __device__ __forceinline__ int parts_of_tiles(const CachedParams& params) {
     tiles += (tile_rows<C>(params, len_q) + C::kRows - 1) / C::kRows;
     longest = max(longest, key_count<C>(params, i));
   }
-  tiles = __reduce_add_sync(0xffffffffu, min(tiles, 1 << 16)) * heads_of_tiles<C>(params);
+  tiles = __reduce_add_sync(0xffffffffu, min(tiles, 1 << 12)) * heads_of_tiles<C>(params);
   longest = __reduce_max_sync(0xffffffffu, longest);
   if (tiles == 0 || 10 * tiles >= 8 * blocks) return 1;
   const int keys = min(longest, min(longest, params.window_left) +
