@@ -18,7 +18,9 @@ from jit_kernel.fa3 import dispatch, hopper
 from jit_kernel.fa3.call import Call
 from jit_kernel.fa3.decision import Accepted, Rejected
 from jit_kernel.fa3.features import Features
-from tests.support.hopper_variants import NAMED, TARGET, compile_variant
+from jit_kernel.fa3.hopper import kernels as hopper_kernels
+from jit_kernel.jit import KernelSpec
+from tests.support.hopper_variants import NAMED, NAMED_CACHED, TARGET, compile_spec
 
 CALL = Features(
     dtype="bf16",
@@ -52,7 +54,16 @@ CALL = Features(
 
 @pytest.mark.parametrize("fields", NAMED, ids=str)
 def test_a_variant_compiles_without_spills_or_serialised_products(fields: tuple[str, int, int, bool, bool]) -> None:
-    image, log = compile_variant(fields)
+    compiles_well(hopper_kernels.forward_spec(*fields))
+
+
+@pytest.mark.parametrize("fields", NAMED_CACHED, ids=str)
+def test_a_kernel_on_cached_keys_compiles_as_well(fields: tuple[str, int, int]) -> None:
+    compiles_well(hopper_kernels.cached_spec(*fields))
+
+
+def compiles_well(spec: KernelSpec) -> None:
+    image, log = compile_spec(spec)
     assert image[:4] == b"\x7fELF"
     assert re.findall(r"\bC75\d\d\b.*", log) == []
     assert re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log) == [("0", "0")]

@@ -28,7 +28,10 @@ def kernel_of(row: shared_numbers.TileRow) -> Kernel:
 # Where warpgroups skip blocks: with a mask, and where they do not take turns.
 SKIPPING = [kernel_of(row) for row in shared_numbers.tile_rows() if row.masked and not row.ping_pong]
 ANY_KERNEL = st.builds(
-    lambda warpgroups, stages, *schedule: Kernel(warpgroups, stages, *schedule, *shared_numbers.most_skipped(stages)),
+    lambda clears, warpgroups, stages, *schedule: Kernel(
+        warpgroups, stages, *schedule, *shared_numbers.most_skipped(stages), clears
+    ),
+    st.booleans(),
     st.sampled_from([2, 4]),
     st.integers(1, 5),
     st.integers(1, 2),
@@ -74,7 +77,7 @@ def test_the_model_has_the_kernels_own_numbers() -> None:
         assert first + last <= stages
 
 
-@pytest.mark.parametrize("kernel", SKIPPING, ids=str)
+@pytest.mark.parametrize("kernel", [*SKIPPING, *(dataclasses.replace(each, clears=True) for each in SKIPPING)], ids=str)
 @QUIET
 @given(data=st.data())
 def test_with_the_rule_no_order_of_steps_deadlocks(kernel: Kernel, data: st.DataObject) -> None:

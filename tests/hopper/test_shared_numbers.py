@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from jit_kernel import config
 from jit_kernel.engine import triton_compiler
 from jit_kernel.fa3.hopper import kernels as hopper_kernels
 from tests.support import shared_numbers
 
-LAUNCHER = shared_numbers.HOPPER / "launch" / "launcher.cpp"
-HOST = config.package_dir() / "fa3" / "hopper" / "__init__.py"
+LAUNCH = shared_numbers.HOPPER / "launch"
+HOST = config.package_dir() / "fa3" / "hopper"
 # Names that the host side has for what the launcher calls otherwise.
 SAME = {"result": "out", "only_known": "if_aligned", "offsets": "cu_seqlens_q"}
+SAME |= {"fresh": "seqlen_k_new", "attention_chunk": "chunk"}
 
 
 def test_the_head_sizes_are_the_tables() -> None:
@@ -23,7 +26,7 @@ def test_the_head_sizes_are_the_tables() -> None:
 
 def test_nothing_else_lists_the_head_sizes() -> None:
     """The launcher and the kernels take them from the table."""
-    for path in (LAUNCHER, shared_numbers.HOPPER / "prefill" / "tile_size.h"):
+    for path in (LAUNCH / "prefill_launch.h", shared_numbers.HOPPER / "prefill" / "tile_size.h"):
         text = path.read_text(encoding="utf-8")
         assert text.count("prefill/tile_table.inc") == 1
         assert not re.search(r"<\d+, \d+, (true|false|kMasked)>", text)
@@ -46,9 +49,13 @@ def test_a_block_has_the_shared_memory_that_the_architecture_has() -> None:
     assert int(found[1]) * 1024 == triton_compiler.shared_limit("sm_90a")
 
 
-def test_the_host_passes_what_the_launcher_takes_in_its_order() -> None:
-    taken = shared_numbers.parameters(LAUNCHER, "forward")
-    passed = shared_numbers.arguments(HOST, "forward")
+@pytest.mark.parametrize(
+    ("host", "launch", "function"),
+    [("__init__.py", "prefill_launch.h", "forward"), ("cached.py", "cached_launch.h", "forward_cached")],
+)
+def test_the_host_passes_what_the_launcher_takes_in_its_order(host: str, launch: str, function: str) -> None:
+    taken = shared_numbers.parameters(LAUNCH / launch, function)
+    passed = shared_numbers.arguments(HOST / host, function)
     assert len(passed) == len(taken)
     named = [(SAME.get(given, given), wanted) for given, wanted in zip(passed, taken, strict=True) if given is not None]
     assert len(named) >= len(taken) - 2  # of which one is computed where it is passed

@@ -24,6 +24,10 @@ NAMED = [
 ]
 
 
+# On cached keys: dtype, d, dv. Each tile has its own registers.
+NAMED_CACHED = [("fp16" if d == 96 else "bf16", d, dv) for d, dv in hopper_kernels.HEAD_DIMS]
+
+
 def compile_variant(fields: tuple[str, int, int, bool, bool]) -> tuple[bytes, str]:
     """The cubin of a prefill variant and the compiler's log."""
     return compile_spec(hopper_kernels.forward_spec(*fields))

@@ -28,6 +28,7 @@ class Kernel:
     queries_in_registers: bool
     most_first: int
     most_last: int
+    clears: bool = False  # a tile's first values are waited for early, as on cached keys
 
     def share(self, blocks: int, begin: int, end: int) -> tuple[int, int, int]:
         """Blocks that a warpgroup skips first, works on and skips last; it sees those from begin to end of a tile's.
@@ -154,6 +155,8 @@ class Block:
                 self.values.empty(w)  # of the block before
             if last:
                 return
+            if self.kernel.clears and block == 0:
+                yield lambda: self.values.holds(w)
             if self.kernel.overlap:
                 yield lambda: self.keys.holds(w)
                 yield lambda: self.values.holds(w)

@@ -16,9 +16,12 @@ FOLDER = "flash_attention_v3/hopper"
 LAUNCHER = KernelSpec(
     FOLDER, '#include "flash_attention_v3/hopper/launch/launcher.cpp"\n', "host", (("function", "launcher"),)
 )
+CACHED = "forward_cached"  # prefill on cached keys, as a kernel and as the launcher's function
 DTYPES = ("bf16", "fp16")
 # Head sizes of q and k, and of v; the least that hold a call's serve it, the rest is padded inside.
 HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+# Rows of queries in a tile, by head sizes; 128 where they are not named.
+TILE_ROWS = {(64, 64): 256}
 _APPEND_THREADS = 128  # kAppendThreads of append/params.h, as the unit asserts
 # Of the decode kernels: of q, k and v, and the packed query rows of a sequence.
 DECODE_HEAD_DIMS = (64, 128, 256)
@@ -69,8 +72,18 @@ def decode_spec(dtype: str, head_dim: int, rows: int) -> KernelSpec:
     return KernelSpec(FOLDER, unit, "cuda", variant, _FLAGS)
 
 
+def cached_spec(dtype: str, head_dim: int, head_dim_v: int) -> KernelSpec:
+    """The kernel of a pair of head sizes on cached keys; mask, softcap and pages are branches in it."""
+    unit = (
+        '#include "flash_attention_v3/hopper/prefill/forward.cuh"\n'
+        f"JIT_KERNEL_EXPORT_FORWARD_CACHED({dtype}, {head_dim}, {head_dim_v})\n"
+    )
+    variant = (("function", CACHED), ("dtype", dtype), ("head_dim", head_dim), ("head_dim_v", head_dim_v))
+    return KernelSpec(FOLDER, unit, "cuda", variant, _FLAGS)
+
+
 def all_specs() -> Iterator[KernelSpec]:
-    """The launcher and every kernel: two dtypes, six pairs of head sizes, with and without mask and softcap."""
+    """The launcher and every kernel: two dtypes, six pairs of head sizes, with and without mask and softcap, cached."""
     yield LAUNCHER
     for dtype in DTYPES:
         yield append_spec(dtype)
@@ -78,6 +91,7 @@ def all_specs() -> Iterator[KernelSpec]:
             for masked in (False, True):
                 for softcap in (False, True):
                     yield forward_spec(dtype, head_dim, head_dim_v, masked, softcap)
+            yield cached_spec(dtype, head_dim, head_dim_v)
         for head_dim in DECODE_HEAD_DIMS:
             for rows in DECODE_ROWS:
                 if rows <= DECODE_MOST_ROWS[head_dim]:
@@ -90,7 +104,7 @@ def _is_plain(spec: KernelSpec) -> bool:
 
 
 class DeviceKernels(cubin.DeviceKernels):
-    """The kernels of one GPU; `forward`, `decode` and `append` launch one by its handle."""
+    """The kernels of one GPU; `forward`, `forward_cached`, `decode` and `append` launch one by its handle."""
 
     def __init__(self, index: int, target: Target) -> None:
         super().__init__(index, target, LAUNCHER)
@@ -99,10 +113,15 @@ class DeviceKernels(cubin.DeviceKernels):
         self.forward = functions["forward"]  # type: ignore[method-assign]
         self.append = functions["append"]  # type: ignore[method-assign]
         self.decode = functions["decode"]  # type: ignore[method-assign]
+        self.forward_cached = functions[CACHED]  # type: ignore[method-assign]
 
     def forward(self, *arguments: object) -> bool:
         """What `forward` is until the launcher is loaded."""
         return bool(self._launcher()["forward"](*arguments))
+
+    def forward_cached(self, *arguments: object) -> bool:
+        """As `forward`, on cached keys."""
+        return bool(self._launcher()[CACHED](*arguments))
 
     def append(self, *arguments: object) -> bool:
         """As `forward`."""
@@ -127,7 +146,8 @@ class DeviceKernels(cubin.DeviceKernels):
             return fields["function"], fields["threads"], fields["shared_bytes"]
         if fields["function"] == "decode":
             return fields["head_dim"], fields["rows"]
-        return fields["head_dim"], fields["head_dim_v"], fields["masked"]
+        cached = fields["function"] == CACHED
+        return fields["head_dim"], fields["head_dim_v"], cached or fields["masked"], cached
 
 
 _devices: dict[int, DeviceKernels] = {}

@@ -7,7 +7,7 @@
 namespace jit_kernel::hopper {
 
 // Keys or values of a cache. A place is a page, or a sequence's entry of a dense cache.
-struct CacheRows {
+struct DecodeRows {
   TensorMap map;     // (column, row, panel, head, place), where the copy engine loads
   const void* data;  // where threads load, strides in elements
   long long place_stride, row_stride, head_stride;
@@ -15,7 +15,7 @@ struct CacheRows {
 
 // All strides in elements.
 struct DecodeParams {
-  CacheRows k, v;
+  DecodeRows k, v;
   const void* q;
   void* out;
   float* lse;         // null when not wanted

@@ -97,7 +97,7 @@ struct DecodeProducer {
     }
   }
 
-  __device__ __forceinline__ void load_tile(const CacheRows& rows, bool loads, int expected,
+  __device__ __forceinline__ void load_tile(const DecodeRows& rows, bool loads, int expected,
                                             int offset, int column, int row, int of_head,
                                             int place) {
     const u32 full = shared.full(at.stage());
@@ -137,7 +137,7 @@ struct DecodeProducer {
   }
 
   // `offset`: where this lane's row begins, in 16 bytes; `seen`: whether it is loaded at all.
-  __device__ __forceinline__ void load_rows(const CacheRows& rows, int columns, u32 offset,
+  __device__ __forceinline__ void load_rows(const DecodeRows& rows, int columns, u32 offset,
                                             bool seen) {
     const int lane = threadIdx.x % 32, piece = lane % kThreadsOfRow;
     const u32 all_seen = __ballot_sync(0xffffffffu, seen);
@@ -168,7 +168,7 @@ struct DecodeProducer {
   }
 
   // Where this lane's row begins, in 16 bytes.
-  __device__ __forceinline__ u32 offset_of(const CacheRows& rows, int place, int in_place) const {
+  __device__ __forceinline__ u32 offset_of(const DecodeRows& rows, int place, int in_place) const {
     const int of_head =
         head + (params.heads_of_block == 1
                     ? 0
@@ -189,7 +189,7 @@ struct DecodeProducer {
       const int in_place = places.row_in_place(lane_row(block));
 #pragma unroll 1
       for (int i = 0; i < 2; ++i) {
-        const CacheRows& rows = i == 0 ? params.k : params.v;
+        const DecodeRows& rows = i == 0 ? params.k : params.v;
         load_rows(rows, i == 0 ? params.head_dim : params.head_dim_v,
                   offset_of(rows, place, in_place), place >= 0);
       }

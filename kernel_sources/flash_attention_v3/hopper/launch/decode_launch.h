@@ -139,7 +139,7 @@ inline int box_panels_of(const TensorView& x, const DecodeShape& shape, int box_
 }
 
 // Keys or values of a cache (place, row, head, column).
-inline void set_cache_rows(CacheRows& rows, const TensorView& x, int box_rows, int box_panels,
+inline void set_cache_rows(DecodeRows& rows, const TensorView& x, int box_rows, int box_panels,
                            int panels) {
   rows.data = cuda::data_of(x);
   rows.place_stride = x.stride(0);

@@ -14,9 +14,29 @@
 #include <mutex>
 #include <unordered_map>
 
+#include "flash_attention_v3/hopper/launch/zeroed.h"
 #include "jit_kernel/cuda/driver.h"
 
 namespace jit_kernel::hopper {
+
+// What a stream is to those who keep memory for it.
+struct StreamState {
+  bool capturing;         // a launch becomes part of a graph
+  unsigned long long id;  // of one that is not: a stream's address may return, its id does not
+};
+
+inline StreamState state_of(cuda::Stream stream) {
+  static auto* const is_capturing =
+      cuda::driver_function<cuda::Result(cuda::Stream, int*)>("cuStreamIsCapturing");
+  static auto* const get_id =
+      cuda::driver_function<cuda::Result(cuda::Stream, unsigned long long*)>("cuStreamGetId");
+  int capturing = 0;
+  cuda::check(is_capturing(stream, &capturing), "cuStreamIsCapturing");
+  if (capturing != 0) return {true, 0};
+  unsigned long long id = 0;
+  cuda::check(get_id(stream, &id), "cuStreamGetId");
+  return {false, id};
+}
 
 class ProgressPool {
  public:
@@ -37,15 +57,9 @@ class ProgressPool {
   }
 
   int* counters(cuda::Stream stream) {
-    static auto* const is_capturing =
-        cuda::driver_function<cuda::Result(cuda::Stream, int*)>("cuStreamIsCapturing");
-    static auto* const get_id =
-        cuda::driver_function<cuda::Result(cuda::Stream, unsigned long long*)>("cuStreamGetId");
-    int capturing = 0;
-    cuda::check(is_capturing(stream, &capturing), "cuStreamIsCapturing");
-    if (capturing != 0) return take();
-    unsigned long long id = 0;  // a stream's address may return, its id does not
-    cuda::check(get_id(stream, &id), "cuStreamGetId");
+    const StreamState state = state_of(stream);
+    if (state.capturing) return take();
+    const unsigned long long id = state.id;
     const std::lock_guard<std::mutex> lock(mutex_);
     if (id == last_id_ && last_ != nullptr) return last_;
     int*& known = of_stream_[id];
@@ -57,24 +71,7 @@ class ProgressPool {
  private:
   static constexpr int64_t kPairs = 1 << 18;  // 2 MiB
 
-  ProgressPool() {
-    const cuda::RelaxedCapture relaxed;
-    auto* const allocate = cuda::driver_function<cuda::Result(void**, size_t)>("cuMemAlloc_v2");
-    auto* const create =
-        cuda::driver_function<cuda::Result(cuda::Stream*, unsigned)>("cuStreamCreate");
-    auto* const destroy = cuda::driver_function<cuda::Result(cuda::Stream)>("cuStreamDestroy_v2");
-    auto* const fill = cuda::driver_function<cuda::Result(void*, unsigned, size_t, cuda::Stream)>(
-        "cuMemsetD32Async");
-    auto* const finish = cuda::driver_function<cuda::Result(cuda::Stream)>("cuStreamSynchronize");
-    void* memory = nullptr;
-    cuda::check(allocate(&memory, 2 * kPairs * sizeof(int)), "cuMemAlloc");
-    cuda::Stream stream = nullptr;  // of its own: the caller's may be under capture
-    cuda::check(create(&stream, 1 /* CU_STREAM_NON_BLOCKING */), "cuStreamCreate");
-    cuda::check(fill(memory, 0, 2 * kPairs, stream), "cuMemsetD32Async");
-    cuda::check(finish(stream), "cuStreamSynchronize");
-    cuda::check(destroy(stream), "cuStreamDestroy");
-    pairs_ = static_cast<int*>(memory);
-  }
+  ProgressPool() : pairs_(zeroed_ints(2 * kPairs)) {}
 
   int* take() {
     const int64_t index = taken_.fetch_add(1, std::memory_order_relaxed);
@@ -86,7 +83,7 @@ class ProgressPool {
     return pairs_ + 2 * index;
   }
 
-  int* pairs_ = nullptr;
+  int* const pairs_;
   std::atomic<int64_t> taken_{0};
   std::mutex mutex_;
   std::unordered_map<unsigned long long, int*> of_stream_;

@@ -51,12 +51,22 @@ struct Places {
   bool reach_all;  // whether there are enough of them for the tensor
 };
 
+// A map of a tensor of 16-bit elements at `data`; steps in bytes, of the dimensions but the first.
+inline void encode_tiled(TensorMap& map, const tvm::ffi::TensorView& x, void* data,
+                         const uint64_t (&sizes)[kRank], const uint64_t (&steps)[kRank - 1],
+                         const uint32_t (&box)[kRank]) {
+  static EncodeTiled* const encode = cuda::driver_function<EncodeTiled>("cuTensorMapEncodeTiled");
+  const uint32_t every[kRank] = {1, 1, 1, 1, 1};
+  cuda::check(encode(&map, x.dtype().code == kDLBfloat ? kBfloat16 : kFloat16, kRank, data, sizes,
+                     steps, box, every, 0, box[0] == 64 ? kSwizzle128 : kSwizzle64, kPromote128, 0),
+              "cuTensorMapEncodeTiled");
+}
+
 // Fills `rows` for boxes of `box_rows` x `panel` elements. `bounded`: the kernel says where a
 // sequence ends, by a length from the device or by what a tile of queries sees. A tensor without
 // elements takes the address of `stand_in`: all of it is past the end and never read.
 inline void encode_map(TensorRows& rows, const char* name, const tvm::ffi::TensorView& x, int panel,
                        int box_rows, bool bounded, const tvm::ffi::TensorView& stand_in) {
-  static EncodeTiled* const encode = cuda::driver_function<EncodeTiled>("cuTensorMapEncodeTiled");
   const ByteStrides strides(x);
   const uint64_t columns = static_cast<uint64_t>(x.size(x.ndim() - 1));
   const uint64_t heads = static_cast<uint64_t>(x.size(x.ndim() - 2));
@@ -88,12 +98,8 @@ inline void encode_map(TensorRows& rows, const char* name, const tvm::ffi::Tenso
   }
   const uint32_t box[kRank] = {static_cast<uint32_t>(panel), static_cast<uint32_t>(box_rows), 1, 1,
                                1};
-  const uint32_t every[kRank] = {1, 1, 1, 1, 1};
-  void* const data = length * batch > 0 ? cuda::data_of(x) : cuda::data_of(stand_in);
-  cuda::check(
-      encode(&rows.map, x.dtype().code == kDLBfloat ? kBfloat16 : kFloat16, kRank, data, sizes,
-             steps, box, every, 0, panel == 64 ? kSwizzle128 : kSwizzle64, kPromote128, 0),
-      "cuTensorMapEncodeTiled");
+  encode_tiled(rows.map, x, length * batch > 0 ? cuda::data_of(x) : cuda::data_of(stand_in), sizes,
+               steps, box);
 }
 
 }  // namespace jit_kernel::hopper

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "flash_attention_v3/hopper/common/warpgroups.h"
+#include "flash_attention_v3/hopper/prefill/cached_params.h"
 #include "flash_attention_v3/hopper/prefill/tile_size.h"
 
 namespace jit_kernel::hopper {
@@ -17,9 +18,35 @@ struct TileInfo {
   int block_begin, block_end;  // blocks of keys, walked from the last to the first
 };
 
-template <class Element_, int kHeadDim_, int kHeadDimV_, bool kMasked_, bool kSoftcap_, class Tile>
+// The same of keys in a cache, whose rows are numbered as cached_params.h says. head is the first
+// of the tile's query heads, row counts packed rows, len_q tokens.
+struct CachedTileInfo : TileInfo {
+  int leftpad, cache_row;   // cache_row: of the page table, or of the dense cache
+  int low, high;            // rows of the cache that some row of the tile sees
+  int part, parts;          // of the tile's keys, and how many there are
+  int ordinal, first_part;  // the tile's number among all, and its first part's
+};
+
+// Calls on cached keys have one kernel for each pair of head sizes: what they ask for is found out
+// at run time.
+template <bool kCached>
+struct CallTypes {
+  using Params = ForwardParams;
+  using Info = TileInfo;
+};
+template <>
+struct CallTypes<true> {
+  using Params = CachedParams;
+  using Info = CachedTileInfo;
+};
+
+template <class Element_, int kHeadDim_, int kHeadDimV_, bool kMasked_, bool kSoftcap_, class Tile,
+          bool kCached_ = false>
 struct Config {
   using Element = Element_;
+  using Params = typename CallTypes<kCached_>::Params;
+  using Info = typename CallTypes<kCached_>::Info;
+  static constexpr bool kCached = kCached_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kHeadDimV = kHeadDimV_;
   static constexpr bool kMasked = kMasked_;
@@ -47,10 +74,11 @@ struct Config {
   static constexpr int kOffsetV = kOffsetK + kStages * kBytesK;
   static constexpr int kOffsetOrder = kOffsetV + kStages * kBytesV;
   static constexpr int kOffsetTile = kOffsetOrder + kMaxSorted * 2;
-  static constexpr int kOffsetBarriers = kOffsetTile + kTileSlots * int(sizeof(TileInfo));
+  static constexpr int kOffsetBarriers = kOffsetTile + kTileSlots * int(sizeof(Info));
   static constexpr int kBarriers = 2 * kStagesQ * kWarpgroups + 4 * kStages + 2 * kTileSlots + 1;
   static constexpr int kSharedBytes = kOffsetBarriers + kBarriers * 8;
 
+  static_assert(!kCached || (kMasked && kSoftcap), "cached keys are masked and capped at run time");
   static_assert(kWarpgroups == 2 || kWarpgroups == 4, "two or four consumer warpgroups");
   static_assert(kKeys % 16 == 0 && kKeys <= 256, "a block of keys is a multiple of wgmma's k");
   static_assert(kHeadDim % 32 == 0 && kHeadDimV % 32 == 0, "head sizes are padded to a panel");

@@ -7,8 +7,9 @@
 #pragma once
 
 #include "flash_attention_v3/hopper/common/fragments.cuh"
-#include "flash_attention_v3/hopper/common/mask.cuh"
-#include "flash_attention_v3/hopper/prefill/epilogue.cuh"
+#include "flash_attention_v3/hopper/prefill/cached_epilogue.cuh"
+#include "flash_attention_v3/hopper/prefill/cached_keys.cuh"
+#include "flash_attention_v3/hopper/prefill/cached_parts.cuh"
 #include "flash_attention_v3/hopper/prefill/shared_memory.cuh"
 #include "jit_kernel/cuda/warpgroup.cuh"
 
@@ -21,7 +22,7 @@ template <class C>
 struct Consumer {
   using Element = typename C::Element;
 
-  const ForwardParams& params;
+  const typename C::Params& params;
   Shared<C> shared;
   const int warpgroup;
   const u32 q_low, k_low, v_low;  // descriptors of stage 0
@@ -36,7 +37,7 @@ struct Consumer {
   u32 probabilities[C::kKeys / 4];
   u32 queries[C::kQuerySteps > 0 ? 4 * C::kQuerySteps : 1];
 
-  __device__ __forceinline__ Consumer(const ForwardParams& params, const Shared<C>& shared,
+  __device__ __forceinline__ Consumer(const typename C::Params& params, const Shared<C>& shared,
                                       int warpgroup)
       : params(params),
         shared(shared),
@@ -92,11 +93,12 @@ struct Consumer {
   // Waits for the scheduler's tile. False: there are no more.
   __device__ __forceinline__ bool open_tile() {
     mbarrier_wait(shared.tile_full(tile_at.stage()), tile_at.parity());
-    const TileInfo& tile = *shared.tile(tile_at.stage());
+    const typename C::Info& tile = *shared.tile(tile_at.stage());
     const int first = tile.row + warpgroup * kRowsPerWarpgroup;
-    const int last = max(tile.row, min(first + kRowsPerWarpgroup, tile.len_q) - 1);
-    const KeyInterval of_first = visible_keys<C::kMasked>(params, first, tile.len_q, tile.len_k);
-    const KeyInterval of_last = visible_keys<C::kMasked>(params, last, tile.len_q, tile.len_k);
+    const int rows = tile_rows<C>(params, tile.len_q);
+    const int last = max(tile.row, min(first + kRowsPerWarpgroup, rows) - 1);
+    const KeyInterval of_first = seen_keys<C>(params, tile, first);
+    const KeyInterval of_last = seen_keys<C>(params, tile, last);
     every_low = uniform(of_last.low);
     every_high = uniform(of_first.high);
     block_begin = uniform(tile.block_begin);
@@ -129,19 +131,19 @@ struct Consumer {
   // Only blocks at the mask's edge come here, so the rows' intervals are not kept in registers.
   template <bool kHigh>
   __device__ __forceinline__ void mask_block(int column) {
-    const TileInfo& tile = *shared.tile(tile_at.stage());
+    const typename C::Info& tile = *shared.tile(tile_at.stage());
     const int row = accumulator_row(tile.row + warpgroup * kRowsPerWarpgroup);
-    const KeyInterval rows[2] = {
-        visible_keys<C::kMasked>(params, row, tile.len_q, tile.len_k),
-        visible_keys<C::kMasked>(params, row + 8, tile.len_q, tile.len_k),
-    };
+    const KeyInterval rows[2] = {seen_keys<C>(params, tile, row),
+                                 seen_keys<C>(params, tile, row + 8)};
     mask_scores<kHigh>(scores, rows, accumulator_column(column));
   }
 
   __device__ __forceinline__ void work_on_scores(int block) {
     if constexpr (C::kSoftcap) {
+      if (!C::kCached || params.softcap_scale > 0.f) {
 #pragma unroll
-      for (float& score : scores) score = tanh_fast(score * params.softcap_scale);
+        for (float& score : scores) score = tanh_fast(score * params.softcap_scale);
+      }
     }
     const int column = block * C::kKeys;
     if (column + C::kKeys > every_high) mask_block<true>(column);
@@ -194,23 +196,39 @@ struct Consumer {
   // front of the first key that a row of the tile sees. They may hold anything, and a probability
   // of 0 times NaN is NaN. Each warpgroup writes them for itself, the same bytes, so none waits for
   // another; no product is in flight here. A row of a panel is contiguous, however it is swizzled.
-  __device__ __forceinline__ void clear_hidden_values() {
+  //
+  // Of a cache the values behind the last such key are cleared too, before the output of the first
+  // block; where no row of a block is seen, none was loaded, and all of it is cleared.
+  __device__ __forceinline__ void clear_hidden_values(int block) {
     if constexpr (!C::kMasked) return;
-    const TileInfo& tile = *shared.tile(tile_at.stage());
-    const int low = visible_keys<C::kMasked>(params, tile.row, tile.len_q, tile.len_k).low;
-    const int hidden = uniform(min(low - block_begin * C::kKeys, C::kKeys));
-    if (hidden <= 0) return;
+    const typename C::Info& tile = *shared.tile(tile_at.stage());
+    int low, seen = C::kKeys;
+    if constexpr (C::kCached) {
+      low = tile.low;
+      seen = uniform(max(0, min(tile.high - block * C::kKeys, C::kKeys)));
+    } else {
+      low = visible_keys<C::kMasked>(params, tile.row, tile.len_q, tile.len_k).low;
+    }
+    const int hidden = uniform(min(low - block * C::kKeys, C::kKeys));
+    if (hidden <= 0 && seen == C::kKeys) return;
     mbarrier_wait(shared.v_full(v_at.stage()), v_at.parity());
-    constexpr int kPanelBytes = C::kKeys * C::kPanelV * 2, kPiece = 16;
+    clear_values(0, hidden);
+    if constexpr (C::kCached) clear_values(seen, C::kKeys);
+    proxy_fence();
+    named_barrier_sync(kClearBarrier + warpgroup, 128);
+  }
+
+  // Rows of the present stage of values.
+  __device__ __forceinline__ void clear_values(int begin, int end) {
+    constexpr int kRowBytes = C::kPanelV * 2, kPanelBytes = C::kKeys * kRowBytes, kPiece = 16;
     const u32 v = shared.v(v_at.stage());
-    for (int at = threadIdx.x % 128 * kPiece; at < hidden * C::kPanelV * 2; at += 128 * kPiece) {
+    for (int at = begin * kRowBytes + threadIdx.x % 128 * kPiece; at < end * kRowBytes;
+         at += 128 * kPiece) {
 #pragma unroll
       for (int panel = 0; panel < C::kHeadDimV / C::kPanelV; ++panel) {
         store_zeros(v + panel * kPanelBytes + at);
       }
     }
-    proxy_fence();
-    named_barrier_sync(kClearBarrier + warpgroup, 128);
   }
 
   // All blocks but the output of the last one; the first one's scores have arrived. Returns whether
@@ -233,6 +251,9 @@ struct Consumer {
       const bool values_are_here = mbarrier_test(shared.v_full(v_at.stage()), v_at.parity());
       pack_probabilities<Element>(scores, probabilities);
       if (--block < block_begin) return pending;
+      if constexpr (C::kCached) {
+        if (!pending) clear_hidden_values(block + 1);
+      }
       if constexpr (C::kPingPong) named_barrier_sync(kPingPongBarrier + warpgroup, 256);
       if (!keys_are_here) wait_keys();
       issue_scores();
@@ -258,6 +279,9 @@ struct Consumer {
       if (pending) rescale_output(output, softmax);
       pack_probabilities<Element>(scores, probabilities);
       if (--block < block_begin) return pending;
+      if constexpr (C::kCached) {
+        if (!pending) clear_hidden_values(block + 1);
+      }
       if constexpr (C::kPingPong) named_barrier_sync(kPingPongBarrier + warpgroup, 256);
       issue_output(pending, values_are_here);
       pending = true;
@@ -272,6 +296,13 @@ struct Consumer {
     }
   }
 
+  __device__ __forceinline__ float largest_scale() const {
+    if constexpr (C::kCached) {
+      if (params.softcap_scale == 0.f) return kLargestScale<false>;
+    }
+    return kLargestScale<C::kSoftcap>;
+  }
+
   __device__ __forceinline__ void run() {
     if (C::kPingPong && warpgroup == C::kWarpgroups - 1)
       named_barrier_arrive(kPingPongBarrier, 256);
@@ -280,15 +311,23 @@ struct Consumer {
     issue_scores();
     wgmma_wait<0>();
     while (true) {
-      start_row(softmax, params.scale_log2 > kLargestScale<C::kSoftcap>);
+      start_row(softmax, params.scale_log2 > largest_scale());
       skip_values(skipped_first());
       const bool pending = C::kOverlap ? run_overlapped() : run_in_turn();
       const int skipped = skipped_last();
-      clear_hidden_values();
+      clear_hidden_values(block_begin);
       issue_output(pending);
       if constexpr (!C::kOverlap) wgmma_wait<0>();
       skip_keys(skipped);
-      const TileInfo& tile = *shared.tile(tile_at.stage());
+      const typename C::Info& tile = *shared.tile(tile_at.stage());
+      bool stores = true;
+      if constexpr (C::kCached) {
+        if (uniform(tile.parts) > 1) {
+          wgmma_wait<0>();
+          pin_registers(output);
+          stores = join_parts<C>(params, tile, output, softmax, warpgroup);
+        }
+      }
       RingPosition<kTileSlots> this_at = tile_at;
       tile_at.advance();
       const bool more = open_tile();
@@ -298,7 +337,11 @@ struct Consumer {
       issue_scores();
       wgmma_wait<1>();
       release_output();
-      store_tile<C>(params, tile, output, softmax, warpgroup);
+      if constexpr (C::kCached) {
+        if (stores) store_cached_tile<C>(params, tile, output, softmax, warpgroup);
+      } else {
+        store_tile<C>(params, tile, output, softmax, warpgroup);
+      }
       mbarrier_arrive(shared.tile_empty(this_at.stage()));  // every lane has read the tile
       wgmma_wait<0>();
       skip_values(skipped);

@@ -2,6 +2,7 @@
 // persistent blocks.
 #pragma once
 
+#include "flash_attention_v3/hopper/prefill/cached_producer.cuh"
 #include "flash_attention_v3/hopper/prefill/config.h"
 #include "flash_attention_v3/hopper/prefill/consumer.cuh"
 #include "flash_attention_v3/hopper/prefill/producer.cuh"
@@ -9,8 +10,9 @@
 
 namespace jit_kernel::hopper {
 
+// `loaders`: warps that load keys and values, each of which arrives once a stage and a tile.
 template <class C>
-__device__ __forceinline__ void initialise_barriers(const Shared<C>& shared) {
+__device__ __forceinline__ void initialise_barriers(const Shared<C>& shared, int loaders) {
   for (int stage = 0; stage < C::kStagesQ; ++stage) {
     for (int warpgroup = 0; warpgroup < C::kWarpgroups; ++warpgroup) {
       mbarrier_init(shared.q_full(stage, warpgroup), 1);
@@ -18,36 +20,57 @@ __device__ __forceinline__ void initialise_barriers(const Shared<C>& shared) {
     }
   }
   for (int stage = 0; stage < C::kStages; ++stage) {
-    mbarrier_init(shared.k_full(stage), 1);
+    mbarrier_init(shared.k_full(stage), loaders);
     mbarrier_init(shared.k_empty(stage), 4 * C::kWarpgroups);
-    mbarrier_init(shared.v_full(stage), 1);
+    mbarrier_init(shared.v_full(stage), loaders);
     mbarrier_init(shared.v_empty(stage), 4 * C::kWarpgroups);
   }
   for (int slot = 0; slot < kTileSlots; ++slot) {
     mbarrier_init(shared.tile_full(slot), 1);
-    mbarrier_init(shared.tile_empty(slot), 1 + 128 * C::kWarpgroups);
+    mbarrier_init(shared.tile_empty(slot), loaders + 128 * C::kWarpgroups);
   }
   mbarrier_init(shared.claim(), 1);
   mbarrier_init_fence();
 }
 
+// On cached keys the producer is a warp, or three that copy rows; the second is the scheduler.
 template <class C>
-__device__ __forceinline__ void forward(const ForwardParams& params, char* base) {
+__device__ __forceinline__ void run_cached_producers(const CachedParams& params,
+                                                     const Shared<C>& shared) {
+  const int warp = uniform(threadIdx.x / 32);
+  if (warp == 1) {
+    schedule<C>(params, shared);
+    return;
+  }
+  if (warp == 2 && params.clear_rest) clear_rest(params);
+  if (!uses_boxes<C>(params)) {
+    produce_cached<C, false>(params, shared, max(0, warp - 1));
+  } else if (warp == 0) {
+    produce_cached<C, true>(params, shared, 0);
+  }
+}
+
+template <class C>
+__device__ __forceinline__ void forward(const typename C::Params& params, char* base) {
   const Shared<C> shared{base};
   if (threadIdx.x == 0) {
     tma_prefetch_descriptor(&params.q.map);
-    tma_prefetch_descriptor(&params.k.map);
-    tma_prefetch_descriptor(&params.v.map);
-    initialise_barriers<C>(shared);
+    if (uses_boxes<C>(params)) {
+      tma_prefetch_descriptor(&params.k.map);
+      tma_prefetch_descriptor(&params.v.map);
+    }
+    initialise_barriers<C>(shared, loaders<C>(params));
   }
   if (is_sorted(params)) {
-    sort_sequences(params, reinterpret_cast<int*>(base), shared.order());
+    sort_sequences<C>(params, reinterpret_cast<int*>(base), shared.order());
     proxy_fence();  // the copy engine writes next where the lengths lay
   }
   __syncthreads();
   if (threadIdx.x < 128) {
     lower_registers<C::kProducerRegisters>();
-    if (threadIdx.x == 0) {
+    if constexpr (C::kCached) {
+      run_cached_producers<C>(params, shared);
+    } else if (threadIdx.x == 0) {
       produce<C>(params, shared);
     } else if (threadIdx.x < 32) {
       // The producer is one thread.
@@ -74,4 +97,15 @@ __device__ __forceinline__ void forward(const ForwardParams& params, char* base)
       forward(const __grid_constant__ jit_kernel::hopper::ForwardParams params) {            \
     extern __shared__ __align__(1024) char shared_memory[];                                  \
     jit_kernel::hopper::forward<ForwardConfig>(params, shared_memory);                       \
+  }
+
+// The kernel of a pair of head sizes on cached keys.
+#define JIT_KERNEL_EXPORT_FORWARD_CACHED(element, head_dim, head_dim_v)                          \
+  using ForwardConfig =                                                                          \
+      jit_kernel::hopper::Config<jit_kernel::element, head_dim, head_dim_v, true, true,          \
+                                 jit_kernel::hopper::TileFor<head_dim, head_dim_v, true>, true>; \
+  extern "C" __global__ void __launch_bounds__(ForwardConfig::kThreads, 1)                       \
+      forward_cached(const __grid_constant__ jit_kernel::hopper::CachedParams params) {          \
+    extern __shared__ __align__(1024) char shared_memory[];                                      \
+    jit_kernel::hopper::forward<ForwardConfig>(params, shared_memory);                           \
   }

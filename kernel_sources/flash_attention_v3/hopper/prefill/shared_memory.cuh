@@ -21,8 +21,8 @@ struct Shared {
   __device__ unsigned short* order() const {
     return reinterpret_cast<unsigned short*>(base + C::kOffsetOrder);
   }
-  __device__ TileInfo* tile(int slot) const {
-    return reinterpret_cast<TileInfo*>(base + C::kOffsetTile) + slot;
+  __device__ typename C::Info* tile(int slot) const {
+    return reinterpret_cast<typename C::Info*>(base + C::kOffsetTile) + slot;
   }
   __device__ u32 barrier(int index) const { return address(C::kOffsetBarriers + 8 * index); }
   __device__ u32 q_full(int stage, int warpgroup) const {

@@ -7,8 +7,7 @@
 // counter.
 #pragma once
 
-#include "flash_attention_v3/hopper/common/mask.cuh"
-#include "flash_attention_v3/hopper/common/sequence.cuh"
+#include "flash_attention_v3/hopper/prefill/cached_parts.cuh"
 #include "flash_attention_v3/hopper/prefill/producer.cuh"
 #include "jit_kernel/cuda/warpgroup.cuh"
 
@@ -20,10 +19,11 @@ __device__ __forceinline__ bool is_sorted(const ForwardParams& params) {
 
 // Ranks the sequences by number of keys, all threads of the block together. `scratch` holds batch
 // ints.
-__device__ __forceinline__ void sort_sequences(const ForwardParams& params, int* scratch,
+template <class C>
+__device__ __forceinline__ void sort_sequences(const typename C::Params& params, int* scratch,
                                                unsigned short* order) {
   for (int i = threadIdx.x; i < params.batch; i += blockDim.x) {
-    scratch[i] = sequence_length(i, params.seqlen_k, params.cu_seqlens_k, params.seqused_k);
+    scratch[i] = key_count<C>(params, i);
   }
   __syncthreads();
   for (int i = threadIdx.x; i < params.batch; i += blockDim.x) {
@@ -41,25 +41,34 @@ __device__ __forceinline__ void sort_sequences(const ForwardParams& params, int*
 template <class C>
 class TileScheduler {
  public:
-  __device__ TileScheduler(const ForwardParams& params, const unsigned short* order)
+  __device__ TileScheduler(const typename C::Params& params, const unsigned short* order)
       : params_(params), order_(order) {
+    if constexpr (C::kCached) splits_ = parts_of_tiles<C>(params);
     open_window(0);
   }
 
   // Finds the tile of a linear index that is not below that of the call before. False past the end.
-  __device__ bool seek(int index, TileInfo& info) {
+  __device__ bool seek(int index, typename C::Info& info) {
     int tiles = __reduce_add_sync(0xffffffffu, blocks_);
-    while (index - base_ >= tiles * heads()) {
-      base_ += tiles * heads();
+    while (index - base_ >= tiles * heads() * splits_) {
+      base_ += tiles * heads() * splits_;
       if (!advance()) return false;
       tiles = __reduce_add_sync(0xffffffffu, blocks_);
     }
-    int source, head, block;
-    locate(index - base_, tiles, source, head, block);
+    int source, head, block, offset = index - base_, part = 0;
+    if constexpr (C::kCached) {
+      // Tiles of the same part side by side: they read the same keys.
+      part = offset / (tiles * heads());
+      offset -= part * tiles * heads();
+    }
+    locate(offset, tiles, source, head, block);
     const int len_q = __shfl_sync(0xffffffffu, len_q_, source);
     const int len_k = __shfl_sync(0xffffffffu, len_k_, source);
     const int batch = __shfl_sync(0xffffffffu, batch_, source);
-    if (lane() == 0) write(info, batch, first_head_ + head, block * C::kRows, len_q, len_k);
+    if (lane() == 0) {
+      write(info, batch, first_head_ + head, block * C::kRows, len_q, len_k);
+      if constexpr (C::kCached) cut(info, base_ / splits_ + offset, part);
+    }
     return true;
   }
 
@@ -70,7 +79,7 @@ class TileScheduler {
   static constexpr int kLeastHeads = C::kMasked ? 8 : 1;
 
   __device__ static int lane() { return threadIdx.x % 32; }
-  __device__ int heads() const { return min(section_, params_.heads_q - first_head_); }
+  __device__ int heads() const { return min(section_, heads_of_tiles<C>(params_) - first_head_); }
 
   // The place of a tile in its section: the lane of its sequence, head of the section, block of
   // queries.
@@ -94,19 +103,53 @@ class TileScheduler {
   }
 
   // One lane. At least one block of keys, which may be masked as a whole.
-  __device__ void write(TileInfo& info, int batch, int head, int row, int len_q, int len_k) const {
+  __device__ void write(typename C::Info& info, int batch, int head, int row, int len_q,
+                        int len_k) const {
     info.batch = batch;
     info.head = head;
     info.row = row;
     info.len_q = len_q;
     info.len_k = len_k;
     info.offset_q = params_.cu_seqlens_q != nullptr ? params_.cu_seqlens_q[batch] : 0;
+    if constexpr (C::kCached) {
+      write_cached(info);
+      return;
+    }
     const int last_row = min(row + C::kRows, len_q) - 1;
     const int high = visible_keys<C::kMasked>(params_, last_row, len_q, len_k).high;
     const int low = visible_keys<C::kMasked>(params_, row, len_q, len_k).low;
     const int block_end = max(1, (max(0, high) + C::kKeys - 1) / C::kKeys);
     info.block_end = block_end;
     info.block_begin = min(max(0, low) / C::kKeys, block_end - 1);
+  }
+
+  // The rest of a tile's info on cached keys.
+  __device__ void write_cached(typename C::Info& info) const {
+    const int batch = info.batch;
+    info.head <<= params_.pack_shift;
+    info.leftpad = left_padding(params_, batch);
+    info.cache_row = params_.cache_batch_idx != nullptr ? params_.cache_batch_idx[batch] : batch;
+    const int last_row = min(info.row + C::kRows, tile_rows<C>(params_, info.len_q)) - 1;
+    const int low = seen_keys<C>(params_, info, info.row).low;
+    const int high = seen_keys<C>(params_, info, last_row).high;
+    info.low = low < high ? low : 0;  // so that no box of an empty interval has a row in it
+    info.high = low < high ? high : 0;
+    info.block_end = max(1, (info.high + C::kKeys - 1) / C::kKeys);
+    info.block_begin = info.low / C::kKeys;
+  }
+
+  // The blocks of one part of a tile; none where part is not below parts.
+  __device__ void cut(typename C::Info& info, int ordinal, int part) const {
+    info.ordinal = ordinal;
+    info.first_part = ordinal * splits_;
+    info.part = part;
+    info.parts = 1;
+    if (splits_ == 1 || info.first_part + splits_ > params_.most_parts) return;
+    const int blocks = info.block_end - info.block_begin;
+    const int each = (blocks + splits_ - 1) / splits_;
+    info.parts = (blocks + each - 1) / each;
+    info.block_begin += part * each;
+    info.block_end = min(info.block_end, info.block_begin + each);
   }
 
   __device__ void open_window(int first) {
@@ -118,9 +161,7 @@ class TileScheduler {
     len_q_ =
         exists ? sequence_length(batch_, params_.seqlen_q, params_.cu_seqlens_q, params_.seqused_q)
                : 0;
-    len_k_ =
-        exists ? sequence_length(batch_, params_.seqlen_k, params_.cu_seqlens_k, params_.seqused_k)
-               : 0;
+    len_k_ = exists ? key_count<C>(params_, batch_) : 0;
     const int kMany = 1 << 24;  // sums below cannot overflow
     int tokens = min(len_k_, kMany);
     for (int step = 1; step < 32; step *= 2) {
@@ -131,17 +172,18 @@ class TileScheduler {
     const bool fits =
         tokens <= params_.l2_tokens / heads_k || (lane() + 1) * heads_k <= kLeastHeads;
     width_ = __popc(__ballot_sync(0xffffffffu, exists && fits));
-    section_ = params_.heads_q;
+    section_ = heads_of_tiles<C>(params_);
     if (width_ == 0) {
       width_ = 1;
       const int first_len = __shfl_sync(0xffffffffu, max(1, len_k_), 0);
       section_ = max(kLeastHeads, params_.l2_tokens / first_len) * params_.group;
+      if constexpr (C::kCached) section_ >>= params_.pack_shift;
     }
-    blocks_ = lane() < width_ ? (len_q_ + C::kRows - 1) / C::kRows : 0;
+    blocks_ = lane() < width_ ? (tile_rows<C>(params_, len_q_) + C::kRows - 1) / C::kRows : 0;
   }
 
   __device__ bool advance() {
-    if (first_head_ + section_ < params_.heads_q) {
+    if (first_head_ + section_ < heads_of_tiles<C>(params_)) {
       first_head_ += section_;
       return true;
     }
@@ -150,18 +192,20 @@ class TileScheduler {
     return true;
   }
 
-  const ForwardParams& params_;
+  const typename C::Params& params_;
   const unsigned short* order_;
   int base_ = 0;                        // linear index of the section's first tile
   int first_, width_;                   // the window's sequences
   int batch_, len_q_, len_k_, blocks_;  // this lane's sequence, blocks of queries
   int first_head_, section_;            // first query head of the section, heads of a whole one
+  int splits_ = 1;                      // parts of each tile's keys
 };
 
 // The scheduler warp: finds the next tile while the producer and the consumers work on the present
 // one, so that finding it is never waited for.
 template <class C>
-__device__ __forceinline__ void schedule(const ForwardParams& params, const Shared<C>& shared) {
+__device__ __forceinline__ void schedule(const typename C::Params& params,
+                                         const Shared<C>& shared) {
   const bool leader = threadIdx.x % 32 == 0;
   TileScheduler<C> scheduler(params, shared.order());
   RingPosition<kTileSlots> at;
@@ -169,9 +213,16 @@ __device__ __forceinline__ void schedule(const ForwardParams& params, const Shar
   u32 claims = 0;
   bool found;
   do {
-    TileInfo& tile = *shared.tile(at.stage());
+    typename C::Info& tile = *shared.tile(at.stage());
     mbarrier_wait(shared.tile_empty(at.stage()), at.parity() ^ 1);
     found = scheduler.seek(index, tile);
+    if constexpr (C::kCached) {
+      while (found && uniform(tile.part >= tile.parts)) {  // a tile with fewer blocks than parts
+        if (leader) index = atomicAdd(params.progress, 1) + gridDim.x;
+        index = uniform(index);
+        found = scheduler.seek(index, tile);
+      }
+    }
     if (leader) {
       if (!found) tile.batch = -1;
       mbarrier_arrive(shared.tile_full(at.stage()));

@@ -1,0 +1,140 @@
+// Keys of a tile that several blocks share. Each part leaves what its warps hold, and the warp that
+// comes last of those with the same rows joins them in the order of their keys, whoever it is.
+//
+// A thread of every part holds the same places of output, so it leaves them as they are and reads
+// its namesakes'. Nothing waits for another block, and the counters are zero again afterwards.
+#pragma once
+
+#include "flash_attention_v3/hopper/common/softmax.cuh"
+#include "flash_attention_v3/hopper/prefill/cached_keys.cuh"
+#include "jit_kernel/cuda/memory.cuh"
+#include "jit_kernel/cuda/warpgroup.cuh"
+
+namespace jit_kernel::hopper {
+
+// Into how many parts the keys of each tile are cut; all lanes of a warp together, and every block
+// finds the same. With num_splits 0 the least that fills its last round of blocks within 15 % of
+// the best, where a round is not nearly filled by whole tiles: FlashAttention's rule.
+template <class C>
+__device__ __forceinline__ int parts_of_tiles(const CachedParams& params) {
+  if (params.most_parts == 0 || params.num_splits == 1) return 1;
+  if (params.num_splits > 1) return params.num_splits;
+  const int lane = threadIdx.x % 32, blocks = gridDim.x;
+  int tiles = 0, longest = 0;
+  for (int i = lane; i < params.batch; i += 32) {
+    const int len_q = sequence_length(i, params.seqlen_q, params.cu_seqlens_q, params.seqused_q);
+    tiles += (tile_rows<C>(params, len_q) + C::kRows - 1) / C::kRows;
+    longest = max(longest, key_count<C>(params, i));
+  }
+  tiles = __reduce_add_sync(0xffffffffu, min(tiles, 1 << 12)) * heads_of_tiles<C>(params);
+  longest = __reduce_max_sync(0xffffffffu, longest);
+  if (tiles == 0 || 10 * tiles >= 8 * blocks) return 1;
+  const int keys = min(longest, min(longest, params.window_left) +
+                                    min(longest, params.window_right) + int(C::kRows));
+  const int most =
+      min(min(int(kMostPartsOfTile), keys / int(kLeastKeysOfPart)), params.most_parts / tiles);
+  const auto fill = [&](int parts) {
+    const int work = tiles * parts, rounds = (work + blocks - 1) / blocks;
+    return __fdividef(static_cast<float>(work), static_cast<float>(rounds * blocks));
+  };
+  float best = 0.f;
+  for (int parts = 1 + lane; parts <= most; parts += 32) best = fmaxf(best, fill(parts));
+  best = __int_as_float(__reduce_max_sync(0xffffffffu, __float_as_int(best)));
+  int least = kMostPartsOfTile;
+  for (int parts = 1 + lane; parts <= most; parts += 32) {
+    if (fill(parts) >= 0.85f * best) least = min(least, parts);
+  }
+  return most <= 1 ? 1 : __reduce_min_sync(0xffffffffu, least);
+}
+
+// The place of a thread's pieces of 16 bytes in a part.
+template <class C>
+struct PartMemory {
+  enum : int { kThreads = 2 * C::kRows, kPieces = C::kHeadDimV / 8 + 1 };
+  float* base;
+  __device__ __forceinline__ PartMemory(const CachedParams& params, int part, int thread)
+      : base(params.parts + 4 * (static_cast<long long>(part) * kPieces * kThreads + thread)) {}
+  __device__ __forceinline__ float* piece(int i) const { return base + 4 * i * kThreads; }
+};
+
+// Leaves what a warp holds of a tile; true where all parts of its rows have been left.
+template <class C>
+__device__ __forceinline__ bool leave_part(const CachedParams& params, const CachedTileInfo& tile,
+                                           const float (&output)[C::kHeadDimV / 2],
+                                           const Softmax& state, int thread) {
+  constexpr int kOutputs = C::kHeadDimV / 8;
+  const PartMemory<C> own(params, tile.first_part + tile.part, thread);
+#pragma unroll
+  for (int i = 0; i < kOutputs; ++i) {
+    store_16(own.piece(i), output[4 * i], output[4 * i + 1], output[4 * i + 2], output[4 * i + 3]);
+  }
+  const float to2 = params.scale_log2;
+  store_16(own.piece(kOutputs), half_reference(state, 0, to2), half_reference(state, 1, to2),
+           state.sum[0], state.sum[1]);
+  __threadfence();
+  __syncwarp();
+  int* const arrivals = params.arrivals + tile.ordinal * (C::kRows / 16) + thread / 32;
+  int before = 0;
+  if (thread % 32 == 0) before = atomicAdd(arrivals, 1);
+  if (uniform(before) != tile.parts - 1) return false;
+  if (thread % 32 == 0) *arrivals = 0;
+  __threadfence();
+  return true;
+}
+
+// The factor of a part whose rows have half a reference, where the highest one of all parts is `top`.
+__device__ __forceinline__ float part_factor(float half_reference, float top) {
+  return exp2_fast(2.f * (half_reference - (top == minus_infinity() ? 0.f : top)));
+}
+
+// Output and state of all parts of a warp's rows.
+template <class C>
+__device__ __forceinline__ void read_parts(const CachedParams& params, const CachedTileInfo& tile,
+                                           float (&output)[C::kHeadDimV / 2], Softmax& state,
+                                           int thread) {
+  constexpr int kOutputs = C::kHeadDimV / 8;
+  float top[2] = {minus_infinity(), minus_infinity()};
+#pragma unroll 1
+  for (int part = 0; part < tile.parts; ++part) {
+    const PartMemory<C> memory(params, tile.first_part + part, thread);
+    const float4 rows = load_16(memory.piece(kOutputs));
+    top[0] = fmaxf(top[0], rows.x);
+    top[1] = fmaxf(top[1], rows.y);
+  }
+  state.sum[0] = state.sum[1] = 0.f;
+#pragma unroll
+  for (float& value : output) value = 0.f;
+#pragma unroll 1
+  for (int part = 0; part < tile.parts; ++part) {
+    const PartMemory<C> memory(params, tile.first_part + part, thread);
+    const float4 rows = load_16(memory.piece(kOutputs));
+    const float factor[2] = {part_factor(rows.x, top[0]), part_factor(rows.y, top[1])};
+    state.sum[0] = fmaf(rows.z, factor[0], state.sum[0]);
+    state.sum[1] = fmaf(rows.w, factor[1], state.sum[1]);
+#pragma unroll
+    for (int i = 0; i < kOutputs; ++i) {
+      const float4 values = load_16(memory.piece(i));
+      output[4 * i] = fmaf(values.x, factor[0], output[4 * i]);
+      output[4 * i + 1] = fmaf(values.y, factor[0], output[4 * i + 1]);
+      output[4 * i + 2] = fmaf(values.z, factor[1], output[4 * i + 2]);
+      output[4 * i + 3] = fmaf(values.w, factor[1], output[4 * i + 3]);
+    }
+  }
+  state.reference[0] = 2.f * top[0];
+  state.reference[1] = 2.f * top[1];
+  state.rows = RowsState::kSettled;
+}
+
+// The end of one part of a tile: true where its warp is the last one, and holds output and state of
+// all keys. No product may be in flight.
+template <class C>
+__device__ __forceinline__ bool join_parts(const CachedParams& params, const CachedTileInfo& tile,
+                                           float (&output)[C::kHeadDimV / 2], Softmax& state,
+                                           int warpgroup) {
+  const int thread = warpgroup * 128 + threadIdx.x % 128;
+  if (!leave_part<C>(params, tile, output, state, thread)) return false;
+  read_parts<C>(params, tile, output, state, thread);
+  return true;
+}
+
+}  // namespace jit_kernel::hopper
