@@ -27,10 +27,13 @@ def kernel_of(row: shared_numbers.TileRow) -> Kernel:
 
 # Where warpgroups skip blocks: with a mask, and where they do not take turns.
 SKIPPING = [kernel_of(row) for row in shared_numbers.tile_rows() if row.masked and not row.ping_pong]
+# On cached keys: those skip alike, with a mask, whether they take boxes or rows.
+CACHED = [dataclasses.replace(each, clears=True, tells_late=late) for each in SKIPPING for late in (False, True)]
 ANY_KERNEL = st.builds(
-    lambda clears, warpgroups, stages, *schedule: Kernel(
-        warpgroups, stages, *schedule, *shared_numbers.most_skipped(stages), clears
+    lambda clears, tells_late, warpgroups, stages, *schedule: Kernel(
+        warpgroups, stages, *schedule, *shared_numbers.most_skipped(stages), clears, tells_late
     ),
+    st.booleans(),
     st.booleans(),
     st.sampled_from([2, 4]),
     st.integers(1, 5),
@@ -77,7 +80,7 @@ def test_the_model_has_the_kernels_own_numbers() -> None:
         assert first + last <= stages
 
 
-@pytest.mark.parametrize("kernel", [*SKIPPING, *(dataclasses.replace(each, clears=True) for each in SKIPPING)], ids=str)
+@pytest.mark.parametrize("kernel", [*SKIPPING, *CACHED], ids=str)
 @QUIET
 @given(data=st.data())
 def test_with_the_rule_no_order_of_steps_deadlocks(kernel: Kernel, data: st.DataObject) -> None:

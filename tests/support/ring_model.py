@@ -29,6 +29,7 @@ class Kernel:
     most_first: int
     most_last: int
     clears: bool = False  # a tile's first values are waited for early, as on cached keys
+    tells_late: bool = False  # a stage is told of when the next one has been asked for, as where rows are copied
 
     def share(self, blocks: int, begin: int, end: int) -> tuple[int, int, int]:
         """Blocks that a warpgroup skips first, works on and skips last; it sees those from begin to end of a tile's.
@@ -54,15 +55,17 @@ class Ring:
     def __init__(self, stages: int, readers: int) -> None:
         self._stages = stages
         self._emptied = [0] * readers
-        self.filled = 0
+        self.copied = 0  # stages that are full, or will be once their copies are waited for
+        self.filled = 0  # of these, stages that the readers know of
 
     def has_room(self) -> bool:
         """Whether every reader has emptied the stage that is filled next."""
-        return self.filled - min(self._emptied) < self._stages
+        return self.copied - min(self._emptied) < self._stages
 
     def fill(self) -> Steps:
         """Wait for room, then fill."""
         yield self.has_room
+        self.copied += 1
         self.filled += 1
 
     def holds(self, reader: int) -> bool:
@@ -90,6 +93,7 @@ class Block:
         self.queries = [Ring(kernel.stages_q, 1) for _ in range(kernel.warpgroups)]
         self.slots = Ring(TILE_SLOTS, kernel.warpgroups + 1)  # the last reader is the producer
         self.claims = 0
+        self.untold: Ring | None = None
 
     def parts(self) -> dict[str, Steps]:
         """Every part of the block by its name."""
@@ -102,24 +106,48 @@ class Block:
             yield lambda number=number: self.claims > number  # type: ignore[misc]
         yield from self.slots.fill()  # which says that there are no more
 
+    def _tell(self) -> None:
+        if self.untold is not None:
+            self.untold.filled += 1
+        self.untold = None
+
+    def _wait(self, ready: Wait) -> Steps:
+        """The loader's wait: before one that takes time it tells of what it has copied."""
+        if not ready():
+            self._tell()
+            yield ready
+
+    def _load(self, ring: Ring) -> Steps:
+        """CachedProducer's load_k and load_v, or Producer's."""
+        if not self.kernel.tells_late:
+            yield from ring.fill()
+            return
+        yield from self._wait(ring.has_room)
+        ring.copied += 1
+        self._tell()
+        self.untold = ring
+
     def _producer(self) -> Steps:
+        yield lambda: True
         for number, tile in enumerate(self.tiles):
-            yield lambda number=number: self.slots.filled > number  # type: ignore[misc]
-            yield from self.keys.fill()
+            yield from self._wait(lambda number=number: self.slots.filled > number)  # type: ignore[misc]
+            yield from self._load(self.keys)
             if number > 0 and self.kernel.stages_q == 1:
-                yield from self.values.fill()  # the last ones of the tile before
+                yield from self._load(self.values)  # the last ones of the tile before
             for ring in self.queries:
+                yield from self._wait(ring.has_room)
                 yield from ring.fill()
             if number > 0 and self.kernel.stages_q > 1:
-                yield from self.values.fill()
+                yield from self._load(self.values)
             claim_at = min(tile.blocks - 2, CLAIM_BLOCKS)
             self.claims += claim_at < 0
             for block in range(tile.blocks - 2, -1, -1):
                 self.claims += block == claim_at
-                yield from self.keys.fill()
-                yield from self.values.fill()
+                yield from self._load(self.keys)
+                yield from self._load(self.values)
             self.slots.empty(self.kernel.warpgroups)
-        yield from self.values.fill()
+        yield from self._load(self.values)
+        self._tell()
 
     def _consumer(self, w: int) -> Steps:
         shares = [self.kernel.share(tile.blocks, *tile.seen[w]) for tile in self.tiles]
