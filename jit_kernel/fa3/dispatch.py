@@ -8,7 +8,7 @@ An implementation is a package of this folder with
     attend(call)                the result of a checked call that `decide` accepts
     prepare(device)             compiles or loads what the device needs before any variant (a launcher)
     all_variants(target)        what warm-up compiles for a target, as jit.KernelSpec with named fields
-    canonical(field, value)     the value of a variant's field that serves a user's value ("96" -> "128")
+    canonical(spec, field, value)   the value of a variant's field that serves a user's value ("96" -> "128")
 and, where it has them,
     combine(out_partial, lse_partial, out, lse)
     merge(out_a, lse_a, out_b, lse_b, out, lse)
@@ -247,8 +247,7 @@ def select_variants(target: Target, wanted: Mapping[str, str]) -> list[KernelSpe
         specs = list(_variants_of(name, target))
         known.update(field for spec in specs for field, _ in spec.variant)
         canonical = implementation(name).canonical
-        serving = {field: canonical(field, value) for field, value in wanted.items()}
-        found += [spec for spec in specs if _serves(spec, serving)]
+        found += [spec for spec in specs if _serves(spec, canonical, wanted)]
     for field in wanted:
         if field not in known:
             raise ValueError(f"no kernel for {target} has a field {field!r}; it must be one of {sorted(known)}")
@@ -262,6 +261,6 @@ def _variants_of(name: str, target: Target) -> Iterable[KernelSpec]:
     return variants
 
 
-def _serves(spec: KernelSpec, wanted: Mapping[str, str]) -> bool:
+def _serves(spec: KernelSpec, canonical: Callable[[KernelSpec, str, str], str], wanted: Mapping[str, str]) -> bool:
     fields = {field: str(value) for field, value in spec.variant}
-    return all(fields.get(field, value) == value for field, value in wanted.items())
+    return all(field not in fields or fields[field] == canonical(spec, field, value) for field, value in wanted.items())

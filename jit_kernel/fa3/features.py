@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jit_kernel.fa3.call import FIELDS, Arguments, Call, MetadataParameters
+from jit_kernel.fa3.call import FIELDS, KVCACHE, Arguments, Call, MetadataParameters
 
 DTYPE_NAMES = {
     torch.float32: "fp32",
@@ -78,6 +78,7 @@ class Features:
     head_dim: int
     head_dim_v: int
     group: int  # query heads per key/value head
+    cache: bool  # keys in a cache, of flash_attn_with_kvcache or with a page table
     aligned: bool  # every stride of q, k, v, qv and out is a multiple of 16 bytes, as TMA wants it
     ragged_q: bool = False  # cu_seqlens_q
     ragged_k: bool = False  # cu_seqlens_k
@@ -105,11 +106,12 @@ class Features:
         """The fields that differ from a plain dense call, as one line of text."""
         shape = f"{self.dtype} head_dim={self.head_dim}/{self.head_dim_v} group={self.group}"
         rest = []
-        for each in fields(self)[5:]:
+        for each in fields(self)[6:]:
             value = getattr(self, each.name)
             if value:
                 rest.append(each.name if value is True else f"{each.name}={value}")
-        return " ".join([shape, *([] if self.aligned else ["unaligned"]), *rest])
+        cache = ["cache"] if self.cache else []
+        return " ".join([shape, *cache, *([] if self.aligned else ["unaligned"]), *rest])
 
 
 def plain_features(call: Call) -> tuple[object, ...]:
@@ -126,6 +128,7 @@ def plain_features(call: Call) -> tuple[object, ...]:
         head_dim,
         head_dim_v,
         q.shape[-2] // k.shape[-2],
+        has_cache(call),
         _aligned(q, k, v, qv, call.out) and (head_dim | head_dim_v) * q.element_size() % 16 == 0,
         call.cu_seqlens_q is not None,
         call.cu_seqlens_k is not None,
@@ -151,6 +154,11 @@ def plain_features(call: Call) -> tuple[object, ...]:
     )
 
 
+def has_cache(call: Call) -> bool:
+    """Whether a call's keys lie in a cache, a dense one or one of pages."""
+    return call.function == KVCACHE or call.page_table is not None
+
+
 def features_of(call: Call) -> Features:
     """The features of a checked call."""
     return Features(*plain_features(call))  # type: ignore[arg-type]
@@ -165,6 +173,7 @@ def planned_features(parameters: MetadataParameters) -> Features:
         head_dim=parameters.headdim,
         head_dim_v=parameters.headdim if parameters.headdim_v is None else parameters.headdim_v,
         group=parameters.num_heads_q // parameters.num_heads_kv,
+        cache=True,
         aligned=True,
         ragged_q=parameters.cu_seqlens_q is not None,
         page_size=parameters.page_size or 0,

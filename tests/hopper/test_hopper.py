@@ -27,6 +27,7 @@ CALL = Features(
     head_dim=128,
     head_dim_v=128,
     group=4,
+    cache=False,
     aligned=True,
     ragged_q=True,
     ragged_k=True,

@@ -43,7 +43,10 @@ SPACE = cases.Space(
 def _call(function: str, **arguments: Any) -> Result:
     names = inspect.signature(getattr(fa3, function)).parameters
     defaults = {name: p.default for name, p in names.items() if p.default is not inspect.Parameter.empty}
-    return cached.attend(checked(calls.of(function, {**defaults, **arguments})))
+    result = cached.try_attend(checked(calls.of(function, {**defaults, **arguments})), only_known=False)
+    if result is None:
+        raise RuntimeError("the launcher did not launch")
+    return result
 
 
 FUNCTIONS: Mapping[str, Callable[..., Result]] = {name: partial(_call, name) for name in SPACE.functions}

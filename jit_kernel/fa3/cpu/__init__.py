@@ -60,7 +60,7 @@ def variant(target: Target, features: Features, call: Call) -> KernelSpec:
     return kernels.forward_spec(features.dtype)
 
 
-def canonical(field: str, value: str) -> str:
+def canonical(spec: KernelSpec, field: str, value: str) -> str:
     """The value of a variant's field that serves a user's value: one library serves every head size."""
     if field == "head_dim" and value.isdigit() and 1 <= int(value) <= kernels.MAX_HEAD_DIM:
         return "any"

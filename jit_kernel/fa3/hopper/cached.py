@@ -14,7 +14,7 @@ from jit_kernel.fa3 import call as calls
 from jit_kernel.fa3.call import Call, Result
 from jit_kernel.fa3.features import DTYPE_NAMES
 from jit_kernel.fa3.hopper import kernels
-from jit_kernel.fa3.hopper.kernels import DeviceKernels
+from jit_kernel.jit import KernelSpec
 
 # As the kernels have them, in prefill/cached_params.h.
 STATE_COLUMNS, LEAST_KEYS, MOST_PARTS = 8, 256, 128
@@ -22,16 +22,11 @@ STATE_COLUMNS, LEAST_KEYS, MOST_PARTS = 8, 256, 128
 PARTS_OF_BLOCK = 2
 
 
-def attend(call: Call) -> Result:
-    """Attention of a checked call on a cache that the kernels can reach. Nothing here synchronises."""
-    result = try_attend(call, only_known=False)
-    if result is None:
-        raise RuntimeError("the Hopper launcher did not launch a call that was accepted")
-    return result
-
-
 def try_attend(call: Call, *, only_known: bool) -> Result | None:
-    """The same; with only_known None, and nothing is launched, for a kernel not loaded yet or a row not aligned."""
+    """Attention of a checked call on a cache that the kernels can reach. Nothing here synchronises.
+
+    only_known: None, and nothing is launched, where the kernel is not loaded yet or a row is not aligned.
+    """
     q, v, offsets = call.q, call.v, call.cu_seqlens_q
     device = kernels.kernels_of(q.device)
     key = (kernels.CACHED, q.dtype, q.shape[-1], v.shape[-1])
@@ -45,7 +40,7 @@ def try_attend(call: Call, *, only_known: bool) -> Result | None:
             result.zero_()
         return result if lse is None else (result, lse.fill_(-math.inf))
     if handle is None:
-        handle = _load(device, key)
+        handle = device.load(key, spec_of(call))
     left, right = calls.mask_bounds(call)
     fresh = call.k_new.shape[1] if call.k_new is not None and call.cu_seqlens_k_new is None else 0
     clear_rest = call.out is None and (offsets is not None or call.seqused_q is not None)
@@ -93,9 +88,10 @@ def most_parts(call: Call, rows: int, blocks: int) -> int:
     return min(PARTS_OF_BLOCK * blocks, tiles * min(MOST_PARTS, of_tile))
 
 
-def _load(device: DeviceKernels, key: tuple[object, ...]) -> int:
-    _, dtype, head_dim, head_dim_v = key
-    sizes = kernels.padded(head_dim, head_dim_v)  # type: ignore[arg-type]
+def spec_of(call: Call) -> KernelSpec:
+    """The kernel that serves a call; raises ValueError for head sizes that none has."""
+    head_dim, head_dim_v = call.q.shape[-1], call.v.shape[-1]
+    sizes = kernels.padded(head_dim, head_dim_v)
     if sizes is None:
         raise ValueError(f"no kernel has head sizes {head_dim}/{head_dim_v}")
-    return device.load(key, kernels.cached_spec(DTYPE_NAMES[dtype], *sizes))  # type: ignore[index]
+    return kernels.cached_spec(DTYPE_NAMES[call.q.dtype], *sizes)

@@ -15,10 +15,17 @@ from jit_kernel.fa3.hopper.kernels import DECODE_HEAD_DIMS, DECODE_MOST_ROWS, DE
 from jit_kernel.jit import KernelSpec
 
 Key = tuple[torch.dtype, int, int]  # dtype, head size, rows
+# What the launcher's `decode` answers, as it has them.
+_LAUNCHED, _NEEDS_ROOM = 1, 2
 
 
 def key_of(call: Call) -> Key | None:
-    """The variant that serves a call's shapes; None where it has more query rows than any serves."""
+    """The variant that serves a call over a cache; None where it has more query rows than any serves.
+
+    Without splits a sequence's bits must not depend on the others' lengths, so it is prefill's whatever they are.
+    """
+    if call.num_splits == 1:
+        return None
     q, v = call.q, call.v
     rows = (call.max_seqlen_q or 0) * (q.shape[-2] // v.shape[-2])
     size = max(q.shape[-1], v.shape[-1])
@@ -33,39 +40,52 @@ def spec_of(key: Key) -> KernelSpec:
     return kernels.decode_spec(DTYPE_NAMES[key[0]], *key[1:])
 
 
-def attend(call: Call, key: Key, q: Tensor) -> Result:
-    """Attention of a checked call over a cache; q is already rotated, new keys are in the cache."""
+def attend(call: Call, key: Key, *, only_known: bool) -> Result | None:
+    """Attention of a checked call over a cache; new keys are in it, and queries rotated.
+
+    only_known: None, and nothing is launched, where the kernel is not loaded yet or a row is not aligned.
+    """
+    q, offsets = call.q, call.cu_seqlens_q
     device = kernels.kernels_of(q.device)
-    offsets = call.cu_seqlens_q
+    handle = device.handles.get(key)
+    if handle is None and only_known:
+        return None
     result: Tensor = calls.new_result(call) if call.out is None else call.out
     lse = calls.new_lse(call)
-    if result.numel() == 0 or calls.batch_of(call) == 0:
+    if result.numel() == 0 or (offsets is not None and offsets.shape[0] == 1):
         if call.out is None:
             result.zero_()
         return result if lse is None else (result, lse.fill_(-math.inf))
-    handle = device.handles.get(key)
     if handle is None:
         handle = device.load(key, spec_of(key))
-    new = 0 if call.k_new is None or call.cu_seqlens_k_new is not None else call.k_new.shape[1]
-    left, right = calls.mask_bounds(call)
-    clear_rest = call.out is None and (offsets is not None or call.seqused_q is not None)
-    if not _launch(device, handle, call, q, result, lse, None, new, left, right, clear_rest):
+    launched = _launch(device, handle, call, result, lse, None, only_known)
+    if launched == _NEEDS_ROOM:
         # The stream is being captured: room comes from torch's allocator, which knows.
-        table, k = call.page_table, call.k
+        k, table = call.k, call.page_table
         rows_k = k.shape[1] * (1 if table is None else table.shape[1])
         room = device.partial_floats(handle, k.shape[-2], calls.batch_of(call), rows_k, call.sm_margin)
         partials = torch.empty(room, dtype=torch.float32, device=q.device)
-        _launch(device, handle, call, q, result, lse, partials, new, left, right, clear_rest)
+        launched = _launch(device, handle, call, result, lse, partials, only_known)
+    if launched != _LAUNCHED:
+        return None
     return result if lse is None else (result, lse)
 
 
 def _launch(
-    device: DeviceKernels, handle: int, call: Call, q: Tensor, result: Tensor, lse: Tensor | None,
-    partials: Tensor | None, new: int, left: int, right: int, clear_rest: bool,
-) -> bool:  # fmt: skip
+    device: DeviceKernels,
+    handle: int,
+    call: Call,
+    result: Tensor,
+    lse: Tensor | None,
+    partials: Tensor | None,
+    if_aligned: bool,
+) -> int:
+    k_new, offsets_new, offsets = call.k_new, call.cu_seqlens_k_new, call.cu_seqlens_q
+    left, right = calls.mask_bounds(call)
     return device.decode(
-        handle, q, call.k, call.v, result, lse, call.cu_seqlens_q, call.seqused_q, call.seqused_k,
-        call.cu_seqlens_k_new if call.k_new is not None else None, call.page_table, call.cache_batch_idx,
-        call.cache_leftpad, None, call.sinks, partials, new, call.softmax_scale, float(call.softcap), left, right,
-        call.attention_chunk or 0, call.sm_margin, clear_rest,
+        handle, call.q, call.k, call.v, result, lse, offsets, call.seqused_q, call.seqused_k,
+        None if k_new is None else offsets_new, call.page_table, call.cache_batch_idx, call.cache_leftpad, None,
+        call.sinks, partials, 0 if k_new is None or offsets_new is not None else k_new.shape[1],
+        call.softmax_scale, float(call.softcap), left, right, call.attention_chunk or 0, call.sm_margin,
+        call.out is None and (offsets is not None or call.seqused_q is not None), if_aligned,
     )  # fmt: skip

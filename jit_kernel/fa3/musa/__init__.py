@@ -63,7 +63,7 @@ def all_variants(target: Target) -> list[KernelSpec]:
     return []
 
 
-def canonical(field: str, value: str) -> str:
+def canonical(spec: KernelSpec, field: str, value: str) -> str:
     """The value itself, as there are no variants of ours."""
     return value
 

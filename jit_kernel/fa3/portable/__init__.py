@@ -92,7 +92,7 @@ def variant(target: Target, features: Features, call: Call) -> KernelSpec:
     )
 
 
-def canonical(field: str, value: str) -> str:
+def canonical(spec: KernelSpec, field: str, value: str) -> str:
     """The value of a variant's field that serves a user's value: each has a kernel of its own."""
     return value
 

@@ -2,7 +2,7 @@
 //
 //   load_decode(image, head_dim, rows) -> handle
 //   partial_floats(handle, device, heads_k, batch, sm_margin) -> room for partial results
-//   decode(handle, tensors..., scalars...) -> whether it was launched: not without room in a capture
+//   decode(handle, tensors..., scalars...) -> kLaunched, or why it was not
 #pragma once
 
 #include <tvm/ffi/tvm_ffi.h>
@@ -17,6 +17,7 @@
 
 #include "flash_attention_v3/hopper/decode/config.h"
 #include "flash_attention_v3/hopper/decode/params.h"
+#include "flash_attention_v3/hopper/launch/prefill_launch.h"
 #include "flash_attention_v3/hopper/launch/tensor_map.h"
 #include "flash_attention_v3/hopper/launch/workspace.h"
 #include "jit_kernel/cuda/kernel_table.h"
@@ -224,8 +225,12 @@ inline void set_decode_scores(DecodeParams& params, double softmax_scale, double
   params.chunk_shift = division.shift;
 }
 
-// Shapes, dtypes and devices have been checked; rows start at multiples of 16 bytes.
-inline bool decode(int64_t handle, TensorView q, TensorView k, TensorView v, TensorView out,
+// What decode answers: not launched where a row does not start at a multiple of 16 bytes, and not
+// without room for partial results where the stream is being captured.
+constexpr int64_t kUnaligned = 0, kLaunched = 1, kNeedsRoom = 2;
+
+// Shapes, dtypes and devices have been checked. if_aligned: addresses and strides have not.
+inline int64_t decode(int64_t handle, TensorView q, TensorView k, TensorView v, TensorView out,
                    Optional<TensorView> lse, Optional<TensorView> cu_seqlens_q,
                    Optional<TensorView> seqused_q, Optional<TensorView> seqused_k,
                    Optional<TensorView> cu_seqlens_k_new, Optional<TensorView> page_table,
@@ -233,7 +238,10 @@ inline bool decode(int64_t handle, TensorView q, TensorView k, TensorView v, Ten
                    Optional<TensorView> draft_mask, Optional<TensorView> sinks,
                    Optional<TensorView> partials, int64_t new_rows, double softmax_scale,
                    double softcap, int64_t left, int64_t right, int64_t chunk, int64_t sm_margin,
-                   bool clear_rest) {
+                   bool clear_rest, bool if_aligned) {
+  if (if_aligned && !(is_aligned(q) && is_aligned(k) && is_aligned(v) && is_aligned(out))) {
+    return kUnaligned;
+  }
   DecodeVariant& variant = cuda::KernelTable<DecodeVariant>::get().at(handle);
   const int device = cuda::checked_device(q.device().device_id);
   const cuda::ContextGuard context(device);
@@ -287,7 +295,7 @@ inline bool decode(int64_t handle, TensorView q, TensorView k, TensorView v, Ten
         Workspace::of(device).memory(cuda::current_stream(device), counters, floats);
     params.counters = memory.counters;
     params.partials = partials.has_value() ? cuda::data_of<float>(partials) : memory.partials;
-    if (params.partials == nullptr) return false;
+    if (params.partials == nullptr) return kNeedsRoom;
   }
   void* arguments[] = {&params};
   const unsigned groups = static_cast<unsigned>(params.heads_k / params.heads_of_block);
@@ -299,7 +307,7 @@ inline bool decode(int64_t handle, TensorView q, TensorView k, TensorView v, Ten
   } else {
     variant.kernel.launch(device, {groups, parts_of_head}, arguments);
   }
-  return true;
+  return kLaunched;
 }
 
 }  // namespace jit_kernel::hopper

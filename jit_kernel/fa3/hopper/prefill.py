@@ -1,0 +1,59 @@
+"""Prefill of dense and ragged calls: the host side of the kernels."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from jit_kernel.fa3 import call as calls
+from jit_kernel.fa3.call import Call, Result
+from jit_kernel.fa3.features import DTYPE_NAMES
+from jit_kernel.fa3.hopper import kernels
+from jit_kernel.fa3.hopper.kernels import DeviceKernels
+from jit_kernel.jit import KernelSpec
+
+
+def spec_of(dtype: str, head_dim: int, head_dim_v: int, masked: bool, softcap: bool) -> KernelSpec:
+    """The kernel that serves a call with these; raises ValueError for head sizes that none has."""
+    sizes = kernels.padded(head_dim, head_dim_v)
+    if sizes is None:
+        raise ValueError(f"no kernel has head sizes {head_dim}/{head_dim_v}")
+    return kernels.forward_spec(dtype, *sizes, masked, softcap)
+
+
+def _load(device: DeviceKernels, key: tuple[Any, ...]) -> int:
+    dtype, *rest = key
+    return device.load(key, spec_of(DTYPE_NAMES[dtype], *rest))
+
+
+def attend(call: Call, *, only_known: bool) -> Result | None:
+    """Attention of a checked call without a cache. Nothing here synchronises.
+
+    only_known: None, and nothing is launched, where the kernel is not loaded yet or a row is not aligned.
+    """
+    q, v, offsets = call.q, call.v, call.cu_seqlens_q
+    device = kernels.kernels_of(q.device)
+    left, right = calls.mask_bounds(call)
+    chunk, softcap = call.attention_chunk or 0, call.softcap
+    key = (q.dtype, q.shape[-1], v.shape[-1], left >= 0 or right >= 0 or chunk > 0, softcap > 0)
+    handle = device.handles.get(key)
+    if handle is None and only_known:
+        return None
+    result: Tensor = calls.new_result(call) if call.out is None else call.out
+    lse = calls.new_lse(call)
+    if result.numel() == 0 or (offsets is not None and offsets.shape[0] == 1):
+        if call.out is None:
+            result.zero_()
+        return result if lse is None else (result, lse.fill_(-math.inf))
+    if handle is None:
+        handle = _load(device, key)
+    clear_rest = call.out is None and (offsets is not None or call.seqused_q is not None)
+    launched = device.forward(
+        handle, q, call.k, v, result, lse, offsets, call.cu_seqlens_k, call.seqused_q, call.seqused_k,
+        call.sinks, call.softmax_scale, float(softcap), left, right, chunk, call.sm_margin, clear_rest, only_known,
+    )  # fmt: skip
+    if not launched:
+        return None
+    return result if lse is None else (result, lse)
