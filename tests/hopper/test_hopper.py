@@ -158,7 +158,7 @@ def test_only_a_known_kind_of_call_passes_by_the_dispatcher(
     change: dict[str, object], aligned: bool, launched: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kernels = KernelsDouble(aligned)
-    monkeypatch.setattr(hopper, "_kernels_of", lambda device: kernels)
+    monkeypatch.setattr(hopper.kernels, "kernels_of", lambda device: kernels)
     asked: list[Call] = []
     double = types.SimpleNamespace(
         NAME="next", attend=asked.append, decide=lambda target, features: Accepted(),

@@ -186,7 +186,7 @@ def test_a_captured_call_replays_on_new_inputs_beside_eager_calls() -> None:
 def test_a_cold_call_under_capture_names_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = (randn(1, 64, 2, 64) for _ in range(3))
     fa3.flash_attn_func(q, k, v)
-    kernels = hopper._kernels_of(q.device)
+    kernels = hopper.kernels.kernels_of(q.device)
     monkeypatch.setattr(kernels, "handles", {})
     monkeypatch.setattr(build, "is_stored", lambda spec, target: False)
     graph = torch.cuda.CUDAGraph()
