@@ -40,8 +40,9 @@ SPACE = cases.Space(
 )
 
 
-def _call(function: str, **arguments: Any) -> Result:
+def _call(function: str, *given: Any, **arguments: Any) -> Result:
     names = inspect.signature(getattr(fa3, function)).parameters
+    arguments.update(zip(names, given, strict=False))
     defaults = {name: p.default for name, p in names.items() if p.default is not inspect.Parameter.empty}
     result = cached.try_attend(checked(calls.of(function, {**defaults, **arguments})), only_known=False)
     if result is None:

@@ -16,8 +16,7 @@ from jit_kernel.fa3 import header
 from jit_kernel.fa3.call import Call, MetadataParameters, Result
 from jit_kernel.fa3.decision import Accepted, Decision, Rejected
 from jit_kernel.fa3.features import Features, asks_for_more, has_cache, unclaimed
-from jit_kernel.fa3.hopper import cached, decode, kernels, prefill
-from jit_kernel.fa3.hopper.append import append
+from jit_kernel.fa3.hopper import append, cached, decode, kernels, prefill
 from jit_kernel.jit import KernelSpec
 
 NAME = "hopper"
@@ -112,7 +111,7 @@ def attend(call: Call) -> Result:
     if call.scheduler_metadata is not None and config.check_indices():
         header.verify(NAME, call)
     if call.k_new is not None:
-        rotated = append(kernels.kernels_of(call.q.device), call)
+        rotated = append.append(kernels.kernels_of(call.q.device), call)
         if rotated is None:
             raise RuntimeError("the Hopper launcher did not append for a call that was accepted")
         call.q = rotated
