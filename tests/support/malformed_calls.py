@@ -63,7 +63,7 @@ def cache() -> Call:
     call |= {"k": torch.randn(2, 3, 2, 32), "v": torch.randn(2, 3, 2, 32), "cache_seqlens": ints(4, 13)}
     call |= {"rotary_cos": torch.randn(20, 8), "rotary_sin": torch.randn(20, 8), "rotary_seqlens": ints(5, 17)}
     call |= {"cache_batch_idx": ints(2, 0), "cache_leftpad": ints(1, 2), "causal": True, "num_splits": 0}
-    return call | {"out": torch.randn(2, 2, 4, 32), "sinks": torch.randn(4)}
+    return call | {"out": torch.randn(2, 2, 4, 32), "sinks": torch.randn(4), "draft_mask": ints(1, 2, 3, -1)[:, None]}
 
 
 def paged_cache() -> Call:
@@ -71,7 +71,7 @@ def paged_cache() -> Call:
     call = {"q": torch.randn(3, 4, 32), "k_cache": torch.randn(8, 4, 2, 32), "v_cache": torch.randn(8, 4, 2, 32)}
     call |= {"k": torch.randn(4, 2, 32), "v": torch.randn(4, 2, 32), "cu_seqlens_k_new": ints(0, 1, 4)}
     call |= {"cu_seqlens_q": ints(0, 1, 3), "max_seqlen_q": 2, "cache_seqlens": ints(7, 5)}
-    return call | {"page_table": ints(1, 2, 3, 4).reshape(2, 2)}
+    return call | {"page_table": ints(1, 2, 3, 4).reshape(2, 2), "draft_mask": ints(*range(6)).reshape(3, 2)}
 
 
 def planned() -> Call:
@@ -296,6 +296,13 @@ def of_shapes() -> Iterator[Malformed]:
     for half in (0, 4, 12, 24):
         table = torch.randn(20, half)
         yield _shape(cache, "rotary_cos", "multiple of 16", rotary_cos=table, rotary_sin=table)
+    for rows in (2, 5):
+        yield _shape(cache, "draft_mask", "(total_q, words) = (4, 1)", draft_mask=torch.zeros(rows, 1).int())
+    yield _shape(paged_cache, "draft_mask", "(total_q, words) = (3, 2)", draft_mask=torch.zeros(2, 2).int())
+    for words in (0, 2**20 + 1):
+        mask = torch.zeros(1, words).int().expand(4, words)
+        yield _shape(cache, "draft_mask", "words between 1 and 1048576", draft_mask=mask)
+    yield _shape(cache, "draft_mask", "whose 32 bits are keys", draft_mask=torch.zeros(4, 1).long())
     yield _shape(fp8, "k_descale", "(b, hk)", k_descale=torch.ones(2, 4))
     yield _shape(fp8, "out", "bfloat16", out=torch.randn(2, 4, 4, 32).half())
     yield _shape(mla, "qv", "with only_qv", qv=None)
