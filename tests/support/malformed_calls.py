@@ -63,7 +63,11 @@ def cache() -> Call:
     call |= {"k": torch.randn(2, 3, 2, 32), "v": torch.randn(2, 3, 2, 32), "cache_seqlens": ints(4, 13)}
     call |= {"rotary_cos": torch.randn(20, 8), "rotary_sin": torch.randn(20, 8), "rotary_seqlens": ints(5, 17)}
     call |= {"cache_batch_idx": ints(2, 0), "cache_leftpad": ints(1, 2), "causal": True, "num_splits": 0}
-    return call | {"out": torch.randn(2, 2, 4, 32), "sinks": torch.randn(4), "draft_mask": ints(1, 2, 3, -1, 5, 6, 7, -8).reshape(4, 2)}
+    return call | {
+        "out": torch.randn(2, 2, 4, 32),
+        "sinks": torch.randn(4),
+        "draft_mask": ints(1, 2, 3, -1, 5, 6, 7, -8).reshape(4, 2),
+    }
 
 
 def paged_cache() -> Call:
