@@ -122,6 +122,7 @@ def flash_attn_varlen_func(
     return_softmax_lse: bool = False,
     sinks: Tensor | None = None,
     out: Tensor | None = None,
+    draft_mask: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over sequences of different lengths: softmax(softmax_scale * q @ k.T) @ v for each.
 
@@ -144,6 +145,11 @@ def flash_attn_varlen_func(
     pack_gqa, sm_margin: hints, None and 0 by default, that no result depends on.
     sinks: (hq,), float32 or q's dtype: one more logit a head in the softmax's denominator, without a value.
     out: where to write; the result's shape and dtype, last stride 1. Rows that no query fills stay untouched.
+    draft_mask: (total_q, words) int32, last stride 1, for trees of draft tokens: bit j % 32, the lowest is bit 0, of
+        word j // 32 of row i says whether query token i sees the j-th of its sequence's last 32 * words keys, new ones
+        included: key sk - 32 * words + j; where that is negative the bit has no key. Older keys are seen; causal,
+        window_size and attention_chunk hold besides. Rows lie as q's do, b * sq of them for a q of (b, sq, hq, d).
+        Page table entries of keys that it alone hides must name a page.
 
     Returns out, q's shape with dv last, in q's dtype (bf16 for float8_e4m3fn), 0 in rows that see no key or hold no
     query; with return_softmax_lse also lse, float32, natural logarithm, (hq, total_q) or (b, hq, sq). Formulas:
@@ -158,7 +164,7 @@ def flash_attn_varlen_func(
     call = (
         VARLEN, q, k, v, softmax_scale, causal, window_size, attention_chunk, softcap, num_splits, return_softmax_lse,
         out, sinks, qv, q_descale, k_descale, v_descale, pack_gqa, sm_margin, False, only_qv,
-        cu_seqlens_q, max_seqlen_q, seqused_k, page_table, cu_seqlens_k, max_seqlen_k, seqused_q,
+        cu_seqlens_q, max_seqlen_q, seqused_k, page_table, cu_seqlens_k, max_seqlen_k, seqused_q, draft_mask,
     )  # fmt: skip
     return entry.attend(call)
 
@@ -197,6 +203,7 @@ def flash_attn_with_kvcache(
     return_softmax_lse: bool = False,
     sinks: Tensor | None = None,
     out: Tensor | None = None,
+    draft_mask: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over a cache of keys and values, to which new ones may be appended first, in place.
 
@@ -224,7 +231,7 @@ def flash_attn_with_kvcache(
     call = (
         KVCACHE, q, k_cache, v_cache, softmax_scale, causal, window_size, attention_chunk, softcap, num_splits,
         return_softmax_lse, out, sinks, qv, q_descale, k_descale, v_descale, pack_gqa, sm_margin, False, only_qv,
-        cu_seqlens_q, max_seqlen_q, cache_seqlens, page_table, None, None, None,
+        cu_seqlens_q, max_seqlen_q, cache_seqlens, page_table, None, None, None, draft_mask,
         k, v, cu_seqlens_k_new, cache_batch_idx, cache_leftpad,
         rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved, scheduler_metadata,
     )  # fmt: skip

@@ -74,6 +74,7 @@ class Call:
     cu_seqlens_k: Tensor | None = None
     max_seqlen_k: int | None = None
     seqused_q: Tensor | None = None
+    draft_mask: Tensor | None = None
     k_new: Tensor | None = None  # appended to the cache, then attended to
     v_new: Tensor | None = None
     cu_seqlens_k_new: Tensor | None = None

@@ -42,6 +42,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "causal": ("causal",),
     "window": ("window_size",),
     "chunk": ("attention_chunk",),
+    "draft_mask": ("draft_mask",),
     "softcap": ("softcap",),
     "qv": ("qv",),
     "only_qv": ("only_qv",),
@@ -93,6 +94,7 @@ class Features:
     causal: bool = False  # causal, or window_size[1] == 0, which is the same
     window: bool = False  # a bound of window_size that causal does not give already
     chunk: bool = False
+    draft_mask: bool = False
     softcap: bool = False
     qv: bool = False
     only_qv: bool = False
@@ -143,6 +145,7 @@ def plain_features(call: Call) -> tuple[object, ...]:
         causal or right == 0,
         left >= 0 or (right > 0 and not causal),
         call.attention_chunk != 0,
+        call.draft_mask is not None,
         call.softcap > 0,
         qv is not None,
         call.only_qv,

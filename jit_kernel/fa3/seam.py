@@ -118,6 +118,7 @@ def flash_attn_varlen_func(
     return_softmax_lse: bool = False,
     sinks: Tensor | None = None,
     out: Tensor | None = None,
+    draft_mask: Tensor | None = None,
 ) -> Result:
     """See `jit_kernel.flash_attention_v3.flash_attn_varlen_func`."""
     return _attend_directly(calls.VARLEN, locals())
@@ -158,6 +159,7 @@ def flash_attn_with_kvcache(
     return_softmax_lse: bool = False,
     sinks: Tensor | None = None,
     out: Tensor | None = None,
+    draft_mask: Tensor | None = None,
 ) -> Result:
     """See `jit_kernel.flash_attention_v3.flash_attn_with_kvcache`."""
     return _attend_directly(calls.KVCACHE, locals())

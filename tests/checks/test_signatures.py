@@ -26,13 +26,13 @@ OURS = {
     "flash_attn_varlen_func": "q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max_seqlen_k=None, "
     "seqused_q=None, seqused_k=None, page_table=None, softmax_scale=None, causal=False, qv=None, q_descale=None, "
     "k_descale=None, v_descale=None, window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, "
-    "pack_gqa=None, only_qv=False, sm_margin=0, return_softmax_lse=False, sinks=None, out=None",
+    "pack_gqa=None, only_qv=False, sm_margin=0, return_softmax_lse=False, sinks=None, out=None, draft_mask=None",
     "flash_attn_with_kvcache": "q, k_cache, v_cache, k=None, v=None, qv=None, rotary_cos=None, rotary_sin=None, "
     "cache_seqlens=None, cache_batch_idx=None, cache_leftpad=None, page_table=None, cu_seqlens_q=None, "
     "cu_seqlens_k_new=None, max_seqlen_q=None, rotary_seqlens=None, q_descale=None, k_descale=None, v_descale=None, "
     "softmax_scale=None, causal=False, window_size=(-1, -1), attention_chunk=0, softcap=0.0, "
     "rotary_interleaved=True, scheduler_metadata=None, num_splits=0, pack_gqa=None, only_qv=False, sm_margin=0, "
-    "return_softmax_lse=False, sinks=None, out=None",
+    "return_softmax_lse=False, sinks=None, out=None, draft_mask=None",
     "flash_attn_func": "q, k, v, softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, "
     "v_descale=None, window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, "
     "deterministic=False, sm_margin=0, return_softmax_lse=False, sinks=None, out=None",
@@ -66,9 +66,12 @@ def test_public_signature(name):
 
 @pytest.mark.parametrize("name", ["flash_attn_varlen_func", "flash_attn_with_kvcache"])
 def test_drop_in_for_sglang(name):
-    """The same names in the same order and the same defaults, but for attention_chunk: 0, and None counts as 0."""
+    """The same names in the same order and the same defaults, but for attention_chunk: 0, and None counts as 0.
+
+    Behind them comes what sglang's have not.
+    """
     theirs = [(p, "0" if p == "attention_chunk" else default) for p, default in of_peer(SGLANG, name)]
-    assert parameters(getattr(jit_kernel, name)) == theirs
+    assert parameters(getattr(jit_kernel, name)) == [*theirs, ("draft_mask", "None")]
 
 
 @pytest.mark.parametrize(

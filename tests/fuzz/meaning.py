@@ -11,7 +11,7 @@ import itertools
 import math
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -182,13 +182,13 @@ class _Reader:
         problem = reference.Problem([], **settings)
         self._maximum("max_seqlen_q", self.q_lengths)
         self._maximum("max_seqlen_k", self.k_lengths)
-        sequences, tainted = [], []
+        sequences, tainted, masks = [], [], self._draft_masks(out_rows)
         for i, (q, qv) in enumerate(rotated):
             work = q.shape[0] * q.shape[1] * (self.k_lengths[i] + len(q)) * (self.d + self.dv)
             if work > MOST_WORK:
                 raise UnjudgedError("too large")
             k, v, bad = self._keys(i, appended)
-            s = reference.Sequence(q, k, v, qv, **self._descales(i))
+            s = reference.Sequence(q, k, v, qv, draft_mask=masks[i], **self._descales(i))
             clean, taint = _cleaned(s, problem, bad)
             sequences.append(clean)
             tainted.append(taint)
@@ -392,6 +392,17 @@ class _Reader:
                 found[name] = tensor[i]
         return found
 
+    def _draft_masks(self, rows: list[tuple]) -> list[Tensor | None]:
+        """A sequence's rows of the draft mask, which has one for each row of q."""
+        mask, lead = self.get("draft_mask"), self.q.shape[:-2]
+        if mask is None or self.function == DENSE:
+            return [None] * self.batch
+        mask = dense("draft_mask", mask, 2, (torch.int32,))
+        need(mask.shape[0] == math.prod(lead) and mask.shape[1] > 0, f"draft_mask has shape {tuple(mask.shape)}")
+        if mask.shape[1] > 2**20:
+            raise UnjudgedError("too many words")
+        return [mask.unflatten(0, lead)[row] for row in rows]
+
     def _maximum(self, name: str, lengths: list[int]) -> None:
         if self.function != DENSE and self.get(name) is not None:
             whole(name, self.get(name), max(lengths, default=0))
@@ -399,7 +410,7 @@ class _Reader:
     def _shared_memory(self) -> None:
         """What is written must be memory of its own."""
         out, appends = self.get("out"), self.function == KVCACHE and self.get("k") is not None
-        inputs = ["q", "qv", self.k_name, self.v_name] + (["k", "v"] if appends else [])
+        inputs = ["q", "qv", "draft_mask", self.k_name, self.v_name] + (["k", "v"] if appends else [])
         pairs = [("out", name) for name in inputs] if out is not None else []
         if appends:
             pairs += [("k_cache", "v_cache"), *itertools.product(("k_cache", "v_cache"), ("k", "v", "q", "qv"))]
@@ -412,7 +423,7 @@ class _Reader:
 
 def _cleaned(s: reference.Sequence, problem: reference.Problem, bad: Tensor) -> tuple[reference.Sequence, Tensor]:
     """The sequence with zeros in place of numbers that are not finite, and (hq, sq): the rows that see one."""
-    sq, hq, hk = s.q.shape[0], s.q.shape[1], s.k.shape[1]
+    hq, hk = s.q.shape[1], s.k.shape[1]
 
     if not all(d is None or bool(d.isfinite().all()) for d in (s.q_descale, s.k_descale, s.v_descale)):
         raise UnjudgedError("a descale is not finite")
@@ -428,17 +439,14 @@ def _cleaned(s: reference.Sequence, problem: reference.Problem, bad: Tensor) -> 
         sink = None if problem.sinks is None else ~problem.sinks.float().isfinite()
         taint = rows if sink is None else rows | sink[:, None]
         return s, taint
-    seen = reference.visible(problem, sq, s.k.shape[0], s.q.device)
+    seen = reference.seen_by(s, problem)
     need(not bool((seen & bad[None]).any()), "a query sees a key in a page that is none")
     tainted = (seen.float() @ keys.float().T).T.bool()  # (hk, sq)
     taint = rows | tainted.repeat_interleave(hq // hk, dim=0)
     if problem.sinks is not None:
         taint = taint | ~problem.sinks.float().isfinite()[:, None]
 
-    def without(x: Tensor | None) -> Tensor | None:
-        if x is None:
-            return None
+    def clean(x: Tensor) -> Tensor:
         return x.float().nan_to_num(0.0, 0.0, 0.0).to(x.dtype)
 
-    return reference.Sequence(without(s.q), without(s.k), without(s.v), without(s.qv), s.q_descale, s.k_descale,
-                              s.v_descale), taint  # fmt: skip
+    return replace(s, q=clean(s.q), k=clean(s.k), v=clean(s.v), qv=None if s.qv is None else clean(s.qv)), taint

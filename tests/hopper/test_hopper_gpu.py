@@ -34,7 +34,8 @@ SPACE = cases.Space(
     qv_head_dims=(),
     functions=(cases.VARLEN, cases.DENSE),
     features=cases.FEATURES
-    - {"paged", "append", "new_ragged", "rotary", "batch_idx", "leftpad", "qv", "only_qv", "splits", "odd_head_size"},
+    - {"paged", "append", "new_ragged", "rotary", "batch_idx", "leftpad", "qv", "only_qv", "splits", "odd_head_size"}
+    - {"draft_mask"},
     lengths=(150, 500, 1500),
     stride_step=8,
 )

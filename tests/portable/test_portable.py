@@ -72,18 +72,23 @@ def test_random_cases_under_the_interpreter(say: list[str]) -> None:
     say.append(f"and {hidden[0]} with random masks, {hidden[1]} of them with hidden keys that are not finite")
 
 
-# For each architecture the tile that needs most shared memory, and for each family a paged one with every branch.
+# For each architecture the tile that needs most shared memory, and for each family a paged one with every branch, also
+# with a draft mask.
 AHEAD = [(architecture, 256, "prefill", False) for architecture in ARCHITECTURES] + [
     ("sm_80", 128, "prefill", True),
     ("sm_86", 256, "decode", True),
     ("sm_90a", 128, "prefill", True),
     ("sm_90a", 128, "short", True),
+    ("sm_80", 128, "draft", "draft mask"),
+    ("sm_86", 256, "decode", "draft mask"),
+    ("sm_90a", 256, "draft", "draft mask"),
 ]
 
 
-def _compiled(what: tuple[str, int, str, bool]) -> tuple[bytes, dict[str, Any]]:
+def _compiled(what: tuple[str, int, str, bool | str]) -> tuple[bytes, dict[str, Any]]:
     architecture, head_dim, kind, every = what
-    spec = portable_kernels.forward_spec(architecture, "bf16", head_dim, head_dim, kind, every, every, every, True)
+    flags = *[every != False] * 3, True, every == "draft mask"  # noqa: E712
+    spec = portable_kernels.forward_spec(architecture, "bf16", head_dim, head_dim, kind, *flags)
     return _compile(spec, architecture)
 
 
@@ -94,7 +99,7 @@ def _compile(spec: KernelSpec, architecture: str) -> tuple[bytes, dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def ahead() -> Iterator[dict[tuple[str, int, str, bool], tuple[bytes, dict[str, Any]]]]:
+def ahead() -> Iterator[dict[tuple[str, int, str, bool | str], tuple[bytes, dict[str, Any]]]]:
     with ThreadPoolExecutor(2) as pool:
         yield dict(zip(AHEAD, pool.map(_compiled, AHEAD), strict=True))
 
@@ -171,7 +176,7 @@ def test_a_block_that_is_too_large_is_refused() -> None:
 def test_every_architecture_and_size_has_a_tile() -> None:
     for architecture in (*ARCHITECTURES, "sm_87", "sm_103", "sm_110", "sm_121", "sm_130"):
         for head_dim in (1, 16, 64, 65, 128, 129, 256):
-            for kind in ("prefill", "unaligned", *portable_tiles.ROWS):
+            for kind in ("prefill", "unaligned", "draft", *portable_tiles.ROWS):
                 tile = portable_tiles.tile(architecture, head_dim, 16, kind)
                 assert tile.block_m >= portable_tiles.ROWS.get(kind, 16)
                 # Rows of keys and values of the stages that are loading, at the least.
@@ -180,10 +185,16 @@ def test_every_architecture_and_size_has_a_tile() -> None:
 
 
 def test_without_splits_the_tile_knows_no_length() -> None:
-    assert {portable_plan.tile_kind(1, rows, True) for rows in (1, 16, 17, 64, 65, 10**6)} == {"prefill"}
-    assert {portable_plan.tile_kind(1, rows, False) for rows in (1, 16, 17, 64, 65, 10**6)} == {"unaligned"}
-    kinds = [portable_plan.tile_kind(0, rows, True) for rows in (1, 16, 17, 64, 65)]
+    assert {portable_plan.tile_kind(1, rows, True, False) for rows in (1, 16, 17, 64, 65, 10**6)} == {"prefill"}
+    assert {portable_plan.tile_kind(1, rows, True, True) for rows in (1, 16, 17, 64, 65, 10**6)} == {"draft"}
+    for drafted in (False, True):
+        assert {portable_plan.tile_kind(1, rows, False, drafted) for rows in (1, 16, 17, 64, 65, 10**6)} == {
+            "unaligned"
+        }
+    kinds = [portable_plan.tile_kind(0, rows, True, False) for rows in (1, 16, 17, 64, 65)]
     assert kinds == ["decode", "decode", "short", "short", "prefill"]
+    kinds = [portable_plan.tile_kind(0, rows, True, True) for rows in (1, 16, 17, 64, 65)]
+    assert kinds == ["decode", "decode", "draft", "draft", "draft"]
 
 
 def test_no_matrix_descriptor_is_loop_invariant() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 import jit_kernel.flash_attention_v3 as fa3
 from jit_kernel import config, device, jit
 from jit_kernel.flash_attention_v3 import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache, merge_state
-from tests.support import cases, hidden, large_scores
+from tests.support import cases, drafts, hidden, large_scores, reference
 
 pytestmark = pytest.mark.gpu
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
@@ -65,6 +65,35 @@ def test_what_no_query_sees_reaches_no_result(dtype: torch.dtype, say: list[str]
     with_some = sum(count > 0 for count in counts)
     assert with_some > 125
     say.append(f"portable: {len(counts)} calls, {with_some} with hidden keys, {sum(counts)} elements not finite")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [2, 7, 16, 70])
+@pytest.mark.parametrize("splits", [0, 1, 5])
+@pytest.mark.parametrize("mask", [{}, {"window_size": (90, -1)}, {"causal": True, "softcap": 9.0}], ids=str)
+def test_trees_of_draft_tokens(dtype: torch.dtype, tokens: int, splits: int, mask: dict[str, Any]) -> None:
+    """Over pages and dense caches: within the rule, which a mask of another bit fails; a chain is a causal mask."""
+    lengths, words, random = [700, 64, 1999], 3, torch.Generator().manual_seed(tokens)
+    q = normal(3, tokens, 8, 128, dtype=dtype)
+    k, v = (normal(3, 2048, 2, 128, dtype=dtype) for _ in range(2))
+    table = torch.randperm(3 * 128, device="cuda", dtype=torch.int32).view(3, 128)
+    pages = [x.view(-1, 16, 2, 128)[table.flatten().argsort()].contiguous() for x in (k, v)]
+    options = {"cache_seqlens": torch.tensor(lengths, dtype=torch.int32, device="cuda"), "num_splits": splits, **mask}
+    seen = torch.cat([make(tokens, words, random) for make in (drafts.tree, drafts.scattered, drafts.tree)])
+    for bits, right in ((seen, True), (seen.roll(1, 1), False)):
+        given = drafts.pack(bits.cuda())
+        for caches, more in (((k, v), {}), (tuple(pages), {"page_table": table})):
+            out, lse = flash_attn_with_kvcache(q, *caches, draft_mask=given, return_softmax_lse=True, **options, **more)
+            rows = drafts.pack(seen.cuda()).view(3, tokens, words)
+            sequences = [
+                reference.Sequence(q[i], k[i, :n], v[i, :n], draft_mask=rows[i]) for i, n in enumerate(lengths)
+            ]
+            shares = reference.check(list(out), list(lse), reference.Problem(sequences, **mask))
+            assert (shares.worst <= 1) is right, shares
+    chain = drafts.pack(drafts.chain(tokens, words).cuda()).repeat(3, 1)
+    out = flash_attn_with_kvcache(q, k, v, draft_mask=chain, **options)
+    causal = flash_attn_with_kvcache(q, k, v, **options | {"causal": True})
+    torch.testing.assert_close(out, causal, rtol=2**-7, atol=2**-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -58,8 +58,11 @@ def build(plan: Plan) -> Case:
         dtype = torch.float32 if plan.sinks == "float32" else plan.dtype
         sinks = arguments["sinks"] = maker.normal(plan.hq, dtype=dtype, factor=2.0)
     descales = _descales(maker, arguments)
+    masks = _draft_masks(maker, arguments, out_rows)
     sequences = [
-        reference.Sequence(q=q, k=k, v=v, qv=qv, **{name: value[i] for name, value in descales.items()})
+        reference.Sequence(
+            q=q, k=k, v=v, qv=qv, draft_mask=masks[i], **{name: value[i] for name, value in descales.items()}
+        )
         for i, ((q, qv), (k, v)) in enumerate(zip(queries, keys, strict=True))
     ]
     problem = reference.Problem(
@@ -257,6 +260,24 @@ def _descales(maker: Maker, arguments: dict[str, Any]) -> dict[str, Tensor]:
         made[f"{letter}_descale"] = values.to(plan.device).expand(maker.batch, plan.hk)
     arguments.update(made)
     return made
+
+
+def _draft_masks(maker: Maker, arguments: dict[str, Any], rows: list[tuple]) -> list[Tensor | None]:
+    """A row for each row of q; each sequence's rows have bits of their own density, and some rows none or all."""
+    plan, words = maker.plan, maker.plan.draft_words
+    if not words:
+        return [None] * len(rows)
+    lead = arguments["q"].shape[:-2]
+    wide = torch.randint(-(2**31), 2**31, (*lead, words + (3 if plan.strides else 0)), generator=maker.random)
+    bits = torch.rand(*lead, words, 32, generator=maker.random)
+    density = torch.tensor([0.0, 0.05, 0.5, 0.5, 0.9, 1.0])
+    kept = bits < density[torch.randint(len(density), lead, generator=maker.random)][..., None, None]
+    numbers = (kept.long() << torch.arange(32)).sum(-1)
+    first = 2 if plan.strides else 0
+    wide[..., first : first + words] = numbers - (numbers >> 31 << 32)
+    mask = wide.to(torch.int32).to(plan.device)[..., first : first + words]
+    arguments["draft_mask"] = mask.flatten(0, -2)
+    return [mask[row] for row in rows]
 
 
 def _scalars(maker: Maker, arguments: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ VARLEN, KVCACHE, DENSE = "flash_attn_varlen_func", "flash_attn_with_kvcache", "f
 FEATURES = frozenset(
     {"ragged", "paged", "append", "new_ragged", "rotary", "batch_idx", "leftpad", "qv", "only_qv", "causal", "window"}
     | {"chunk", "softcap", "sinks", "scale", "splits", "seqused_q", "seqused_k", "out", "strides", "groups", "empty"}
-    | {"hot", "lse", "descale_expanded", "odd_head_size", "large", "tail"}
+    | {"hot", "lse", "descale_expanded", "odd_head_size", "large", "tail", "draft_mask"}
 )
 
 
@@ -80,6 +80,7 @@ class Plan:
     rotary_seqlens: bool = False
     descales: str = ""  # which of q, k, v
     descale_expanded: bool = False
+    draft_words: int = 0  # of each row of a draft mask; 0: there is none
     num_splits: int | None = None
     pack_gqa: bool | None = None
     return_lse: bool = True
@@ -121,6 +122,7 @@ class Plan:
             "lse": self.return_lse,
             "descale_expanded": self.descale_expanded,
             "odd_head_size": self.d % 8 != 0 or self.dv % 8 != 0,
+            "draft_mask": self.draft_words > 0,
             "large": max((*self.lengths_q, *self.lengths_k)) > 130,
         }
         return frozenset(name for name, is_used in used.items() if is_used)
@@ -163,6 +165,8 @@ def draw(seed: int, space: Space) -> Plan:
     if dice.has("scale", 0.25):
         terms = heads["d"] + (heads["dv"] if heads.get("qv") else 0)
         settings["softmax_scale"] = dice.pick(0.5, 1.5, 3.0 if settings["magnitude"] == 1 else 1.0) * terms**-0.5
+    if function != DENSE and dice.has("draft_mask", 0.2):
+        settings["draft_words"] = dice.pick(1, 1, 2, 3, 5)
     return Plan(seed=seed, function=function, dtype=dtype, device=space.device, stride_step=space.stride_step,
                 **heads, **layout, **settings)  # fmt: skip
 

@@ -56,7 +56,10 @@ def _fill(case: Case, name: str, where: tuple, bad: bool, random: torch.Generato
 
 
 def needed_entries(case: Case, i: int) -> tuple[int, set[int]]:
-    """A sequence's row of the page table, and the entries of it that a call reads: of keys seen, and of new ones."""
+    """A sequence's row of the page table, and the entries of it that a call reads: of keys seen, and of new ones.
+
+    Those of keys that a draft mask alone hides are among them.
+    """
     plan, s = case.plan, case.problem.sequences[i]
     seen = reference.visible(case.problem, len(s.q), len(s.k), torch.device("cpu")).any(0)
     if plan.lengths_new is not None:
@@ -84,7 +87,7 @@ def _twin(plan: Plan, bad: bool) -> tuple[Case, int]:
     starts = torch.tensor([0, *new]).cumsum(0)
     count = 0
     for i, s in enumerate(case.problem.sequences):
-        seen = reference.visible(case.problem, len(s.q), len(s.k), torch.device("cpu")).any(0)
+        seen = reference.seen_by(s, case.problem).any(0).cpu()
         old = plan.lengths_k[i] - leftpad[i]
         hidden = (~seen[:old]).nonzero().flatten()
         where = tuple(at[hidden] for at in case.slots(i, leftpad[i], plan.lengths_k[i]))

@@ -31,7 +31,7 @@ from jit_kernel.fa3.portable import forward as portable_forward  # noqa: E402
 from jit_kernel.fa3.portable import kernels as portable_kernels  # noqa: E402
 from jit_kernel.fa3.portable import tiles as portable_tiles  # noqa: E402
 from jit_kernel.fa3.portable.tiles import Tile, padded  # noqa: E402
-from tests.support import case_run, cases, hidden, large_scores  # noqa: E402
+from tests.support import case_run, cases, drafts, hidden, large_scores, reference  # noqa: E402
 
 FEATURES = cases.FEATURES - {"qv", "only_qv", "descale_expanded"}
 SPACE = cases.Space(
@@ -46,7 +46,7 @@ SPACE = cases.Space(
 )
 # Small, so that a small case has full, masked and partly empty tiles on both sides.
 TILES = {"prefill": Tile(32, 16, 1, 1), "short": Tile(64, 32, 1, 1), "decode": Tile(16, 16, 1, 1)}
-TILES["unaligned"] = TILES["prefill"]
+TILES["unaligned"] = TILES["draft"] = TILES["prefill"]
 FUNCTIONS = {"forward": forward, "combine": combine, "append": append}
 
 
@@ -63,10 +63,10 @@ class InterpretedKernels:
     def handle(self, key: tuple[Any, ...]) -> tuple[str, dict[str, Any]]:
         name, *fields = key
         if name == "forward":
-            _, d, dv, kind, paged, local, softcap, aligned = fields
+            _, d, dv, kind, paged, local, softcap, aligned, draft = fields
             tile = TILES[kind]
             constants = _sizes(d, dv) | {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "PAGED": paged}
-            constants |= {"LOCAL": local, "SOFTCAP": softcap, "INTERPRETED": True}
+            constants |= {"LOCAL": local, "SOFTCAP": softcap, "DRAFT": draft, "INTERPRETED": True}
         elif name == "append":
             _, d, dv, aligned = fields
             constants = _sizes(d, dv) | {"BLOCK_M": portable_kernels.APPEND_ROWS}
@@ -189,6 +189,26 @@ def check_batch_invariance(seed: int) -> None:
             require(torch.equal(alone[0], together[i]), f"sequence {i} with {settings} depends on its neighbours")
 
 
+def check_draft_chains(seed: int) -> None:
+    """The bits of a chain of draft tokens give those of a causal call; a mask of another bit fails the rule."""
+    random = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(2, n, heads, 32, generator=random).half() for n, heads in ((5, 4), (90, 2), (90, 2)))
+    options = {"cache_seqlens": torch.tensor([90, 41], dtype=torch.int32), "return_softmax_lse": True}
+    seen = drafts.chain(5, 2)
+    for splits in (0, 3):
+        causal = flash_attention_v3.flash_attn_with_kvcache(q, k, v, causal=True, num_splits=splits, **options)
+        for bits, equal in ((seen, True), (seen.roll(1, 1), False)):
+            mask = drafts.pack(bits).repeat(2, 1)
+            chain = flash_attention_v3.flash_attn_with_kvcache(q, k, v, draft_mask=mask, num_splits=splits, **options)
+            require(all(map(torch.equal, chain, causal)) is equal, f"a chain of draft tokens, {splits} splits")
+    for bits, right in ((seen, True), (seen.roll(1, 1), False)):
+        mask = drafts.pack(bits).repeat(2, 1)
+        out, lse = flash_attention_v3.flash_attn_with_kvcache(q, k, v, draft_mask=mask, num_splits=1, **options)
+        sequences = [reference.Sequence(q[i], k[i, :n], v[i, :n]) for i, n in enumerate((90, 41))]
+        problem = reference.Problem(sequences, causal=True)
+        require((reference.check(list(out), list(lse), problem).worst <= 1) is right, "the rule and a draft mask")
+
+
 def varlen(q: list, k: list, v: list, max_seqlen_q: int, settings: dict[str, Any]) -> list[torch.Tensor]:
     """Ragged attention over lists of sequences."""
 
@@ -219,6 +239,7 @@ def main(first: int, count: int) -> None:
     check_batch_invariance(first)
     check_not_finite(first)
     check_large_scores()
+    check_draft_chains(first)
     for name in sorted(set(kernels.launched)):
         print(f"launched {name} {kernels.launched.count(name)}")
 

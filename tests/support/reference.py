@@ -22,7 +22,8 @@ FP8_P_SCALE = 256.0  # P in [0, 1] times this still fits e4m3 (448), and uses it
 
 @dataclass(frozen=True)
 class Sequence:
-    """One sequence: q (sq, hq, d), k (sk, hk, d), v (sk, hk, dv), qv (sq, hq, dv); descales (hk,) float32."""
+    """One sequence: q (sq, hq, d), k (sk, hk, d), v (sk, hk, dv), qv (sq, hq, dv); descales (hk,) float32; draft_mask
+    (sq, words) int32."""
 
     q: Tensor
     k: Tensor
@@ -31,6 +32,7 @@ class Sequence:
     q_descale: Tensor | None = None
     k_descale: Tensor | None = None
     v_descale: Tensor | None = None
+    draft_mask: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,23 @@ def visible(problem: Problem, sq: int, sk: int, device: torch.device) -> Tensor:
     return seen
 
 
+def drafted(draft_mask: Tensor, sk: int) -> Tensor:
+    """Boolean (sq, sk): bit by bit, which keys a draft mask (sq, words) lets each query row see."""
+    sq, words = draft_mask.shape
+    seen = torch.ones(sq, sk, dtype=torch.bool, device=draft_mask.device)
+    for bit in range(32 * words):
+        key = sk - 32 * words + bit
+        if key >= 0:
+            seen[:, key] = (draft_mask[:, bit // 32] >> (bit % 32)) & 1 == 1
+    return seen
+
+
+def seen_by(s: Sequence, problem: Problem) -> Tensor:
+    """Boolean (sq, sk): which keys each query row sees, by the mask of the problem and by the sequence's draft mask."""
+    seen = visible(problem, s.q.shape[0], s.k.shape[0], s.q.device)
+    return seen if s.draft_mask is None else seen & drafted(s.draft_mask, s.k.shape[0])
+
+
 def scale_of(problem: Problem, s: Sequence) -> float:
     if problem.softmax_scale is not None:
         return problem.softmax_scale
@@ -106,8 +125,7 @@ def scores(s: Sequence, problem: Problem, dtype: torch.dtype) -> Tensor:
     assert total is not None
     if problem.softcap > 0:
         total = torch.tanh(total / problem.softcap) * problem.softcap
-    seen = visible(problem, s.q.shape[0], s.k.shape[0], s.q.device)
-    return total.masked_fill(~seen, -math.inf)
+    return total.masked_fill(~seen_by(s, problem), -math.inf)
 
 
 def attend(s: Sequence, problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -140,7 +158,8 @@ def _descaled(s: Sequence, dtype: torch.dtype) -> Sequence:
         return x if descale is None else x * descale.to(dtype).repeat_interleave(repeat)[None, :, None]
 
     qv = None if s.qv is None else times(s.qv, s.q_descale, group)
-    return Sequence(times(s.q, s.q_descale, group), times(s.k, s.k_descale), times(s.v, s.v_descale), qv)
+    k, v = times(s.k, s.k_descale), times(s.v, s.v_descale)
+    return Sequence(times(s.q, s.q_descale, group), k, v, qv, draft_mask=s.draft_mask)
 
 
 def emulate_fp8(s: Sequence, problem: Problem) -> Tensor:

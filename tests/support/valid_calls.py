@@ -60,7 +60,11 @@ def cache() -> Call:
     call |= {"k": torch.randn(2, 3, 2, 32), "v": torch.randn(2, 3, 2, 32), "cache_seqlens": ints(4, 13)}
     call |= {"rotary_cos": torch.randn(20, 8), "rotary_sin": torch.randn(20, 8), "rotary_seqlens": ints(5, 17)}
     call |= {"cache_batch_idx": ints(2, 0), "cache_leftpad": ints(1, 2), "causal": True, "num_splits": 0}
-    return call | {"out": torch.randn(2, 2, 4, 32), "sinks": torch.randn(4)}
+    return call | {
+        "out": torch.randn(2, 2, 4, 32),
+        "sinks": torch.randn(4),
+        "draft_mask": ints(1, 2, 3, -1, 5, 6, 7, -8).reshape(4, 2),
+    }
 
 
 def paged_cache() -> Call:
@@ -68,7 +72,7 @@ def paged_cache() -> Call:
     call = {"q": torch.randn(3, 4, 32), "k_cache": torch.randn(8, 4, 2, 32), "v_cache": torch.randn(8, 4, 2, 32)}
     call |= {"k": torch.randn(4, 2, 32), "v": torch.randn(4, 2, 32), "cu_seqlens_k_new": ints(0, 1, 4)}
     call |= {"cu_seqlens_q": ints(0, 1, 3), "max_seqlen_q": 2, "cache_seqlens": ints(7, 5)}
-    return call | {"page_table": ints(1, 2, 3, 4).reshape(2, 2)}
+    return call | {"page_table": ints(1, 2, 3, 4).reshape(2, 2), "draft_mask": ints(*range(6)).reshape(3, 2)}
 
 
 def planned() -> Call:

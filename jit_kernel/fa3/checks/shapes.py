@@ -16,6 +16,7 @@ from jit_kernel.fa3.call import KVCACHE, NAME_OF, Call, batch_of, default_scale,
 from jit_kernel.fa3.checks.forms import unread_fields
 from jit_kernel.fa3.checks.values import (
     INPUT_DTYPES,
+    MAX_DRAFT_WORDS,
     is_kernel_index,
     need_absent,
     need_bool,
@@ -256,7 +257,7 @@ def _check_qv(call: Call, q: Tensor, v: Tensor) -> None:
 
 
 def _check_extras(call: Call, q: Tensor, k: Tensor, v: Tensor, batch: int) -> None:
-    """Descales, sinks, scheduler_metadata and out."""
+    """Descales, sinks, draft_mask, scheduler_metadata and out."""
     for name in ("q_descale", "k_descale", "v_descale"):
         scale = getattr(call, name)
         if scale is not None and not (isinstance(scale, Tensor) and k.dtype is not torch.float8_e4m3fn):  # else unread
@@ -270,6 +271,8 @@ def _check_extras(call: Call, q: Tensor, k: Tensor, v: Tensor, batch: int) -> No
         need_device("sinks", sinks, q.device)
         need_shape("sinks", sinks, (q.shape[-2],), "(hq,)")
         need_contiguous("sinks", sinks)
+    if call.draft_mask is not None:
+        _check_draft_mask(call, q)
     if call.scheduler_metadata is not None:
         need_index("scheduler_metadata", call.scheduler_metadata, None, "(n,)", q.device)
     if call.out is not None:
@@ -279,3 +282,19 @@ def _check_extras(call: Call, q: Tensor, k: Tensor, v: Tensor, batch: int) -> No
         need_shape("out", out, (*q.shape[:-1], v.shape[-1]), "q's shape with dv in the last place")
         need_unit_stride("out", out)
         need_writable("out", out)
+
+
+def _check_draft_mask(call: Call, q: Tensor) -> None:
+    """A bit mask: int32 alone, as the bits of an int64 would be other keys'."""
+    mask = need_tensor("draft_mask", call.draft_mask)
+    need_dtype("draft_mask", mask, (torch.int32,), ", whose 32 bits are keys")
+    need_device("draft_mask", mask, q.device)
+    need_dims("draft_mask", mask, "(total_q, words)")
+    rows, words = q.shape[0] if q.dim() == 3 else q.shape[0] * q.shape[1], mask.shape[1]
+    need_shape("draft_mask", mask, (rows, words), "(total_q, words)")
+    if not 1 <= words <= MAX_DRAFT_WORDS:
+        most = MAX_DRAFT_WORDS
+        raise ValueError(
+            f"draft_mask has shape {tuple(mask.shape)}; it must be (total_q, words), words between 1 and {most}"
+        )
+    need_unit_stride("draft_mask", mask)

@@ -17,6 +17,7 @@ from jit_kernel.fa3.checks import memory, plain
 INT32_MAX = 2**31 - 1
 FLOAT32_MAX = 3.4e38
 FLOAT32_MIN = 1.2e-38  # the smallest normal number: below it a division overflows
+MAX_DRAFT_WORDS = 2**20  # 2^25 keys: far more than any tree, and twice as many bits fit into an int32
 MAX_SPLITS = 256  # what FA3's combine takes, and more than any machine has use for
 
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)

@@ -31,7 +31,7 @@ def kernels_of(device: torch.device) -> DeviceKernels:
 
 def attend(call: Call) -> Result:
     """Attention of a checked call, q already rotated."""
-    q, k, v, sinks = call.q, call.k, call.v, call.sinks
+    q, k, v, sinks, draft_mask = call.q, call.k, call.v, call.sinks, call.draft_mask
     device = kernels_of(q.device)
     flags = planning.flags_of(call)
     batch, longest_q = calls.batch_of(call), call.max_seqlen_q
@@ -45,6 +45,7 @@ def attend(call: Call) -> Result:
         0 if call.k_new is None or offsets_new is not None else call.k_new.shape[1],
         0 if page_table is None else page_table.shape[1],
         calls.mask_bounds(call), call.attention_chunk, call.softcap > 0,
+        (0, 0) if draft_mask is None else (draft_mask.shape[1], draft_mask.stride(0)),
         call.num_splits, call.pack_gqa, call.sm_margin, flags,
         (q.data_ptr() | k.data_ptr() | v.data_ptr() | result.data_ptr()) & 15 == 0,
     )  # fmt: skip
@@ -59,7 +60,7 @@ def attend(call: Call) -> Result:
     device.launch(
         made.forward.handle, made.forward.grid, q, k, v, result, lse, out_partial, lse_partial,
         offsets, call.cu_seqlens_k, offsets_new, call.seqused_q, call.seqused_k,
-        page_table, call.cache_batch_idx, call.cache_leftpad, sinks,
+        page_table, call.cache_batch_idx, call.cache_leftpad, sinks, draft_mask,
         *made.forward.scalars, call.softmax_scale, float(call.softcap),
     )  # fmt: skip
     if made.combine is not None:

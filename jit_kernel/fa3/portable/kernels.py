@@ -51,6 +51,7 @@ def forward_spec(
     local: bool,
     softcap: bool,
     aligned: bool,
+    draft: bool = False,
 ) -> KernelSpec:
     """The attention kernel of one variant; `kind` names its tile."""
     tile = portable_tiles.tile(architecture, head_dim, head_dim_v, kind)
@@ -64,6 +65,7 @@ def forward_spec(
         "PAGED": paged,
         "LOCAL": local,
         "SOFTCAP": softcap,
+        "DRAFT": draft,
         "STRIDE_UNIT": 8 if aligned else 1,
         "INTERPRETED": False,
     }
@@ -77,6 +79,7 @@ def forward_spec(
         "local": local,
         "softcap": softcap,
         "aligned": aligned,
+        "draft": draft,
     }
     return _spec("forward", variant, {"element": dtype}, constants, tile.num_warps, tile.num_stages)
 
@@ -157,6 +160,11 @@ def all_specs(target: Target) -> Iterator[KernelSpec]:
                 for bits in range(8):
                     flags = (bool(bits & 1), bool(bits & 2), bool(bits & 4))
                     yield forward_spec(target.architecture, dtype, head_dim, head_dim_v, kind, *flags, True)
+            # Trees of draft tokens over pages: 20 beside 240. Dense caches and softcap compile at the first call.
+            for kind in ("decode", "draft"):
+                yield forward_spec(
+                    target.architecture, dtype, head_dim, head_dim_v, kind, True, True, False, True, True
+                )
             yield append_spec(dtype, head_dim, head_dim_v, True)
         for head_dim_v in sorted({pair[1] for pair in WARM_HEAD_DIMS}):
             for splits in COMBINE_SPLITS:

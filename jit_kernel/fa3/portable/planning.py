@@ -74,6 +74,7 @@ class Settings:
     window: tuple[int, int]  # causal is a right bound of 0
     chunk: int
     softcap: bool
+    draft: tuple[int, int]  # words of a draft mask's row, and its stride; 0: there is none
     num_splits: int
     pack_gqa: bool | None
     sm_margin: int
@@ -121,10 +122,11 @@ def make(kernels: DeviceKernels, q: Layout, k: Layout, v: Layout, out: Layout, c
     if aligned:
         strides = tuple(stride >> 3 for stride in strides)
 
-    kind = tile_kind(call.num_splits, call.max_seqlen_q * group, aligned)
+    drafted = call.draft[0] > 0
+    kind = tile_kind(call.num_splits, call.max_seqlen_q * group, aligned, drafted)
     tile = portable_tiles.tile(kernels.target.architecture, head_dim, head_dim_v, kind)
-    local = call.window[0] >= 0 or call.chunk > 0
-    variant = (call.dtype, head_dim, head_dim_v, kind, call.table_width > 0, local, call.softcap, aligned)
+    local = is_local(call.window, call.chunk, drafted)
+    variant = (call.dtype, head_dim, head_dim_v, kind, call.table_width > 0, local, call.softcap, aligned, drafted)
     packed = group if packs(call.pack_gqa, call.max_seqlen_q, group, tile.block_m, kind) else 1
     row_tiles = -(-call.max_seqlen_q * packed // tile.block_m)
     programs = row_tiles * (heads // packed) * call.batch
@@ -134,8 +136,8 @@ def make(kernels: DeviceKernels, q: Layout, k: Layout, v: Layout, out: Layout, c
         num_splits = best_splits(programs, slots, _longest(call, capacity))
     lse_strides = (0, total_rows) if ragged else (heads * seqlen_q, seqlen_q)
     scalars = (
-        *strides, *lse_strides, call.table_width, total_rows, seqlen_q, capacity, call.seqlen_k_new, page_size,
-        heads, packed, group, row_tiles, num_splits, *call.window, call.chunk, call.flags,
+        *strides, *lse_strides, call.table_width, total_rows, call.draft[1], seqlen_q, capacity, call.seqlen_k_new,
+        page_size, heads, packed, group, row_tiles, num_splits, *call.window, call.chunk, call.draft[0], call.flags,
     )  # fmt: skip
     forward = Launch(kernels.handle(("forward", *variant)), programs * num_splits, scalars)
     partial_shape = (num_splits, total_rows, heads, head_dim_v)
@@ -151,20 +153,27 @@ def make(kernels: DeviceKernels, q: Layout, k: Layout, v: Layout, out: Layout, c
     return Plan(forward, combine, partial_shape)
 
 
-def tile_kind(num_splits: int, rows: int, aligned: bool) -> str:
+def tile_kind(num_splits: int, rows: int, aligned: bool, drafted: bool) -> str:
     """The kind of tile for `rows` packed rows of a sequence. Without splits it never depends on lengths."""
     if num_splits != 1 and rows <= portable_tiles.ROWS["decode"]:
         return "decode"
     if not aligned:
         return "unaligned"
+    if drafted:
+        return "draft"
     return "short" if num_splits != 1 and rows <= portable_tiles.ROWS["short"] else "prefill"
+
+
+def is_local(window: tuple[int, int], chunk: int, drafted: bool) -> bool:
+    """Whether a kernel looks for keys before the first one that a row sees; with a draft mask always: fewer kernels."""
+    return window[0] >= 0 or chunk > 0 or drafted
 
 
 def packs(pack_gqa: bool | None, max_seqlen_q: int, group: int, block_m: int, kind: str) -> bool:
     """Whether the query heads of a group share a tile: where they fill it better than tokens do."""
     if group == 1:
         return False
-    if kind in portable_tiles.ROWS:
+    if kind in portable_tiles.ROWS or kind == "draft":
         return True  # the tile was chosen for packed rows
     if pack_gqa is not None:
         return pack_gqa

@@ -32,6 +32,13 @@ ROWS = {"decode": 16, "short": 64}
 # Rows of keys that are not 16-byte aligned load 2 bytes at a time through registers: a small tile leaves room for them.
 _UNALIGNED = {("unaligned", size): Tile(32, 32, 4, 1, residents=2) for size in (64, 128, 256)}
 
+# With a draft mask a row's bit of each key lives in a register: 64 rows and 64 keys spill 1448 bytes. Not measured.
+_DRAFT = {
+    ("draft", 64): Tile(32, 64, 4, 2, residents=2),
+    ("draft", 128): Tile(32, 64, 4, 2, residents=2),
+    ("draft", 256): Tile(32, 32, 4, 2, residents=2),
+}
+
 # Head sizes are classed by the larger padded one. Measured on an H200, bf16, in TFLOP/s (prefill: 16,384 tokens, hidden
 # size 2048, 4k and 16k, without and with causal mask) and GB/s (decode: 64 x 8k, 32/8 heads, pages of 64):
 # prefill 64: 418 356 431 412; of 8 warps and 128 keys 340 294 362 355.
@@ -54,6 +61,7 @@ _SM_90 = {
     ("decode", 128): Tile(16, 32, 2, 3, residents=4),
     ("decode", 256): Tile(16, 32, 2, 2, residents=4),
     **_UNALIGNED,
+    **_DRAFT,
 }
 # 163 KiB of shared memory and mma.sync, whose operands pass through registers: fewer keys at a time than wgmma, or they
 # spill. Not measured: chosen by the compiler's report (at most 400 bytes of spills, for a head size of 256).
@@ -68,6 +76,7 @@ _SM_80 = {
     ("decode", 128): Tile(16, 32, 2, 3, residents=4),
     ("decode", 256): Tile(16, 32, 2, 2, residents=4),
     **_UNALIGNED,
+    **_DRAFT,
 }
 # sm_86, sm_89, sm_120: as sm_80 with 99 KiB, so fewer keys where a stage of them is large.
 _SMALL = _SM_80 | {
@@ -99,6 +108,6 @@ def padded(head_dim: int) -> int:
 
 
 def tile(architecture: str, head_dim: int, head_dim_v: int, kind: str) -> Tile:
-    """The tile of a kind ("prefill", "short", "decode", "unaligned") for an architecture and head sizes up to 256."""
+    """The tile of a kind (a key of the tables, and "unaligned", "draft") for an architecture and sizes up to 256."""
     size = max(64, padded(head_dim), padded(head_dim_v))
     return TILES[family(architecture)][kind, size]

@@ -21,6 +21,7 @@ from flash_attention_v3.portable.sequence import (
     HAS_SEQUSED_Q,
     HAS_SINKS,
     ZERO_REST,
+    call_row,
     end_visible_key,
     first_visible_key,
     load_index,
@@ -46,6 +47,7 @@ SIGNATURE = {
     "cache_batch_idx": "*i32",
     "cache_leftpad": "*i32",
     "sinks": "*element",
+    "draft_mask": "*i32",
     "q_stride_batch": "i64",
     "q_stride_token": "i64",
     "q_stride_head": "i64",
@@ -62,6 +64,7 @@ SIGNATURE = {
     "lse_stride_head": "i64",
     "page_table_stride": "i64",
     "total_rows": "i64",
+    "draft_stride": "i64",
     "seqlen_q": "i32",
     "capacity_k": "i32",
     "seqlen_k_new": "i32",
@@ -74,6 +77,7 @@ SIGNATURE = {
     "window_left": "i32",
     "window_right": "i32",
     "attention_chunk": "i32",
+    "draft_words": "i32",
     "flags": "i32",
     "softmax_scale": "fp32",
     "softcap": "fp32",
@@ -99,6 +103,7 @@ def forward(
     cache_batch_idx,
     cache_leftpad,
     sinks,
+    draft_mask,
     q_stride_batch,
     q_stride_token,
     q_stride_head,
@@ -115,6 +120,7 @@ def forward(
     lse_stride_head,
     page_table_stride,
     total_rows,
+    draft_stride,
     seqlen_q,
     capacity_k,
     seqlen_k_new,
@@ -127,6 +133,7 @@ def forward(
     window_left,
     window_right,
     attention_chunk,
+    draft_words,
     flags,
     softmax_scale,
     softcap,
@@ -139,6 +146,7 @@ def forward(
     PAGED: tl.constexpr,
     LOCAL: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    DRAFT: tl.constexpr,
     STRIDE_UNIT: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
@@ -202,6 +210,13 @@ def forward(
         full_begin = tl.minimum(tl.maximum(tl.cdiv(last_first, BLOCK_N), tile_begin), tile_end)
     else:
         full_begin = tile_begin
+    draft_row, draft_begin = tokens, sk  # without a draft mask nothing reads them
+    if DRAFT:
+        draft_row = draft_mask + (call_row(batch, q_start, seqlen_q, flags) + tl.minimum(tokens, sq - 1)) * draft_stride
+        draft_begin = sk - 32 * draft_words
+        full_end = tl.minimum(full_end, tl.maximum(draft_begin, 0) // BLOCK_N)
+        # Rows that only fill up the tile see nothing: what they see would be read.
+        end_key = tl.where(row_valid, end_key, 0)
     full_end = tl.maximum(tl.minimum(full_end, tile_end), full_begin)
 
     k_base_row = tl.where((flags & HAS_CU_SEQLENS_K) != 0, k_start.to(tl.int64), 0)
@@ -242,27 +257,30 @@ def forward(
     if LOCAL:
         acc, row_sum, row_max = attend(
             acc, row_sum, row_max, q_tile, k_tile_base, v_tile_base, table_row,
-            tile_begin, full_begin, first_key, end_key, seen_begin, seen_end, leftpad, page_size,
+            tile_begin, full_begin, first_key, end_key, seen_begin, seen_end, draft_row, draft_begin, draft_words,
+            leftpad, page_size,
             k_stride_batch * STRIDE_UNIT, k_stride_token * STRIDE_UNIT,
             v_stride_batch * STRIDE_UNIT, v_stride_token * STRIDE_UNIT, softmax_scale, softcap,
             HEAD_DIM, HEAD_DIM_V, HEAD_DIM_PADDED, HEAD_DIM_V_PADDED, BLOCK_N,
-            PAGED, SOFTCAP, STRIDE_UNIT > 1, True, True, INTERPRETED,
+            PAGED, SOFTCAP, DRAFT, STRIDE_UNIT > 1, True, True, INTERPRETED,
         )  # fmt: skip
     acc, row_sum, row_max = attend(
         acc, row_sum, row_max, q_tile, k_tile_base, v_tile_base, table_row,
-        full_begin, full_end, first_key, end_key, 0, seen_end, leftpad, page_size,
+        full_begin, full_end, first_key, end_key, 0, seen_end, draft_row, draft_begin, draft_words,
+        leftpad, page_size,
         k_stride_batch * STRIDE_UNIT, k_stride_token * STRIDE_UNIT,
         v_stride_batch * STRIDE_UNIT, v_stride_token * STRIDE_UNIT, softmax_scale, softcap,
         HEAD_DIM, HEAD_DIM_V, HEAD_DIM_PADDED, HEAD_DIM_V_PADDED, BLOCK_N,
-        PAGED, SOFTCAP, STRIDE_UNIT > 1, False, False, INTERPRETED,
+        PAGED, SOFTCAP, False, STRIDE_UNIT > 1, False, False, INTERPRETED,
     )  # fmt: skip
     acc, row_sum, row_max = attend(
         acc, row_sum, row_max, q_tile, k_tile_base, v_tile_base, table_row,
-        full_end, tile_end, first_key, end_key, 0, seen_end, leftpad, page_size,
+        full_end, tile_end, first_key, end_key, 0, seen_end, draft_row, draft_begin, draft_words,
+        leftpad, page_size,
         k_stride_batch * STRIDE_UNIT, k_stride_token * STRIDE_UNIT,
         v_stride_batch * STRIDE_UNIT, v_stride_token * STRIDE_UNIT, softmax_scale, softcap,
         HEAD_DIM, HEAD_DIM_V, HEAD_DIM_PADDED, HEAD_DIM_V_PADDED, BLOCK_N,
-        PAGED, SOFTCAP, STRIDE_UNIT > 1, True, False, INTERPRETED,
+        PAGED, SOFTCAP, DRAFT, STRIDE_UNIT > 1, True, False, INTERPRETED,
     )  # fmt: skip
 
     half_max = half_exponents(row_max, softmax_scale, SOFTCAP)
@@ -274,8 +292,7 @@ def forward(
     out_mask = row_valid[:, None] & (columns < HEAD_DIM_V)[None, :]
     if num_splits > 1:
         # Partials are (splits, row, head, dv), row counting the tokens of the whole call.
-        dense = (flags & HAS_CU_SEQLENS_Q) == 0
-        row = tl.where(dense, batch.to(tl.int64) * seqlen_q, q_start) + tokens
+        row = call_row(batch, q_start, seqlen_q, flags) + tokens
         item = (split * total_rows + row) * num_heads + heads
         # Finite where the split saw a key, as an infinite one marks a part that saw nothing.
         part_lse = tl.maximum(tl.minimum(row_lse, LARGEST_FLOAT), -LARGEST_FLOAT)

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from flash_attention_v3.portable.sequence import is_drafted
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -46,6 +47,7 @@ def load_keys(
     first,
     seen_begin,
     seen_end,
+    drafted,
     stride_batch,
     stride_token,
     SIZE: tl.constexpr,
@@ -55,6 +57,7 @@ def load_keys(
     NARROW: tl.constexpr,
     MASKED: tl.constexpr,
     LEFT_EDGE: tl.constexpr,
+    DRAFT: tl.constexpr,
 ):
     """(BLOCK_N, SIZE_PADDED) keys or values from key `first` on; zero where no row sees the key, and past SIZE."""
     offsets = tl.arange(0, BLOCK_N)
@@ -72,6 +75,8 @@ def load_keys(
         seen = first + offsets < seen_end
         if LEFT_EDGE:
             seen = seen & (first + offsets >= seen_begin)
+        if DRAFT:
+            seen = seen & drafted
         mask = seen[:, None]
         if SIZE != SIZE_PADDED:
             mask = mask & (columns < SIZE)[None, :]
@@ -79,6 +84,12 @@ def load_keys(
     if SIZE != SIZE_PADDED:
         return tl.load(pointers, mask=(columns < SIZE)[None, :], other=0.0)
     return tl.load(pointers)
+
+
+@triton.jit
+def is_within(first_key, end_key, keys):
+    """(rows, keys): whether a key lies between those that each row sees."""
+    return (keys[None, :] >= first_key[:, None]) & (keys[None, :] < end_key[:, None])
 
 
 @triton.jit
@@ -96,6 +107,9 @@ def attend(
     end_key,
     seen_begin,
     seen_end,
+    draft_row,
+    draft_begin,
+    draft_words,
     leftpad,
     page_size,
     k_stride_batch,
@@ -111,6 +125,7 @@ def attend(
     BLOCK_N: tl.constexpr,
     PAGED: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    DRAFT: tl.constexpr,
     NARROW: tl.constexpr,
     MASKED: tl.constexpr,
     LEFT_EDGE: tl.constexpr,
@@ -119,7 +134,8 @@ def attend(
     """Online softmax over the key tiles tile_begin <= tile < tile_end; maxima in units of scores.
 
     Keys from seen_begin to seen_end are seen by some row of the tile, and no others are read; without LEFT_EDGE every
-    key of these tiles is behind seen_begin.
+    key of these tiles is behind seen_begin. DRAFT, which MASKED goes with, means that a draft mask may hide some of the
+    keys: draft_row holds a pointer to each row's words, draft_begin is the first key with a bit.
 
     The maximum is taken before scaling, one multiplication less per score: the scale is positive.
     """
@@ -136,13 +152,18 @@ def attend(
         )
     for tile in range(tile_begin, tile_end):
         first = tile * BLOCK_N
+        drafted = tile  # without a draft mask nothing reads it
+        if DRAFT:
+            keys = first + tl.arange(0, BLOCK_N)
+            visible = is_within(first_key, end_key, keys) & is_drafted(draft_row, draft_begin, draft_words, keys)
+            drafted = tl.max(visible.to(tl.int32), 0) > 0
         k_tile = load_keys(
-            k, pages, slots, first, seen_begin, seen_end, k_stride_batch, k_stride_token,
-            HEAD_DIM, HEAD_DIM_PADDED, BLOCK_N, PAGED, NARROW, MASKED, LEFT_EDGE,
+            k, pages, slots, first, seen_begin, seen_end, drafted, k_stride_batch, k_stride_token,
+            HEAD_DIM, HEAD_DIM_PADDED, BLOCK_N, PAGED, NARROW, MASKED, LEFT_EDGE, DRAFT,
         )  # fmt: skip
         v_tile = load_keys(
-            v, pages, slots, first, seen_begin, seen_end, v_stride_batch, v_stride_token,
-            HEAD_DIM_V, HEAD_DIM_V_PADDED, BLOCK_N, PAGED, NARROW, MASKED, LEFT_EDGE,
+            v, pages, slots, first, seen_begin, seen_end, drafted, v_stride_batch, v_stride_token,
+            HEAD_DIM_V, HEAD_DIM_V_PADDED, BLOCK_N, PAGED, NARROW, MASKED, LEFT_EDGE, DRAFT,
         )  # fmt: skip
         if PAGED:
             # A tile ahead: decoding over pages of 64 takes 4240 GB/s so, 3690 with the lookup in front.
@@ -157,8 +178,8 @@ def attend(
             exponent = tl.exp2(scores * to_exponent)
             scores = softcap * (1.0 - 2.0 / (exponent + 1.0))
         if MASKED:
-            keys = first + tl.arange(0, BLOCK_N)
-            visible = (keys[None, :] >= first_key[:, None]) & (keys[None, :] < end_key[:, None])
+            if not DRAFT:
+                visible = is_within(first_key, end_key, first + tl.arange(0, BLOCK_N))
             scores = tl.where(visible, scores, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         top = new_max

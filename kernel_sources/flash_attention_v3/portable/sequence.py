@@ -43,6 +43,13 @@ def token_range(batch, cu_seqlens, cu_bit, used, used_bit, flags, dense_length):
 
 
 @triton.jit
+def call_row(batch, start, dense_length, flags):
+    """The first query row of a sequence among all rows of the call."""
+    dense = (flags & HAS_CU_SEQLENS_Q) == 0
+    return tl.where(dense, batch.to(tl.int64) * dense_length, start)
+
+
+@triton.jit
 def first_visible_key(token, seqlen_q, seqlen_k, window_left, attention_chunk):
     """First key that a query token sees; never negative."""
     position = token + (seqlen_k - seqlen_q)
@@ -65,3 +72,16 @@ def end_visible_key(token, seqlen_q, seqlen_k, window_right, attention_chunk):
     chunk_end = tl.where(position < 0, 0, (tl.maximum(position, 0) // chunk) * chunk + chunk)
     end = tl.where(attention_chunk > 0, tl.minimum(end, chunk_end), end)
     return tl.maximum(tl.minimum(end, seqlen_k), 0)
+
+
+@triton.jit
+def is_drafted(row, begin, words, keys):
+    """(rows, keys): whether the bit of a draft mask is set that a key has; keys without one are seen.
+
+    row: (rows,) pointers to each query token's words; begin: the first key with a bit, which may be negative.
+    """
+    bits = keys - begin
+    has_bit = (bits >= 0) & (bits < 32 * words)
+    pointers = row[:, None] + (bits // 32)[None, :]
+    found = tl.load(pointers, mask=has_bit[None, :], other=-1)
+    return (found >> (bits & 31)[None, :]) & 1 != 0

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "flash_attention_v3/cpu/common/mask.h"
 #include "jit_kernel/cpu/element.h"
 
 namespace jit_kernel {
@@ -46,6 +47,7 @@ struct ForwardParams {
   const int32_t *cache_batch_idx = nullptr, *cache_leftpad = nullptr, *rotary_seqlens = nullptr;
   Descale q_descale, k_descale, v_descale;
   const float* sinks = nullptr;  // (heads,)
+  DraftMask draft_mask;          // of the first row of q; begin is each sequence's
 
   float softmax_scale = 1.0f, softcap = 0.0f;
   int64_t window_left = -1, window_right = -1, attention_chunk = 0;

@@ -49,9 +49,20 @@ inline void transform_scores(const ScoreScale& scale, float* s, int64_t n) {
   }
 }
 
-inline void mask_scores(float* s, int64_t begin, int64_t end, int64_t n) {
+inline void mask_scores(float* s, const Interval& seen, int64_t n) {
+  const int64_t begin = std::min(n, std::max<int64_t>(0, seen.begin));
   for (int64_t i = 0; i < begin; ++i) s[i] = -kInfinity;
-  for (int64_t i = end; i < n; ++i) s[i] = -kInfinity;
+  for (int64_t i = std::max(begin, std::min(n, seen.end)); i < n; ++i) s[i] = -kInfinity;
+}
+
+// The scores of n keys from `first` on that a draft mask hides from a token.
+inline void mask_drafts(const DraftMask& mask, int64_t token, int64_t first, float* s, int64_t n) {
+  for (int64_t i = std::max<int64_t>(0, mask.begin - first); i < n; i += DraftMask::kKeys) {
+    const uint32_t seen = mask.seen(token, first + i);
+    for (int64_t j = 0; j < std::min(DraftMask::kKeys, n - i); ++j) {
+      if (!(seen >> j & 1)) s[i + j] = -kInfinity;
+    }
+  }
 }
 
 inline void store_probabilities(float* p, simd::Vec a, simd::Vec b) {
@@ -178,20 +189,18 @@ inline simd::Vec make_probabilities(const float* s, Math* p, int64_t n, float to
 }
 
 // Scores to probabilities of up to kLanes rows. Maxima and sums are made side by side: row by row,
-// the latency of each is longer than a row's work. visible(j) gives the columns that row j sees;
-// make_row(j, shift) makes row j's probabilities and returns their sums lane by lane.
-template <class Math, class Visible, class MakeRow>
+// the latency of each is longer than a row's work. mask(j, scores) makes those -inf that row j does
+// not see; make_row(j, shift) makes row j's probabilities and returns their sums lane by lane.
+template <class Math, class Mask, class MakeRow>
 inline void softmax_rows_by(const SoftmaxArgs<Math>& a, const ScoreScale& scale, int64_t count,
-                            Visible&& visible, MakeRow&& make_row) {
+                            Mask&& mask, MakeRow&& make_row) {
   using simd::Vec;
   Vec lanes[simd::kLanes];
   for (int64_t j = 0; j < simd::kLanes; ++j) lanes[j] = simd::zero();
   for (int64_t j = 0; j < count; ++j) {
     float* row = a.scores + j * a.score_stride;
     if (scale.transform) transform_scores(scale, row, a.columns);
-    Interval seen = visible(j);
-    int64_t begin = std::min(a.columns, std::max<int64_t>(0, seen.begin));
-    mask_scores(row, begin, std::max(begin, std::min(a.columns, seen.end)), a.columns);
+    mask(j, row);
     lanes[j] = largest_lanes(row, a.columns);
   }
   Vec to_log2 = simd::set1(scale.to_log2()), old = simd::load(a.maxima);
@@ -208,10 +217,10 @@ inline void softmax_rows_by(const SoftmaxArgs<Math>& a, const ScoreScale& scale,
   simd::store(a.sums, simd::load(a.sums) * factor + simd::reduce_each(lanes));
 }
 
-template <int kDegree, class Math, class Visible>
+template <int kDegree, class Math, class Mask>
 inline void softmax_rows(const SoftmaxArgs<Math>& a, const ScoreScale& scale, int64_t count,
-                         Visible&& visible) {
-  softmax_rows_by(a, scale, count, visible, [&](int64_t j, float shift) {
+                         Mask&& mask) {
+  softmax_rows_by(a, scale, count, mask, [&](int64_t j, float shift) {
     return make_probabilities<kDegree>(a.scores + j * a.score_stride, a.p + j * a.p_stride,
                                        a.columns, scale.to_log2(), shift);
   });

@@ -125,10 +125,9 @@ struct DecodeInOrder : DecodeState<Element, Math> {
       softmax(of.begin);
       std::fill_n(no_value, value_stride, Math{});
       for (int64_t i = 0; i < rows; ++i) {
+        const uint32_t keys = this->seen_of(block, i);
         for (int64_t j = 0; j < kDecodeBlock; ++j) {
-          const int64_t key = block.first + j;
-          const bool is_seen = key >= seen[i].begin && key < seen[i].end;
-          near[kDecodeBlock + j] = is_seen ? values + j * value_stride : no_value;
+          near[kDecodeBlock + j] = keys >> j & 1 ? values + j * value_stride : no_value;
         }
         for (int64_t key = 0; key < kDecodeBlock; key += kValueKeys) add(of.begin, key, i, i + 1);
       }

@@ -19,6 +19,8 @@ namespace jit_kernel {
 // that pages are opened once. One block and one head are a step; steps count from 0.
 template <class Element, class Math>
 struct DecodeState {
+  static_assert(kDecodeBlock == DraftMask::kKeys,
+                "a word holds the keys of a block that a row sees");
   // e4m3 has no loads that are cheap enough to repeat for every row.
   static constexpr bool kHasLoads = !std::is_same<Element, e4m3>::value;
   static constexpr int64_t kBlocks = kStepsAhead + 1;  // located at once
@@ -50,6 +52,9 @@ struct DecodeState {
   int64_t parts = 1, part = 0;  // of the item; the one that is summed
   int64_t part_steps = 0, part_end = 0;
   Interval all, seen[kDecodeRows];  // keys that any of the rows sees, and each
+  DraftMask draft;                  // which of them it hides
+  int64_t tokens[kDecodeRows];      // of the rows
+  int64_t shown = 0;                // the first key that some row sees, where there is a draft mask
 
   template <class Params>
   DecodeState(const Params& params, const Item& item)
@@ -66,7 +71,49 @@ struct DecodeState {
 
   // Whether every row sees the keys of a block that any row sees.
   bool all_see(const Block& b) const {
-    return seen[rows - 1].begin <= b.first + b.from && seen[0].end >= b.first + b.to;
+    return seen[rows - 1].begin <= b.first + b.from && seen[0].end >= b.first + b.to &&
+           !draft.covers(b.first + b.to);
+  }
+
+  // Which keys of a block row i sees, the first one's in the lowest bit.
+  uint32_t seen_of(const Block& b, int64_t i) const {
+    const int64_t from = std::max(b.from, seen[i].begin - b.first);
+    const int64_t to = std::min(b.to, seen[i].end - b.first);
+    uint32_t keys = lowest_bits(to) & ~lowest_bits(from);
+    if (draft.covers(b.first + b.to)) keys &= draft.seen(tokens[i], b.first);
+    return keys;
+  }
+
+  // Row i's scores of a block, `stride` apart, become -inf where it does not see the key.
+  void mask_row(const Block& b, int64_t i, float* row, int64_t stride) const {
+    const uint32_t keys = seen_of(b, i);
+    if (keys == ~uint32_t{0}) return;
+    for (int64_t j = 0; j < kDecodeBlock; ++j) {
+      if (!(keys >> j & 1)) row[j * stride] = -kInfinity;
+    }
+  }
+
+  // Keys that the draft mask hides from every row are not read: one that is seen stands for them.
+  template <class Params>
+  __attribute__((noinline)) void skip_hidden(const Params& params, const Sequence& s, Block& b) {
+    uint32_t keys = 0;
+    for (int64_t i = 0; i < rows; ++i) keys |= seen_of(b, i);
+    for (int64_t j = b.from; j < b.to; ++j) {
+      if (keys >> j & 1) continue;
+      key_rows(params, params.v, s, shown, 1, 0, b.v + j);
+      if (!params.only_qv) key_rows(params, params.k, s, shown, 1, 0, b.k + j);
+    }
+  }
+
+  // Where no row sees any key, the item has none.
+  __attribute__((noinline)) void find_shown(const Item& item) {
+    for (shown = all.begin; shown < all.end; ++shown) {
+      for (int64_t i = 0; i < rows; ++i) {
+        if (shown < seen[i].begin || shown >= seen[i].end) continue;
+        if (!draft.covers(shown + 1) || (draft.seen(tokens[i], shown) & 1)) return;
+      }
+    }
+    all = {item.key_begin, item.key_begin};
   }
 
   template <class F>
@@ -86,11 +133,14 @@ struct DecodeState {
   template <class Params>
   void load(const Params& params, const Sequence& s, const Item& item) {
     all = {item.key_end, item.key_begin};
+    draft = draft_mask_of(params, s);
     for (int64_t i = 0; i < rows; ++i) {
-      seen[i] = visible_keys(params, (item.row_begin + i) / params.group, s.sq, s.sk);
+      tokens[i] = (item.row_begin + i) / params.group;
+      seen[i] = visible_keys(params, tokens[i], s.sq, s.sk);
       all.begin = std::min(all.begin, std::max(seen[i].begin, item.key_begin));
       all.end = std::max(all.end, std::min(seen[i].end, item.key_end));
     }
+    if (draft.covers(all.end)) find_shown(item);
     for (int64_t h = 0; h < heads; ++h) {
       int64_t head_k = item.head_begin + h;
       head_settings[h] = {score_scale_of(params, item.batch, head_k),
@@ -167,6 +217,7 @@ struct DecodeState {
     int64_t key = first + from, count = to - from;
     key_rows(params, params.v, s, key, count, 0, block.v + from);
     if (!params.only_qv) key_rows(params, params.k, s, key, count, 0, block.k + from);
+    if (draft.covers(first + to)) skip_hidden(params, s, block);
     for (int64_t j = 0; j < kDecodeBlock; ++j) {  // masked keys point at one that may be read
       if (j >= from && j < to) continue;
       block.k[j] = params.only_qv ? nullptr : block.k[from];

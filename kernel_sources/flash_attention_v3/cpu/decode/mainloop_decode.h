@@ -175,11 +175,8 @@ struct Decode : DecodeInOrder<Element, float> {
       SoftmaxArgs<float> a{
           s,      kDecodeBlock, s, kDecodeBlock, kDecodeBlock, maxima + state, row_sums + state,
           factors};
-      auto visible = [&](int64_t j) {
-        return Interval{std::max(block.from, seen[i + j].begin - block.first),
-                        std::min(block.to, seen[i + j].end - block.first)};
-      };
-      softmax_rows<kExpDegree<float>>(a, head_settings[head].scale, count, visible);
+      auto mask = [&](int64_t j, float* row) { this->mask_row(block, i + j, row, 1); };
+      softmax_rows<kExpDegree<float>>(a, head_settings[head].scale, count, mask);
       for (int64_t j = 0; j < count; ++j) {
         if (factors[j] != 1.0f) simd::scale_floats(sum + j * sizes.dv, sizes.dv, factors[j]);
       }

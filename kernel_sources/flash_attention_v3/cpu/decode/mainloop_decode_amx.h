@@ -209,15 +209,8 @@ struct DecodeTiles : DecodeState<Element, Math> {
   }
 
   void mask(const Block& block, float* s) {
-    int64_t end = block.first + kDecodeBlock;
-    if (this->is_whole(block) && seen[0].end >= end && seen[rows - 1].begin <= block.first) return;
-    for (int64_t i = 0; i < rows; ++i) {
-      int64_t from = std::max(block.from, seen[i].begin - block.first);
-      int64_t to = std::min(block.to, seen[i].end - block.first);
-      for (int64_t j = 0; j < kDecodeBlock; ++j) {
-        if (j < from || j >= to) s[j * columns + i] = -kInfinity;
-      }
-    }
+    if (this->is_whole(block) && this->all_see(block)) return;
+    for (int64_t i = 0; i < rows; ++i) this->mask_row(block, i, s + i, columns);
   }
 
   // Scores to probabilities; the head's sums are scaled to its new maximum.

@@ -70,12 +70,10 @@ struct DecodePairs : DecodeInOrder<Element, bf16> {
   // The scores of keys that a row from first_row on does not see become -inf.
   void mask(const Block& block, float* s, int64_t first_row) {
     for (int64_t i = 0; i < std::min(kGroupRows, rows - first_row); ++i) {
-      const Interval& row = seen[first_row + i];
-      int64_t from = std::max(block.from, row.begin - block.first);
-      int64_t to = std::min(block.to, row.end - block.first);
-      if (from <= 0 && to >= kDecodeBlock) continue;
+      const uint32_t keys = this->seen_of(block, first_row + i);
+      if (keys == ~uint32_t{0}) continue;
       for (int64_t j = 0; j < kDecodeBlock; ++j) {
-        if (j < from || j >= to) s[j / kScoreKeys * 16 + i * 4 + j % kScoreKeys] = -kInfinity;
+        if (!(keys >> j & 1)) s[j / kScoreKeys * 16 + i * 4 + j % kScoreKeys] = -kInfinity;
       }
     }
   }

@@ -28,7 +28,7 @@ struct CallTensors {
 
 // What forward() takes: a call that Python has checked.
 struct ForwardArguments : CallTensors {
-  static constexpr int32_t kCount = 33;
+  static constexpr int32_t kCount = 34;
   using CallTensors::CallTensors;
 
   MaybeTensor qv = from.maybe_tensor();
@@ -49,6 +49,7 @@ struct ForwardArguments : CallTensors {
   MaybeTensor k_descale = from.maybe_tensor();
   MaybeTensor v_descale = from.maybe_tensor();
   MaybeTensor sinks = from.maybe_tensor();
+  MaybeTensor draft_mask = from.maybe_tensor();
   double softmax_scale = from.number();
   bool causal = from.boolean();
   int64_t window_left = from.integer();

@@ -147,6 +147,11 @@ inline ForwardParams<Element> forward_params(const ForwardArguments& a,
   p.k_descale = descale_of(a.k_descale);
   p.v_descale = descale_of(a.v_descale);
   p.sinks = sinks_as_float<Element>(a.sinks, sink_memory);
+  if (a.draft_mask.has_value()) {
+    p.draft_mask.rows = data_of<const int32_t>(*a.draft_mask);
+    p.draft_mask.words = a.draft_mask->size(1);
+    p.draft_mask.stride = a.draft_mask->stride(0);
+  }
   p.softmax_scale = static_cast<float>(a.softmax_scale);
   p.only_qv = a.only_qv;
   return p;

@@ -50,8 +50,7 @@ class EdgeValues {
         if (!find_key(column, at)) continue;
         const int64_t key = column + key_at<Math>(at);
         for (int64_t row = 0; row < t_.rows; ++row) {
-          const Interval seen = state_.seen_of(t_, row);
-          if (key < seen.begin || key >= seen.end) continue;
+          if (!state_.sees(t_, row, key)) continue;
           const simd::Vec p = simd::set1(to_float(g.a[row * g.lda + column + at]));
           float* sums = g.c + row * g.ldc;
           for (int64_t i = 0; i < state_.sizes.dv; i += simd::kLanes) {
@@ -75,7 +74,8 @@ class EdgeValues {
   // Calls f with the first column of each kDepth of the tile's that not all of its rows see.
   template <class F>
   void each_chunk(F&& f) const {
-    const int64_t from = state_.seen_of(t_, t_.rows - 1).begin, to = state_.seen_of(t_, 0).end;
+    const int64_t from = state_.seen_of(t_, t_.rows - 1).begin;
+    const int64_t to = std::min(state_.seen_of(t_, 0).end, state_.draft.begin - t_.first - t_.from);
     int64_t column = 0;
     for (; column < t_.columns && column < from; column += kDepth) f(column);
     column = std::max(column, std::max<int64_t>(0, to) / kDepth * kDepth);

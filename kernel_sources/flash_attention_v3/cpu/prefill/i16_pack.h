@@ -86,7 +86,7 @@ struct PackedI16 {
                                                               q_factors + first + i)));
     }
     for (int64_t i = row; i < row + rows; ++i) {
-      const int64_t seen = state.ends[i] - state.begins[i];
+      const int64_t seen = state.count_seen(i);
       if (seen > 0 && seen < kFewKeysI16) norm = kInfinity;
     }
     tile_norms[row / State::kTileRows] = norm;
@@ -157,7 +157,8 @@ struct PackedI16 {
     const int64_t to = std::min(t.from + t.columns, state.ends[last] - t.first);
     simd::Vec norms = simd::zero();
     for (int64_t i = from; i < to; i += simd::kLanes) {
-      const auto seen = static_cast<__mmask16>((1u << std::min<int64_t>(simd::kLanes, to - i)) - 1);
+      auto seen = static_cast<__mmask16>((1u << std::min<int64_t>(simd::kLanes, to - i)) - 1);
+      if (state.draft.covers(t.first + to)) seen &= state.drafts_of(t, t.first + i);
       norms = simd::max(norms, _mm512_maskz_loadu_ps(seen, key_norms + t.at + i));
     }
     const float norm = simd::reduce_max(norms);

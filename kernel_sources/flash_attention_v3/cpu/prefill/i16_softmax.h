@@ -18,10 +18,10 @@ constexpr float kLargestP = 32700.0f, kLargestSum = 195000.0f, kSmallestP = 1e-3
 
 // Scores to probabilities times `weights`, in 16 bits; as softmax_rows() otherwise. Row j's factors
 // are `factors[j]` for the first kI16Chunk columns, `next_factors` later for the next ones.
-template <class Visible>
+template <class Mask>
 inline void softmax_rows_i16(const SoftmaxArgs<i16>& a, const ScoreScale& scale, int64_t count,
                              const float* weights, float* factors, int64_t next_factors,
-                             Visible&& visible) {
+                             Mask&& mask) {
   using simd::Vec, simd::kLanes;
   Vec sums[kI16Chunks][kLanes], tops[kI16Chunks][kLanes];
   const int64_t chunks = (a.columns + kI16Chunk - 1) / kI16Chunk;
@@ -33,7 +33,7 @@ inline void softmax_rows_i16(const SoftmaxArgs<i16>& a, const ScoreScale& scale,
     for (int64_t i = chunk * kI16Chunk; i < end; i += 2 * kLanes) f(i);
   };
   Vec to_log2 = simd::set1(scale.to_log2());
-  softmax_rows_by(a, scale, count, visible, [&](int64_t j, float shift) {
+  softmax_rows_by(a, scale, count, mask, [&](int64_t j, float shift) {
     float* row = a.scores + j * a.score_stride;
     Vec top = simd::set1(shift), all = simd::zero(), all_b = all;
     for (int64_t c = 0; c < chunks; ++c) {

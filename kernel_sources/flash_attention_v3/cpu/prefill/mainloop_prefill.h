@@ -75,7 +75,7 @@ struct Prefill : PrefillState<Element, Math> {
     int64_t p_stride = std::is_same<Math, float>::value ? this->score_stride() : tiles.block;
     softmax_rows<kExpDegree<Math>>(this->softmax_args(t, i, t.p + i * p_stride, p_stride), scale,
                                    std::min<int64_t>(simd::kLanes, t.rows - i),
-                                   [&](int64_t j) { return this->seen_of(t, i + j); });
+                                   [&](int64_t j, float* row) { this->mask_row(t, i + j, row); });
   }
 
   void score(const Tile& t) {

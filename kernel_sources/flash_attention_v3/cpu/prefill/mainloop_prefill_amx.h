@@ -294,7 +294,8 @@ class TilePipeline {
 
   bool sees_all(const Tile& t, int64_t column) const {
     int64_t start = t.first + t.from + column;
-    return state_.begins[t.row + t.rows - 1] <= start && state_.ends[t.row] >= start + kChunk;
+    return state_.begins[t.row + t.rows - 1] <= start && state_.ends[t.row] >= start + kChunk &&
+           !state_.draft.covers(start + kChunk);
   }
 
   // The scores of the chunk that comes next capped, and -inf where a row does not see the key.
@@ -307,6 +308,8 @@ class TilePipeline {
       if (scale_.transform) transform_scores(scale_, scores, kChunk);
       unsigned seen = below(state_.ends[t.row + r] - start);
       seen &= ~below(state_.begins[t.row + r] - start);
+      if (state_.draft.covers(start + kChunk))
+        seen &= state_.draft.seen(state_.token_of(t.row + r), start);
       for (int i = 0; i < kChunk; i += simd::kLanes) {
         __m512 seen_scores = simd::load(scores + i), unseen = simd::set1(-kInfinity);
         simd::store(scores + i,

@@ -54,7 +54,7 @@ struct Integers<fp16, float> : PackedI16 {
       softmax_rows_i16(state.softmax_args(t, i, p + i * block, block), scale,
                        std::min<int64_t>(simd::kLanes, t.rows - i), value_factors + key,
                        p_factors + i, State::kTileRows,
-                       [&](int64_t j) { return state.seen_of(t, i + j); });
+                       [&](int64_t j, float* row) { state.mask_row(t, i + j, row); });
     }
     const bool accumulate = state.begin_sums(t);
     g = {p,

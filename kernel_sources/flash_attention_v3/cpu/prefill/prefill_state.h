@@ -56,10 +56,12 @@ struct PrefillState {
   float *scores, *sums, *spare_row;
   Element* turned;
   const Element **key_pointers, **value_pointers;
-  float *maxima, *row_sums;  // each row's RowState
-  int64_t *begins, *ends;    // each row's visible keys
-  TileState* states;         // of each tile of rows
-  Math** queries;            // of each tile that is loaded
+  float *maxima, *row_sums;          // each row's RowState
+  int64_t *begins, *ends;            // each row's visible keys
+  DraftMask draft;                   // which of them it hides
+  int64_t first_row = 0, group = 1;  // of the item, and rows of a token
+  TileState* states;                 // of each tile of rows
+  Math** queries;                    // of each tile that is loaded
   int64_t loads = 0;
   const char** next_queries;  // the rows of the tile that begins at next_row, to be loaded next
   int64_t next_row = -1;
@@ -124,6 +126,9 @@ struct PrefillState {
   template <class Params>
   void begin_rows(const Params& params, const Sequence& s, const Item& item) {
     int64_t rows = item.row_end - item.row_begin;
+    draft = draft_mask_of(params, s);
+    first_row = item.row_begin;
+    group = params.group;
     QueryRow at(params, item.head_begin, item.row_begin);
     for (int64_t i = 0; i < rows; ++i, at.next()) {
       Interval seen = visible_keys(params, at.token, s.sq, s.sk);
@@ -302,7 +307,44 @@ struct PrefillState {
             t.columns,           maxima + row, row_sums + row, t.factors + i};
   }
 
-  // Which of a tile's columns its row i sees.
+  int64_t token_of(int64_t row) const { return (first_row + row) / group; }
+
+  // The scores of a tile that its row i does not see become -inf.
+  void mask_row(const Tile& t, int64_t i, float* row) const {
+    const int64_t start = t.first + t.from;
+    mask_scores(row, seen_of(t, i), t.columns);
+    if (draft.covers(start + t.columns)) {
+      mask_drafts(draft, token_of(t.row + i), start, row, t.columns);
+    }
+  }
+
+  // Whether row i of a tile sees one of its columns.
+  bool sees(const Tile& t, int64_t i, int64_t column) const {
+    const Interval seen = seen_of(t, i);
+    if (column < seen.begin || column >= seen.end) return false;
+    const int64_t key = t.first + t.from + column;
+    return !draft.covers(key + 1) || (draft.seen(token_of(t.row + i), key) & 1);
+  }
+
+  // How many keys of the item a row sees.
+  int64_t count_seen(int64_t row) const {
+    int64_t count = ends[row] - begins[row];
+    if (!draft.covers(ends[row])) return count;
+    for (int64_t key = begins[row]; key < ends[row]; key += DraftMask::kKeys) {
+      const uint32_t hidden = ~draft.seen(token_of(row), key) & lowest_bits(ends[row] - key);
+      count -= __builtin_popcount(hidden);
+    }
+    return count;
+  }
+
+  // Which of the keys first .. first + 31 the draft mask shows to some row of a tile.
+  uint32_t drafts_of(const Tile& t, int64_t first) const {
+    uint32_t seen = 0;
+    for (int64_t i = 0; i < t.rows; ++i) seen |= draft.seen(token_of(t.row + i), first);
+    return seen;
+  }
+
+  // Which of a tile's columns its row i sees, but for a draft mask.
   Interval seen_of(const Tile& t, int64_t i) const {
     const int64_t start = t.first + t.from;
     return {begins[t.row + i] - start, ends[t.row + i] - start};
