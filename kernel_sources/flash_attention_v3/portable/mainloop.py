@@ -11,16 +11,6 @@ LARGEST_SCALE = tl.constexpr(2.358e38)  # whose product with LOG2_E is finite
 
 
 @triton.jit
-def scale_of_rows(row_max, scale):
-    """What the scores of rows are multiplied by: scale, or less where a product with the maximum is above 2^28.
-
-    The exponent is one FMA, whose product with the maximum is rounded: up to 2^28 that adds at most 8 to all of a row.
-    Where float32 scores differ at all beside such a maximum, they do so by 16 or more: their weights are 2^-16 at most.
-    """
-    return tl.minimum(scale, 268435456.0 / tl.maximum(tl.abs(row_max), 1e-30))
-
-
-@triton.jit
 def load_pages(
     table_row, first, seen_begin, seen_end, leftpad, page_size, BLOCK_N: tl.constexpr, INTERPRETED: tl.constexpr
 ):
@@ -185,10 +175,9 @@ def attend(
         top = new_max
         if MASKED:
             top = tl.where(new_max == float("-inf"), 0.0, new_max)
-        row_scale = scale_of_rows(top, scale)
-        shift = top * row_scale
-        weights = tl.exp2(scores * row_scale[:, None] - shift[:, None])
-        rescale = tl.exp2(row_max * row_scale - shift)
+        # The difference comes first, so that the exponent of the maximum is 0 however large the product with the scale.
+        weights = tl.exp2((scores - top[:, None]) * scale)
+        rescale = tl.exp2((row_max - top) * scale)
         row_sum = row_sum * rescale + tl.sum(weights, 1)
         acc = acc * rescale[:, None]
         weights = weights.to(v_tile.dtype)
