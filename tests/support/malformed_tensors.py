@@ -20,6 +20,7 @@ from tests.support.valid_calls import (
     metadata,
     mla,
     paged,
+    paged_cache,
     plain_cache,
     plain_dense,
     plain_varlen,
@@ -174,6 +175,13 @@ def of_shapes() -> Iterator[Malformed]:
     for half in (0, 4, 12, 24):
         table = torch.randn(20, half)
         yield wrong_shape(cache, "rotary_cos", "multiple of 16", rotary_cos=table, rotary_sin=table)
+    for rows in (2, 5):
+        yield wrong_shape(cache, "draft_mask", "(total_q, words) = (4, 1)", draft_mask=torch.zeros(rows, 1).int())
+    yield wrong_shape(paged_cache, "draft_mask", "(total_q, words) = (3, 2)", draft_mask=torch.zeros(2, 2).int())
+    for words in (0, 2**20 + 1):
+        mask = torch.zeros(1, words).int().expand(4, words)
+        yield wrong_shape(cache, "draft_mask", "words between 1 and 1048576", draft_mask=mask)
+    yield wrong_shape(cache, "draft_mask", "whose 32 bits are keys", draft_mask=torch.zeros(4, 1).long())
     yield wrong_shape(fp8, "k_descale", "(b, hk)", k_descale=torch.ones(2, 4))
     yield wrong_shape(fp8, "out", "bfloat16", out=torch.randn(2, 4, 4, 32).half())
     yield wrong_shape(mla, "qv", "with only_qv", qv=None)
