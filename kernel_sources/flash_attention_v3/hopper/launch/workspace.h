@@ -1,9 +1,9 @@
-// Memory of the decode kernels' own: counters, which are zero before and after each launch, and room
-// for the partial results of cut sequences.
+// Memory of the decode kernels' own: counters, which are zero before and after each launch, and
+// room for the partial results of cut sequences.
 //
-// Launches of one stream follow each other and share both. A captured launch gets counters of its own
-// for good, since its graph may run on any stream; room for partial results it takes from the caller,
-// whose allocator knows of the capture.
+// Launches of one stream follow each other and share both. A captured launch gets counters of its
+// own for good, since its graph may run on any stream; room for partial results it takes from the
+// caller, whose allocator knows of the capture.
 #pragma once
 
 #include <tvm/ffi/tvm_ffi.h>
