@@ -7,7 +7,7 @@ from torch import Tensor
 from jit_kernel.fa3.call import Call
 
 
-def cache_tensors(call: Call, result: Tensor, lse: Tensor | None) -> tuple[Tensor | None, ...]:
+def cache_tensors(call: Call, result: Tensor, lse: Tensor | None) -> tuple[object, ...]:
     """The tensors of a call over a cache; its new keys lie there, so that their lengths alone count."""
     return (
         call.q, call.k, call.v, result, lse, call.cu_seqlens_q, call.seqused_q, call.seqused_k,
@@ -22,7 +22,10 @@ def new_rows(call: Call) -> int:
 
 
 def scalars(call: Call, left: int, right: int) -> tuple[float, float, int, int, int, int, bool]:
-    """How scores are made and masked, the blocks, and whether rows of no query are cleared; left, right: mask_bounds."""
+    """How scores are made and masked, the blocks, and whether rows of no query are cleared.
+
+    left, right: what calls.mask_bounds gives.
+    """
     clear_rest = call.out is None and (call.cu_seqlens_q is not None or call.seqused_q is not None)
     scale: float = call.softmax_scale  # type: ignore[assignment]  # the checks resolved it
     return scale, float(call.softcap), left, right, call.attention_chunk or 0, call.sm_margin, clear_rest

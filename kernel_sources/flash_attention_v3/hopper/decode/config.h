@@ -70,9 +70,11 @@ struct DecodeConfig {
 };
 
 // The one table of decode tiles: padded head size, packed query rows.
-#define JIT_KERNEL_DECODE_TILES(TILE)                                                           \
-  TILE(64, 8)                                                                                   \
-  TILE(64, 16) TILE(64, 32) TILE(64, 64) TILE(128, 8) TILE(128, 16) TILE(128, 32) TILE(128, 64) \
-      TILE(256, 8) TILE(256, 16) TILE(256, 32)
+#define JIT_KERNEL_DECODE_TILES(TILE) \
+  TILE(64, 8)                         \
+  TILE(64, 16)                        \
+  TILE(64, 32)                        \
+  TILE(64, 64)                        \
+  TILE(128, 8) TILE(128, 16) TILE(128, 32) TILE(128, 64) TILE(256, 8) TILE(256, 16) TILE(256, 32)
 
 }  // namespace jit_kernel::hopper
