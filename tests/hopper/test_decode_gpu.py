@@ -141,6 +141,18 @@ def test_sequences_that_are_looked_at_32_at_a_time(batch: int, launched: list[No
     assert len(launched) == 3
 
 
+@pytest.mark.parametrize("softcap", [0.0, 1.2e-38])
+def test_scores_that_are_all_the_same(softcap: float) -> None:
+    """A scale so small that the step which references may lag behind by is no finite score."""
+    torch.manual_seed(8)
+    call = Paged.of(2, 1, 500, (8, 2), 16)
+    scale = {"softcap": softcap} if softcap else {"softmax_scale": 1.2e-38}
+    out = call(causal=False, **scale)
+    for i, entries in enumerate(call.table.long()):
+        mean = call.v[entries].flatten(0, 1)[:500].float().mean(0).repeat_interleave(4, 0)
+        torch.testing.assert_close(out[i, 0].float(), mean, rtol=2**-7, atol=2**-9)
+
+
 @pytest.mark.parametrize("page_size", [1, 64])
 def test_a_long_sequence_is_read_by_every_block(page_size: int, launched: list[None]) -> None:
     torch.manual_seed(2)

@@ -179,7 +179,8 @@ struct DecodeConsumer {
     }
     if (row < every_low || row + kDecodeKeys > every_high) mask_scores_of(item, row);
     const float scale = params.scale_log2;
-    const float threshold = kRescaleThreshold / scale;
+    // Finite: a first key is above a reference of -inf by any threshold but an infinite one.
+    const float threshold = fminf(kRescaleThreshold / scale, kLargestFloat);
     float sums[kQueries];
     bool waits = true, raises = is_first;
 #pragma unroll 1
