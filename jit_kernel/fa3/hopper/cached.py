@@ -47,9 +47,9 @@ def try_attend(call: Call, *, only_known: bool) -> Result | None:
     scratch = None if call.num_splits == 1 else _scratch(call, device.multiprocessors)
     launched = device.forward_cached(
         handle, q, call.k, v, result, lse, call.page_table, offsets, call.seqused_q, call.seqused_k,
-        call.cu_seqlens_k_new, call.cache_batch_idx, call.cache_leftpad, call.sinks, scratch, call.num_splits,
-        fresh, call.softmax_scale, float(call.softcap), left, right, call.attention_chunk or 0, call.sm_margin,
-        clear_rest, only_known,
+        call.cu_seqlens_k_new, call.cache_batch_idx, call.cache_leftpad, call.draft_mask, call.sinks, scratch,
+        call.num_splits, fresh, call.softmax_scale, float(call.softcap), left, right, call.attention_chunk or 0,
+        call.sm_margin, clear_rest, only_known,
     )  # fmt: skip
     if not launched:
         return None
