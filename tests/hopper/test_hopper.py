@@ -108,6 +108,7 @@ def test_every_multiple_of_8_has_a_kernel_that_warm_up_compiles(d: int) -> None:
         ({"descale": True}, "q_descale"),
         ({"split": True}, "num_splits"),
         ({"cache_leftpad": True}, "cache_leftpad"),
+        ({"draft_mask": True}, "draft_mask"),
     ],
 )
 def test_what_is_not_claimed_goes_on_without_a_warning(change: dict[str, object], reason: str) -> None:

@@ -12,7 +12,7 @@ def cache_tensors(call: Call, result: Tensor, lse: Tensor | None) -> tuple[objec
     return (
         call.q, call.k, call.v, result, lse, call.cu_seqlens_q, call.seqused_q, call.seqused_k,
         None if call.k_new is None else call.cu_seqlens_k_new, call.page_table, call.cache_batch_idx,
-        call.cache_leftpad, call.sinks,
+        call.cache_leftpad, call.sinks, call.draft_mask,
     )  # fmt: skip
 
 

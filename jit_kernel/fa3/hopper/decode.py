@@ -81,6 +81,6 @@ def _launch(
     if_aligned: bool,
 ) -> int:
     return device.decode(
-        handle, *arguments.cache_tensors(call, result, lse), call.draft_mask, partials, arguments.new_rows(call),
+        handle, *arguments.cache_tensors(call, result, lse), partials, arguments.new_rows(call),
         *arguments.scalars(call, *calls.mask_bounds(call)), if_aligned,
     )  # fmt: skip

@@ -38,6 +38,7 @@ __device__ __forceinline__ void decode(const DecodeParams& params, char* base) {
   if (by_boxes && threadIdx.x < 2) {
     tma_prefetch_descriptor(threadIdx.x == 0 ? &params.k.map : &params.v.map);
   }
+  if (params.in_clusters && threadIdx.x >= 96) prefetch_places(params, blockIdx.z);
   // Lengths are on their way while the barriers are made.
   DecodeSchedule schedule(params);
   DecodeItem item;

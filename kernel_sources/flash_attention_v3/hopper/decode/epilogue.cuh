@@ -322,12 +322,6 @@ __device__ __forceinline__ u32 in_block(const void* pointer, int rank) {
   return address;
 }
 
-__device__ __forceinline__ float load_remote(u32 address) {
-  float value;
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
-  return value;
-}
-
 // The results of a cluster's streams, each in its own shared memory, become one: each of its
 // threads has some of the numbers. All consumer threads; both streams of a block have the same
 // head.
@@ -350,7 +344,12 @@ __device__ __forceinline__ void merge_in_cluster(const DecodeParams& params, con
     }
   }
   const int thread = threadIdx.x % 128;
-  if (thread < C::kRows) shared.factors(stream)[thread] = sum_of(shared, stream, thread);
+  // References and sums where the queries lay.
+  float2* const ends = reinterpret_cast<float2*>(shared.base);
+  if (thread < C::kRows) {
+    ends[stream * C::kRows + thread] = {shared.references(stream)[thread],
+                                        sum_of(shared, stream, thread)};
+  }
   cluster_sync();
   const int rows = min(C::kRows, item.len_q * params.group);
   constexpr int kThreads = 128 * C::kStreams * kClusterParts;
@@ -369,8 +368,10 @@ __device__ __forceinline__ void merge_in_cluster(const DecodeParams& params, con
                      : "=f"(value[i].x), "=f"(value[i].y), "=f"(value[i].z), "=f"(value[i].w)
                      : "r"(in_block(results + of * kResults + index * C::kHeadDim + 4 * quad, i))
                      : "memory");
-        end[i] = {load_remote(in_block(shared.references(of) + index, i)),
-                  load_remote(in_block(shared.factors(of) + index, i))};
+        asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];"
+                     : "=f"(end[i].x), "=f"(end[i].y)
+                     : "r"(in_block(ends + of * C::kRows + index, i))
+                     : "memory");
       }
       merged.add(value, end);
     }

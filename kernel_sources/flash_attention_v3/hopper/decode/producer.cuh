@@ -32,6 +32,17 @@ struct CachePlaces {
   }
 };
 
+// One warp: the first 1,024 entries of a sequence's row of the page table into the L2 cache, while
+// its length, which says how many of them there are, is on its way. What they hold is not looked
+// at.
+__device__ __forceinline__ void prefetch_places(const DecodeParams& params, int batch) {
+  if (params.page_table == nullptr || params.cache_batch_idx != nullptr) return;
+  const int entry = threadIdx.x % 32 * 32;  // the first of 128 bytes
+  if (entry >= divide(params.rows_k, params.place_multiplier, params.place_shift)) return;
+  const int* const address = params.page_table + batch * params.page_table_stride + entry;
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address) : "memory");
+}
+
 template <class C>
 struct DecodeProducer {
   const DecodeParams& params;
