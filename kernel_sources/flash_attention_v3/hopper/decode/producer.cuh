@@ -147,8 +147,8 @@ struct DecodeProducer {
     return seen && threadIdx.x % 32 < kRowsOfWarp ? places.place(row) : -1;
   }
 
-  // `offset`: where this lane's row begins, in 16 bytes; `seen`: whether it is loaded at all.
-  __device__ __forceinline__ void load_rows(const DecodeRows& rows, int columns, u32 offset,
+  // `offset`: where this lane's row begins, in bytes; `seen`: whether it is loaded at all.
+  __device__ __forceinline__ void load_rows(const DecodeRows& rows, int columns, u64 offset,
                                             bool seen) {
     const int lane = threadIdx.x % 32, piece = lane % kThreadsOfRow;
     const u32 all_seen = __ballot_sync(0xffffffffu, seen);
@@ -164,28 +164,28 @@ struct DecodeProducer {
 #pragma unroll 8
     for (int pass = 0; pass < kPasses; ++pass) {
       const int row = pass * kRowsAtOnce + of_lane;  // of this warp
-      const u32 begins = __shfl_sync(0xffffffffu, offset, row);
+      const u64 begins = __shfl_sync(0xffffffffu, offset, row);
       const u32 destination =
           tile + pass * kRowsAtOnce * (kDecodePanel * 2) + ((piece ^ row) & 7) * 16;
       asm volatile(
           "{\n.reg .pred p;\nsetp.ne.u32 p, %3, 0;\n"
           "@p cp.async.cg.shared.global [%0], [%1], 16, %2;\n}" ::"r"(destination),
-          "l"(data + static_cast<unsigned long long>(begins) * 16), "r"(filled ? 16 : 0),
-          "r"(all_seen >> row & 1)
+          "l"(data + begins), "r"(filled ? 16 : 0), "r"(all_seen >> row & 1)
           : "memory");
     }
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(full) : "memory");
     at.advance();
   }
 
-  // Where this lane's row begins, in 16 bytes.
-  __device__ __forceinline__ u32 offset_of(const DecodeRows& rows, int place, int in_place) const {
+  // Where this lane's row begins, in bytes: a page of all layers' keys may be 64 GiB from another.
+  __device__ __forceinline__ u64 offset_of(const DecodeRows& rows, int place, int in_place) const {
     const int of_head =
         head + (params.heads_of_block == 1
                     ? 0
                     : (threadIdx.x / 32 * kRowsOfWarp + threadIdx.x % 32) / kDecodeKeys);
-    return static_cast<u32>(
-        (place * rows.place_stride + in_place * rows.row_stride + of_head * rows.head_stride) >> 3);
+    return static_cast<u64>(place * rows.place_stride + in_place * rows.row_stride +
+                            of_head * rows.head_stride) *
+           2;
   }
 
   // The rows of two stages are found ahead.

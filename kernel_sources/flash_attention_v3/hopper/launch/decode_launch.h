@@ -227,6 +227,9 @@ inline void set_decode_scores(DecodeParams& params, double softmax_scale, double
   params.chunk_shift = division.shift;
 }
 
+// A longer table's rest is never reached: lengths are 32-bit numbers.
+constexpr int64_t kMostRows = 1 << 30;
+
 // What decode answers: not launched where a row does not start at a multiple of 16 bytes, and not
 // without room for partial results where the stream is being captured.
 constexpr int64_t kUnaligned = 0, kLaunched = 1, kNeedsRoom = 2;
@@ -250,11 +253,12 @@ inline int64_t decode(int64_t handle, TensorView q, TensorView k, TensorView v, 
   DecodeParams params = {};
   const bool ragged = cu_seqlens_q.has_value(), paged = page_table.has_value();
   params.batch = static_cast<int>(ragged ? cu_seqlens_q.value().size(0) - 1 : q.size(0));
-  params.rows_k = static_cast<int>(k.size(1));
+  int64_t rows_k = k.size(1);
   if (paged) {
     params.page_table_stride = page_table.value().stride(0);
-    params.rows_k *= static_cast<int>(page_table.value().size(1));
+    rows_k *= page_table.value().size(1);
   }
+  params.rows_k = static_cast<int>(std::min(rows_k, kMostRows));
   const DecodeGrid grid =
       decode_grid(variant.shape, device, k.size(2), params.batch, params.rows_k, sm_margin);
   params.heads_of_block = grid.heads_of_block;
