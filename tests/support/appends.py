@@ -62,7 +62,7 @@ def moved(arguments: dict[str, Any], where: str) -> dict[str, Any]:
         storage = x.untyped_storage()
         if storage.data_ptr() not in memory:
             memory[storage.data_ptr()] = case_run.storage_bytes(x).clone().to(where)
-        copies[name] = case_run.same_view(x.to(where), memory[storage.data_ptr()])
+        copies[name] = case_run.same_view(x, memory[storage.data_ptr()])
     return copies
 
 

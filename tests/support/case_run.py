@@ -23,8 +23,8 @@ def storage_bytes(x: Tensor) -> Tensor:
 
 
 def same_view(x: Tensor, storage: Tensor) -> Tensor:
-    """A view with x's geometry of another copy of its memory."""
-    return torch.empty(0, dtype=x.dtype, device=x.device).set_(
+    """A view with x's geometry of another copy of its memory, on that one's device."""
+    return torch.empty(0, dtype=x.dtype, device=storage.device).set_(
         storage.untyped_storage(), x.storage_offset(), x.shape, x.stride()
     )
 

@@ -91,8 +91,8 @@ def _launch(
     left, right = calls.mask_bounds(call)
     return device.decode(
         handle, call.q, call.k, call.v, result, lse, offsets, call.seqused_q, call.seqused_k,
-        None if k_new is None else offsets_new, call.page_table, call.cache_batch_idx, call.cache_leftpad, call.draft_mask,
-        call.sinks, partials, 0 if k_new is None or offsets_new is not None else k_new.shape[1],
+        None if k_new is None else offsets_new, call.page_table, call.cache_batch_idx, call.cache_leftpad,
+        call.draft_mask, call.sinks, partials, 0 if k_new is None or offsets_new is not None else k_new.shape[1],
         call.softmax_scale, float(call.softcap), left, right, call.attention_chunk or 0, call.sm_margin,
         call.out is None and (offsets is not None or call.seqused_q is not None), if_aligned,
     )  # fmt: skip

@@ -6,7 +6,7 @@ differently strided partials.
 
 import triton
 import triton.language as tl
-from flash_attention_v3.portable.epilogue import add_sink, normalized
+from flash_attention_v3.portable.epilogue import add_sink, half_power, normalized
 from flash_attention_v3.portable.mainloop import LOG2_E
 from flash_attention_v3.portable.sequence import (
     HAS_CU_SEQLENS_Q,
@@ -126,8 +126,8 @@ def combine(
         part = tl.load(pointers, mask=seen[:, :, None] & in_row[None, None, :], other=0.0)
         new_max = tl.maximum(total_max, tl.max(part_lse, 0))
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        weights = tl.exp2(2.0 * (part_lse - shift[None, :]))
-        rescale = tl.exp2(2.0 * (total_max - shift))
+        weights = half_power(part_lse, shift[None, :])
+        rescale = half_power(total_max, shift)
         total = total * rescale + tl.sum(weights, 0)
         acc = acc * rescale[:, None] + tl.sum(weights[:, :, None] * part.to(tl.float32), 0)
         total_max = new_max

@@ -34,13 +34,23 @@ def half_exponents(row_max, softmax_scale, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def half_power(half, shift):
+    """2 to the power of 2 (half - shift), 1 where they are equal.
+
+    Where `half` is a product, the compiler makes one FMA of it and the difference: what rounding the product took away
+    is then left of a difference of 0, and is no small number for a large one.
+    """
+    return tl.exp2(2.0 * tl.where(half == shift, 0.0, half - shift))
+
+
+@triton.jit
 def add_sink(acc, row_sum, half_max, sinks, heads, flags):
     """One more logit a row, which has no value: it takes part in the sum alone."""
     sink = load_sink(sinks, heads, flags)
     with_sink = tl.maximum(half_max, sink)
     shift = tl.where(with_sink == float("-inf"), 0.0, with_sink)
-    rescale = tl.exp2(2.0 * (half_max - shift))
-    row_sum = row_sum * rescale + tl.exp2(2.0 * (sink - shift))
+    rescale = half_power(half_max, shift)
+    row_sum = row_sum * rescale + half_power(sink, shift)
     acc = acc * rescale[:, None]
     return acc, row_sum, with_sink
 

@@ -14,7 +14,7 @@ __device__ __forceinline__ float half_sink_log2(const Params& params, int head) 
   const float sink = params.sinks_are_elements ? load_element<Element>(params.sinks, head)
                                                : static_cast<const float*>(params.sinks)[head];
   const float kHalfLog2E = 0.721347520444f;
-  return sink * kHalfLog2E;
+  return __fmul_rn(sink, kHalfLog2E);  // a product within a difference would leave its rounding
 }
 
 // 16 bytes, predicated: a branch would end the overlap of the code before and after.

@@ -1,13 +1,14 @@
-// Everything that is fixed when a decode variant is compiled, and where things lie in shared memory.
-// No device code: the launcher reads it too.
+// Everything that is fixed when a decode variant is compiled, and where things lie in shared
+// memory. No device code: the launcher reads it too.
 #pragma once
 
 namespace jit_kernel::hopper {
 
-constexpr int kDecodeKeys = 64;       // keys of a block: the rows of one wgmma
-constexpr int kDecodePanel = 64;      // columns of a panel: 128 bytes, the widest swizzle
-constexpr int kDecodeItemSlots = 2;   // items that the producer may be ahead
-constexpr int kClusterParts = 8;      // thread blocks that share one sequence's keys, where those are few
+constexpr int kDecodeKeys = 64;      // keys of a block: the rows of one wgmma
+constexpr int kDecodePanel = 64;     // columns of a panel: 128 bytes, the widest swizzle
+constexpr int kDecodeItemSlots = 2;  // items that the producer may be ahead
+constexpr int kClusterParts =
+    8;  // thread blocks that share one sequence's keys, where those are few
 constexpr int kPartialsPerBlock = 2;  // a block's run of work is cut at most at both of its ends
 
 // A sequence, and the blocks of its keys that are this part's.
@@ -28,8 +29,8 @@ struct alignas(16) DecodeQuery {
   int head;
 };
 
-// A thread block has one or two streams, a consumer warpgroup each: two neighbouring key heads, whose
-// rows lie beside each other in memory, or one key head whose blocks they take in turns.
+// A thread block has one or two streams, a consumer warpgroup each: two neighbouring key heads,
+// whose rows lie beside each other in memory, or one key head whose blocks they take in turns.
 template <class Element_, int kHeadDim_, int kRows_>
 struct DecodeConfig {
   using Element = Element_;
@@ -69,9 +70,9 @@ struct DecodeConfig {
 };
 
 // The one table of decode tiles: padded head size, packed query rows.
-#define JIT_KERNEL_DECODE_TILES(TILE)                   \
-  TILE(64, 8) TILE(64, 16) TILE(64, 32) TILE(64, 64)     \
-  TILE(128, 8) TILE(128, 16) TILE(128, 32) TILE(128, 64) \
-  TILE(256, 8) TILE(256, 16) TILE(256, 32)
+#define JIT_KERNEL_DECODE_TILES(TILE)                                                           \
+  TILE(64, 8)                                                                                   \
+  TILE(64, 16) TILE(64, 32) TILE(64, 64) TILE(128, 8) TILE(128, 16) TILE(128, 32) TILE(128, 64) \
+      TILE(256, 8) TILE(256, 16) TILE(256, 32)
 
 }  // namespace jit_kernel::hopper

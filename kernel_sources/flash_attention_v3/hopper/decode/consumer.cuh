@@ -1,8 +1,8 @@
 // The consumer warpgroup: a sequence's packed query rows over an item's blocks of keys.
 //
-// The operands are swapped: 64 keys are the rows of the first product, 64 columns of the values those
-// of the second, and the query rows are the columns of both, 8 to 64 of them. So 8 rows cost an
-// eighth of what a 64-row tile of queries would.
+// The operands are swapped: 64 keys are the rows of the first product, 64 columns of the values
+// those of the second, and the query rows are the columns of both, 8 to 64 of them. So 8 rows cost
+// an eighth of what a 64-row tile of queries would.
 #pragma once
 
 #include "flash_attention_v3/hopper/decode/epilogue.cuh"
@@ -33,7 +33,9 @@ struct DecodeConsumer {
   __device__ __forceinline__ u32 my_tile() const {
     return shared.tile(at.stage()) + stream * C::kBytesOfStream;
   }
-  __device__ __forceinline__ void wait_tile() { mbarrier_wait(shared.full(at.stage()), at.parity()); }
+  __device__ __forceinline__ void wait_tile() {
+    mbarrier_wait(shared.full(at.stage()), at.parity());
+  }
   __device__ __forceinline__ void release_tile() {
     release(shared.empty(at.stage()));
     at.advance();
@@ -45,11 +47,11 @@ struct DecodeConsumer {
     if (thread < C::kRows) {
       const int token = divide(thread, params.group_multiplier, params.group_shift);
       const bool exists = token < item.len_q;
-      const KeyInterval sees = visible_keys<true>(params, exists ? token : item.len_q - 1,
-                                                  item.len_q, item.len_k);
+      const KeyInterval sees =
+          visible_keys<true>(params, exists ? token : item.len_q - 1, item.len_q, item.len_k);
       *shared.query(stream, thread) = {item.leftpad + max(0, sees.low), item.leftpad + sees.high,
-                               exists ? token : -1,
-                               head * params.group + thread - token * params.group};
+                                       exists ? token : -1,
+                                       head * params.group + thread - token * params.group};
     }
     stream_sync(stream);
   }

@@ -1,5 +1,6 @@
-// Attention of few query rows over a cache, for sm_90a: one or two key heads and one part of the work a
-// block, four producer warps (one where the copy engine loads) and a consumer warpgroup a stream.
+// Attention of few query rows over a cache, for sm_90a: one or two key heads and one part of the
+// work a block, four producer warps (one where the copy engine loads) and a consumer warpgroup a
+// stream.
 #pragma once
 
 #include "flash_attention_v3/hopper/decode/config.h"
@@ -19,8 +20,8 @@ __device__ __forceinline__ void decode(const DecodeParams& params, char* base) {
     const int index = threadIdx.x - 128;
     if (index < C::kBarriers) {
       // Tiles become full and empty, then items.
-      const int arrivals = index < C::kStages         ? (by_boxes ? 1 : 128)
-                           : index < 2 * C::kStages   ? 4 * C::kStreams
+      const int arrivals = index < C::kStages                          ? (by_boxes ? 1 : 128)
+                           : index < 2 * C::kStages                    ? 4 * C::kStreams
                            : index < 2 * C::kStages + kDecodeItemSlots ? 1
                                                                        : 4 * C::kStreams;
       mbarrier_init(shared.barrier(index), arrivals);
@@ -37,6 +38,7 @@ __device__ __forceinline__ void decode(const DecodeParams& params, char* base) {
   if (by_boxes && threadIdx.x < 2) {
     tma_prefetch_descriptor(threadIdx.x == 0 ? &params.k.map : &params.v.map);
   }
+  if (params.in_clusters && threadIdx.x >= 96) prefetch_places(params, blockIdx.z);
   // Lengths are on their way while the barriers are made.
   DecodeSchedule schedule(params);
   DecodeItem item;
@@ -57,10 +59,10 @@ __device__ __forceinline__ void decode(const DecodeParams& params, char* base) {
 }  // namespace jit_kernel::hopper
 
 // The kernel of a variant.
-#define JIT_KERNEL_EXPORT_DECODE(element, head_dim, rows)                                   \
-  using Variant = jit_kernel::hopper::DecodeConfig<jit_kernel::element, head_dim, rows>;    \
-  extern "C" __global__ void __launch_bounds__(Variant::kThreads, 1)                        \
-      decode(const __grid_constant__ jit_kernel::hopper::DecodeParams params) {             \
-    extern __shared__ __align__(1024) char shared_memory[];                                 \
-    jit_kernel::hopper::decode<Variant>(params, shared_memory);                             \
+#define JIT_KERNEL_EXPORT_DECODE(element, head_dim, rows)                                \
+  using Variant = jit_kernel::hopper::DecodeConfig<jit_kernel::element, head_dim, rows>; \
+  extern "C" __global__ void __launch_bounds__(Variant::kThreads, 1)                     \
+      decode(const __grid_constant__ jit_kernel::hopper::DecodeParams params) {          \
+    extern __shared__ __align__(1024) char shared_memory[];                              \
+    jit_kernel::hopper::decode<Variant>(params, shared_memory);                          \
   }

@@ -9,7 +9,8 @@ namespace jit_kernel::hopper {
 
 // Where the result of a query goes.
 __device__ __forceinline__ unsigned short* out_of(const DecodeParams& params,
-                                                  const DecodeItem& item, const DecodeQuery& query) {
+                                                  const DecodeItem& item,
+                                                  const DecodeQuery& query) {
   const long long place = static_cast<long long>(item.offset_q) + query.token;
   return static_cast<unsigned short*>(params.out) + item.batch * params.out_batch_stride +
          place * params.out_row_stride + query.head * params.out_head_stride;
@@ -22,8 +23,8 @@ __device__ __forceinline__ void store_lse(const DecodeParams& params, const Deco
              item.offset_q + query.token] = lse;
 }
 
-// The factor of a row's accumulated output, and its lse. Halves, as in common/softmax.cuh: exponents of 2
-// that float32 does not hold.
+// The factor of a row's accumulated output, and its lse. Halves, as in common/softmax.cuh:
+// exponents of 2 that float32 does not hold.
 __device__ __forceinline__ RowResult finish_query(float sum, float half_reference,
                                                   float half_sink) {
   const float kLn2 = 0.69314718056f;
@@ -164,7 +165,8 @@ __device__ __forceinline__ void store_rows(const DecodeParams& params, const Dec
   }
 }
 
-// A partial result: kRows x kHeadDim of output, then half a reference (as exponent of 2) and a sum a row.
+// A partial result: kRows x kHeadDim of output, then half a reference (as exponent of 2) and a sum
+// a row.
 template <class C>
 __device__ __forceinline__ float* partial_of(const DecodeParams& params, int part, int head,
                                              bool is_first) {
@@ -193,15 +195,16 @@ __device__ __forceinline__ void store_partial(const DecodeShared<C>& shared, int
   }
 }
 
-// Whether this part is the last one of an item to arrive; its partial result is written. The counter
-// is zero again after the last.
+// Whether this part is the last one of an item to arrive; its partial result is written. The
+// counter is zero again after the last.
 __device__ __forceinline__ bool arrive_last(const DecodeParams& params, const DecodeItem& item,
                                             int head, int stream, volatile int* answer) {
   stream_sync(stream);
   if (threadIdx.x % 128 == 0) {
     int* const counter = params.counters + item.first_part * params.heads_k + head;
     int before;
-    // Releases what the barrier has gathered from the stream's threads, acquires what the others did.
+    // Releases what the barrier has gathered from the stream's threads, acquires what the others
+    // did.
     asm volatile("fence.acq_rel.gpu;\natom.add.acq_rel.gpu.global.s32 %0, [%1], 1;"
                  : "=r"(before)
                  : "l"(counter)
@@ -319,17 +322,13 @@ __device__ __forceinline__ u32 in_block(const void* pointer, int rank) {
   return address;
 }
 
-__device__ __forceinline__ float load_remote(u32 address) {
-  float value;
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
-  return value;
-}
-
-// The results of a cluster's streams, each in its own shared memory, become one: each of its threads has
-// some of the numbers. All consumer threads; both streams of a block have the same head.
+// The results of a cluster's streams, each in its own shared memory, become one: each of its
+// threads has some of the numbers. All consumer threads; both streams of a block have the same
+// head.
 template <class C>
 __device__ __forceinline__ void merge_in_cluster(const DecodeParams& params, const DecodeItem& item,
-                                                 const DecodeShared<C>& shared, int stream, int part,
+                                                 const DecodeShared<C>& shared, int stream,
+                                                 int part,
                                                  float (&output)[C::kPanels][C::kRows / 2]) {
   constexpr int kQuads = C::kHeadDim / 4, kResults = C::kRows * C::kHeadDim;
   // The tiles' memory is done with once both streams are through.
@@ -345,7 +344,12 @@ __device__ __forceinline__ void merge_in_cluster(const DecodeParams& params, con
     }
   }
   const int thread = threadIdx.x % 128;
-  if (thread < C::kRows) shared.factors(stream)[thread] = sum_of(shared, stream, thread);
+  // References and sums where the queries lay.
+  float2* const ends = reinterpret_cast<float2*>(shared.base);
+  if (thread < C::kRows) {
+    ends[stream * C::kRows + thread] = {shared.references(stream)[thread],
+                                        sum_of(shared, stream, thread)};
+  }
   cluster_sync();
   const int rows = min(C::kRows, item.len_q * params.group);
   constexpr int kThreads = 128 * C::kStreams * kClusterParts;
@@ -360,13 +364,14 @@ __device__ __forceinline__ void merge_in_cluster(const DecodeParams& params, con
       float2 end[kClusterParts];
 #pragma unroll
       for (int i = 0; i < kClusterParts; ++i) {
-        asm volatile(
-            "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-            : "=f"(value[i].x), "=f"(value[i].y), "=f"(value[i].z), "=f"(value[i].w)
-            : "r"(in_block(results + of * kResults + index * C::kHeadDim + 4 * quad, i))
-            : "memory");
-        end[i] = {load_remote(in_block(shared.references(of) + index, i)),
-                  load_remote(in_block(shared.factors(of) + index, i))};
+        asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                     : "=f"(value[i].x), "=f"(value[i].y), "=f"(value[i].z), "=f"(value[i].w)
+                     : "r"(in_block(results + of * kResults + index * C::kHeadDim + 4 * quad, i))
+                     : "memory");
+        asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];"
+                     : "=f"(end[i].x), "=f"(end[i].y)
+                     : "r"(in_block(ends + of * C::kRows + index, i))
+                     : "memory");
       }
       merged.add(value, end);
     }
@@ -399,7 +404,8 @@ __device__ __forceinline__ void clear_other_rows(const DecodeParams& params) {
   const int block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
 #pragma unroll 1
   for (int batch = block; batch < params.batch; batch += gridDim.x * gridDim.y * gridDim.z) {
-    const int used = params.seqused_q != nullptr ? max(0, params.seqused_q[batch]) : params.seqlen_q;
+    const int used =
+        params.seqused_q != nullptr ? max(0, params.seqused_q[batch]) : params.seqlen_q;
     if (params.cu_seqlens_q == nullptr) {
       clear_tokens(params, batch, used, params.seqlen_q);
       continue;

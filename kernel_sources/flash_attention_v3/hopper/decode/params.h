@@ -1,5 +1,5 @@
-// The arguments that the launcher passes to the decode kernel. Included by both, so it uses only the
-// language's own types.
+// The arguments that the launcher passes to the decode kernel. Included by both, so it uses only
+// the language's own types.
 #pragma once
 
 #include "flash_attention_v3/hopper/common/params.h"
@@ -41,20 +41,21 @@ struct DecodeParams {
   int head_dim, head_dim_v;
   int heads_of_block;  // key heads of a thread block: one or two
   int parts;           // thread blocks for each of them
-  int in_clusters;     // a cluster of kClusterParts blocks for each sequence and key heads of a block
+  int in_clusters;  // a cluster of kClusterParts blocks for each sequence and key heads of a block
   unsigned parts_multiplier, parts_shift;
-  int place_rows;      // rows of a place: of a page, or of a cache entry
-  int box_rows;        // rows of a box of the copy engine; 0: threads load
-  int box_panels;      // and its panels, of one head or of two
-  int boxes_log2;      // boxes of rows of a stage
-  int copies;          // boxes of a stage
-  int copy_warps;      // warps that ask for them
+  int place_rows;             // rows of a place: of a page, or of a cache entry
+  int box_rows;               // rows of a box of the copy engine; 0: threads load
+  int box_panels;             // and its panels, of one head or of two
+  int boxes_log2;             // boxes of rows of a stage
+  int copies;                 // boxes of a stage
+  int copy_warps;             // warps that ask for them
   unsigned long long policy;  // of the L2 cache
   int draft_words;
-  float scale_log2;     // scores to exponents of 2: softmax_scale * log2(e), with softcap: softcap * log2(e)
-  float softcap_scale;  // softmax_scale / softcap; 0 without softcap
-  int window_left, window_right;  // a large number when unbounded
-  int chunk;                      // 0 when there are none
+  float scale_log2;  // scores to exponents of 2: softmax_scale * log2(e), with softcap: softcap *
+                     // log2(e)
+  float softcap_scale;                     // softmax_scale / softcap; 0 without softcap
+  int window_left, window_right;           // a large number when unbounded
+  int chunk;                               // 0 when there are none
   unsigned chunk_multiplier, chunk_shift;  // as in ForwardParams; the same for the group
   unsigned group_multiplier, group_shift;
   unsigned place_multiplier, place_shift;

@@ -32,6 +32,17 @@ struct CachePlaces {
   }
 };
 
+// One warp: the first 1,024 entries of a sequence's row of the page table into the L2 cache, while
+// its length, which says how many of them there are, is on its way. What they hold is not looked
+// at.
+__device__ __forceinline__ void prefetch_places(const DecodeParams& params, int batch) {
+  if (params.page_table == nullptr || params.cache_batch_idx != nullptr) return;
+  const int entry = threadIdx.x % 32 * 32;  // the first of 128 bytes
+  if (entry >= divide(params.rows_k, params.place_multiplier, params.place_shift)) return;
+  const int* const address = params.page_table + batch * params.page_table_stride + entry;
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address) : "memory");
+}
+
 template <class C>
 struct DecodeProducer {
   const DecodeParams& params;
@@ -53,9 +64,9 @@ struct DecodeProducer {
     return row < min(item.high, item.block_end * kDecodeKeys) && row + params.box_rows > item.low;
   }
 
-  // A lane knows the place of a box of rows, 32 of them in a line, and the 32 behind are on their way.
-  // Of a stage's copies, boxes x panels, warp w asks for every fourth: a warp issues them one after the
-  // other. The first warp alone where there are no more than four.
+  // A lane knows the place of a box of rows, 32 of them in a line, and the 32 behind are on their
+  // way. Of a stage's copies, boxes x panels, warp w asks for every fourth: a warp issues them one
+  // after the other. The first warp alone where there are no more than four.
   __device__ __forceinline__ void load_boxes(const DecodeItem& item) {
     const int lane = threadIdx.x % 32;
     const int blocks = blocks_of_stage();
@@ -115,8 +126,8 @@ struct DecodeProducer {
     at.advance();
   }
 
-  // All producer threads: kThreadsOfRow of them a row, 16 bytes each. A warp has kRowsOfWarp rows of
-  // a stage, whose places its lanes know.
+  // All producer threads: kThreadsOfRow of them a row, 16 bytes each. A warp has kRowsOfWarp rows
+  // of a stage, whose places its lanes know.
   static constexpr int kThreadsOfRow = C::kHeadDim / 8;
   static constexpr int kRowsAtOnce = 32 / kThreadsOfRow;  // of a warp
   static constexpr int kRowsOfWarp = C::kStreams * kDecodeKeys / 4;
@@ -173,8 +184,8 @@ struct DecodeProducer {
         head + (params.heads_of_block == 1
                     ? 0
                     : (threadIdx.x / 32 * kRowsOfWarp + threadIdx.x % 32) / kDecodeKeys);
-    return static_cast<u32>((place * rows.place_stride + in_place * rows.row_stride +
-                             of_head * rows.head_stride) >> 3);
+    return static_cast<u32>(
+        (place * rows.place_stride + in_place * rows.row_stride + of_head * rows.head_stride) >> 3);
   }
 
   // The rows of two stages are found ahead.

@@ -1,9 +1,9 @@
-// Which work is whose: every key head's blocks of keys, all sequences end to end, are cut into equal
-// runs, one for each of the head's `parts` thread blocks.
+// Which work is whose: every key head's blocks of keys, all sequences end to end, are cut into
+// equal runs, one for each of the head's `parts` thread blocks.
 //
 // Neighbouring thread blocks are the heads of one part, so they read the same tokens at the same
-// time: 1 to 3 % of the memory's rate. A sequence is cut only where a run ends. Lengths are read here,
-// so that a captured graph serves any.
+// time: 1 to 3 % of the memory's rate. A sequence is cut only where a run ends. Lengths are read
+// here, so that a captured graph serves any.
 #pragma once
 
 #include "flash_attention_v3/hopper/common/mask.cuh"
@@ -41,8 +41,8 @@ __device__ __forceinline__ DecodeLengths lengths_of(const DecodeParams& params, 
   return of;
 }
 
-// What a sequence's queries see: rows of the cache, and how many blocks that is. A sequence that sees no
-// key is work, too: its rows become 0.
+// What a sequence's queries see: rows of the cache, and how many blocks that is. A sequence that
+// sees no key is work, too: its rows become 0.
 struct SeenRows {
   int low, high;
   unsigned cost;
@@ -131,9 +131,8 @@ class DecodeSchedule {
     item.offset_q = params_.cu_seqlens_q != nullptr ? params_.cu_seqlens_q[item.batch] : 0;
     const int first_block = item.low / kDecodeKeys;
     item.block_begin = first_block + static_cast<int>(at_ - start);
-    item.block_end = item.high > item.low
-                         ? first_block + static_cast<int>(min(end_, end) - start)
-                         : item.block_begin;
+    item.block_end = item.high > item.low ? first_block + static_cast<int>(min(end_, end) - start)
+                                          : item.block_begin;
     item.is_first = at_ == start;
     item.first_part = 0;
     item.parts = 1;

@@ -15,9 +15,7 @@ struct DecodeShared {
   __device__ u32 p(int stream, int buffer) const {
     return address(C::kOffsetP + (2 * stream + buffer) * C::kBytesP);
   }
-  __device__ u32 tile(int stage) const {
-    return address(C::kOffsetTiles + stage * C::kBytesTile);
-  }
+  __device__ u32 tile(int stage) const { return address(C::kOffsetTiles + stage * C::kBytesTile); }
   // Where one stream's output reaches the other: the queries' memory, which is then done with.
   __device__ float* exchange() const { return reinterpret_cast<float*>(base); }
   // A number for each query of a stream: of each of the four warps, and the two below.

@@ -1,10 +1,10 @@
 // Online softmax with swapped operands: keys are the rows of an accumulator, queries its columns.
 //
-// A thread holds two keys of each of kRows / 4 queries; the keys of a query lie in all 128 threads. So
-// the maximum is not looked for: each query has a reference, and only where a score exceeds it by more
-// than 2^8 do the warps exchange their maxima. The barrier behind which the probabilities are seen
-// carries that answer (barrier.red), so an ordinary block pays for one barrier alone. A query's
-// numbers depend on its own scores only, whatever other queries are in the tile.
+// A thread holds two keys of each of kRows / 4 queries; the keys of a query lie in all 128 threads.
+// So the maximum is not looked for: each query has a reference, and only where a score exceeds it
+// by more than 2^8 do the warps exchange their maxima. The barrier behind which the probabilities
+// are seen carries that answer (barrier.red), so an ordinary block pays for one barrier alone. A
+// query's numbers depend on its own scores only, whatever other queries are in the tile.
 #pragma once
 
 #include "flash_attention_v3/hopper/common/softmax.cuh"
@@ -102,12 +102,11 @@ __device__ __forceinline__ void store_probabilities(u32 buffer, const u32 (&pack
   } else {
 #pragma unroll
     for (int i = 0; i < C::kRows / 16; ++i) {
-      asm volatile(
-          "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-              address + i * 16 * 128),
-          "r"(packed[4 * i]), "r"(packed[4 * i + 1]), "r"(packed[4 * i + 2]),
-          "r"(packed[4 * i + 3])
-          : "memory");
+      asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                       address + i * 16 * 128),
+                   "r"(packed[4 * i]), "r"(packed[4 * i + 1]), "r"(packed[4 * i + 2]),
+                   "r"(packed[4 * i + 3])
+                   : "memory");
     }
   }
 }
@@ -122,7 +121,8 @@ __device__ __forceinline__ float over_keys_of_warp(float value, Operation operat
   return value;
 }
 
-// One number of each query, combined over all threads of the stream. A barrier must stand between two of these.
+// One number of each query, combined over all threads of the stream. A barrier must stand between
+// two of these.
 template <class C, class Operation>
 __device__ __forceinline__ void over_keys(const DecodeShared<C>& shared, int stream,
                                           float (&values)[DecodeSoftmax<C>::kQueries],

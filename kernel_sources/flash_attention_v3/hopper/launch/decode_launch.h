@@ -41,12 +41,12 @@ struct DecodeShape {
 };
 
 constexpr DecodeShape kDecodeShapes[] = {
-#define JIT_KERNEL_DECODE_SHAPE(head_dim, rows)                     \
-  {head_dim,                                                        \
-   rows,                                                            \
-   DecodeConfig<void, head_dim, rows>::kStreams,                    \
-   DecodeConfig<void, head_dim, rows>::kThreads,                    \
-   DecodeConfig<void, head_dim, rows>::kSharedBytes,                \
+#define JIT_KERNEL_DECODE_SHAPE(head_dim, rows)      \
+  {head_dim,                                         \
+   rows,                                             \
+   DecodeConfig<void, head_dim, rows>::kStreams,     \
+   DecodeConfig<void, head_dim, rows>::kThreads,     \
+   DecodeConfig<void, head_dim, rows>::kSharedBytes, \
    DecodeConfig<void, head_dim, rows>::kPartialFloats},
     JIT_KERNEL_DECODE_TILES(JIT_KERNEL_DECODE_SHAPE)
 #undef JIT_KERNEL_DECODE_SHAPE
@@ -96,7 +96,8 @@ struct Division {
   explicit Division(int64_t n) {
     while (int64_t{1} << shift < n) ++shift;
     const uint64_t power = uint64_t{1} << (31 + shift);
-    multiplier = static_cast<unsigned>((power + static_cast<uint64_t>(n) - 1) / static_cast<uint64_t>(n));
+    multiplier =
+        static_cast<unsigned>((power + static_cast<uint64_t>(n) - 1) / static_cast<uint64_t>(n));
   }
   unsigned multiplier, shift = 0;
 };
@@ -107,19 +108,20 @@ struct DecodeGrid {
   bool in_clusters;
 };
 
-// A cluster is worth it up to so many rows of the cache for each one: 1 x 32k with 8 heads took 46 us in 8
-// clusters and 50 without.
+// A cluster is worth it up to so many rows of the cache for each one: 1 x 32k with 8 heads took 46
+// us in 8 clusters and 50 without.
 constexpr int64_t kRowsOfCluster = 4096;
 
-// As many thread blocks as run at the same time, but up to 4 % less where sequences of one length are
-// then not cut: to write and merge partial results costs more. Two heads a block read longer rows of
-// memory; of little work each head's blocks are many, and fewer parts are merged sooner.
+// As many thread blocks as run at the same time, but up to 4 % less where sequences of one length
+// are then not cut: to write and merge partial results costs more. Two heads a block read longer
+// rows of memory; of little work each head's blocks are many, and fewer parts are merged sooner.
 inline DecodeGrid decode_grid(const DecodeShape& shape, int device, int64_t heads_k, int64_t batch,
                               int64_t rows_k, int64_t sm_margin) {
-  // Of 132 multiprocessors 15 clusters of 8 run at the same time. One that has long to read would leave
-  // most of the machine idle.
+  // Of 132 multiprocessors 15 clusters of 8 run at the same time. One that has long to read would
+  // leave most of the machine idle.
   const int64_t clusters = heads_k * batch;
-  if (clusters >= 4 && clusters * (kClusterParts + 1) <= cuda::multiprocessors(device) - sm_margin &&
+  if (clusters >= 4 &&
+      clusters * (kClusterParts + 1) <= cuda::multiprocessors(device) - sm_margin &&
       rows_k <= clusters * kRowsOfCluster) {
     return {1, kClusterParts, true};
   }
@@ -144,16 +146,16 @@ inline int64_t partial_floats(int64_t handle, int64_t device, int64_t heads_k, i
   return kPartialsPerBlock * grid.parts * heads_k * shape.partial_floats;
 }
 
-// Rows that the copy engine takes at a time: the most that divide a page and a block, at least the 8
-// of a swizzle; 0 where there are none.
+// Rows that the copy engine takes at a time: the most that divide a page and a block, at least the
+// 8 of a swizzle; 0 where there are none.
 inline int box_rows_of(int64_t place_rows, bool paged) {
   if (!paged) return kDecodeKeys;
   const int64_t rows = std::gcd<int64_t>(place_rows, kDecodeKeys);
   return rows >= 8 ? static_cast<int>(rows) : 0;
 }
 
-// Panels of a box: of both heads of a block, of one, or one alone. More than one only where a box is a
-// block and the head size is whole panels.
+// Panels of a box: of both heads of a block, of one, or one alone. More than one only where a box
+// is a block and the head size is whole panels.
 inline int box_panels_of(const TensorView& x, const DecodeShape& shape, int box_rows,
                          int heads_of_block) {
   const int panels = shape.head_dim / kDecodePanel;
@@ -172,7 +174,8 @@ inline void set_cache_rows(DecodeRows& rows, const TensorView& x, int box_rows, 
   static EncodeTiled* const encode = cuda::driver_function<EncodeTiled>("cuTensorMapEncodeTiled");
   const ByteStrides strides(x);
   const bool whole = box_panels > 1, joined = box_panels > panels;
-  const uint64_t columns = static_cast<uint64_t>(x.size(3)), heads = static_cast<uint64_t>(x.size(2));
+  const uint64_t columns = static_cast<uint64_t>(x.size(3)),
+                 heads = static_cast<uint64_t>(x.size(2));
   const uint64_t of_head = whole ? static_cast<uint64_t>(panels) : 1;
   const uint64_t sizes[kRank] = {whole ? kDecodePanel : columns, static_cast<uint64_t>(x.size(1)),
                                  joined ? of_head * heads : of_head, joined ? 1 : heads,
@@ -213,9 +216,8 @@ inline void set_decode_tensors(DecodeParams& params, const DecodeShape& shape, c
   const bool empty = k.size(0) * k.size(1) == 0;  // no tensor map has such sizes
   params.box_rows = empty ? 0 : box_rows_of(params.place_rows, paged);
   // One number for both: a head size is padded in both or in neither, or panel by panel.
-  params.box_panels =
-      std::min(box_panels_of(k, shape, params.box_rows, params.heads_of_block),
-               box_panels_of(v, shape, params.box_rows, params.heads_of_block));
+  params.box_panels = std::min(box_panels_of(k, shape, params.box_rows, params.heads_of_block),
+                               box_panels_of(v, shape, params.box_rows, params.heads_of_block));
   const int panels = shape.head_dim / kDecodePanel;
   if (params.box_rows > 0) {
     const int blocks = params.heads_of_block == 1 ? shape.streams : 1;
@@ -270,15 +272,14 @@ struct DecodeCall {
 inline void set_decode_grid(DecodeParams& params, const DecodeShape& shape, const DecodeCall& call,
                             int device) {
   const bool ragged = call.cu_seqlens_q.has_value();
-  params.batch =
-      static_cast<int>(ragged ? call.cu_seqlens_q.value().size(0) - 1 : call.q.size(0));
+  params.batch = static_cast<int>(ragged ? call.cu_seqlens_q.value().size(0) - 1 : call.q.size(0));
   params.rows_k = static_cast<int>(call.k.size(1));
   if (call.page_table.has_value()) {
     params.page_table_stride = call.page_table.value().stride(0);
     params.rows_k *= static_cast<int>(call.page_table.value().size(1));
   }
-  const DecodeGrid grid = decode_grid(shape, device, call.k.size(2), params.batch, params.rows_k,
-                                      call.sm_margin);
+  const DecodeGrid grid =
+      decode_grid(shape, device, call.k.size(2), params.batch, params.rows_k, call.sm_margin);
   params.heads_of_block = grid.heads_of_block;
   params.parts = grid.parts;
   params.in_clusters = grid.in_clusters;
@@ -328,9 +329,8 @@ inline int64_t launch_decode(DecodeVariant& variant, const DecodeCall& call) {
   if (params.parts > 1 && !params.in_clusters) {
     const int counters = params.parts * params.heads_k;
     const int64_t floats = int64_t{kPartialsPerBlock} * counters * variant.shape.partial_floats;
-    const Workspace::Memory memory =
-        Workspace::of(device).memory(cuda::current_stream(device), counters, floats,
-                                     call.partials.has_value());
+    const Workspace::Memory memory = Workspace::of(device).memory(
+        cuda::current_stream(device), counters, floats, call.partials.has_value());
     params.counters = memory.counters;
     params.partials =
         call.partials.has_value() ? cuda::data_of<float>(call.partials) : memory.partials;
@@ -340,9 +340,9 @@ inline int64_t launch_decode(DecodeVariant& variant, const DecodeCall& call) {
   const unsigned groups = static_cast<unsigned>(params.heads_k / params.heads_of_block);
   const unsigned parts_of_head = static_cast<unsigned>(params.parts);
   if (params.in_clusters) {
-    variant.kernel.launch_clusters(
-        device, {parts_of_head, groups, static_cast<unsigned>(params.batch)}, kClusterParts,
-        arguments);
+    variant.kernel.launch_clusters(device,
+                                   {parts_of_head, groups, static_cast<unsigned>(params.batch)},
+                                   kClusterParts, arguments);
   } else {
     variant.kernel.launch(device, {groups, parts_of_head}, arguments);
   }
@@ -359,11 +359,29 @@ inline int64_t decode(int64_t handle, TensorView q, TensorView k, TensorView v, 
                       Optional<TensorView> partials, int64_t new_rows, double softmax_scale,
                       double softcap, int64_t left, int64_t right, int64_t chunk, int64_t sm_margin,
                       bool clear_rest, bool if_aligned) {
-  const DecodeCall call = {
-      q,           k,          v,               out,           lse,        cu_seqlens_q,
-      seqused_q,   seqused_k,  cu_seqlens_k_new, page_table,   cache_batch_idx, cache_leftpad,
-      draft_mask,  sinks,      partials,        new_rows,      softmax_scale, softcap,
-      left,        right,      chunk,           sm_margin,     clear_rest};
+  const DecodeCall call = {q,
+                           k,
+                           v,
+                           out,
+                           lse,
+                           cu_seqlens_q,
+                           seqused_q,
+                           seqused_k,
+                           cu_seqlens_k_new,
+                           page_table,
+                           cache_batch_idx,
+                           cache_leftpad,
+                           draft_mask,
+                           sinks,
+                           partials,
+                           new_rows,
+                           softmax_scale,
+                           softcap,
+                           left,
+                           right,
+                           chunk,
+                           sm_margin,
+                           clear_rest};
   if (if_aligned && !call.is_aligned()) return kUnaligned;
   return launch_decode(cuda::KernelTable<DecodeVariant>::get().at(handle), call);
 }

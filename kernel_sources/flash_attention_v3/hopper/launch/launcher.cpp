@@ -1,10 +1,10 @@
 // The host side of the Hopper kernels: loads cubins, encodes tensor maps, launches on the caller's
 // stream.
 //
-//   load_kernel(image, head_dim, head_dim_v, masked, cached) -> handle, for forward and forward_cached
-//   load_plain(image, name, threads, shared_bytes) -> handle, for a launch that knows no variants
-//   prepare(device) -> multiprocessors: what a launch needs that does not depend on the variant
-//   forward(handle, tensors..., scalars...) -> whether it was launched
+//   load_kernel(image, head_dim, head_dim_v, masked, cached) -> handle, for forward and
+//   forward_cached load_plain(image, name, threads, shared_bytes) -> handle, for a launch that
+//   knows no variants prepare(device) -> multiprocessors: what a launch needs that does not depend
+//   on the variant forward(handle, tensors..., scalars...) -> whether it was launched
 //   forward_cached(handle, tensors..., scalars...) -> whether it was launched
 #include <tvm/ffi/tvm_ffi.h>
 
@@ -18,7 +18,8 @@
 
 namespace jit_kernel::hopper {
 
-int64_t load_plain(tvm::ffi::Bytes image, tvm::ffi::String name, int64_t threads, int64_t shared_bytes) {
+int64_t load_plain(tvm::ffi::Bytes image, tvm::ffi::String name, int64_t threads,
+                   int64_t shared_bytes) {
   if (threads < 32 || threads > 1024 || shared_bytes < 0 || shared_bytes > INT32_MAX) {
     TVM_FFI_THROW(ValueError) << "kernel " << std::string(name) << " has " << threads
                               << " threads and " << shared_bytes

@@ -1,9 +1,9 @@
-// Memory of the decode kernels' own: counters, which are zero before and after each launch, and room
-// for the partial results of cut sequences.
+// Memory of the decode kernels' own: counters, which are zero before and after each launch, and
+// room for the partial results of cut sequences.
 //
-// Launches of one stream follow each other and share both. A captured launch gets counters of its own
-// for good, since its graph may run on any stream; room for partial results it takes from the caller,
-// whose allocator knows of the capture.
+// Launches of one stream follow each other and share both. A captured launch gets counters of its
+// own for good, since its graph may run on any stream; room for partial results it takes from the
+// caller, whose allocator knows of the capture.
 #pragma once
 
 #include <tvm/ffi/tvm_ffi.h>
@@ -39,8 +39,8 @@ class Workspace {
     return *found;
   }
 
-  // For a launch of `blocks` thread blocks that needs `floats` numbers for partial results. has_room:
-  // the caller has them; without, nothing is taken for a launch that is captured.
+  // For a launch of `blocks` thread blocks that needs `floats` numbers for partial results.
+  // has_room: the caller has them; without, nothing is taken for a launch that is captured.
   Memory memory(cuda::Stream stream, int blocks, int64_t floats, bool has_room) {
     static auto* const is_capturing =
         cuda::driver_function<cuda::Result(cuda::Stream, int*)>("cuStreamIsCapturing");

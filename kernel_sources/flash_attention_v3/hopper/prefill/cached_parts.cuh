@@ -82,7 +82,8 @@ __device__ __forceinline__ bool leave_part(const CachedParams& params, const Cac
   return true;
 }
 
-// The factor of a part whose rows have half a reference, where the highest one of all parts is `top`.
+// The factor of a part whose rows have half a reference, where the highest one of all parts is
+// `top`.
 __device__ __forceinline__ float part_factor(float half_reference, float top) {
   return exp2_fast(2.f * (half_reference - (top == minus_infinity() ? 0.f : top)));
 }

@@ -36,6 +36,11 @@ struct KeySource {
   int head, cache_row, low, high;
 };
 
+// What a lane knows of a block's pages: that of its box, or those of two of its warp's rows.
+struct LanePages {
+  int first = 0, second = 0;
+};
+
 template <class C, bool kBoxes>
 struct CachedProducer {
   const CachedParams& params;
@@ -44,8 +49,11 @@ struct CachedProducer {
   RingPosition<C::kStagesQ> q_at = {};
   RingPosition<C::kStages> k_at = {}, v_at = {};
   KeySource v_source = {};  // of the tile whose last values are still to be loaded
-  int v_block = -1, v_page = 0;
-  u32 untold = 0;  // the barrier of a stage whose copies are in flight
+  int v_block = -1;
+  LanePages v_page = {};
+  static constexpr bool kTwoRows =
+      C::kKeys > 32 * kRowLoaders;  // a lane knows two of its warp's rows
+  u32 untold = 0;                   // the barrier of a stage whose copies are in flight
 
   __device__ __forceinline__ const int* table_row(const KeySource& source) const {
     return params.page_table + source.cache_row * params.table_stride;
@@ -57,12 +65,16 @@ struct CachedProducer {
     return lane < params.boxes && row < source.high && row + params.box_rows > source.low;
   }
 
-  // The page of this lane's box of a block.
-  __device__ __forceinline__ int look_up(const KeySource& source, int block) const {
-    if constexpr (!kBoxes) return 0;
-    if (!has_box(source, block)) return 0;
-    if (params.page_table == nullptr) return source.cache_row;
-    return table_row(source)[page_of(params, block * C::kKeys + lane * params.box_rows)];
+  // The pages that this lane looks up of a block, all of a warp's at once: to look each up when its
+  // row is copied took 600 cycles for every 8 rows.
+  __device__ __forceinline__ LanePages look_up(const KeySource& source, int block) const {
+    if constexpr (!kBoxes) {
+      if constexpr (!kTwoRows) return {look_up_row(source, block, lane), 0};
+      return {look_up_row(source, block, lane), look_up_row(source, block, lane + 32)};
+    }
+    if (!has_box(source, block)) return {};
+    if (params.page_table == nullptr) return {source.cache_row, 0};
+    return {table_row(source)[page_of(params, block * C::kKeys + lane * params.box_rows)], 0};
   }
 
   template <int kColumns, int kPanel>
@@ -82,14 +94,14 @@ struct CachedProducer {
     }
   }
 
-  // The row of this lane in the n-th 8 rows that this warp copies of a block.
-  __device__ __forceinline__ int row_in_block(int n) const {
-    return (rank + kRowLoaders * n) * 8 + lane % 8;
+  // Of the rows of a block that this warp copies, eight in a line of every 24, the index-th.
+  __device__ __forceinline__ int row_in_block(int index) const {
+    return (rank + kRowLoaders * (index / 8)) * 8 + index % 8;
   }
 
   // Its page; -1 where the tile does not see it.
-  __device__ __forceinline__ int look_up_row(const KeySource& source, int block, int n) const {
-    const int in_block = row_in_block(n), row = block * C::kKeys + in_block;
+  __device__ __forceinline__ int look_up_row(const KeySource& source, int block, int index) const {
+    const int in_block = row_in_block(index), row = block * C::kKeys + in_block;
     if (in_block >= C::kKeys || row < source.low || row >= source.high) return -1;
     return table_row(source)[page_of(params, row)];
   }
@@ -99,14 +111,17 @@ struct CachedProducer {
   template <int kColumns, int kPanel>
   __device__ __forceinline__ void copy_rows(u32 empty, u32 parity, u32 destination,
                                             const CacheRows& from, u32 full,
-                                            const KeySource& source, int block) {
-    int page = look_up_row(source, block, 0);
+                                            const KeySource& source, int block,
+                                            const LanePages& pages) {
+    static_assert(C::kKeys <= 64 * kRowLoaders, "a lane knows two rows");
     wait(empty, parity);
 #pragma unroll 1
     for (int n = 0; (rank + kRowLoaders * n) * 8 < C::kKeys; ++n) {
-      const int next = look_up_row(source, block, n + 1);
+      const int index = n * 8 + lane % 8;
+      const int page =
+          __shfl_sync(0xffffffffu, !kTwoRows || n < 4 ? pages.first : pages.second, index % 32);
       if (page >= 0) {
-        const int in_block = row_in_block(n), row = block * C::kKeys + in_block;
+        const int in_block = row_in_block(index), row = block * C::kKeys + in_block;
         const int slot = row - page_of(params, row) * params.page_size;
         const char* const at = from.base + page * from.page_stride + slot * from.row_stride +
                                source.head * from.head_stride + lane / 8 * 16;
@@ -120,7 +135,6 @@ struct CachedProducer {
                       at + 64 * j, piece * 8 < from.columns ? 16 : 0);
         }
       }
-      page = next;
     }
     cp_async_commit();
     tell<1>();
@@ -146,28 +160,30 @@ struct CachedProducer {
     mbarrier_wait(barrier, parity);
   }
 
-  __device__ __forceinline__ void load_k(const KeySource& source, int block, int page) {
+  __device__ __forceinline__ void load_k(const KeySource& source, int block,
+                                         const LanePages& page) {
     const u32 full = shared.k_full(k_at.stage()), empty = shared.k_empty(k_at.stage());
     if constexpr (kBoxes) {
       wait(empty, k_at.parity() ^ 1);
       copy_boxes<C::kHeadDim, C::kPanel>(shared.k(k_at.stage()), params.k.map, full, source, block,
-                                         page);
+                                         page.first);
     } else {
       copy_rows<C::kHeadDim, C::kPanel>(empty, k_at.parity() ^ 1, shared.k(k_at.stage()),
-                                        params.k_rows, full, source, block);
+                                        params.k_rows, full, source, block, page);
     }
     k_at.advance();
   }
 
-  __device__ __forceinline__ void load_v(const KeySource& source, int block, int page) {
+  __device__ __forceinline__ void load_v(const KeySource& source, int block,
+                                         const LanePages& page) {
     const u32 full = shared.v_full(v_at.stage()), empty = shared.v_empty(v_at.stage());
     if constexpr (kBoxes) {
       wait(empty, v_at.parity() ^ 1);
       copy_boxes<C::kHeadDimV, C::kPanelV>(shared.v(v_at.stage()), params.v.map, full, source,
-                                           block, page);
+                                           block, page.first);
     } else {
       copy_rows<C::kHeadDimV, C::kPanelV>(empty, v_at.parity() ^ 1, shared.v(v_at.stage()),
-                                          params.v_rows, full, source, block);
+                                          params.v_rows, full, source, block, page);
     }
     v_at.advance();
   }
@@ -203,7 +219,7 @@ struct CachedProducer {
   __device__ __forceinline__ void load_tile(const CachedTileInfo& tile) {
     const KeySource source = {tile.head / params.group, tile.cache_row, tile.low, tile.high};
     const int begin = tile.block_begin, end = tile.block_end;
-    int page = look_up(source, end - 1), next = look_up(source, end - 2);
+    LanePages page = look_up(source, end - 1), next = look_up(source, end - 2);
     load_k(source, end - 1, page);
     if constexpr (C::kStagesQ == 1) load_last_values();
     load_queries(tile);
@@ -212,7 +228,7 @@ struct CachedProducer {
     if (claim_at < begin) claim();
     for (int block = end - 2; block >= begin; --block) {
       if (block == claim_at) claim();
-      const int after = look_up(source, block - 1);
+      const LanePages after = look_up(source, block - 1);
       load_k(source, block, next);
       load_v(source, block + 1, page);
       page = next;

@@ -247,8 +247,8 @@ class Kernel {
     const ContextGuard context(device);
     const Function entry = function(device);
     LaunchAttribute attribute{kClusterDimension, 0, {cluster, 1, 1}};
-    const LaunchConfig config{grid.x, grid.y,  grid.z, threads_,   1, 1,
-                              shared_, current_stream(device), &attribute, 1};
+    const LaunchConfig config{
+        grid.x, grid.y, grid.z, threads_, 1, 1, shared_, current_stream(device), &attribute, 1};
     check(Driver::get().launch_kernel_ex(&config, entry, params, nullptr), name_.c_str());
   }
 

@@ -108,12 +108,12 @@ __device__ __forceinline__ u64 wgmma_descriptor(u32 low) {
       JIT_KERNEL_WGMMA_SS_ASM(N, COUNT, A, B, P, T, "f16", __VA_ARGS__);                      \
     }                                                                                         \
   }
-#define JIT_KERNEL_WGMMA_SS_ASM(N, COUNT, A, B, P, T, TYPE, ...)                               \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #P                                        \
-               ", 0;\n"                                                                        \
-               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE                 \
+#define JIT_KERNEL_WGMMA_SS_ASM(N, COUNT, A, B, P, T, TYPE, ...)                                \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #P                                          \
+               ", 0;\n"                                                                         \
+               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE                  \
                " {" JIT_KERNEL_REGISTERS_##COUNT "}, %" #A ", %" #B ", p, 1, 1, %" #T ", 0;\n}" \
-               : __VA_ARGS__                                                                   \
+               : __VA_ARGS__                                                                    \
                : "l"(a), "l"(b), "r"(accumulate), "n"(static_cast<int>(kContiguousM)))
 
 // The same with a in registers; kContiguousN: in b N is contiguous, else k.
