@@ -17,8 +17,8 @@ from jit_kernel.fa3 import cpu, dispatch, features, hopper, portable, seam
 from jit_kernel.fa3.call import Call, MetadataParameters
 from jit_kernel.fa3.checks.call import checked
 from jit_kernel.fa3.cpu import known
-from jit_kernel.fa3.hopper import known as known_decode
 from jit_kernel.fa3.decision import Accepted, Rejected
+from jit_kernel.fa3.hopper import known as known_decode
 from jit_kernel.fa3.musa import rules
 
 ATTENTION = (calls.VARLEN, calls.KVCACHE, calls.DENSE)

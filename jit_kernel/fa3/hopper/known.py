@@ -22,9 +22,9 @@ from jit_kernel.fa3.features import fields_ask_for_more
 # What known_decode serves (kernel_sources/flash_attention_v3/hopper/launch/known_decode.h), by the names of
 # features.ARGUMENTS. cu_seqlens_k_new has no meaning without new keys; metadata is read under CHECK_INDICES alone.
 CLAIMED = frozenset(
-    ("ragged_q", "page_size", "seqused_k", "ragged_append", "causal", "window", "chunk", "softcap", "sinks", "lse")
-    + ("split", "metadata")
-)
+    ("ragged_q", "page_size", "seqused_k", "ragged_append", "causal", "window", "chunk", "softcap", "sinks", "lse",
+     "split", "metadata")
+)  # fmt: skip
 # What the launcher answers, as it has them.
 _LAUNCHED, _UNSURE = 1, 2
 # What an argument of another kind comes to on its way to the launcher, and room that no machine has for the result of
@@ -99,7 +99,7 @@ def try_unchecked(arguments: Arguments) -> Result | None:
         answer = _UNSURE if _asks_first else _decode(*call, False)
         if answer == _UNSURE:
             _asks_first = True
-            answer = _decode(*call, True) if all_in_memory(call) else None
+            answer = _decode(*call, True) if all_in_memory(call) else 0
     except _DECLINED:
         return None
     if answer != _LAUNCHED:
