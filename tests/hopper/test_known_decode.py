@@ -192,6 +192,10 @@ def _own(name: str, made: Callable[[Tensor], Any]) -> Callable[[Call], Call]:
     return lambda call: call | {name: made(call[name])}
 
 
+def half(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.bfloat16)
+
+
 def _inside(name: str, of: str) -> Callable[[Call], Call]:
     """`name` in the memory that `of` begins with."""
 
@@ -229,6 +233,25 @@ DECLINED: dict[str, Callable[[Call], Call]] = {
     "rows that are not aligned": _own("q", lambda t: torch.zeros(3, 4, 36).bfloat16()[..., :32]),
     "an address that is not aligned": _own("out", lambda t: torch.zeros(3 * 4 * 32 + 1).bfloat16()[1:].view(3, 4, 32)),
     "no out for another head size": lambda call: call | {"out": None, "v_cache": torch.zeros(8, 4, 2, 16).bfloat16()},
+    "heads that are no multiple": lambda call: call | {"q": half(3, 3, 32), "out": None, "sinks": None},
+    "keys of another head size": _own("k_cache", lambda t: half(8, 4, 2, 40)),
+    "values in smaller pages": _own("v_cache", lambda t: half(8, 3, 2, 32)),
+    "fewer values": _own("v_cache", lambda t: t[:7]),
+    "values of one head": _own("v_cache", lambda t: t[:, :, :1]),
+    "out of another head size": _own("out", lambda t: half(3, 4, 40)),
+    "out of fewer rows": _own("out", lambda t: t[:2]),
+    "a head size that is no multiple of 8": lambda call: (
+        call | {"q": half(3, 4, 40)[..., :36], "k_cache": half(8, 4, 2, 40)[..., :36]}
+    ),
+    "values whose head size is none": lambda call: (
+        call | {"v_cache": half(8, 4, 2, 40)[..., :36], "out": half(3, 4, 40)[..., :36]}
+    ),
+    "head sizes above 256": lambda call: call | {"q": half(3, 4, 264), "k_cache": half(8, 4, 2, 264)},
+    "lengths with gaps": _own("cache_seqlens", lambda t: ints(7, 0, 5, 0)[::2]),
+    "a table with gaps in its rows": _own("page_table", lambda t: ints(*range(8)).view(2, 4)[:, ::2]),
+    "too many lengths": _own("cache_seqlens", lambda t: ints(7, 5, 1)),
+    "metadata in rows": _own("scheduler_metadata", lambda t: t.view(2, 20)),
+    "a dense cache for more sequences": lambda call: call | {"page_table": None},
     "fp32": _own("q", lambda t: t.float()),
     "keys in fp16": _own("k_cache", lambda t: t.half()),
     "sinks in fp16": _own("sinks", lambda t: t.half()),
