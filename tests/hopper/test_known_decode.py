@@ -299,9 +299,13 @@ def test_what_is_served_besides(name: str, on_host: OnHost) -> None:
     assert taken(ALSO_SERVED[name](served()), on_host)
 
 
-def test_a_bound_below_qs_own_length_is_declined(on_host: OnHost) -> None:
+def test_a_bound_below_qs_own_length_is_declined_and_refused(on_host: OnHost) -> None:
+    """Without cu_seqlens_q no index has to be read to know it; a kernel for fewer rows would leave some out."""
     for longest, expected in ((1, False), (2, True), (16, True), (17, True), (32, True), (33, False)):
         assert taken(BASES["dense"]() | {"max_seqlen_q": longest}, on_host) is expected, longest
+    for below in (0, 1):
+        with pytest.raises(ValueError, match=f"max_seqlen_q is {below}; it must be between 2 and"):
+            checks.checked(fields(BASES["dense"]() | {"max_seqlen_q": below}))
 
 
 def test_gradients_are_declined_in_grad_mode_alone(on_host: OnHost) -> None:
