@@ -90,7 +90,13 @@ def test_the_table_of_mates_versions_is_the_codes() -> None:
             {"cache_leftpad": True},
         ],
         "attention_chunk": [{"chunk": True}],
-        "fp32, fp8, descales, only_qv": [{"dtype": "fp32"}, {"dtype": "e4m3"}, {"descale": True}, {"only_qv": True}],
+        "fp32, fp8, descales, only_qv, draft_mask": [
+            {"dtype": "fp32"},
+            {"dtype": "e4m3"},
+            {"descale": True},
+            {"only_qv": True},
+            {"draft_mask": True},
+        ],
         "qv: MLA decode, q of 64, values of 512, pages of 64 tokens": [mla],
         "window, softcap, chunk, sinks or new keys with qv": [
             mla | {name: True} for name in ("window", "softcap", "chunk", "sinks", "append")

@@ -130,12 +130,23 @@ def new_feature(monkeypatch):
     monkeypatch.setattr(features.Features, "new_feature", True, raising=False)
 
 
-def test_hopper_declines_a_new_feature_by_either_way(new_feature, monkeypatch):
+def never_launch(monkeypatch) -> None:
+    """No kernel of Hopper's is launched by either way."""
+    for name in ("prefill", "cached", "decode"):
+        module = getattr(hopper, name)
+        for function in {"attend", "try_attend"} & vars(module).keys():
+            monkeypatch.setattr(module, function, lambda *given, **more: pytest.fail("it was launched"))
+
+
+@pytest.mark.parametrize("function", [calls.DENSE, calls.KVCACHE])
+def test_hopper_declines_a_new_feature_by_either_way(function, new_feature, monkeypatch):
     """try_known and decide read one table: no kernel of Hopper's is launched for what is new in it."""
     monkeypatch.setattr(hopper, "_asks_for_more", features.asks_for_more(hopper.CLAIMED))
-    monkeypatch.setattr(hopper, "_attend", lambda call, only_known: pytest.fail("it was launched"))
+    monkeypatch.setattr(hopper, "_cache_asks_for_more", features.asks_for_more(hopper.CLAIMED_WITH_CACHE))
+    never_launch(monkeypatch)
     q = torch.empty(1, 8, 4, 128, dtype=torch.bfloat16)
-    call = checked(calls.of(calls.DENSE, dense_arguments(q) | {"return_softmax_lse": True}))
+    given = dense_arguments(q) if function == calls.DENSE else cache_arguments(q)
+    call = checked(calls.of(function, given | {"return_softmax_lse": True}))
     assert hopper.try_known(call) is None
     decision = hopper.decide(HOPPER, features.features_of(call))
     assert isinstance(decision, Rejected)
@@ -189,14 +200,19 @@ def dense_arguments(q: Tensor) -> dict[str, object]:
     return {p.name: p.default for p in parameters} | {"q": q, "k": q.clone(), "v": q.clone()}
 
 
+def cache_arguments(q: Tensor) -> dict[str, object]:
+    parameters = inspect.signature(flash_attention_v3.flash_attn_with_kvcache).parameters.values()
+    return {p.name: p.default for p in parameters} | {"q": q, "k_cache": q.clone(), "v_cache": q.clone()}
+
+
 def test_a_forced_implementation_is_asked_for_every_kind_of_call(monkeypatch):
     """Hopper does not refuse by itself, so that alone on a device it is never called without a decision."""
     assert not getattr(hopper, "REFUSES", False)
     made = dispatch.Dispatcher(HOPPER, (hopper,))
     monkeypatch.setattr(dispatch, "candidates", lambda target: ("hopper",))
-    monkeypatch.setattr(hopper, "_attend", lambda call, only_known: pytest.fail("it was launched"))
+    never_launch(monkeypatch)
     call = checked(calls.of(calls.DENSE, dense_arguments(torch.empty(1, 8, 4, 128, dtype=torch.bfloat16))))
-    call.page_table = torch.zeros(1, 1, dtype=torch.int32)
-    with pytest.raises(NotImplementedError, match="page_table"):
+    call.cache_leftpad = torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(NotImplementedError, match="cache_leftpad"):
         made.attend(call)
     assert isinstance(dispatch.supports("hopper", HOPPER), Accepted)

@@ -56,7 +56,7 @@ def prepare(device):
 def all_variants(target):
     return cpu.all_variants(target)[:1]
 
-def canonical(field, value):
+def canonical(spec, field, value):
     return value
 """
 

@@ -232,5 +232,5 @@ def test_an_empty_cache_and_a_cache_without_a_key() -> None:
 
 def test_the_space_has_every_kind_of_cache() -> None:
     counted = cases.coverage(plans(0, 300))
-    assert {"keys paged", "keys dense", "batch_idx", "leftpad", "splits", "seqused_q"} <= counted.keys()
+    assert {"keys paged", "keys dense", "batch_idx", "leftpad", "splits", "seqused_q", "draft_mask"} <= counted.keys()
     assert cached_on_gpu.SPACE.page_sizes[0] == 1

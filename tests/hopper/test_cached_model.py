@@ -15,7 +15,7 @@ from jit_kernel.fa3.hopper import cached
 from jit_kernel.fa3.hopper import kernels as hopper_kernels
 from jit_kernel.fa3.portable import planning
 from tests.support import cached_model as model
-from tests.support import shared_numbers
+from tests.support import drafts, reference, shared_numbers
 from tests.support.cached_model import Cache
 
 QUIET = settings(max_examples=200, deadline=None)
@@ -176,3 +176,34 @@ def test_a_row_of_queries_is_the_token_and_head_that_the_kernel_takes_it_for(gro
         for i in range(64):
             row = first_row + i
             assert model.packed_box(group, i, first_row) == (row >> shift, row & (1 << shift) - 1)
+
+
+@QUIET
+@given(st.sampled_from(KEYS), st.integers(1, 6), st.integers(0, 40), st.integers(1, 400), st.integers(0, 2**30))
+def test_every_key_of_a_block_has_its_bit_of_the_draft_mask(
+    keys: int, words: int, leftpad: int, length: int, seed: int
+) -> None:
+    bits = torch.rand(1, 32 * words, generator=torch.Generator().manual_seed(seed)) < 0.5
+    mask = drafts.pack(bits)
+    expected = reference.drafted(mask, length)[0].tolist()
+    unsigned = [word & 0xFFFFFFFF for word in mask[0].tolist()]
+    first_drafted = leftpad + length - 32 * words
+    for column in range(0, leftpad + length, keys):
+        seen = model.drafted(unsigned, column - first_drafted, keys)
+        assert column + keys > first_drafted or all(seen)  # such a block is not masked
+        for row in range(max(column, leftpad), min(column + keys, leftpad + length)):
+            assert seen[row - column] == expected[row - leftpad], (column, row)
+
+
+@QUIET
+@given(st.sampled_from(TILES), st.integers(0, 6), st.integers(1, 400))
+def test_every_token_of_a_tile_is_asked_once_whether_it_sees_a_key(
+    tile: shared_numbers.TileRow, shift: int, len_q: int
+) -> None:
+    rows = tile.warpgroups * model.ROWS_PER_WARPGROUP
+    found: list[int] = []
+    for first_row in range(0, len_q << shift, rows):
+        asked = [row >> shift for row in model.asked_rows(first_row, rows, len_q, shift)]
+        assert asked == sorted(set(asked), reverse=True)
+        found += asked
+    assert sorted(found) == list(range(len_q))

@@ -14,8 +14,10 @@ from tests.support import shared_numbers
 LAUNCH = shared_numbers.HOPPER / "launch"
 HOST = config.package_dir() / "fa3" / "hopper"
 # Names that the host side has for what the launcher calls otherwise.
-SAME = {"result": "out", "only_known": "if_aligned", "offsets": "cu_seqlens_q"}
-SAME |= {"fresh": "seqlen_k_new", "attention_chunk": "chunk"}
+SAME = {"result": "out", "only_known": "if_aligned", "offsets": "cu_seqlens_q", "attention_chunk": "chunk"}
+SAME |= {"scale": "softmax_scale"}
+OF_APPEND = {"k": "k_cache", "v": "v_cache", "cos": "rotary_cos", "seqused_k": "cache_seqlens"}
+OF_APPEND |= {"rotary_interleaved": "interleaved"}
 
 
 def test_the_head_sizes_are_the_tables() -> None:
@@ -38,28 +40,41 @@ def test_the_wgmma_shapes_are_those_that_the_tiles_use() -> None:
         kind: {int(n) for n in re.findall(rf"^JIT_KERNEL_WGMMA_{kind}\((\d+)", text, re.M)} for kind in ("SS", "RS")
     }
     rows = shared_numbers.tile_rows()
-    assert defined["SS"] == {row.keys for row in rows}  # where all queries lie in registers it is named, never run
+    # Where all queries of prefill lie in registers it is named, never run; in decode the rows are the columns.
+    assert defined["SS"] == {row.keys for row in rows} | {*hopper_kernels.DECODE_ROWS}
     assert defined["RS"] == {row.keys for row in rows if row.query_steps} | {row.head_dim_v for row in rows}
 
 
+def test_the_decode_kernels_are_the_tables() -> None:
+    text = (shared_numbers.HOPPER / "decode" / "config.h").read_text(encoding="utf-8")
+    tiles = [(int(d), int(rows)) for d, rows in re.findall(r"TILE\((\d+), (\d+)\)", text)]
+    most = hopper_kernels.DECODE_MOST_ROWS
+    sizes = [(d, rows) for d in hopper_kernels.DECODE_HEAD_DIMS for rows in hopper_kernels.DECODE_ROWS]
+    assert tiles == [(d, rows) for d, rows in sizes if rows <= most[d]]
+
+
 def test_a_block_has_the_shared_memory_that_the_architecture_has() -> None:
-    text = (shared_numbers.HOPPER / "prefill" / "config.h").read_text(encoding="utf-8")
-    found = re.search(r"kSharedBytes <= (\d+) \* 1024", text)
-    assert found
-    assert int(found[1]) * 1024 == triton_compiler.shared_limit("sm_90a")
+    for family in ("prefill", "decode"):
+        text = (shared_numbers.HOPPER / family / "config.h").read_text(encoding="utf-8")
+        found = re.search(r"kSharedBytes <= (\d+) \* 1024", text)
+        assert found
+        assert int(found[1]) * 1024 == triton_compiler.shared_limit("sm_90a")
 
 
 @pytest.mark.parametrize(
     ("host", "launch", "function"),
-    [("__init__.py", "prefill_launch.h", "forward"), ("cached.py", "cached_launch.h", "forward_cached")],
+    [
+        ("prefill.py", "prefill_launch.h", "forward"),
+        ("cached.py", "cached_launch.h", "forward_cached"),
+        ("decode.py", "decode_launch.h", "decode"),
+        ("append.py", "append_launch.h", "append"),
+    ],
 )
 def test_the_host_passes_what_the_launcher_takes_in_its_order(host: str, launch: str, function: str) -> None:
     taken = shared_numbers.parameters(LAUNCH / launch, function)
-    passed = shared_numbers.arguments(HOST / host, function)
-    assert len(passed) == len(taken)
-    named = [(SAME.get(given, given), wanted) for given, wanted in zip(passed, taken, strict=True) if given is not None]
-    assert len(named) >= len(taken) - 2  # of which one is computed where it is passed
-    assert [given for given, _ in named] == [wanted for _, wanted in named]
+    same = SAME | (OF_APPEND if function == "append" else {})
+    passed = [same.get(str(given), given) for given in shared_numbers.arguments(HOST / host, function)]
+    assert passed == taken
 
 
 def test_the_exported_elements_are_the_dtypes() -> None:

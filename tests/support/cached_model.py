@@ -1,7 +1,7 @@
 """What the Hopper prefill kernels do with a cache, as arithmetic in Python: boxes, rows, swizzles, packed queries.
 
 Each function follows one of kernel_sources/flash_attention_v3/hopper: cached_keys.cuh, cached_producer.cuh,
-consumer.cuh and launch/cached_launch.h say the same in C++.
+consumer.cuh, cached_drafts.cuh and launch/cached_launch.h say the same in C++.
 """
 
 from __future__ import annotations
@@ -34,6 +34,33 @@ def divided(row: int, multiplier: int, shift: int) -> int:
 def seen_rows(low: int, high: int) -> tuple[int, int]:
     """A tile's interval, by TileScheduler::write_cached."""
     return (low, high) if low < high else (0, 0)
+
+
+def draft_word(words: list[int], at: int) -> int:
+    """draft_word; the words as unsigned numbers."""
+    return 0xFFFFFFFF if at < 0 else words[max(0, min(at, len(words) - 1))]
+
+
+def drafted(words: list[int], first: int, keys: int) -> list[bool]:
+    """Which keys of a block mask_drafts leaves a row: bit `first` is its first key's; four lanes share the row."""
+    seen: dict[int, bool] = {}
+    for lane in range(4):
+        begin = first + 2 * lane  # accumulator_column
+        low = draft_word(words, begin >> 5)
+        for i in range(0, keys // 8, 4):
+            high = draft_word(words, (begin >> 5) + i // 4 + 1)
+            bits = (high << 32 | low) >> (begin & 31) & 0xFFFFFFFF
+            low = high
+            for j in range(8):
+                if i + j // 2 < keys // 8:
+                    seen[8 * (i + j // 2) + 2 * lane + j % 2] = bool(bits >> (j // 2 * 8 + j % 2) & 1)
+    return [seen[key] for key in range(keys)]
+
+
+def asked_rows(first_row: int, rows: int, len_q: int, shift: int) -> list[int]:
+    """The rows of a tile of `rows` that is_seen asks."""
+    end = min(first_row + rows, len_q << shift)
+    return list(range(end - 1, first_row - 1, -(1 << shift)))
 
 
 @dataclass(frozen=True)

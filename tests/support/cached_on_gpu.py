@@ -70,18 +70,33 @@ def plans(first: int, count: int, draw: Callable[[int, cases.Space], cases.Plan]
 
 
 def paged_call(
-    batch: int, queries: int, length: int, heads: tuple[int, int], page_size: int, d: int = 128, **given: Any
+    batch: int,
+    queries: int,
+    length: int,
+    heads: tuple[int, int],
+    page_size: int,
+    d: int = 128,
+    words: int = 0,
+    **given: Any,
 ) -> tuple[Callable[[], Result], reference.Problem]:
-    """A call of flash_attn_with_kvcache, lse included, on shuffled pages, and the same as plain sequences."""
+    """A call of flash_attn_with_kvcache, lse included, on shuffled pages, and the same as plain sequences.
+
+    words: of each row of a draft mask of random bits; 0: there is none.
+    """
     count = -(-length // page_size)
     table = torch.randperm(batch * count, device="cuda").view(batch, count).int()
     q = torch.randn(batch, queries, heads[0], d, device="cuda", dtype=torch.bfloat16)
     k, v = (torch.randn(batch * count, page_size, heads[1], d, device="cuda", dtype=q.dtype) for _ in "kv")
     lengths = torch.full((batch,), length, device="cuda", dtype=torch.int32)
     arguments = {"cache_seqlens": lengths, "page_table": table, "causal": True, "return_softmax_lse": True, **given}
+    masks: list[torch.Tensor | None] = [None] * batch
+    if words:
+        mask = torch.randint(-(2**31), 2**31, (batch * queries, words), device="cuda").int()
+        arguments["draft_mask"], masks = mask, list(mask.view(batch, queries, words))
     call = partial(FUNCTIONS[cases.KVCACHE], q, k, v, **arguments)
     sequences = [
-        reference.Sequence(q[i], *(x[table[i].long()].flatten(0, 1)[:length] for x in (k, v))) for i in range(batch)
+        reference.Sequence(q[i], *(x[table[i].long()].flatten(0, 1)[:length] for x in (k, v)), draft_mask=masks[i])
+        for i in range(batch)
     ]
     window = arguments.get("window_size", (-1, -1))
     return call, reference.Problem(sequences, causal=arguments["causal"], window_size=window)
@@ -91,6 +106,7 @@ def judge_each_kind() -> None:
     """One call of each kind, the simplest first."""
     kinds: list[dict[str, Any]] = [{"num_splits": 1}, {"num_splits": 0}, {"num_splits": 3}]
     kinds += [{"num_splits": 1, "causal": False}, {"num_splits": 1, "window_size": (100, 0)}]
+    kinds += [{"num_splits": splits, "words": words} for splits, words in ((1, 1), (1, 9), (3, 9))]
     for page_size in (128, 64, 256, 16, 8, 48, 1, 3, 100):
         for d in (128, 64, 96, 192, 256):
             for kind in kinds:

@@ -99,19 +99,37 @@ def parameters(path: Path, function: str) -> list[str]:
 def arguments(path: Path, method: str) -> list[str | None]:
     """What a Python file's one call of `.method(...)` passes, by name where an argument has one.
 
-    A name is a variable's, the last part of `call.name` or the key of `call["name"]`, inside a conversion too.
+    A name is a variable's, the last part of `call.name` or the key of `call["name"]`, inside a conversion too. In the
+    place of `*arguments.some(...)` stands the tuple that `some` of the file arguments.py beside it returns.
     """
-    tree = ast.parse(path.read_text(encoding="utf-8"))
     calls = [
         node
-        for node in ast.walk(tree)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == method
     ]
     assert len(calls) == 1, f"{path.name} has {len(calls)} calls of {method}"
-    return [_name(argument) for argument in calls[0].args]
+    return [name for argument in calls[0].args for name in _names(argument, path)]
+
+
+def _names(value: ast.expr, path: Path) -> list[str | None]:
+    if not isinstance(value, ast.Starred):
+        return [_name(value)]
+    assert isinstance(value.value, ast.Call) and isinstance(value.value.func, ast.Attribute), ast.dump(value)
+    wanted = value.value.func.attr
+    functions = ast.parse(path.with_name("arguments.py").read_text(encoding="utf-8")).body
+    found = [each for each in functions if isinstance(each, ast.FunctionDef) and each.name == wanted]
+    answer = found[0].body[-1]
+    assert isinstance(answer, ast.Return) and isinstance(answer.value, ast.Tuple), f"{wanted} ends with no tuple"
+    return [_name(each) for each in answer.value.elts]
 
 
 def _name(value: ast.expr) -> str | None:
+    if isinstance(value, ast.IfExp):
+        return _name(value.orelse)
+    if isinstance(value, ast.BoolOp):
+        return _name(value.values[0])
+    if isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and _name(value.func.value) == "arguments":
+        return value.func.attr
     if isinstance(value, ast.Call) and value.args:
         key = value.args[0]
         is_get = isinstance(value.func, ast.Attribute) and value.func.attr == "get"

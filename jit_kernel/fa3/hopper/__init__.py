@@ -1,7 +1,8 @@
 """The Hopper implementation: kernels for sm_90a in CUDA C++ with raw PTX.
 
 bf16 and fp16, head sizes up to 256 that are multiples of 8. Dense and ragged prefill; over caches, in pages or dense,
-prefill and decode, with new keys appended first. qv and fp8 are not claimed: the portable kernels say what they do.
+prefill and decode, with new keys appended first, and with draft masks. qv and fp8 are not claimed: the portable kernels
+say what they do.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ CLAIMED = frozenset(
     ("ragged_q", "ragged_k", "seqused_q", "seqused_k", "causal", "window", "chunk", "softcap", "sinks", "lse")
 )
 CLAIMED_WITH_CACHE = CLAIMED - {"ragged_k"} | frozenset(
-    ("page_size", "append", "ragged_append", "rotary", "cache_batch_idx", "cache_leftpad", "split", "metadata")
+    (
+        *("page_size", "append", "ragged_append", "rotary", "cache_batch_idx", "cache_leftpad"),
+        *("split", "metadata", "draft_mask"),
+    )
 )
 # What a faster way takes of these: an append is a launch that must not be lost where the next one is declined.
 _KNOWN_WITH_CACHE = CLAIMED_WITH_CACHE - {"append", "ragged_append", "rotary", "metadata"}

@@ -13,7 +13,7 @@ from torch import Tensor
 from jit_kernel.fa3 import call as calls
 from jit_kernel.fa3.call import Call, Result
 from jit_kernel.fa3.features import DTYPE_NAMES
-from jit_kernel.fa3.hopper import kernels
+from jit_kernel.fa3.hopper import arguments, kernels
 from jit_kernel.jit import KernelSpec
 
 # As the kernels have them, in prefill/cached_params.h.
@@ -41,15 +41,10 @@ def try_attend(call: Call, *, only_known: bool) -> Result | None:
         return result if lse is None else (result, lse.fill_(-math.inf))
     if handle is None:
         handle = device.load(key, spec_of(call))
-    left, right = calls.mask_bounds(call)
-    fresh = call.k_new.shape[1] if call.k_new is not None and call.cu_seqlens_k_new is None else 0
-    clear_rest = call.out is None and (offsets is not None or call.seqused_q is not None)
     scratch = None if call.num_splits == 1 else _scratch(call, device.multiprocessors)
     launched = device.forward_cached(
-        handle, q, call.k, v, result, lse, call.page_table, offsets, call.seqused_q, call.seqused_k,
-        call.cu_seqlens_k_new, call.cache_batch_idx, call.cache_leftpad, call.sinks, scratch, call.num_splits,
-        fresh, call.softmax_scale, float(call.softcap), left, right, call.attention_chunk or 0, call.sm_margin,
-        clear_rest, only_known,
+        handle, *arguments.cache_tensors(call, result, lse), scratch, call.num_splits, arguments.new_rows(call),
+        *arguments.scalars(call, *calls.mask_bounds(call)), only_known,
     )  # fmt: skip
     if not launched:
         return None

@@ -11,7 +11,7 @@ from torch import Tensor
 from jit_kernel.fa3 import call as calls
 from jit_kernel.fa3.call import Call, Result
 from jit_kernel.fa3.features import DTYPE_NAMES
-from jit_kernel.fa3.hopper import kernels
+from jit_kernel.fa3.hopper import arguments, kernels
 from jit_kernel.fa3.hopper.kernels import DECODE_HEAD_DIMS, DECODE_MOST_ROWS, DECODE_ROWS, DeviceKernels
 from jit_kernel.jit import KernelSpec
 
@@ -87,12 +87,7 @@ def _launch(
     partials: Tensor | None,
     if_aligned: bool,
 ) -> int:
-    k_new, offsets_new, offsets = call.k_new, call.cu_seqlens_k_new, call.cu_seqlens_q
-    left, right = calls.mask_bounds(call)
     return device.decode(
-        handle, call.q, call.k, call.v, result, lse, offsets, call.seqused_q, call.seqused_k,
-        None if k_new is None else offsets_new, call.page_table, call.cache_batch_idx, call.cache_leftpad,
-        call.draft_mask, call.sinks, partials, 0 if k_new is None or offsets_new is not None else k_new.shape[1],
-        call.softmax_scale, float(call.softcap), left, right, call.attention_chunk or 0, call.sm_margin,
-        call.out is None and (offsets is not None or call.seqused_q is not None), if_aligned,
+        handle, *arguments.cache_tensors(call, result, lse), partials, arguments.new_rows(call),
+        *arguments.scalars(call, *calls.mask_bounds(call)), if_aligned,
     )  # fmt: skip

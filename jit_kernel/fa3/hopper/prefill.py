@@ -10,7 +10,7 @@ from torch import Tensor
 from jit_kernel.fa3 import call as calls
 from jit_kernel.fa3.call import Call, Result
 from jit_kernel.fa3.features import DTYPE_NAMES
-from jit_kernel.fa3.hopper import kernels
+from jit_kernel.fa3.hopper import arguments, kernels
 from jit_kernel.fa3.hopper.kernels import DeviceKernels
 from jit_kernel.jit import KernelSpec
 
@@ -36,8 +36,7 @@ def attend(call: Call, *, only_known: bool) -> Result | None:
     q, v, offsets = call.q, call.v, call.cu_seqlens_q
     device = kernels.kernels_of(q.device)
     left, right = calls.mask_bounds(call)
-    chunk, softcap = call.attention_chunk or 0, call.softcap
-    key = (q.dtype, q.shape[-1], v.shape[-1], left >= 0 or right >= 0 or chunk > 0, softcap > 0)
+    key = (q.dtype, q.shape[-1], v.shape[-1], left >= 0 or right >= 0 or bool(call.attention_chunk), call.softcap > 0)
     handle = device.handles.get(key)
     if handle is None and only_known:
         return None
@@ -49,10 +48,9 @@ def attend(call: Call, *, only_known: bool) -> Result | None:
         return result if lse is None else (result, lse.fill_(-math.inf))
     if handle is None:
         handle = _load(device, key)
-    clear_rest = call.out is None and (offsets is not None or call.seqused_q is not None)
     launched = device.forward(
-        handle, q, call.k, v, result, lse, offsets, call.cu_seqlens_k, call.seqused_q, call.seqused_k,
-        call.sinks, call.softmax_scale, float(softcap), left, right, chunk, call.sm_margin, clear_rest, only_known,
+        handle, q, call.k, v, result, lse, offsets, call.cu_seqlens_k, call.seqused_q, call.seqused_k, call.sinks,
+        *arguments.scalars(call, left, right), only_known,
     )  # fmt: skip
     if not launched:
         return None

@@ -38,8 +38,9 @@ struct DecodeConfig {
   static constexpr int kRows = kRows_;  // packed query rows: tokens x group, no more in a sequence
   static constexpr int kStreams = kHeadDim > 128 ? 1 : 2;
   static constexpr int kThreads = 128 + 128 * kStreams;  // four producer warps
-  // setmaxnreg: the producer's warps leave registers to the consumers.
-  static constexpr int kProducerRegisters = 88, kConsumerRegisters = 208;
+  // setmaxnreg: the producer's warps leave registers to the consumers. With 88 of their own they
+  // spill beside 64 rows of head size 64.
+  static constexpr int kProducerRegisters = 104, kConsumerRegisters = 200;
   static constexpr int kPanels = kHeadDim / kDecodePanel;
   static constexpr int kBytesOfStream = kDecodeKeys * kHeadDim * 2;  // keys, or values, of a stage
   static constexpr int kBytesTile = kStreams * kBytesOfStream;
@@ -62,6 +63,9 @@ struct DecodeConfig {
   static constexpr int kSharedBytes = kOffsetBarriers + kBarriers * 8;
   static constexpr int kPartialFloats = kRows * (kHeadDim + 2);
 
+  static_assert(kStreams == 1 ||
+                    kProducerRegisters + 2 * kConsumerRegisters <= 3 * (65536 / 384 / 8 * 8),
+                "no more registers than the block has at its start");
   static_assert(sizeof(DecodeItem) <= 64, "an item has 64 bytes of shared memory");
   static_assert(kRows % 8 == 0 && kRows <= 64, "columns of one wgmma");
   static_assert(kHeadDim % kDecodePanel == 0, "head sizes are padded to a panel");
@@ -70,9 +74,11 @@ struct DecodeConfig {
 };
 
 // The one table of decode tiles: padded head size, packed query rows.
-#define JIT_KERNEL_DECODE_TILES(TILE)                                                           \
-  TILE(64, 8)                                                                                   \
-  TILE(64, 16) TILE(64, 32) TILE(64, 64) TILE(128, 8) TILE(128, 16) TILE(128, 32) TILE(128, 64) \
-      TILE(256, 8) TILE(256, 16) TILE(256, 32)
+#define JIT_KERNEL_DECODE_TILES(TILE) \
+  TILE(64, 8)                         \
+  TILE(64, 16)                        \
+  TILE(64, 32)                        \
+  TILE(64, 64)                        \
+  TILE(128, 8) TILE(128, 16) TILE(128, 32) TILE(128, 64) TILE(256, 8) TILE(256, 16) TILE(256, 32)
 
 }  // namespace jit_kernel::hopper

@@ -166,6 +166,34 @@ struct DecodeConsumer {
     }
   }
 
+  // Whether a block has a key with a bit in the draft mask.
+  __device__ __forceinline__ bool has_drafts(const DecodeItem& item, int row) const {
+    return params.draft_mask != nullptr &&
+           row + kDecodeKeys > item.leftpad + item.len_k - 32 * params.draft_words;
+  }
+
+  // Whether some query sees the key of a row of the cache. Of most keys the last one does.
+  __device__ __forceinline__ bool is_seen(const DecodeItem& item, int row) const {
+#pragma unroll 1
+    for (int token = item.len_q - 1; token >= 0; --token) {
+      const DecodeQuery query = *shared.query(stream, token * params.group);
+      if (row >= query.low && row < query.high && sees_draft(item, token, row - item.leftpad)) {
+        return true;
+      }
+    }
+    return false;
+  }
+
+  // As clear_hidden_values, of the keys that the draft mask hides from every query, a thread each.
+  __device__ __forceinline__ void clear_unseen_values(const DecodeItem& item, int row) {
+    const int key = threadIdx.x % 128;
+    if (key >= kDecodeKeys || is_seen(item, row + key)) return;
+#pragma unroll 1
+    for (int piece = 0; piece < C::kPanels * 8; ++piece) {
+      store_zeros(my_tile() + (piece / 8 * kDecodeKeys + key) * 128 + piece % 8 * 16);
+    }
+  }
+
   // is_first: no query has a reference yet.
   __device__ __forceinline__ void run_block(const DecodeItem& item, int block, int every_low,
                                             int every_high, bool is_first) {
@@ -179,7 +207,8 @@ struct DecodeConsumer {
     }
     if (row < every_low || row + kDecodeKeys > every_high) mask_scores_of(item, row);
     const float scale = params.scale_log2;
-    const float threshold = kRescaleThreshold / scale;
+    // Finite: a first key is above a reference of -inf by any threshold but an infinite one.
+    const float threshold = fminf(kRescaleThreshold / scale, kLargestFloat);
     float sums[kQueries];
     bool waits = true, raises = is_first;
 #pragma unroll 1
@@ -191,6 +220,7 @@ struct DecodeConsumer {
       if (waits) {
         wait_tile();
         if (row < item.low || row + kDecodeKeys > item.high) clear_hidden_values(item, row);
+        if (has_drafts(item, row)) clear_unseen_values(item, row);
         waits = false;
       }
       proxy_fence();

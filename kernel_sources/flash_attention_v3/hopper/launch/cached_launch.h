@@ -119,6 +119,13 @@ inline void set_call(CachedParams& params, const Shape& shape, const TensorView&
   encode_queries(params, shape, q);
 }
 
+inline void set_drafts(CachedParams& params, const Optional<TensorView>& draft_mask) {
+  if (!draft_mask.has_value()) return;
+  params.draft_mask = data_of<int>(draft_mask);
+  params.draft_mask_stride = draft_mask.value().stride(0);
+  params.draft_words = static_cast<int>(draft_mask.value().size(1));
+}
+
 // The memory of parts that keys are cut into, where the caller gave some, and counters for them.
 // Returns how many parts a tile may have.
 inline int64_t set_parts(CachedParams& params, const Shape& shape, int64_t num_splits,
@@ -140,17 +147,17 @@ inline int64_t set_parts(CachedParams& params, const Shape& shape, int64_t num_s
 }
 
 // As `forward`, on a cache: k and v are (pages, page_size, heads, columns) with page_table, else
-// one page a batch entry. New keys of seqlen_k_new tokens, or of cu_seqlens_k_new, lie in it
+// one page a batch entry. New keys of new_rows tokens, or of cu_seqlens_k_new, lie in it
 // already.
 inline bool forward_cached(int64_t handle, TensorView q, TensorView k, TensorView v, TensorView out,
-                           Optional<TensorView> lse, Optional<TensorView> page_table,
-                           Optional<TensorView> cu_seqlens_q, Optional<TensorView> seqused_q,
-                           Optional<TensorView> seqused_k, Optional<TensorView> cu_seqlens_k_new,
+                           Optional<TensorView> lse, Optional<TensorView> cu_seqlens_q,
+                           Optional<TensorView> seqused_q, Optional<TensorView> seqused_k,
+                           Optional<TensorView> cu_seqlens_k_new, Optional<TensorView> page_table,
                            Optional<TensorView> cache_batch_idx, Optional<TensorView> cache_leftpad,
-                           Optional<TensorView> sinks, Optional<TensorView> scratch,
-                           int64_t num_splits, int64_t seqlen_k_new, double softmax_scale,
-                           double softcap, int64_t left, int64_t right, int64_t chunk,
-                           int64_t sm_margin, bool clear_rest, bool if_aligned) {
+                           Optional<TensorView> sinks, Optional<TensorView> draft_mask,
+                           Optional<TensorView> scratch, int64_t num_splits, int64_t new_rows,
+                           double softmax_scale, double softcap, int64_t left, int64_t right,
+                           int64_t chunk, int64_t sm_margin, bool clear_rest, bool if_aligned) {
   if (if_aligned && !(is_aligned(q) && is_aligned(k) && is_aligned(v) && is_aligned(out))) {
     return false;
   }
@@ -162,9 +169,10 @@ inline bool forward_cached(int64_t handle, TensorView q, TensorView k, TensorVie
   CachedParams params = {};
   set_call(params, variant.shape, q, k, v, out, indices);
   set_cache(params, variant.shape, q, k, v, indices);
+  set_drafts(params, draft_mask);
   set_lse(params, lse);
   set_scores(params, softmax_scale, softcap, left, right, chunk);
-  params.seqlen_k_new = static_cast<int>(seqlen_k_new);
+  params.seqlen_k_new = static_cast<int>(new_rows);
   set_sinks(params, sinks);
   params.clear_rest = clear_rest;
   params.progress = ProgressPool::of(device).counters(cuda::current_stream(device));

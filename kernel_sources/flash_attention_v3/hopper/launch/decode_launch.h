@@ -355,7 +355,7 @@ inline int64_t decode(int64_t handle, TensorView q, TensorView k, TensorView v, 
                       Optional<TensorView> seqused_q, Optional<TensorView> seqused_k,
                       Optional<TensorView> cu_seqlens_k_new, Optional<TensorView> page_table,
                       Optional<TensorView> cache_batch_idx, Optional<TensorView> cache_leftpad,
-                      Optional<TensorView> draft_mask, Optional<TensorView> sinks,
+                      Optional<TensorView> sinks, Optional<TensorView> draft_mask,
                       Optional<TensorView> partials, int64_t new_rows, double softmax_scale,
                       double softcap, int64_t left, int64_t right, int64_t chunk, int64_t sm_margin,
                       bool clear_rest, bool if_aligned) {

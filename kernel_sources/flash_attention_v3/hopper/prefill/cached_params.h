@@ -27,6 +27,9 @@ struct CachedParams : ForwardParams {
   const int* cache_batch_idx;  // each null where there is none
   const int* cache_leftpad;
   const int* cu_seqlens_k_new;
+  const int* draft_mask;
+  long long draft_mask_stride;
+  int draft_words;         // of a row of draft_mask, 32 keys each; 0 where there is none
   long long table_stride;  // entries from one row of page_table to the next
   int seqlen_k_new;  // new keys of each sequence, already in the cache, without cu_seqlens_k_new
   int capacity;      // rows of one sequence

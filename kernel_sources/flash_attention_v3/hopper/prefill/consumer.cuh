@@ -7,6 +7,7 @@
 #pragma once
 
 #include "flash_attention_v3/hopper/common/fragments.cuh"
+#include "flash_attention_v3/hopper/prefill/cached_drafts.cuh"
 #include "flash_attention_v3/hopper/prefill/cached_epilogue.cuh"
 #include "flash_attention_v3/hopper/prefill/cached_keys.cuh"
 #include "flash_attention_v3/hopper/prefill/cached_parts.cuh"
@@ -101,6 +102,11 @@ struct Consumer {
     const KeyInterval of_last = seen_keys<C>(params, tile, last);
     every_low = uniform(of_last.low);
     every_high = uniform(of_first.high);
+    if constexpr (C::kCached) {
+      if (params.draft_words > 0) {
+        every_high = min(every_high, uniform(first_drafted(params, tile)));
+      }
+    }
     block_begin = uniform(tile.block_begin);
     block_end = uniform(tile.block_end);
     if constexpr (C::kMasked && !C::kPingPong) {
@@ -136,6 +142,11 @@ struct Consumer {
     const KeyInterval rows[2] = {seen_keys<C>(params, tile, row),
                                  seen_keys<C>(params, tile, row + 8)};
     mask_scores<kHigh>(scores, rows, accumulator_column(column));
+    if constexpr (C::kCached && kHigh) {
+      if (params.draft_words > 0) {
+        mask_drafts(scores, params, tile, row, accumulator_column(column));
+      }
+    }
   }
 
   __device__ __forceinline__ void work_on_scores(int block) {
@@ -198,7 +209,8 @@ struct Consumer {
   // another; no product is in flight here. A row of a panel is contiguous, however it is swizzled.
   //
   // Of a cache the values behind the last such key are cleared too, before the output of the first
-  // block; where no row of a block is seen, none was loaded, and all of it is cleared.
+  // block; where no row of a block is seen, none was loaded, and all of it is cleared. A draft mask
+  // may hide a key of any block that has bits from every row.
   __device__ __forceinline__ void clear_hidden_values(int block) {
     if constexpr (!C::kMasked) return;
     const typename C::Info& tile = *shared.tile(tile_at.stage());
@@ -210,10 +222,14 @@ struct Consumer {
       low = visible_keys<C::kMasked>(params, tile.row, tile.len_q, tile.len_k).low;
     }
     const int hidden = uniform(min(low - block * C::kKeys, C::kKeys));
-    if (hidden <= 0 && seen == C::kKeys) return;
+    const bool drafted = has_drafts(block);
+    if (hidden <= 0 && seen == C::kKeys && !drafted) return;
     mbarrier_wait(shared.v_full(v_at.stage()), v_at.parity());
     clear_values(0, hidden);
-    if constexpr (C::kCached) clear_values(seen, C::kKeys);
+    if constexpr (C::kCached) {
+      clear_values(seen, C::kKeys);
+      if (drafted) clear_unseen_values(block);
+    }
     proxy_fence();
     named_barrier_sync(kClearBarrier + warpgroup, 128);
   }
@@ -227,6 +243,32 @@ struct Consumer {
 #pragma unroll
       for (int panel = 0; panel < C::kHeadDimV / C::kPanelV; ++panel) {
         store_zeros(v + panel * kPanelBytes + at);
+      }
+    }
+  }
+
+  // Whether a block of keys reaches into a draft mask.
+  __device__ __forceinline__ bool has_drafts(int block) {
+    if constexpr (C::kCached) {
+      if (params.draft_words == 0) return false;
+      return (block + 1) * C::kKeys > uniform(first_drafted(params, *shared.tile(tile_at.stage())));
+    }
+    return false;
+  }
+
+  // As clear_values, of the keys that no row of the tile sees, a thread each.
+  __device__ __forceinline__ void clear_unseen_values(int block) {
+    static_assert(C::kKeys <= 128, "a thread each");
+    constexpr int kRowBytes = C::kPanelV * 2, kPiece = 16;
+    const int key = threadIdx.x % 128;
+    if (key >= C::kKeys) return;
+    if (is_seen<C>(params, *shared.tile(tile_at.stage()), block * C::kKeys + key)) return;
+    const u32 v = shared.v(v_at.stage()) + key * kRowBytes;
+#pragma unroll 1
+    for (int panel = 0; panel < C::kHeadDimV / C::kPanelV; ++panel) {
+#pragma unroll
+      for (int at = 0; at < kRowBytes; at += kPiece) {
+        store_zeros(v + panel * C::kKeys * kRowBytes + at);
       }
     }
   }
@@ -252,7 +294,7 @@ struct Consumer {
       pack_probabilities<Element>(scores, probabilities);
       if (--block < block_begin) return pending;
       if constexpr (C::kCached) {
-        if (!pending) clear_hidden_values(block + 1);
+        if (!pending || has_drafts(block + 1)) clear_hidden_values(block + 1);
       }
       if constexpr (C::kPingPong) named_barrier_sync(kPingPongBarrier + warpgroup, 256);
       if (!keys_are_here) wait_keys();
@@ -280,7 +322,7 @@ struct Consumer {
       pack_probabilities<Element>(scores, probabilities);
       if (--block < block_begin) return pending;
       if constexpr (C::kCached) {
-        if (!pending) clear_hidden_values(block + 1);
+        if (!pending || has_drafts(block + 1)) clear_hidden_values(block + 1);
       }
       if constexpr (C::kPingPong) named_barrier_sync(kPingPongBarrier + warpgroup, 256);
       issue_output(pending, values_are_here);

@@ -1,0 +1,31 @@
+"""What the launcher's functions take of a call, in the order that all of them share: launch/*_launch.h have it, too."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from jit_kernel.fa3.call import Call
+
+
+def cache_tensors(call: Call, result: Tensor, lse: Tensor | None) -> tuple[object, ...]:
+    """The tensors of a call over a cache; its new keys lie there, so that their lengths alone count."""
+    return (
+        call.q, call.k, call.v, result, lse, call.cu_seqlens_q, call.seqused_q, call.seqused_k,
+        None if call.k_new is None else call.cu_seqlens_k_new, call.page_table, call.cache_batch_idx,
+        call.cache_leftpad, call.sinks, call.draft_mask,
+    )  # fmt: skip
+
+
+def new_rows(call: Call) -> int:
+    """Of each sequence, where cu_seqlens_k_new does not say how many."""
+    return 0 if call.k_new is None or call.cu_seqlens_k_new is not None else call.k_new.shape[1]
+
+
+def scalars(call: Call, left: int, right: int) -> tuple[float, float, int, int, int, int, bool]:
+    """How scores are made and masked, the blocks, and whether rows of no query are cleared.
+
+    left, right: what calls.mask_bounds gives.
+    """
+    clear_rest = call.out is None and (call.cu_seqlens_q is not None or call.seqused_q is not None)
+    scale: float = call.softmax_scale  # type: ignore[assignment]  # the checks resolved it
+    return scale, float(call.softcap), left, right, call.attention_chunk or 0, call.sm_margin, clear_rest

@@ -1,0 +1,160 @@
+"""Calls that the Hopper decode kernels serve: random plans, and paged caches as a serving engine has them.
+
+As a program, `python -m tests.support.decode_on_gpu judge|hidden FIRST COUNT FREE`, it makes the calls of COUNT plans
+with FREE multiprocessors left free, and prints a line for each. A call that no decode kernel served is a failure.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from functools import partial
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import jit_kernel.flash_attention_v3 as fa3
+from jit_kernel.fa3 import hopper
+from jit_kernel.fa3.hopper.kernels import DECODE_HEAD_DIMS, DECODE_MOST_ROWS
+from tests.support import case_run, cases, hidden, reference
+from tests.support.cases import Plan
+
+NAMES = (cases.VARLEN, cases.KVCACHE)
+# Draft masks as soon as they are claimed.
+UNCLAIMED = {"qv", "only_qv", "descale_expanded", "odd_head_size"} | ({"draft_mask"} - hopper.CLAIMED_WITH_CACHE)
+SPACE = cases.Space(
+    "decode",
+    device="cuda",
+    dtypes=(torch.bfloat16, torch.float16),
+    head_dims=((64, 64), (128, 128), (256, 256), (96, 96), (192, 128)),
+    any_head_dim=256,
+    head_dim_step=8,
+    qv_head_dims=(),
+    functions=NAMES,
+    features=cases.FEATURES - UNCLAIMED,
+    page_sizes=(1, 2, 3, 8, 16, 19, 24, 48, 64, 80, 96, 100, 128, 256),
+    lengths=(150, 900, 5000),
+    max_heads=16,
+    max_batch=12,
+    stride_step=8,
+)
+# For two implementations, one of which compiles every head size.
+SHARED_SPACE = dataclasses.replace(SPACE, head_dims=((64, 64), (128, 128)), any_head_dim=0)
+MOST_SPARE = 5  # rows that a plan with seqused_q has more of a sequence than queries, at most
+
+
+def few_rows(plan: Plan) -> Plan:
+    """The plan with no more query rows than a decode kernel has, and with splits."""
+    dice = Random(plan.seed + 2)
+    size = next(each for each in DECODE_HEAD_DIMS if max(plan.d, plan.dv) <= each)
+    most = DECODE_MOST_ROWS[size] // (plan.hq // plan.hk)
+    seqused = plan.seqused_q and most > MOST_SPARE
+    most = dice.randint(1, most - MOST_SPARE * seqused)
+    lengths = tuple(min(n, most) for n in plan.lengths_q)
+    splits = plan.num_splits if plan.num_splits not in (None, 1) else dice.choice((0, 0, 2, 7))
+    return dataclasses.replace(plan, lengths_q=lengths, seqused_q=seqused, num_splits=splits, max_seqlen="exact")
+
+
+def plans(
+    first: int, count: int, space: cases.Space = SPACE, draw: Callable[[int, cases.Space], Plan] = cases.draw
+) -> list[Plan]:
+    """The next plans on a cache, from a seed on."""
+    found: list[Plan] = []
+    seed = first
+    while len(found) < count:
+        plan = draw(seed, space)
+        if plan.function == cases.KVCACHE or plan.page_size > 0:
+            found.append(few_rows(plan))
+        seed += 1
+    return found
+
+
+def functions(free: int) -> dict[str, Any]:
+    """The public functions, on fewer multiprocessors."""
+    return {name: partial(getattr(fa3, name), sm_margin=free) for name in NAMES}
+
+
+def count_launches() -> list[None]:
+    """From now on, one entry more for each call that comes to the decode kernels."""
+    launched: list[None] = []
+    attend = hopper.decode.attend
+
+    def counted(*given: Any, **more: Any) -> Any:
+        result = attend(*given, **more)
+        if result is not None:
+            launched.append(None)
+        return result
+
+    hopper.decode.attend = counted  # type: ignore[assignment]
+    return launched
+
+
+@dataclasses.dataclass
+class Paged:
+    """A call of flash_attn_with_kvcache over shuffled pages, of which those of no sequence's hold NaN."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    table: Tensor
+    lengths: Tensor
+    given: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls, batch: int, queries: int, longest: int, heads: tuple[int, int], page_size: int, d: int = 128, **given: Any
+    ) -> Paged:
+        count = -(-longest // page_size)
+        table = torch.randperm(batch * count, device="cuda").view(batch, count).int()
+        q = torch.randn(batch, queries, heads[0], d, device="cuda", dtype=torch.bfloat16)
+        k, v = (torch.randn(batch * count, page_size, heads[1], d, device="cuda", dtype=q.dtype) for _ in "kv")
+        lengths = torch.full((batch,), longest, device="cuda", dtype=torch.int32)
+        return cls(q, k, v, table, lengths, {"causal": True, **given})
+
+    def draw_lengths(self, seed: int) -> None:
+        """Other lengths in the same memory: none, few, or as many as there is room for."""
+        random = torch.Generator().manual_seed(seed)
+        longest = self.table.shape[1] * self.k.shape[1]
+        drawn = torch.randint(0, longest + 1, self.lengths.shape, generator=random)
+        kind = torch.randint(0, 5, self.lengths.shape, generator=random)
+        drawn[kind == 0] = 0
+        drawn[kind == 1] = longest
+        drawn[kind == 2] = drawn[kind == 2] % 100
+        self.lengths.copy_(drawn)
+
+    def __call__(self, **more: Any) -> Any:
+        return fa3.flash_attn_with_kvcache(
+            self.q, self.k, self.v, cache_seqlens=self.lengths, page_table=self.table, **self.given | more
+        )
+
+    def check(self) -> float:
+        """The worst share of the limit of this call."""
+        out, lse = self(return_softmax_lse=True)
+        sequences = []
+        for q, entries, n in zip(self.q, self.table.long(), self.lengths.tolist(), strict=True):
+            sequences.append(reference.Sequence(q, *(x[entries].flatten(0, 1)[:n] for x in (self.k, self.v))))
+        problem = reference.Problem(sequences, causal=self.given["causal"], sinks=self.given.get("sinks"))
+        return reference.check(list(out), list(lse), problem).worst
+
+
+def main(kind: str, first: int, count: int, free: int) -> None:
+    torch.set_num_threads(1)
+    launched, made = count_launches(), functions(free)
+    draw = hidden.draw if kind == "hidden" else cases.draw
+    for plan in plans(first, count, draw=draw):
+        before = len(launched)
+        if kind == "hidden":
+            print(f"hidden {plan.seed} {hidden.differ(plan, made)}", flush=True)
+        else:
+            print(f"case {plan.seed} {case_run.judge(plan, made).worst:.4f}", flush=True)
+        calls = len(launched) - before
+        expected = (2 if kind == "hidden" else 1) * (sum(plan.lengths_q) > 0 or plan.seqused_q)
+        if calls < expected:
+            raise AssertionError(f"{calls} launches of decode kernels, not {expected}: {plan!r}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *(int(number) for number in sys.argv[2:5]))
