@@ -81,12 +81,13 @@ def smallest_calls(device: str) -> dict[str, Callable[[], object]]:
             out=flat_out,
         )  # fmt: skip
 
-    def paged() -> object:
+    def paged(num_splits: int = 1) -> object:
         return flash_attn_with_kvcache(
-            row, k_pages, v_pages, cache_seqlens=length, page_table=table, causal=True, num_splits=1, out=row_out
-        )
+            row, k_pages, v_pages, cache_seqlens=length, page_table=table, causal=True, num_splits=num_splits,
+            out=row_out,
+        )  # fmt: skip
 
-    return {
+    calls: dict[str, Callable[[], object]] = {
         "flash_attn_func": dense,
         "flash_attn_func, torch SDPA": lambda: scaled_dot_product_attention(a, b, c, is_causal=True),
         "flash_attn_varlen_func": ragged,
@@ -94,6 +95,9 @@ def smallest_calls(device: str) -> dict[str, Callable[[], object]]:
         "flash_attn_with_kvcache, paged": paged,
         "flash_attn_with_kvcache, paged, torch SDPA": lambda: scaled_dot_product_attention(e, f, g),
     }
+    if device == "cuda":  # with one split it is prefill's kernels that serve
+        calls["flash_attn_with_kvcache, paged, splits chosen"] = lambda: paged(num_splits=0)
+    return calls
 
 
 def medians(calls: dict[str, Callable[[], object]], device: str, count: int) -> dict[str, float]:

@@ -176,5 +176,5 @@ class MetadataParameters:
 
 
 # The way of an unchecked call that needs neither the checks nor the dispatch, which an import of the public functions
-# does not import. `dispatch` sets it once a device is loaded whose implementation looks at the arguments itself: a CPU.
+# does not import. `dispatch` sets it once a device is loaded whose implementation looks at the arguments itself.
 try_unchecked: Callable[[Arguments], Result | None] | None = None

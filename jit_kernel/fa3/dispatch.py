@@ -20,7 +20,8 @@ and, where it has them,
                                 declines what asks for a feature of the table that `decide` reads (features.ARGUMENTS)
                                 and that it does not claim
     try_unchecked(arguments)    the same for the fields of an unchecked call, asked before the checks: it
-                                declines whatever they would refuse
+                                declines whatever they would refuse. One for CPUs and one for GPUs; not asked
+                                on a GPU under JIT_KERNEL_CHECK_INDICES=1
 It imports neither another implementation nor this module; it is imported when its device is first used.
 """
 
@@ -34,6 +35,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from jit_kernel import config
 from jit_kernel.device import Target, device_target
@@ -218,16 +220,37 @@ def _new_dispatcher(device: str, target: Target) -> Dispatcher:
     return Dispatcher(target, modules)
 
 
+# The ways of unchecked calls: by True that of CPUs, by False that of GPUs.
+_Way = Callable[[Arguments], Result | None]
+_unchecked: dict[bool, _Way] = {}
+
+
 def _remember_unchecked(made: Dispatcher, settings: config.Settings) -> None:
-    if made.try_unchecked is not None:
-        config.on_reload(_forget_unchecked)
-        calls.try_unchecked = made.try_unchecked
-        if config.settings() is not settings:  # forgotten since
-            _forget_unchecked()
+    of_cpu = made.target.vendor == "cpu"
+    # On a GPU what index tensors hold is looked at by the checks alone.
+    if made.try_unchecked is None or (settings.check_indices and not of_cpu):
+        return
+    config.on_reload(_forget_unchecked)
+    _unchecked[of_cpu] = made.try_unchecked
+    cpus, gpus = _unchecked.get(True), _unchecked.get(False)
+    calls.try_unchecked = _by_device(cpus, gpus) if cpus and gpus else made.try_unchecked
+    if config.settings() is not settings:  # forgotten since
+        _forget_unchecked()
+
+
+def _by_device(cpus: _Way, gpus: _Way) -> _Way:
+    """One way for both: what the device of q has. What is no plain tensor both decline."""
+
+    def try_unchecked(arguments: Arguments) -> Result | None:
+        q = arguments[1]
+        return cpus(arguments) if q.__class__ is Tensor and q.is_cpu else gpus(arguments)
+
+    return try_unchecked
 
 
 def _forget_unchecked() -> None:
     calls.try_unchecked = None
+    _unchecked.clear()
 
 
 def all_variants(target: Target) -> list[KernelSpec]:

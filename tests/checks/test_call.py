@@ -18,6 +18,7 @@ from jit_kernel.fa3.call import Call, MetadataParameters
 from jit_kernel.fa3.checks.call import checked
 from jit_kernel.fa3.cpu import known
 from jit_kernel.fa3.decision import Accepted, Rejected
+from jit_kernel.fa3.hopper import known as known_decode
 from jit_kernel.fa3.musa import rules
 
 ATTENTION = (calls.VARLEN, calls.KVCACHE, calls.DENSE)
@@ -108,7 +109,9 @@ def test_the_table_agrees_with_the_features_of_a_call(feature):
 
 
 @pytest.mark.parametrize("feature", features.ARGUMENTS)
-@pytest.mark.parametrize("module", [known, hopper, portable, rules], ids=lambda module: module.__name__[15:])
+@pytest.mark.parametrize(
+    "module", [known, hopper, known_decode, portable, rules], ids=lambda module: module.__name__[15:]
+)
 def test_a_fast_way_declines_what_is_not_claimed(module, feature):
     """By each argument of each feature, in both forms of a call."""
     claimed = module.CLAIMED
@@ -172,6 +175,24 @@ def test_the_cpus_plain_way_declines_a_new_feature(monkeypatch):
         assert known.try_unchecked(calls.of(calls.DENSE, asking)) is None
         assert known.try_unchecked(calls.of(calls.DENSE, plain)) is not None
     known.serve(torch.float32, library)
+
+
+def test_hoppers_known_decode_declines_a_new_feature(monkeypatch):
+    """The launcher is not even asked."""
+    q = torch.zeros(1, 1, 2, 64, dtype=torch.bfloat16)
+    given = {"q": q, "k_cache": q, "v_cache": q, "cache_seqlens": torch.ones(1, dtype=torch.int32), "out": q.clone()}
+    names = inspect.signature(flash_attention_v3.flash_attn_with_kvcache).parameters
+    defaults = {name: p.default for name, p in names.items() if p.default is not inspect.Parameter.empty}
+    plain, asking = (calls.of(calls.KVCACHE, defaults | given | {"return_softmax_lse": lse}) for lse in (False, True))
+    for name in ("_decode", "_asks_first", "_asks_for_more"):
+        monkeypatch.setattr(known_decode, name, getattr(known_decode, name))
+    known_decode.serve(lambda *_: 1)
+    assert known_decode.try_unchecked(asking) is not None
+    with monkeypatch.context() as patch:
+        patch.setitem(features.ARGUMENTS, "new_feature", ("return_softmax_lse",))
+        known_decode.serve(lambda *_: 1)
+        assert known_decode.try_unchecked(asking) is None
+        assert known_decode.try_unchecked(plain) is given["out"]
 
 
 def dense_arguments(q: Tensor) -> dict[str, object]:

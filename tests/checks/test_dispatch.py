@@ -8,6 +8,7 @@ import itertools
 import logging
 import sys
 import threading
+import types
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -22,7 +23,7 @@ from jit_kernel.engine import progress
 from jit_kernel.fa3 import call as calls
 from jit_kernel.fa3 import cpu, dispatch
 from jit_kernel.fa3.checks.call import checked
-from jit_kernel.fa3.decision import Rejected
+from jit_kernel.fa3.decision import Accepted, Rejected
 from tests.support.inputs import tensors
 
 CHOOSY = """
@@ -283,3 +284,67 @@ def test_kernels_are_loaded_once_per_device_however_many_ask(choosy):
     assert all(answer is answers[0] for answer in answers)
     assert answers[0] is jit_kernel._load_fa3_kernels(torch.device("cpu"))
     assert choosy.prepared == ["cpu"]
+
+
+@pytest.fixture
+def ways(monkeypatch):
+    """A way of unchecked calls for each vendor, as an answer; dispatchers are made by `made` and forgotten."""
+    answers = {"cpu": object(), "cuda": object()}
+
+    def made(vendor: str) -> None:
+        way = types.SimpleNamespace(
+            FUNCTIONS=(), attend=None, NAME=vendor, prepare=lambda device: None,
+            try_unchecked=lambda arguments: answers[vendor],
+        )  # fmt: skip
+        monkeypatch.setattr(dispatch, "supporting", lambda target: ((vendor, Accepted()),))
+        monkeypatch.setattr(dispatch, "implementation", lambda name: way)
+        monkeypatch.setattr(dispatch, "device_target", lambda device: Target(vendor, "any"))
+        dispatch.dispatcher(vendor)
+
+    config.reload()
+    monkeypatch.setattr(dispatch, "_made", {})
+    yield answers, made
+    monkeypatch.undo()
+    config.reload()
+
+
+class OnGpu(torch.Tensor):
+    """Of which is_cpu must not be asked: a subclass may say what it likes."""
+
+
+def test_one_way_serves_the_tensors_of_its_device(ways):
+    """Before the other device is used, its calls are declined by the way itself."""
+    answers, made = ways
+    for first in ("cpu", "cuda"):
+        made(first)
+        assert calls.try_unchecked(("name", torch.zeros(1))) is answers[first]
+        config.reload()
+        assert calls.try_unchecked is None
+
+
+def test_two_ways_take_turns_by_the_device_of_q(ways):
+    answers, made = ways
+    for order in (("cpu", "cuda"), ("cuda", "cpu")):
+        for vendor in order:
+            made(vendor)
+        assert calls.try_unchecked(("name", torch.zeros(1))) is answers["cpu"]
+        for q in (torch.zeros(1, device="meta"), None, "text", torch.zeros(1).as_subclass(OnGpu)):
+            assert calls.try_unchecked(("name", q)) is answers["cuda"]
+        config.reload()
+        assert calls.try_unchecked is None
+    made("cuda")
+    assert calls.try_unchecked(("name", torch.zeros(1))) is answers["cuda"], "a way of other settings is left"
+
+
+def test_index_values_of_a_gpu_are_left_to_the_checks(ways, monkeypatch):
+    answers, made = ways
+    monkeypatch.setenv("JIT_KERNEL_CHECK_INDICES", "1")
+    config.reload()
+    made("cuda")
+    assert calls.try_unchecked is None
+    made("cpu")
+    assert calls.try_unchecked(("name", torch.zeros(1))) is answers["cpu"]
+    monkeypatch.delenv("JIT_KERNEL_CHECK_INDICES")
+    config.reload()
+    made("cuda")
+    assert calls.try_unchecked(("name", torch.zeros(1))) is answers["cuda"]

@@ -204,7 +204,9 @@ def _check_lengths(call: Call, facts: Facts) -> None:
         forms.convert_indices(call, facts.converted, exact=exact)
     if exact and facts.indexed:
         longest_q, longest_k = indices.check(call, facts)
-    call.max_seqlen_q = _longest("max_seqlen_q", call.max_seqlen_q, longest_q, exact)
+    # Of dense queries that all count the shape says the longest, whatever an index tensor holds.
+    exact_q = exact or (call.cu_seqlens_q is None and call.seqused_q is None)
+    call.max_seqlen_q = _longest("max_seqlen_q", call.max_seqlen_q, longest_q, exact_q)
     # A cache's bound is its room: how keys are split must not depend on JIT_KERNEL_CHECK_INDICES.
     call.max_seqlen_k = facts.k_rows if of_cache else _longest("max_seqlen_k", call.max_seqlen_k, longest_k, exact)
 

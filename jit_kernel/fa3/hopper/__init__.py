@@ -17,12 +17,13 @@ from jit_kernel.fa3 import header
 from jit_kernel.fa3.call import Call, MetadataParameters, Result
 from jit_kernel.fa3.decision import Accepted, Decision, Rejected
 from jit_kernel.fa3.features import Features, asks_for_more, has_cache, unclaimed
-from jit_kernel.fa3.hopper import append, cached, decode, kernels, prefill
+from jit_kernel.fa3.hopper import append, cached, decode, kernels, known, prefill
 from jit_kernel.jit import KernelSpec
 
 NAME = "hopper"
 ARCHITECTURE = "sm_90a"
 FUNCTIONS = (calls.VARLEN, calls.KVCACHE, calls.DENSE)
+try_unchecked = known.try_unchecked
 # What a call may ask for, by the names of features.ARGUMENTS: `decide` and `try_known` reject the rest. Without a
 # cache keys are not split.
 CLAIMED = frozenset(

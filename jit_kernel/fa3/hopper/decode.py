@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -26,13 +27,19 @@ def key_of(call: Call) -> Key | None:
     """
     if call.num_splits == 1:
         return None
-    q, v = call.q, call.v
-    rows = (call.max_seqlen_q or 0) * (q.shape[-2] // v.shape[-2])
-    size = max(q.shape[-1], v.shape[-1])
+    q = call.q
+    *_, heads, d = q.shape
+    *_, heads_k, dv = call.v.shape
+    tile = _tile_of(max(d, dv), (call.max_seqlen_q or 0) * (heads // heads_k))
+    return None if tile is None else (q.dtype, *tile)
+
+
+@functools.lru_cache(maxsize=1024)  # 3 us a call
+def _tile_of(size: int, rows: int) -> tuple[int, int] | None:
     head_dim = next(each for each in DECODE_HEAD_DIMS if size <= each)
     if rows > DECODE_MOST_ROWS[head_dim]:
         return None
-    return q.dtype, head_dim, next(each for each in DECODE_ROWS if rows <= each)
+    return head_dim, next(each for each in DECODE_ROWS if rows <= each)
 
 
 def spec_of(key: Key) -> KernelSpec:

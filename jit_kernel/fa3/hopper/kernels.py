@@ -9,6 +9,7 @@ import torch
 
 from jit_kernel.device import Target, device_target
 from jit_kernel.engine import cubin
+from jit_kernel.fa3.hopper import known
 from jit_kernel.jit import Cubin, KernelSpec
 
 FOLDER = "flash_attention_v3/hopper"
@@ -114,6 +115,7 @@ class DeviceKernels(cubin.DeviceKernels):
         self.append = functions["append"]  # type: ignore[method-assign]
         self.decode = functions["decode"]  # type: ignore[method-assign]
         self.forward_cached = functions[CACHED]  # type: ignore[method-assign]
+        known.serve(functions["known_decode"])
 
     def forward(self, *arguments: object) -> bool:
         """What `forward` is until the launcher is loaded."""
@@ -145,7 +147,7 @@ class DeviceKernels(cubin.DeviceKernels):
         if _is_plain(spec):
             return fields["function"], fields["threads"], fields["shared_bytes"]
         if fields["function"] == "decode":
-            return fields["head_dim"], fields["rows"]
+            return fields["dtype"] == "bf16", fields["head_dim"], fields["rows"], self._index
         cached = fields["function"] == CACHED
         return fields["head_dim"], fields["head_dim_v"], cached or fields["masked"], cached
 

@@ -6,24 +6,18 @@
 #pragma once
 
 #include <algorithm>
-#include <limits>
 #include <optional>
 #include <type_traits>
 
 #include "flash_attention_v3/cpu/common/params.h"
 #include "flash_attention_v3/cpu/entry/arguments.h"
 #include "jit_kernel/cpu/element.h"
+#include "jit_kernel/cpu/plain_tensor.h"
 
 namespace jit_kernel {
 
-// What Python's checks allow (fa3/checks/values.py, and fa3/cpu for the head size); a test compares
-// them.
-constexpr double kLargestNumber = 3.4e38, kSmallestNumber = 1.2e-38;
-constexpr int64_t kMostSplits = 256, kMostHeadDim = 512;
-constexpr int64_t kMostIndex = std::numeric_limits<int32_t>::max();
-// The address of a tensor without memory is its offset into a storage that it has not, and below
-// this one.
-constexpr uintptr_t kSureAddress = uintptr_t{1} << 44;
+constexpr int64_t kMostHeadDim = 512;  // as fa3/cpu has it; a test compares them
+constexpr DLDevice kOnCpu = {kDLCPU, 0};
 
 template <class Element>
 constexpr DLDataType dtype_of() {
@@ -33,68 +27,15 @@ constexpr DLDataType dtype_of() {
   return {kDLFloat, kBits, 1};
 }
 
-// In the CPU's memory, of this type and number of dimensions, none of them empty; unit stride in
-// the last. Tensors of torch's transforms and wrappers have no memory, and an address that is their
-// offset into none.
-inline bool is_dense(const TensorView& t, uintptr_t lowest, DLDataType dtype, int32_t dims) {
-  if (t.device().device_type != kDLCPU || t.ndim() != dims) return false;
-  if (reinterpret_cast<uintptr_t>(t.data_ptr()) < lowest) return false;
-  if (t.dtype().code != dtype.code || t.dtype().bits != dtype.bits || t.dtype().lanes != 1) {
-    return false;
-  }
-  for (int32_t i = 0; i < dims; ++i) {
-    if (t.size(i) < 1 || t.size(i) > kMostIndex) return false;
-  }
-  return t.stride(dims - 1) == 1 || t.size(dims - 1) == 1;
-}
-
 inline bool is_index(const MaybeTensor& t, uintptr_t lowest, int32_t dims, int64_t size) {
-  return is_dense(*t, lowest, {kDLInt, 32, 1}, dims) && t->IsContiguous() && t->size(0) == size;
-}
-
-// The same sizes in all dimensions but the last.
-inline bool have_same_rows(const TensorView& a, const TensorView& b) {
-  for (int32_t i = 0; i + 1 < b.ndim(); ++i) {
-    if (a.size(i) != b.size(i)) return false;
-  }
-  return true;
-}
-
-// The range of addresses from the first byte of a tensor to behind its last.
-struct Extent {
-  const char* begin;
-  const char* end;
-};
-
-inline Extent extent_of(const TensorView& t) {
-  const char* begin = static_cast<const char*>(t.data_ptr()) + t.byte_offset();
-  int64_t last = 0;
-  for (int32_t i = 0; i < t.ndim(); ++i) last += (t.size(i) - 1) * t.stride(i);
-  return {begin, begin + (last + 1) * (t.dtype().bits / 8)};
-}
-
-// Unless each stride, from the smallest up, leaves everything below it behind, as in every slice of
-// a dense tensor. Python looks at the rest.
-inline bool may_overlap_itself(const TensorView& t) {
-  for (int64_t reach = 0, below = -1;;) {
-    int32_t next = -1;
-    for (int32_t i = 0; i < t.ndim(); ++i) {
-      if (t.size(i) < 2 || t.stride(i) <= below) continue;
-      if (next >= 0 && t.stride(i) == t.stride(next)) return true;
-      if (next < 0 || t.stride(i) < t.stride(next)) next = i;
-    }
-    if (next < 0) return false;
-    below = t.stride(next);
-    if (below <= reach) return true;
-    reach += (t.size(next) - 1) * below;
-  }
+  return is_dense(*t, kOnCpu, lowest, kIndexType, dims) && t->IsContiguous() && t->size(0) == size;
 }
 
 // Whether out has memory of its own. Ranges that meet may still be slices of one buffer: Python
 // looks at those.
 inline bool is_written_freely(const PlainArguments& a) {
   const Extent out = extent_of(a.out);
-  auto is_apart = [&](const Extent& x) { return x.end <= out.begin || out.end <= x.begin; };
+  auto is_apart = [&](const Extent& x) { return are_apart(x, out); };
   auto is_index_apart = [&](const MaybeTensor& t) {
     return !t.has_value() || is_apart(extent_of(*t));
   };
@@ -110,8 +51,8 @@ inline bool shapes_fit(const PlainArguments& a, uintptr_t low) {
   constexpr DLDataType in = dtype_of<Element>(), out = dtype_of<typename OutputOf<Element>::type>();
   const int32_t dims = a.cu_seqlens_q.has_value() ? 3 : 4,
                 dims_k = a.cu_seqlens_k.has_value() ? 3 : 4;
-  if (!is_dense(a.q, low, in, dims) || !is_dense(a.k, low, in, dims_k) ||
-      !is_dense(a.v, low, in, dims_k) || !is_dense(a.out, low, out, dims)) {
+  if (!is_dense(a.q, kOnCpu, low, in, dims) || !is_dense(a.k, kOnCpu, low, in, dims_k) ||
+      !is_dense(a.v, kOnCpu, low, in, dims_k) || !is_dense(a.out, kOnCpu, low, out, dims)) {
     return false;
   }
   const int64_t d = a.q.size(dims - 1), dv = a.v.size(dims_k - 1);
@@ -136,8 +77,6 @@ inline bool shapes_fit(const PlainArguments& a, uintptr_t low) {
   }
   return !a.seqused_k.has_value() || is_index(a.seqused_k, low, 1, batch);
 }
-
-inline bool is_number(double x) { return x >= kSmallestNumber && x <= kLargestNumber; }
 
 inline bool numbers_fit(const PlainArguments& a) {
   return is_number(a.scale()) && (a.softcap == 0.0 || is_number(a.softcap)) &&

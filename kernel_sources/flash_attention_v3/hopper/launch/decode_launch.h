@@ -1,6 +1,6 @@
 // The host side of the decode kernels.
 //
-//   load_decode(image, head_dim, rows) -> handle
+//   load_decode(image, is_bf16, head_dim, rows, device) -> handle
 //   partial_floats(handle, device, heads_k, batch, sm_margin) -> room for partial results
 //   decode(handle, tensors..., scalars...) -> kLaunched, or why it was not
 #pragma once
@@ -8,7 +8,10 @@
 #include <tvm/ffi/tvm_ffi.h>
 
 #include <algorithm>
+#include <array>
+#include <atomic>
 #include <cstdint>
+#include <iterator>
 #include <limits>
 #include <memory>
 #include <numeric>
@@ -58,11 +61,30 @@ struct DecodeVariant {
   cuda::Kernel kernel;
 };
 
-inline int64_t load_decode(tvm::ffi::Bytes image, int64_t head_dim, int64_t rows) {
+// The variants that were loaded, for calls which no handle comes with: by device, dtype and shape.
+class LoadedDecodes {
+ public:
+  // Null where none is loaded.
+  static std::atomic<DecodeVariant*>& at(int device, bool is_bf16, const DecodeShape& shape) {
+    static std::array<std::atomic<DecodeVariant*>, cuda::kMaxDevices * 2 * kShapes> all{};
+    const auto place = static_cast<size_t>(&shape - kDecodeShapes);
+    return all[(static_cast<size_t>(cuda::checked_device(device)) * 2 + is_bf16) * kShapes + place];
+  }
+
+ private:
+  static constexpr size_t kShapes = std::size(kDecodeShapes);
+};
+
+inline int64_t load_decode(tvm::ffi::Bytes image, bool is_bf16, int64_t head_dim, int64_t rows,
+                           int64_t device) {
   for (const DecodeShape& shape : kDecodeShapes) {
     if (shape.head_dim == head_dim && shape.rows == rows) {
-      return cuda::KernelTable<DecodeVariant>::get().add(
-          std::make_unique<DecodeVariant>(shape, std::string(image)));
+      auto variant = std::make_unique<DecodeVariant>(shape, std::string(image));
+      DecodeVariant* const known = variant.get();
+      const int64_t handle = cuda::KernelTable<DecodeVariant>::get().add(std::move(variant));
+      LoadedDecodes::at(static_cast<int>(device), is_bf16, shape)
+          .store(known, std::memory_order_release);
+      return handle;
     }
   }
   TVM_FFI_THROW(ValueError) << "no decode kernel has head size " << head_dim << " and " << rows
@@ -234,33 +256,34 @@ constexpr int64_t kMostRows = 1 << 30;
 // without room for partial results where the stream is being captured.
 constexpr int64_t kUnaligned = 0, kLaunched = 1, kNeedsRoom = 2;
 
-// Shapes, dtypes and devices have been checked. if_aligned: addresses and strides have not.
-inline int64_t decode(int64_t handle, TensorView q, TensorView k, TensorView v, TensorView out,
-                      Optional<TensorView> lse, Optional<TensorView> cu_seqlens_q,
-                      Optional<TensorView> seqused_q, Optional<TensorView> seqused_k,
-                      Optional<TensorView> cu_seqlens_k_new, Optional<TensorView> page_table,
-                      Optional<TensorView> cache_batch_idx, Optional<TensorView> cache_leftpad,
-                      Optional<TensorView> sinks, Optional<TensorView> draft_mask,
-                      Optional<TensorView> partials, int64_t new_rows, double softmax_scale,
-                      double softcap, int64_t left, int64_t right, int64_t chunk, int64_t sm_margin,
-                      bool clear_rest, bool if_aligned) {
-  if (if_aligned && !(is_aligned(q) && is_aligned(k) && is_aligned(v) && is_aligned(out))) {
-    return kUnaligned;
+// A checked call, as `decode` takes it.
+struct DecodeCall {
+  TensorView q, k, v, out;
+  Optional<TensorView> lse, cu_seqlens_q, seqused_q, seqused_k, cu_seqlens_k_new, page_table,
+      cache_batch_idx, cache_leftpad, draft_mask, sinks, partials;
+  int64_t new_rows;
+  double softmax_scale, softcap;
+  int64_t left, right, chunk, sm_margin;
+  bool clear_rest;
+
+  bool is_aligned() const {
+    return hopper::is_aligned(q) && hopper::is_aligned(k) && hopper::is_aligned(v) &&
+           hopper::is_aligned(out);
   }
-  DecodeVariant& variant = cuda::KernelTable<DecodeVariant>::get().at(handle);
-  const int device = cuda::checked_device(q.device().device_id);
-  const cuda::ContextGuard context(device);
-  DecodeParams params = {};
-  const bool ragged = cu_seqlens_q.has_value(), paged = page_table.has_value();
-  params.batch = static_cast<int>(ragged ? cu_seqlens_q.value().size(0) - 1 : q.size(0));
-  int64_t rows_k = k.size(1);
-  if (paged) {
-    params.page_table_stride = page_table.value().stride(0);
-    rows_k *= page_table.value().size(1);
+};
+
+inline void set_decode_grid(DecodeParams& params, const DecodeShape& shape, const DecodeCall& call,
+                            int device) {
+  const bool ragged = call.cu_seqlens_q.has_value();
+  params.batch = static_cast<int>(ragged ? call.cu_seqlens_q.value().size(0) - 1 : call.q.size(0));
+  int64_t rows_k = call.k.size(1);
+  if (call.page_table.has_value()) {
+    params.page_table_stride = call.page_table.value().stride(0);
+    rows_k *= call.page_table.value().size(1);
   }
   params.rows_k = static_cast<int>(std::min(rows_k, kMostRows));
   const DecodeGrid grid =
-      decode_grid(variant.shape, device, k.size(2), params.batch, params.rows_k, sm_margin);
+      decode_grid(shape, device, call.k.size(2), params.batch, params.rows_k, call.sm_margin);
   params.heads_of_block = grid.heads_of_block;
   params.parts = grid.parts;
   params.in_clusters = grid.in_clusters;
@@ -270,37 +293,51 @@ inline int64_t decode(int64_t handle, TensorView q, TensorView k, TensorView v, 
   const Division parts(grid.parts);
   params.parts_multiplier = parts.multiplier;
   params.parts_shift = parts.shift;
-  set_decode_tensors(params, variant.shape, q, k, v, out, ragged, paged);
-  set_decode_scores(params, softmax_scale, softcap, left, right, chunk);
-  params.lse = cuda::data_of<float>(lse);
+}
+
+inline void set_decode_indices(DecodeParams& params, const DecodeCall& call) {
+  params.lse = cuda::data_of<float>(call.lse);
   if (params.lse != nullptr) {
-    const TensorView& tensor = lse.value();
+    const TensorView& tensor = call.lse.value();
     params.lse_batch_stride = tensor.ndim() == 3 ? tensor.stride(0) : 0;
     params.lse_head_stride = tensor.stride(tensor.ndim() - 2);
   }
-  params.sinks = cuda::data_of<void>(sinks);
-  params.sinks_are_elements = sinks.has_value() && sinks.value().dtype().bits == 16;
-  params.cu_seqlens_q = cuda::data_of<int>(cu_seqlens_q);
-  params.seqused_q = cuda::data_of<int>(seqused_q);
-  params.seqused_k = cuda::data_of<int>(seqused_k);
-  params.cu_seqlens_k_new = cuda::data_of<int>(cu_seqlens_k_new);
-  params.page_table = cuda::data_of<int>(page_table);
-  params.cache_batch_idx = cuda::data_of<int>(cache_batch_idx);
-  params.cache_leftpad = cuda::data_of<int>(cache_leftpad);
-  params.draft_mask = cuda::data_of<int>(draft_mask);
-  if (draft_mask.has_value()) {
-    params.draft_mask_stride = draft_mask.value().stride(0);
-    params.draft_words = static_cast<int>(draft_mask.value().size(1));
+  params.sinks = cuda::data_of<void>(call.sinks);
+  params.sinks_are_elements = call.sinks.has_value() && call.sinks.value().dtype().bits == 16;
+  params.cu_seqlens_q = cuda::data_of<int>(call.cu_seqlens_q);
+  params.seqused_q = cuda::data_of<int>(call.seqused_q);
+  params.seqused_k = cuda::data_of<int>(call.seqused_k);
+  params.cu_seqlens_k_new = cuda::data_of<int>(call.cu_seqlens_k_new);
+  params.page_table = cuda::data_of<int>(call.page_table);
+  params.cache_batch_idx = cuda::data_of<int>(call.cache_batch_idx);
+  params.cache_leftpad = cuda::data_of<int>(call.cache_leftpad);
+  params.draft_mask = cuda::data_of<int>(call.draft_mask);
+  if (call.draft_mask.has_value()) {
+    params.draft_mask_stride = call.draft_mask.value().stride(0);
+    params.draft_words = static_cast<int>(call.draft_mask.value().size(1));
   }
-  params.new_rows = static_cast<int>(new_rows);
-  params.clear_rest = clear_rest;
+  params.new_rows = static_cast<int>(call.new_rows);
+  params.clear_rest = call.clear_rest;
+}
+
+// kLaunched or kNeedsRoom.
+inline int64_t launch_decode(DecodeVariant& variant, const DecodeCall& call) {
+  const int device = cuda::checked_device(call.q.device().device_id);
+  const cuda::ContextGuard context(device);
+  DecodeParams params = {};
+  set_decode_grid(params, variant.shape, call, device);
+  set_decode_tensors(params, variant.shape, call.q, call.k, call.v, call.out,
+                     call.cu_seqlens_q.has_value(), call.page_table.has_value());
+  set_decode_scores(params, call.softmax_scale, call.softcap, call.left, call.right, call.chunk);
+  set_decode_indices(params, call);
   if (params.parts > 1 && !params.in_clusters) {
     const int counters = params.parts * params.heads_k;
     const int64_t floats = int64_t{kPartialsPerBlock} * counters * variant.shape.partial_floats;
-    const Workspace::Memory memory =
-        Workspace::of(device).memory(cuda::current_stream(device), counters, floats);
+    const Workspace::Memory memory = Workspace::of(device).memory(
+        cuda::current_stream(device), counters, floats, call.partials.has_value());
     params.counters = memory.counters;
-    params.partials = partials.has_value() ? cuda::data_of<float>(partials) : memory.partials;
+    params.partials =
+        call.partials.has_value() ? cuda::data_of<float>(call.partials) : memory.partials;
     if (params.partials == nullptr) return kNeedsRoom;
   }
   void* arguments[] = {&params};
@@ -314,6 +351,43 @@ inline int64_t decode(int64_t handle, TensorView q, TensorView k, TensorView v, 
     variant.kernel.launch(device, {groups, parts_of_head}, arguments);
   }
   return kLaunched;
+}
+
+// Shapes, dtypes and devices have been checked. if_aligned: addresses and strides have not.
+inline int64_t decode(int64_t handle, TensorView q, TensorView k, TensorView v, TensorView out,
+                      Optional<TensorView> lse, Optional<TensorView> cu_seqlens_q,
+                      Optional<TensorView> seqused_q, Optional<TensorView> seqused_k,
+                      Optional<TensorView> cu_seqlens_k_new, Optional<TensorView> page_table,
+                      Optional<TensorView> cache_batch_idx, Optional<TensorView> cache_leftpad,
+                      Optional<TensorView> sinks, Optional<TensorView> draft_mask,
+                      Optional<TensorView> partials, int64_t new_rows, double softmax_scale,
+                      double softcap, int64_t left, int64_t right, int64_t chunk, int64_t sm_margin,
+                      bool clear_rest, bool if_aligned) {
+  const DecodeCall call = {q,
+                           k,
+                           v,
+                           out,
+                           lse,
+                           cu_seqlens_q,
+                           seqused_q,
+                           seqused_k,
+                           cu_seqlens_k_new,
+                           page_table,
+                           cache_batch_idx,
+                           cache_leftpad,
+                           draft_mask,
+                           sinks,
+                           partials,
+                           new_rows,
+                           softmax_scale,
+                           softcap,
+                           left,
+                           right,
+                           chunk,
+                           sm_margin,
+                           clear_rest};
+  if (if_aligned && !call.is_aligned()) return kUnaligned;
+  return launch_decode(cuda::KernelTable<DecodeVariant>::get().at(handle), call);
 }
 
 }  // namespace jit_kernel::hopper

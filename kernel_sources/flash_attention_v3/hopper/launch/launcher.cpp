@@ -13,6 +13,7 @@
 #include "flash_attention_v3/hopper/launch/append_launch.h"
 #include "flash_attention_v3/hopper/launch/cached_launch.h"
 #include "flash_attention_v3/hopper/launch/decode_launch.h"
+#include "flash_attention_v3/hopper/launch/known_decode.h"
 #include "flash_attention_v3/hopper/launch/prefill_launch.h"
 
 namespace jit_kernel::hopper {
@@ -44,3 +45,4 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward, jit_kernel::hopper::forward);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward_cached, jit_kernel::hopper::forward_cached);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(load_plain, jit_kernel::hopper::load_plain);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(append, jit_kernel::hopper::append);
+JIT_KERNEL_EXPORT_KNOWN_DECODE(kDLCUDA)

@@ -40,7 +40,8 @@ class Workspace {
   }
 
   // For a launch of `blocks` thread blocks that needs `floats` numbers for partial results.
-  Memory memory(cuda::Stream stream, int blocks, int64_t floats) {
+  // has_room: the caller has them; without, nothing is taken for a launch that is captured.
+  Memory memory(cuda::Stream stream, int blocks, int64_t floats, bool has_room) {
     static auto* const is_capturing =
         cuda::driver_function<cuda::Result(cuda::Stream, int*)>("cuStreamIsCapturing");
     static auto* const get_id =
@@ -48,7 +49,7 @@ class Workspace {
     int capturing = 0;
     cuda::check(is_capturing(stream, &capturing), "cuStreamIsCapturing");
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (capturing != 0) return {take(blocks), nullptr};
+    if (capturing != 0) return {has_room ? take(blocks) : nullptr, nullptr};
     unsigned long long id = 0;  // a stream's address may return, its id does not
     cuda::check(get_id(stream, &id), "cuStreamGetId");
     if (last_ == nullptr || id != last_id_) {

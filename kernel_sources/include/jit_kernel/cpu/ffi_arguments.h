@@ -91,15 +91,19 @@ class FfiArguments {
     TVM_FFI_SAFE_CALL_END();                                                                    \
   }
 
-// The same for a function that returns a bool.
-#define JIT_KERNEL_EXPORT_QUESTION(name, count, function)                                       \
+// The same for a function that returns a number of `type`: kTVMFFIBool or kTVMFFIInt.
+#define JIT_KERNEL_EXPORT_ANSWER(name, count, function, type)                                   \
   extern "C" TVM_FFI_DLL_EXPORT int __tvm_ffi_##name(void*, const TVMFFIAny* values, int32_t n, \
                                                      TVMFFIAny* result) {                       \
     TVM_FFI_SAFE_CALL_BEGIN();                                                                  \
     ::jit_kernel::FfiArguments arguments(#name, values, n, count);                              \
-    const bool answer = function(arguments);                                                    \
-    result->type_index = kTVMFFIBool;                                                           \
+    const int64_t answer = function(arguments);                                                 \
+    result->type_index = type;                                                                  \
     result->zero_padding = 0;                                                                   \
     result->v_int64 = answer;                                                                   \
     TVM_FFI_SAFE_CALL_END();                                                                    \
   }
+
+// The same for a function that returns a bool.
+#define JIT_KERNEL_EXPORT_QUESTION(name, count, function) \
+  JIT_KERNEL_EXPORT_ANSWER(name, count, function, kTVMFFIBool)

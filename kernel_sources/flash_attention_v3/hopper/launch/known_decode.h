@@ -1,0 +1,217 @@
+// Decode calls that nobody has checked: those without a mistake and without rarely used arguments
+// are launched, all others declined. Python checks what is declined, and names the argument.
+//
+//   known_decode(tensors..., scalars...) -> kDeclined, kLaunched or kUnsure
+//
+// In Python the checks and the choice of a kernel take most of a short call's time on the host.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <optional>
+
+#include "flash_attention_v3/hopper/launch/decode_launch.h"
+#include "jit_kernel/cpu/ffi_arguments.h"
+#include "jit_kernel/cpu/plain_tensor.h"
+
+namespace jit_kernel::hopper {
+
+// kUnsure: not launched; of tensors at such addresses only torch knows whether they have memory.
+constexpr int64_t kDeclined = 0, kUnsure = 2;
+
+using PlainTensor = std::optional<TensorView>;
+
+// Members are initialised in the order of their declaration, so the order of the lines is the order
+// of the call: one line declares an argument and reads it.
+struct KnownDecodeArguments {
+  static constexpr int32_t kCount = 22;
+  explicit KnownDecodeArguments(FfiArguments& arguments) : from(arguments) {}
+
+  FfiArguments& from;
+  TensorView q = from.tensor();
+  TensorView k = from.tensor();
+  TensorView v = from.tensor();
+  TensorView out = from.tensor();
+  PlainTensor lse = from.maybe_tensor();
+  PlainTensor seqused_k = from.maybe_tensor();
+  PlainTensor page_table = from.maybe_tensor();
+  PlainTensor cu_seqlens_q = from.maybe_tensor();
+  PlainTensor cu_seqlens_k_new = from.maybe_tensor();
+  PlainTensor sinks = from.maybe_tensor();
+  PlainTensor scheduler_metadata = from.maybe_tensor();
+  std::optional<int64_t> max_seqlen_q = from.maybe_exact_integer();
+  std::optional<double> softmax_scale = from.maybe_exact_number();
+  bool causal = from.exact_boolean();
+  int64_t window_left = from.integer();
+  int64_t window_right = from.integer();
+  std::optional<int64_t> attention_chunk = from.maybe_exact_integer();
+  double softcap = from.exact_number();
+  int64_t num_splits = from.exact_integer();
+  int64_t sm_margin = from.exact_integer();
+  bool clear_rest = from.boolean();
+  bool all_in_memory = from.boolean();  // whether torch was asked, and says so
+
+  bool is_ragged() const { return cu_seqlens_q.has_value(); }
+  int64_t batch() const { return is_ragged() ? cu_seqlens_q->size(0) - 1 : q.size(0); }
+  double scale() const {
+    return softmax_scale.value_or(1.0 / std::sqrt(static_cast<double>(q.size(q.ndim() - 1))));
+  }
+};
+
+// Absent, or a tensor of these dimensions and so long, in memory.
+inline bool is_vector(const PlainTensor& t, DLDevice device, DLDataType dtype, int64_t size) {
+  return !t.has_value() || (is_dense(*t, device, 1, dtype, 1) && t->size(0) == size);
+}
+
+constexpr DLDataType kFloatType = {kDLFloat, 32, 1};
+
+inline bool is_half(DLDataType dtype) {
+  return (dtype.code == kDLBfloat || dtype.code == kDLFloat) && dtype.bits == 16;
+}
+
+inline bool heads_fit(const KnownDecodeArguments& a, int32_t dims) {
+  const int64_t d = a.q.size(dims - 1), dv = a.v.size(3);
+  return d % 8 == 0 && dv % 8 == 0 && a.k.size(3) == d && a.out.size(dims - 1) == dv &&
+         a.q.size(dims - 2) % a.k.size(2) == 0 && have_same_rows(a.v, a.k) &&
+         have_same_rows(a.out, a.q);
+}
+
+// Keys in pages, or a cache entry for each sequence. Rows of the table may have gaps between them.
+inline bool keys_fit(const KnownDecodeArguments& a, DLDevice device, int64_t batch) {
+  if (!a.page_table.has_value()) return a.k.size(0) == batch;
+  return a.seqused_k.has_value() && is_dense(*a.page_table, device, 1, kIndexType, 2) &&
+         a.page_table->size(0) == batch && a.page_table->size(1) <= kMostIndex / a.k.size(1);
+}
+
+// Types, shapes and devices.
+inline bool tensors_fit(const KnownDecodeArguments& a) {
+  const DLDevice device = a.q.device();
+  const DLDataType dtype = a.q.dtype();
+  const int32_t dims = a.is_ragged() ? 3 : 4;
+  if (!is_half(dtype) || !is_dense(a.q, device, 1, dtype, dims) ||
+      !is_dense(a.k, device, 1, dtype, 4) || !is_dense(a.v, device, 1, dtype, 4) ||
+      !is_dense(a.out, device, 1, dtype, dims) || !heads_fit(a, dims)) {
+    return false;
+  }
+  if (a.is_ragged() && !is_dense(*a.cu_seqlens_q, device, 1, kIndexType, 1)) return false;
+  if (a.lse.has_value() && !is_dense(*a.lse, device, 1, kFloatType, dims - 1)) return false;
+  const int64_t batch = a.batch();
+  const PlainTensor& sinks = a.sinks;
+  const DLDataType of_sinks = sinks.has_value() && is_half(sinks->dtype()) ? dtype : kFloatType;
+  return batch >= 1 && keys_fit(a, device, batch) &&
+         is_vector(a.seqused_k, device, kIndexType, batch) &&
+         is_vector(a.cu_seqlens_k_new, device, kIndexType, batch + 1) &&
+         is_vector(sinks, device, of_sinks, a.q.size(dims - 2)) &&
+         (!a.scheduler_metadata.has_value() ||
+          is_dense(*a.scheduler_metadata, device, 1, kIndexType, 1));
+}
+
+inline bool numbers_fit(const KnownDecodeArguments& a) {
+  const int64_t chunk = a.attention_chunk.value_or(0);
+  return is_number(a.scale()) && (a.softcap == 0.0 || is_number(a.softcap)) && chunk >= 0 &&
+         chunk <= kMostIndex && a.num_splits >= 0 && a.num_splits <= kMostSplits &&
+         a.num_splits != 1 && a.sm_margin >= 0 && a.sm_margin <= kMostIndex;
+}
+
+// Calls f for each tensor that is read.
+template <class F>
+inline bool all_read(const KnownDecodeArguments& a, F&& f) {
+  for (const TensorView* t : {&a.q, &a.k, &a.v}) {
+    if (!f(*t)) return false;
+  }
+  for (const PlainTensor* t : {&a.seqused_k, &a.page_table, &a.cu_seqlens_q, &a.cu_seqlens_k_new,
+                               &a.sinks, &a.scheduler_metadata}) {
+    if (t->has_value() && !f(**t)) return false;
+  }
+  return true;
+}
+
+// Whether out has memory of its own. Ranges that meet may still be slices of one buffer: Python
+// looks at those.
+inline bool is_written_freely(const KnownDecodeArguments& a) {
+  const Extent out = extent_of(a.out);
+  return !may_overlap_itself(a.out) &&
+         all_read(a, [&](const TensorView& t) { return are_apart(extent_of(t), out); });
+}
+
+inline bool addresses_tell(const KnownDecodeArguments& a) {
+  const auto tells = [](const TensorView& t) {
+    return reinterpret_cast<uintptr_t>(t.data_ptr()) >= kSureAddress;
+  };
+  return tells(a.out) && (!a.lse.has_value() || tells(*a.lse)) && all_read(a, tells);
+}
+
+// The loaded kernel for a call's longest sequence of queries; null where there is none, or more
+// rows than any has. Without cu_seqlens_q the length is q's, and a smaller max_seqlen_q a mistake.
+inline DecodeVariant* kernel_of(const KnownDecodeArguments& a) {
+  const int32_t dims = a.q.ndim();
+  const int64_t most = a.q.size(dims - 3), longest = a.max_seqlen_q.value_or(most);
+  if (longest < (a.is_ragged() ? 0 : most) || longest > kMostIndex) return nullptr;
+  const int64_t rows = longest * (a.q.size(dims - 2) / a.k.size(2));
+  const int64_t size = std::max(a.q.size(dims - 1), a.v.size(3));
+  int head_dim = 0;  // the least that holds the call's
+  for (const DecodeShape& shape : kDecodeShapes) {
+    if (shape.head_dim < size) continue;
+    if (head_dim == 0) head_dim = shape.head_dim;
+    if (shape.head_dim != head_dim) return nullptr;
+    if (rows > shape.rows) continue;
+    return LoadedDecodes::at(a.q.device().device_id, a.q.dtype().code == kDLBfloat, shape)
+        .load(std::memory_order_acquire);
+  }
+  return nullptr;
+}
+
+inline Optional<TensorView> optional_of(const PlainTensor& t) {
+  return t.has_value() ? Optional<TensorView>(*t) : Optional<TensorView>();
+}
+
+inline DecodeCall decode_call_of(const KnownDecodeArguments& a) {
+  const Optional<TensorView> none;
+  return {a.q,
+          a.k,
+          a.v,
+          a.out,
+          optional_of(a.lse),
+          optional_of(a.cu_seqlens_q),
+          none,  // seqused_q
+          optional_of(a.seqused_k),
+          none,  // cu_seqlens_k_new: it has no meaning without new keys
+          optional_of(a.page_table),
+          none,  // cache_batch_idx
+          none,  // cache_leftpad
+          none,  // draft_mask
+          optional_of(a.sinks),
+          none,  // partials
+          0,     // new_rows
+          a.scale(),
+          a.softcap,
+          a.window_left,
+          a.causal ? 0 : a.window_right,
+          a.attention_chunk.value_or(0),
+          a.sm_margin,
+          a.clear_rest};
+}
+
+// `kind`: of the devices whose memory the kernels reach. The shape of lse is Python's own.
+template <DLDeviceType kind>
+inline int64_t known_decode(FfiArguments& from) {
+  const KnownDecodeArguments a(from);
+  if (a.q.device().device_type != kind || !tensors_fit(a) || !numbers_fit(a) ||
+      !is_written_freely(a)) {
+    return kDeclined;
+  }
+  if (!a.all_in_memory && !addresses_tell(a)) return kUnsure;
+  DecodeVariant* const variant = kernel_of(a);
+  if (variant == nullptr) return kDeclined;
+  const DecodeCall call = decode_call_of(a);
+  // A stream that is being captured needs room that Python's way allocates.
+  return call.is_aligned() && launch_decode(*variant, call) == kLaunched ? kLaunched : kDeclined;
+}
+
+}  // namespace jit_kernel::hopper
+
+// `kind`: kDLCUDA but in tests.
+#define JIT_KERNEL_EXPORT_KNOWN_DECODE(kind)                                                 \
+  JIT_KERNEL_EXPORT_ANSWER(known_decode, ::jit_kernel::hopper::KnownDecodeArguments::kCount, \
+                           ::jit_kernel::hopper::known_decode<kind>, kTVMFFIInt)
