@@ -20,6 +20,7 @@
 
 #include "flash_attention_v3/hopper/decode/config.h"
 #include "flash_attention_v3/hopper/decode/params.h"
+#include "flash_attention_v3/hopper/launch/exports.h"
 #include "flash_attention_v3/hopper/launch/prefill_launch.h"
 #include "flash_attention_v3/hopper/launch/tensor_map.h"
 #include "flash_attention_v3/hopper/launch/workspace.h"
@@ -393,5 +394,5 @@ inline int64_t decode(int64_t handle, TensorView q, TensorView k, TensorView v, 
 }  // namespace jit_kernel::hopper
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(load_decode, jit_kernel::hopper::load_decode);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(partial_floats, jit_kernel::hopper::partial_floats);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(decode, jit_kernel::hopper::decode);
+JIT_KERNEL_EXPORT_CALL(partial_floats, jit_kernel::hopper::partial_floats)
+JIT_KERNEL_EXPORT_CALL(decode, jit_kernel::hopper::decode)

@@ -13,6 +13,7 @@
 #include "flash_attention_v3/hopper/launch/append_launch.h"
 #include "flash_attention_v3/hopper/launch/cached_launch.h"
 #include "flash_attention_v3/hopper/launch/decode_launch.h"
+#include "flash_attention_v3/hopper/launch/exports.h"
 #include "flash_attention_v3/hopper/launch/known_decode.h"
 #include "flash_attention_v3/hopper/launch/prefill_launch.h"
 
@@ -41,8 +42,8 @@ int64_t prepare(int64_t device) {
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(load_kernel, jit_kernel::hopper::load_kernel);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(prepare, jit_kernel::hopper::prepare);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward, jit_kernel::hopper::forward);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward_cached, jit_kernel::hopper::forward_cached);
+JIT_KERNEL_EXPORT_CALL(forward, jit_kernel::hopper::forward)
+JIT_KERNEL_EXPORT_CALL(forward_cached, jit_kernel::hopper::forward_cached)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(load_plain, jit_kernel::hopper::load_plain);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(append, jit_kernel::hopper::append);
+JIT_KERNEL_EXPORT_CALL(append, jit_kernel::hopper::append)
 JIT_KERNEL_EXPORT_KNOWN_DECODE(kDLCUDA)
