@@ -54,8 +54,9 @@ def _hopper_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[None]:
-    """One entry for each call that comes to the decode kernels."""
-    monkeypatch.setattr(hopper.decode, "attend", hopper.decode.attend)  # so that it is put back
+    """One entry for each call that a decode kernel serves."""
+    for module, name in ((hopper.decode, "attend"), (hopper.known, "_decode"), (hopper.known, "serve")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # so that it is put back
     return decode_on_gpu.count_launches()
 
 
