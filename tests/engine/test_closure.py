@@ -32,7 +32,8 @@ KINDS = {
     "cpu forward": (cpu.kernels.forward_spec("bf16"), cpu_target()),
     "cpu combine": (cpu.kernels.combine_spec(), cpu_target()),
     "hopper launcher": (of_route(hopper.all_specs(), "host"), cpu_target()),
-    "hopper kernel": (of_route(hopper.all_specs(), "cuda"), GPU),
+    "hopper kernel": (hopper.forward_spec("bf16", 128, 128, True, False), GPU),
+    "hopper decode": (hopper.decode_spec("bf16", 128, 8), GPU),
     "portable launcher": (of_route(portable.all_specs(GPU), "host"), cpu_target()),
     "portable kernel": (of_route(portable.all_specs(GPU), "triton"), GPU),
 }
@@ -86,6 +87,7 @@ INDIRECT = {
     "cpu forward": "include/jit_kernel/cpu/simd_avx2.h",
     "cpu combine": "include/jit_kernel/cpu/element.h",
     "hopper kernel": "flash_attention_v3/hopper/common/softmax.cuh",
+    "hopper decode": "flash_attention_v3/hopper/decode/schedule.cuh",
     "portable kernel": "flash_attention_v3/portable/sequence.py",
 }
 

@@ -36,7 +36,7 @@ MADE = {
     "another unit's library": f'echo >> unit.cpp; {REAL} "$@"',
 }
 EXPORTING = """
-#include "jit_kernel/cpu/ffi_arguments.h"
+#include "jit_kernel/host/ffi_arguments.h"
 static void multiply(jit_kernel::FfiArguments&) {}
 JIT_KERNEL_EXPORT(times, 1, multiply)
 """

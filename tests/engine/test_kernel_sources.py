@@ -109,7 +109,7 @@ def _number(text: str) -> float:
 def test_a_plain_call_has_the_limits_of_the_checks():
     """What a library computes unchecked is what Python's checks let through."""
     assert constants(f"{CPU}/entry/plain_call.h") == {"kMostHeadDim": cpu.kernels.MAX_HEAD_DIM}
-    assert constants(f"{WRAPPERS}/cpu/plain_tensor.h") == {
+    assert constants(f"{WRAPPERS}/host/plain_tensor.h") == {
         "kLargestNumber": values.FLOAT32_MAX,
         "kSmallestNumber": values.FLOAT32_MIN,
         "kMostSplits": values.MAX_SPLITS,

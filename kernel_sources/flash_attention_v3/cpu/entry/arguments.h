@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <optional>
 
-#include "jit_kernel/cpu/ffi_arguments.h"
+#include "jit_kernel/host/ffi_arguments.h"
 
 namespace jit_kernel {
 

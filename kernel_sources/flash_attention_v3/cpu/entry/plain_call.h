@@ -12,7 +12,7 @@
 #include "flash_attention_v3/cpu/common/params.h"
 #include "flash_attention_v3/cpu/entry/arguments.h"
 #include "jit_kernel/cpu/element.h"
-#include "jit_kernel/cpu/plain_tensor.h"
+#include "jit_kernel/host/plain_tensor.h"
 
 namespace jit_kernel {
 

@@ -10,7 +10,7 @@
 #include <tuple>
 #include <type_traits>
 
-#include "jit_kernel/cpu/ffi_arguments.h"
+#include "jit_kernel/host/ffi_arguments.h"
 
 namespace jit_kernel::hopper {
 

@@ -12,8 +12,8 @@
 #include <optional>
 
 #include "flash_attention_v3/hopper/launch/decode_launch.h"
-#include "jit_kernel/cpu/ffi_arguments.h"
-#include "jit_kernel/cpu/plain_tensor.h"
+#include "jit_kernel/host/ffi_arguments.h"
+#include "jit_kernel/host/plain_tensor.h"
 
 namespace jit_kernel::hopper {
 
