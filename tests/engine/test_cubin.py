@@ -14,6 +14,7 @@ from jit_kernel.device import Target
 from jit_kernel.engine import build, cubin, memory
 from jit_kernel.engine.build import KernelSpec
 from jit_kernel.fa3.hopper import kernels as hopper_kernels
+from jit_kernel.fa3.hopper import known
 from jit_kernel.fa3.portable import kernels as portable_kernels
 
 TARGET = Target("cuda", "sm_90a")
@@ -36,6 +37,7 @@ class Compiled:
         self.capturing = False
         self.failure: Exception | None = None
         monkeypatch.setattr(build, "is_stored", lambda spec, target: spec.route in self.stored)
+        monkeypatch.setattr(known, "_decode", None)  # so that what a launcher gives is taken back
         monkeypatch.setattr(memory, "load", self._load)
         monkeypatch.setattr(memory, "load_cubin", self._load_cubin)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
@@ -46,7 +48,11 @@ class Compiled:
         if self.failure is not None:
             raise self.failure
         loading = {"load_kernel": self._load_kernel, "load_plain": self._load_plain}
-        return {"prepare": self._prepare, **loading, "forward": "forward", "append": "append", "launch": "launch"}
+        launching = {name: name for name in ("forward", "forward_cached", "append", "decode", "launch")}
+        return {"prepare": self._prepare, **loading, **launching, "known_decode": self._known_decode}
+
+    def _known_decode(self, *arguments: Any) -> int:
+        return 0  # declined
 
     def _prepare(self, index: int) -> int:
         self.prepared.append(index)
@@ -86,7 +92,7 @@ def test_a_kernel_is_loaded_under_its_key_by_a_launcher_that_is_prepared_once(na
     assert kernels.handles == {("a",): 7, ("b",): 8}
     assert compiled.prepared == [3]
     assert len(compiled.launchers) == 1
-    expected = (64, 64, False) if name == "hopper" else ("k", "pi", 128, 64)
+    expected = (64, 64, False, False) if name == "hopper" else ("k", "pi", 128, 64)
     assert compiled.loaded == [(b"image", *expected)] * 2
     assert kernels.forward == "forward" if name == "hopper" else kernels.launch == "launch"
 
