@@ -11,6 +11,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from jit_kernel.integrations import transformers as client  # noqa: E402
+from jit_kernel.integrations.transformers import layers  # noqa: E402
 from tests.support import case_run  # noqa: E402
 
 client.register()
@@ -74,13 +75,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of jit_kernel's functions, as the client calls them."""
     made: list[str] = []
     for name in ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"):
-        function = getattr(client, name)
+        function = getattr(layers, name)
 
         def counted(*args: Any, function: Any = function, name: str = name, **kwargs: Any) -> Any:
             made.append(name)
             return function(*args, **kwargs)
 
-        monkeypatch.setattr(client, name, counted)
+        monkeypatch.setattr(layers, name, counted)
     return made
 
 
