@@ -1,8 +1,9 @@
 """Attention for Hugging Face transformers: `register()`, then `attn_implementation="jit_kernel_fa3"`.
 
 What it replaces: nothing; it adds two names, NAME and FLASH_NAME, to transformers' registries of attention functions
-and of mask functions. A model that computes its attention itself is refused when one of the names is asked of it, for
-which `PreTrainedModel.get_correct_attn_implementation` is wrapped. From transformers 5.13 on. `unregister()` undoes it.
+and of mask functions, and wraps `PreTrainedModel._check_and_adjust_attn_implementation`, where a model chooses: a model
+that computes its attention itself is refused, and for our names no package of FlashAttention is looked for. From
+transformers 5.13 on. `unregister()` undoes it.
 
 FLASH_NAME is the same attention under a name that transformers takes for FlashAttention's: `generate_batch`
 (continuous batching) wants "flash" in the name, and vision towers with ragged images then make one ragged call.
@@ -25,7 +26,7 @@ __all__ = ["FLASH_NAME", "NAME", "Mask", "attention", "make_mask", "register", "
 NAME = "jit_kernel_fa3"
 FLASH_NAME = "jit_kernel_flash"
 
-_CHOOSE = "get_correct_attn_implementation"
+_CHOOSE = "_check_and_adjust_attn_implementation"
 
 
 def register() -> None:
@@ -49,16 +50,18 @@ def unregister() -> None:
 
 
 def _refusing(choose: Any) -> Any:
-    """transformers' choice of an implementation for a model, refused where the model would not call ours."""
+    """How a model chooses its implementation, with an answer for our names."""
 
     @functools.wraps(choose)
-    def get_correct_attn_implementation(self: Any, requested_attention: str | None, *args: Any, **kwargs: Any) -> Any:
-        if requested_attention in (NAME, FLASH_NAME) and not self._can_set_attn_implementation():
+    def check_and_adjust(self: Any, attn_implementation: str | None, *args: Any, **kwargs: Any) -> Any:
+        if attn_implementation not in (NAME, FLASH_NAME):
+            return choose(self, attn_implementation, *args, **kwargs)
+        if not self._can_set_attn_implementation():
             raise NotImplementedError(
-                f"attn_implementation is {requested_attention!r}, and {type(self).__name__} computes its attention "
+                f"attn_implementation is {attn_implementation!r}, and {type(self).__name__} computes its attention "
                 "itself: it takes no attention backend. Use attn_implementation='eager' or 'sdpa'"
             )
-        return choose(self, requested_attention, *args, **kwargs)
+        return attn_implementation
 
-    get_correct_attn_implementation.of_jit_kernel = True  # type: ignore[attr-defined]
-    return get_correct_attn_implementation
+    check_and_adjust.of_jit_kernel = True  # type: ignore[attr-defined]
+    return check_and_adjust

@@ -180,4 +180,5 @@ def _refuse(dropout: float, attention_mask: object, others: dict[str, Any]) -> N
         )
     for name, value in others.items():
         if value is not None and value is not False and name not in _WITHOUT_EFFECT:
-            raise NotImplementedError(f"jit_kernel cannot honour {name}={value!r:.60}: use another attn_implementation")
+            shown = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{value!r:.60}"
+            raise NotImplementedError(f"jit_kernel cannot honour {name}, {shown}: use another attn_implementation")

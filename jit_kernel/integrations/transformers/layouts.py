@@ -58,6 +58,7 @@ def packed_rows(sequence: Tensor) -> Ragged:
 def pack(seen: Tensor, words: int) -> Tensor:
     """(b, queries, keys) bool as a draft_mask, (b * queries, words) int32, whose last bit is the last key's."""
     batch, queries, keys = seen.shape
-    wide = torch.nn.functional.pad(seen, (words * 32 - keys, 0)).reshape(batch * queries, words, 32)
+    # Padded as numbers: Inductor's C++ for a padded bool does not compile (torch 2.13, AVX2).
+    wide = torch.nn.functional.pad(seen.to(torch.int32), (words * 32 - keys, 0))
     places = torch.arange(32, dtype=torch.int32, device=seen.device)
-    return (wide.to(torch.int32) << places).sum(-1, dtype=torch.int32)
+    return (wide.reshape(batch * queries, words, 32) << places).sum(-1, dtype=torch.int32)

@@ -64,6 +64,11 @@ class Mask:
     # generate() makes the mask of a static cache before the forward pass, as if it were a tensor of four dimensions.
     ndim = 4
 
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """That of the tensor which another implementation would have, for any batch and head."""
+        return 1, 1, self.queries, self.keys
+
     def contiguous(self) -> Mask:
         """This mask; make_mask() gets it back and hands it on."""
         return self
