@@ -12,8 +12,13 @@ Tensors must lie in memory. A lazily negated view (torch's neg and conj) is reso
 of an asynchronous collective is waited for; neither may be written. TypeError, by name: subclasses without memory of
 their own (DTensor), nested, sparse and efficient zero tensors. Fake tensors, make_fx, torch.jit.trace, torch.compile
 and torch.export get the operators torch.ops.jit_kernel.*; NotImplementedError, by name: an argument that torch.vmap
-batches, torch.func.functionalize wraps, or a derivative is asked of (requires_grad in grad mode, a forward-mode
-tangent in any).
+batches, torch.func.functionalize wraps or torch.func differentiates, or that has a forward-mode tangent.
+
+Gradients: in grad mode q, k and v of flash_attn_func and flash_attn_varlen_func may require grad, on a CPU and on CUDA.
+torch's own backward operators give the gradients, with this out and lse: dense and ragged calls, causal, windows,
+grouped heads. NotImplementedError, by name, where they have none: softcap, sinks, attention_chunk, qv, pages, seqused,
+draft_mask, float8, out; an argument of another function that requires grad; second derivatives. lse carries no
+gradient, as in FlashAttention-3.
 
 What is written, out and a cache that is appended to, shares no byte with another tensor of the call, and none with
 itself: ValueError. Slices that lie between each other's rows share none (q, k, v and out of one buffer).
@@ -157,9 +162,8 @@ def flash_attn_varlen_func(
 
     Raises ValueError or TypeError that name the argument, for a bad shape, dtype, device, stride or value, before
     anything is launched or written (index tensors' values on the CPU, elsewhere under JIT_KERNEL_CHECK_INDICES=1);
-    NotImplementedError, with every implementation's reason, for what the device cannot do, and for an input that
-    requires grad in grad mode or has a forward-mode tangent; what `jit_kernel.jit.load` raises when a kernel can be
-    neither loaded nor compiled.
+    NotImplementedError, with every implementation's reason, for what the device cannot do, and for a derivative that is
+    asked for and that nothing gives; what `jit_kernel.jit.load` raises when a kernel can be neither loaded nor compiled.
     """
     call = (
         VARLEN, q, k, v, softmax_scale, causal, window_size, attention_chunk, softcap, num_splits, return_softmax_lse,
