@@ -241,7 +241,7 @@ def _must(drawn: Drawn, made: dict[str, Made]) -> str:
 
 
 def _must_as(name: str, kind: kinds.Kind, drawn: Drawn) -> str:
-    """What is left open by an argument's kind. torch's backward operators give some gradients; `_read` looks for them."""
+    """What an argument's kind leaves open. torch's backward operators give some gradients: `_read` looks for them."""
     nobody_asks = drawn.surroundings in ("no grad", "inference")
     may_have = kind.name in GRADIENTS and name in ("q", "k", "v") and drawn.function != "flash_attn_with_kvcache"
     return "either" if may_have or (nobody_asks and kind.name in DERIVATIVES) else kind.must
@@ -281,10 +281,9 @@ def _read(result: Any, drawn: Drawn, made: dict[str, Made], given: dict[str, Any
         for x in parts:
             if x.is_floating_point() and fwAD._current_level >= 0 and fwAD.unpack_dual(x).tangent is None:
                 raise FaultError("wrong", f"the tangent of {asks[0]} was dropped in silence")
-    for name, kind in drawn.kinds:
-        if name in made and kind.name in GRADIENTS and drawn.surroundings not in ("no grad", "inference"):
-            if not parts[0].requires_grad:
-                raise FaultError("wrong", f"the gradient of {name} was dropped in silence")
+    asks = [name for name, kind in drawn.kinds if name in made and kind.name in GRADIENTS]
+    if asks and drawn.surroundings not in ("no grad", "inference") and not parts[0].requires_grad:
+        raise FaultError("wrong", f"the gradient of {asks[0]} was dropped in silence")
     if _must(drawn, made) == "refuse":
         which = [f"{name} as {kind.name}" for name, kind in drawn.kinds if name in made and kind.must == "refuse"]
         raise FaultError("wrong", f"answered a call that must be refused: {', '.join(which)}")
