@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jit_kernel.engine.progress import warn_once
 from jit_kernel.flash_attention_v3 import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
-from jit_kernel.integrations import counters
+from jit_kernel.integrations import told
 from jit_kernel.integrations.transformers.layouts import Ragged
 from jit_kernel.integrations.transformers.masks import Mask
 
@@ -78,7 +77,7 @@ def attention(
         return _by_sdpa(query, key, value, mask, settings), None
     else:
         found = _with_layout(q, k[:, : mask.keys], v[:, : mask.keys], mask, settings)
-    _count("served")
+    told.served(HOST)
     return found, None
 
 
@@ -140,30 +139,12 @@ def _by_sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Mask, settings: Se
                 "attn_implementation='eager'"
             )
     assert mask.seen is not None
-    _count("passed on", "a gradient through a mask that is neither causal nor a window")
+    told.passed_on(HOST, "a gradient through a mask that is neither causal nor a window")
     found = torch.nn.functional.scaled_dot_product_attention(
         query, key[:, :, : mask.keys], value[:, :, : mask.keys],
         attn_mask=mask.seen, scale=settings["softmax_scale"], enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
     return found.transpose(1, 2)
-
-
-def _count(outcome: counters.Outcome, reason: str = "") -> None:
-    """Count a call; of a traced one, that it was traced: the program that torch.compile makes counts nothing."""
-    if torch.compiler.is_dynamo_compiling():
-        _count_once(outcome, reason)
-    else:
-        _count_now(outcome, reason)
-
-
-def _count_now(outcome: counters.Outcome, reason: str) -> None:
-    counters.count(HOST, outcome, reason)
-    if reason:
-        warn_once(f"{HOST}: {reason}: torch's SDPA computes it", (HOST, reason))
-
-
-# torch.compile calls it while it traces, and keeps the answer: nothing of it is in the compiled program.
-_count_once: Any = torch.compiler.assume_constant_result(_count_now)  # type: ignore[no-untyped-call]
 
 
 def _refuse(dropout: float, attention_mask: object, others: dict[str, Any]) -> None:
