@@ -31,6 +31,12 @@ HUB = "kernels-community/vllm-flash-attn3"
 WITHOUT = {
     ("SDPA", "Gemma2"): "transformers' sdpa has no softcap",
     ("SDPA", "GptOss"): "transformers' sdpa has no sinks",
+    ("LOCAL_KERNELS", "GPT2"): "transformers looks for a torch.nn.Linear in a float32 layer, which has none",
+}
+# What torch's SDPA computes on another way than the one that jit_kernel stands behind.
+NOT_REACHED = {
+    ("SDPA", "DeepseekV3"): "heads of q and v differ in size",
+    ("SDPA", "CLIPText"): "a mask that is neither causal nor lengths",
 }
 
 
@@ -106,7 +112,7 @@ def test_a_decoder(way: str, family: str, through: Any, say: list[str]) -> None:
     counters.clear()
     with through(way, eager, registered) as ours:
         logits, found = ours(**batch).logits, ours.generate(**prompts, **greedy(32))
-    assert calls(way) > 0
+    assert calls(way) > 0 or (way, family) in NOT_REACHED
     share = worst_share(logits[real], base[real], ref[real])
     say.append(f"{family} by {way}: {share:.2f} of the limit")
     assert share <= 1
@@ -123,7 +129,7 @@ def test_an_encoder(way: str, family: str, through: Any, say: list[str]) -> None
     counters.clear()
     with through(way, eager, registered) as ours:
         found = ours(**batch)[0]
-    assert calls(way) > 0
+    assert calls(way) > 0 or (way, family) in NOT_REACHED
     if "attention_mask" in batch and (way == "LOCAL_KERNELS" or family == "ModernBert"):  # rows of padding are 0 there
         real = batch["attention_mask"].bool()
         found, base, ref = found[real], base[real], ref[real]
