@@ -2,11 +2,11 @@
 
 usage: python benchmarks/sdpa.py [--device cpu|cuda] [--threads 2] [--seconds 3] [--rounds 5] [--select decode ...]
 
-On the CPU both take turns, round after round, in an order that changes, and medians are compared: prefill, decode in
-bf16, and prefill in fp32. With --device cuda: the 18 cells of hopper_prefill.py beside torch's flash backend (FlashAttention
-2), forwards and with the backward pass, which is torch's own for both; and how far both gradients are from float64, as
-a share of the limit of tests/support/gradients.py, by which a gradient may be twice as far as torch's. Appends JSON
-lines to benchmarks/results/sdpa.jsonl.
+On the CPU both take turns, round after round, in an order that changes, and medians are compared: prefill and decode in
+bf16, prefill in fp32. With --device cuda: the 18 cells of hopper_prefill.py beside torch's flash backend, which is
+FlashAttention 2, forwards and with the backward pass, which is torch's own for both; and how far both gradients are
+from float64, as a share of the limit of tests/support/gradients.py, by which a gradient may be twice as far as torch's.
+Appends JSON lines to benchmarks/results/sdpa.jsonl.
 """
 
 from __future__ import annotations
