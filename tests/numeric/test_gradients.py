@@ -98,6 +98,42 @@ def test_ragged(device, dtype):
     assert not found[1][9:12].any()  # keys of the sequence without queries
 
 
+@each_device
+@pytest.mark.parametrize("dense_side", ["q", "k", "both"])
+def test_ragged_on_one_side(dense_side, device):
+    """Queries or keys of one length beside offsets of the others: the gradients of the call with both offsets."""
+    q, k, v, g = Shape(8, 8).tensors(torch.bfloat16, device)
+    offsets = torch.tensor([0, 8, 16], dtype=torch.int32, device=device)
+
+    def found(q: Tensor, k: Tensor, v: Tensor, offsets_q: Tensor | None, offsets_k: Tensor | None) -> gradients.Three:
+        inputs = tuple(each.requires_grad_() for each in (q, k, v))
+        out = flash_attn_varlen_func(*inputs, offsets_q, offsets_k, 8, 8, causal=True)
+        return of(out, inputs, g.reshape(out.shape))
+
+    flat = [each.detach().flatten(0, 1) for each in (q, k, v)]
+    expected = found(*flat, offsets, offsets)
+    rows = [q] if dense_side != "k" else flat[:1]
+    keys = [k, v] if dense_side != "q" else flat[1:]
+    starts = [None if dense_side in (side, "both") else offsets for side in ("q", "k")]
+    ours = found(*(each.detach() for each in (*rows, *keys)), *starts)
+    for one, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one.reshape(other.shape), other, rtol=2**-8, atol=2**-8)
+
+
+def test_the_operator_is_what_it_says():
+    """Its schema and its fake implementation, dense and ragged, with an empty side."""
+    for shape in (Shape(5, 7, batch=1), Shape(5, 0, batch=1)):
+        q, k, v, g = shape.tensors(torch.float32)
+        out, lse = flash_attn_func(q, k, v, return_softmax_lse=True)
+        dense_case = (g, q, k, v, out, lse, None, None, 5, shape.sk, None, True, -1, -1)
+        starts = [torch.tensor([0, rows], dtype=torch.int32) for rows in (5, shape.sk)]
+        flat = (each[0] for each in (g, q, k, v, out, lse))
+        for case in (dense_case, (*flat, *starts, 5, shape.sk, 0.5, False, 3, 2)):
+            torch.library.opcheck(
+                torch.ops.jit_kernel.backward.default, case, test_utils=("test_schema", "test_faketensor")
+            )
+
+
 def test_the_rule_refuses_a_mask_that_is_off_by_one():
     shape = SHAPES["causal, more keys"]
     q, k, v, g = shape.tensors(torch.bfloat16)
