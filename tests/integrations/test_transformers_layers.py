@@ -33,6 +33,7 @@ PLACES = {
     "static prompt": (8, 20, 0, 0),
     "static step": (1, 20, 11, 0),
     "window's cache": (2, 8, 10, 4),
+    "before the last keys": (5, 12, 3, 0),
 }
 PADDINGS = ("none", "left", "right", "holes", "both")
 
@@ -64,6 +65,8 @@ def functions(tokens: int, kind: str) -> dict[str, Any]:
             utils.sliding_window_causal_mask_function(3), utils.chunked_overlay(4, left)
         ),
         "bidirectional": utils.bidirectional_mask_function,
+        "bidirectional window": utils.sliding_window_bidirectional_mask_function(2),
+        "every other": utils.and_masks(utils.bidirectional_mask_function, lambda b, h, q, k: (q - k) % 2 == 0),
         "prefix": utils.or_masks(utils.causal_mask_function, lambda b, h, q, k: k < 3),
     }
 
@@ -81,12 +84,13 @@ def expected(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tens
     return (scores.softmax(dim=-1).nan_to_num(0.0) @ v).transpose(1, 2)
 
 
+BOTH_WAYS = ("bidirectional", "bidirectional window", "every other")
 CASES = [
     (name, place, kind)
     for name, place, kind in itertools.product(functions(12, "none"), PLACES, PADDINGS)
-    # A cache that dropped keys holds a window's; what is not causal has no queries behind the first keys.
-    if not (place == "window's cache" and name not in ("window", "chunk"))
-    and not (name == "bidirectional" and place not in ("prompt", "static prompt"))
+    if not (place == "window's cache" and name not in ("window", "chunk"))  # the one whose first keys are gone
+    and not (name in BOTH_WAYS and place.startswith("static"))  # whose room would be seen
+    and not (name == "bidirectional window" and kind != "none")  # where rows of padding are 0
 ]
 
 
