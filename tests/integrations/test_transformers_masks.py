@@ -17,7 +17,7 @@ from transformers.masking_utils import causal_mask_function, sliding_window_caus
 
 from jit_kernel.integrations import transformers as client  # noqa: E402
 from jit_kernel.integrations.transformers import masks, recognise  # noqa: E402
-from jit_kernel.integrations.transformers.layouts import pack  # noqa: E402
+from jit_kernel.integrations.transformers.layouts import pack, pack_traced  # noqa: E402
 from tests.support import case_run  # noqa: E402
 from tests.support.hf_models import FAMILIES, NEAR, SMALL, greedy, llama, tokens  # noqa: E402
 
@@ -169,10 +169,11 @@ def test_bits_and_settings_say_the_same() -> None:
     assert recognise.recognise(causal_mask_function, False) == recognise.Kind(causal=True)
 
 
-def test_the_last_bit_is_the_last_keys() -> None:
-    seen = torch.zeros(1, 1, 35, dtype=torch.bool)
-    seen[0, 0, 34] = seen[0, 0, 0] = True
-    assert pack(seen, 2).tolist() == [[1 << 29, -(1 << 31)]]
+@pytest.mark.parametrize("function", [pack, pack_traced])
+def test_the_last_bit_is_the_last_keys(function: Any) -> None:
+    seen = torch.zeros(2, 1, 35, dtype=torch.bool)
+    seen[1, 0, 34] = seen[1, 0, 0] = True
+    assert function(seen, 2).tolist() == [[0, 0], [1 << 29, -(1 << 31)]]
 
 
 TINY = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -58,7 +58,20 @@ def packed_rows(sequence: Tensor) -> Ragged:
 def pack(seen: Tensor, words: int) -> Tensor:
     """(b, queries, keys) bool as a draft_mask, (b * queries, words) int32, whose last bit is the last key's."""
     batch, queries, keys = seen.shape
-    # Padded as numbers: Inductor's C++ for a padded bool does not compile (torch 2.13, AVX2).
-    wide = torch.nn.functional.pad(seen.to(torch.int32), (words * 32 - keys, 0))
-    places = torch.arange(32, dtype=torch.int32, device=seen.device)
-    return (wide.reshape(batch * queries, words, 32) << places).sum(-1, dtype=torch.int32)
+    bits = torch.arange(32, dtype=torch.int32, device=seen.device)
+    wide = torch.nn.functional.pad(seen, (words * 32 - keys, 0)).reshape(batch * queries, words, 32)
+    return (wide.to(torch.int32) << bits).sum(-1, dtype=torch.int32)
+
+
+def pack_traced(seen: Tensor, words: int) -> Tensor:
+    """The same for a program of any size, seven times as slow where nothing compiles it.
+
+    Looked up instead of padded and reshaped: torch.export cannot prove that sizes divide which are symbols, and
+    Inductor's C++ for a padded bool does not compile (torch 2.13, AVX2).
+    """
+    batch, queries, keys = seen.shape
+    bits = torch.arange(32, dtype=torch.int32, device=seen.device)
+    place = torch.arange(words, device=seen.device)[:, None] * 32 + bits + (keys - words * 32)
+    row = torch.arange(batch * queries, device=seen.device)[:, None, None]
+    held = seen[row // queries, row % queries, place.clamp(min=0)].to(torch.int32) * (place >= 0)
+    return (held << bits).sum(-1, dtype=torch.int32)

@@ -16,7 +16,14 @@ from torch import Tensor
 from transformers.masking_utils import causal_mask_function
 
 from jit_kernel.fa3.checks import plain
-from jit_kernel.integrations.transformers.layouts import Ragged, pack, packed_rows, padded_rows, rows_behind
+from jit_kernel.integrations.transformers.layouts import (
+    Ragged,
+    pack,
+    pack_traced,
+    packed_rows,
+    padded_rows,
+    rows_behind,
+)
 from jit_kernel.integrations.transformers.recognise import UNBOUNDED, UNKNOWN, Kind, evaluate, recognise
 
 
@@ -134,7 +141,7 @@ def make_mask(
         sizes = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "q_offset": q_offset}
         seen = evaluate(mask_function, {**sizes, "kv_offset": kv_offset, "device": device}, use_vmap)
         shift = lengths if traced and kind.causal else None
-        found = _with_bits(settings, seen, real, shift)
+        found = _with_bits(settings, seen, real, shift, traced)
     if lengths is not None and kind.causal and (traced or (q_length < keys and found.ragged is None)):
         found = replace(found, keys=kv_length, lengths=lengths)  # no number that the next token changes
     return found
@@ -179,7 +186,7 @@ def _laid_out(settings: Mask, packed: Tensor | None, real: Tensor | None) -> Mas
     return replace(settings, ragged=ragged, behind=rows_behind(ragged, behind), padded=True)
 
 
-def _with_bits(settings: Mask, seen: Tensor, real: Tensor | None, lengths: Tensor | None) -> Mask:
+def _with_bits(settings: Mask, seen: Tensor, real: Tensor | None, lengths: Tensor | None, traced: bool) -> Mask:
     """`settings` and a bit for each query and key. seen: (b, 1, queries, room); lengths: (b,), for a traced cache."""
     room, keys = seen.shape[-1], settings.keys
     seen = seen[..., :keys]
@@ -192,7 +199,8 @@ def _with_bits(settings: Mask, seen: Tensor, real: Tensor | None, lengths: Tenso
     return replace(
         settings,
         attention_chunk=0,  # the bits have it
-        bits=pack(flat, -(-room // 32)),
+        # Never one word where a program is traced: torch takes a size of 1 for a fact of every length.
+        bits=pack_traced(flat, room // 32 + 2) if traced else pack(flat, -(-room // 32)),
         seen=seen if torch.is_grad_enabled() else None,
         padded=real is not None,
     )
