@@ -6,6 +6,7 @@
 #include "flash_attention_v3/hopper/decode/config.h"
 #include "flash_attention_v3/hopper/decode/consumer.cuh"
 #include "flash_attention_v3/hopper/decode/producer.cuh"
+#include "jit_kernel/cuda/overlap.cuh"
 
 namespace jit_kernel::hopper {
 
@@ -27,6 +28,8 @@ __device__ __forceinline__ void decode(const DecodeParams& params, char* base) {
       mbarrier_init(shared.barrier(index), arrivals);
       mbarrier_init_fence();
     }
+    wait_for_previous_kernel();
+    let_next_kernel_start();
     __syncthreads();
     if constexpr (C::kStreams == 2) raise_registers<C::kConsumerRegisters>();
     const int stream = uniform(threadIdx.x / 128 - 1);
@@ -39,7 +42,9 @@ __device__ __forceinline__ void decode(const DecodeParams& params, char* base) {
     tma_prefetch_descriptor(threadIdx.x == 0 ? &params.k.map : &params.v.map);
   }
   if (params.in_clusters && threadIdx.x >= 96) prefetch_places(params, blockIdx.z);
-  // Lengths are on their way while the barriers are made.
+  // All that another kernel writes is read behind this, lengths before the barriers are made.
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   DecodeSchedule schedule(params);
   DecodeItem item;
   bool found;

@@ -344,13 +344,11 @@ inline int64_t launch_decode(DecodeVariant& variant, const DecodeCall& call) {
   void* arguments[] = {&params};
   const unsigned groups = static_cast<unsigned>(params.heads_k / params.heads_of_block);
   const unsigned parts_of_head = static_cast<unsigned>(params.parts);
-  if (params.in_clusters) {
-    variant.kernel.launch_clusters(device,
-                                   {parts_of_head, groups, static_cast<unsigned>(params.batch)},
-                                   kClusterParts, arguments);
-  } else {
-    variant.kernel.launch(device, {groups, parts_of_head}, arguments);
-  }
+  const cuda::Grid grid =
+      params.in_clusters ? cuda::Grid{parts_of_head, groups, static_cast<unsigned>(params.batch)}
+                         : cuda::Grid{groups, parts_of_head};
+  variant.kernel.launch_overlapped(device, grid, params.in_clusters ? kClusterParts : 1u,
+                                   arguments);
   return kLaunched;
 }
 
