@@ -59,8 +59,20 @@ struct DecodeConfig {
   static constexpr int kOffsetQueries = kOffsetStatistics + kStreams * kBytesStatistics;
   static constexpr int kOffsetItem = kOffsetQueries + kStreams * kRows * 16;
   static constexpr int kOffsetBarriers = kOffsetItem + kDecodeItemSlots * 64;
-  static constexpr int kBarriers = 2 * kStages + 2 * kDecodeItemSlots;
-  static constexpr int kSharedBytes = kOffsetBarriers + kBarriers * 8;
+  static constexpr int kBarriers = 2 * kStages + 2 * kDecodeItemSlots + 1;
+  static constexpr int kOffsetEnd = kOffsetBarriers + kBarriers * 8;
+  // What the blocks of a cluster send each other, four numbers of a row with their reference and
+  // sum from each: behind all else, or among the tiles, behind the streams' own results.
+  static constexpr int kQuadsOfBlock = kRows * kHeadDim / 4 / kClusterParts;
+  static constexpr int kBytesOfQuad = 24;
+  static constexpr int kBytesIncoming = kClusterParts * kQuadsOfBlock * kBytesOfQuad;
+  static constexpr int kBytesResults = kStreams * kRows * kHeadDim * 4;
+  static constexpr int kOffsetBehind = (kOffsetEnd + 15) / 16 * 16;
+  static constexpr bool kRoomForIncoming = kOffsetBehind + kBytesIncoming <= 227 * 1024;
+  static constexpr int kOffsetIncoming =
+      kRoomForIncoming ? kOffsetBehind : kOffsetTiles + kBytesResults;
+  static constexpr int kSharedBytes =
+      kRoomForIncoming ? kOffsetBehind + kBytesIncoming : kOffsetEnd;
   static constexpr int kPartialFloats = kRows * (kHeadDim + 2);
 
   static_assert(kStreams == 1 ||
@@ -70,6 +82,9 @@ struct DecodeConfig {
   static_assert(kRows % 8 == 0 && kRows <= 64, "columns of one wgmma");
   static_assert(kHeadDim % kDecodePanel == 0, "head sizes are padded to a panel");
   static_assert(kStages >= 3, "keys and values of a block, and something on its way");
+  static_assert(kOffsetIncoming + kBytesIncoming <=
+                    (kRoomForIncoming ? kSharedBytes : kOffsetStatistics),
+                "results and what others send lie where the tiles did");
   static_assert(kSharedBytes <= 227 * 1024, "a block of sm_90 has 227 KiB of shared memory");
 };
 

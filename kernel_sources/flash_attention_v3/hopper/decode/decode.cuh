@@ -20,14 +20,16 @@ __device__ __forceinline__ void decode(const DecodeParams& params, char* base) {
   if (threadIdx.x >= 128) {
     const int index = threadIdx.x - 128;
     if (index < C::kBarriers) {
-      // Tiles become full and empty, then items.
+      // Tiles become full and empty, then items; what the cluster sends is here.
       const int arrivals = index < C::kStages                          ? (by_boxes ? 1 : 128)
                            : index < 2 * C::kStages                    ? 4 * C::kStreams
                            : index < 2 * C::kStages + kDecodeItemSlots ? 1
-                                                                       : 4 * C::kStreams;
+                           : index < C::kBarriers - 1                  ? 4 * C::kStreams
+                                                                       : 1;
       mbarrier_init(shared.barrier(index), arrivals);
       mbarrier_init_fence();
     }
+    if (params.in_clusters) cluster_arrive();
     wait_for_previous_kernel();
     let_next_kernel_start();
     __syncthreads();
@@ -41,10 +43,15 @@ __device__ __forceinline__ void decode(const DecodeParams& params, char* base) {
   if (by_boxes && threadIdx.x < 2) {
     tma_prefetch_descriptor(threadIdx.x == 0 ? &params.k.map : &params.v.map);
   }
-  if (params.in_clusters && threadIdx.x >= 96) prefetch_places(params, blockIdx.z);
+  if (params.in_clusters) {
+    cluster_arrive();
+    if (threadIdx.x >= 96) prefetch_places(params, blockIdx.z);
+  }
   // All that another kernel writes is read behind this, lengths before the barriers are made.
   wait_for_previous_kernel();
   let_next_kernel_start();
+  EarlyPlaces early;
+  if (params.in_clusters && by_boxes) early.ask(params, blockIdx.z);
   DecodeSchedule schedule(params);
   DecodeItem item;
   bool found;
@@ -57,8 +64,10 @@ __device__ __forceinline__ void decode(const DecodeParams& params, char* base) {
   __syncthreads();
   if constexpr (C::kStreams == 2) lower_registers<C::kProducerRegisters>();
   if (params.clear_rest && threadIdx.x >= 96) clear_other_rows(params);
-  if (by_boxes && static_cast<int>(threadIdx.x) >= 32 * max(2, params.copy_warps)) return;
-  produce_items<C>(params, shared, schedule, item, found, head);
+  if (!by_boxes || static_cast<int>(threadIdx.x) < 32 * max(2, params.copy_warps)) {
+    produce_items<C>(params, shared, schedule, item, found, head, early);
+  }
+  if (params.in_clusters) cluster_wait();
 }
 
 }  // namespace jit_kernel::hopper

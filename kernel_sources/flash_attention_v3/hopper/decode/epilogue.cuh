@@ -309,22 +309,68 @@ __device__ __forceinline__ void merge_parts(const DecodeParams& params, const De
   }
 }
 
+// A block of a cluster says that it runs; every thread, which waits for the others before it ends.
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+}
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
 // The address of the same place in another block's shared memory.
-__device__ __forceinline__ u32 in_block(const void* pointer, int rank) {
-  u32 address;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;"
-      : "=r"(address)
-      : "r"(shared_address(pointer)), "r"(rank));
-  return address;
+__device__ __forceinline__ u32 in_block(u32 address, int rank) {
+  u32 there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
 }
 
-// The results of a cluster's streams, each in its own shared memory, become one: each of its
-// threads has some of the numbers. All consumer threads; both streams of a block have the same
-// head.
+// A quad of results with its reference and sum, to another block's memory, whose barrier counts the
+// bytes.
+__device__ __forceinline__ void send_quad(u32 quad, u32 end, u32 barrier, const MergedQuad& own) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(quad),
+      "f"(own.total.x), "f"(own.total.y), "f"(own.total.z), "f"(own.total.w), "r"(barrier)
+      : "memory");
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
+          end),
+      "f"(own.top), "f"(own.sum), "r"(barrier)
+      : "memory");
+}
+
+// The results of a block's streams, which have the same head, join and are sent to the blocks of
+// the cluster: quad i of all rows is block i % kClusterParts's. `thread`: of all consumers.
+template <class C>
+__device__ __forceinline__ void send_results(const DecodeShared<C>& shared, int part, int quads,
+                                             int thread) {
+  constexpr int kQuads = C::kHeadDim / 4, kResults = C::kRows * C::kHeadDim;
+  const float* const results = reinterpret_cast<const float*>(shared.base + C::kOffsetTiles);
+  const float2* const ends = reinterpret_cast<const float2*>(shared.base);
+#pragma unroll 1
+  for (int at = thread; at < quads; at += 128 * C::kStreams) {
+    float4 value[C::kStreams];
+    float2 end[C::kStreams];
+#pragma unroll
+    for (int of = 0; of < C::kStreams; ++of) {
+      value[of] = *reinterpret_cast<const float4*>(results + of * kResults + 4 * at);
+      end[of] = ends[of * C::kRows + at / kQuads];
+    }
+    MergedQuad own;
+    own.add(value, end);
+    const int owner = at % kClusterParts, place = at / kClusterParts;
+    send_quad(in_block(shared_address(shared.incoming_quads(part) + place), owner),
+              in_block(shared_address(shared.incoming_ends(part) + place), owner),
+              in_block(shared.incoming_full(), owner), own);
+  }
+}
+
+// The results of a cluster's streams become one: each of its threads has some of the numbers. Who
+// writes into another block's memory waits for nothing; to read it takes 700 cycles, and a barrier
+// of the cluster that releases writes waits for all memory of the GPU. All consumer threads.
 template <class C>
 __device__ __forceinline__ void merge_in_cluster(const DecodeParams& params, const DecodeItem& item,
                                                  const DecodeShared<C>& shared, int stream,
@@ -343,41 +389,37 @@ __device__ __forceinline__ void merge_in_cluster(const DecodeParams& params, con
       at[64 * panel + 8] = output[panel][i / 2 * 4 + 2 + i % 2];
     }
   }
-  const int thread = threadIdx.x % 128;
+  const int thread = threadIdx.x % 128, of_all = stream * 128 + thread;
   // References and sums where the queries lay.
-  float2* const ends = reinterpret_cast<float2*>(shared.base);
   if (thread < C::kRows) {
-    ends[stream * C::kRows + thread] = {shared.references(stream)[thread],
-                                        sum_of(shared, stream, thread)};
+    reinterpret_cast<float2*>(shared.base)[stream * C::kRows + thread] = {
+        shared.references(stream)[thread], sum_of(shared, stream, thread)};
   }
-  cluster_sync();
-  const int rows = min(C::kRows, item.len_q * params.group);
-  constexpr int kThreads = 128 * C::kStreams * kClusterParts;
+  const int quads = min(C::kRows, item.len_q * params.group) * kQuads;
+  if (of_all == 0) {
+    mbarrier_arrive_expect(shared.incoming_full(), quads * C::kBytesOfQuad);
+  }
+  named_barrier_sync(kStreamsBarrier, 128 * C::kStreams);
+  cluster_wait();  // all blocks run
+  if constexpr (!C::kRoomForIncoming) cluster_sync();  // and are done with their tiles
+  send_results<C>(shared, part, quads, of_all);
+  mbarrier_wait(shared.incoming_full(), 0);
 #pragma unroll 1
-  for (int at = (threadIdx.x - 128) * kClusterParts + part; at < rows * kQuads; at += kThreads) {
+  for (int place = of_all; place * kClusterParts < quads; place += 128 * C::kStreams) {
+    const int at = place * kClusterParts + part;
     const int index = at / kQuads, quad = at % kQuads;
     if (quad * 4 >= params.head_dim_v) continue;
-    MergedQuad merged;
-#pragma unroll 1
-    for (int of = 0; of < C::kStreams; ++of) {
-      float4 value[kClusterParts];
-      float2 end[kClusterParts];
+    float4 value[kClusterParts];
+    float2 end[kClusterParts];
 #pragma unroll
-      for (int i = 0; i < kClusterParts; ++i) {
-        asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                     : "=f"(value[i].x), "=f"(value[i].y), "=f"(value[i].z), "=f"(value[i].w)
-                     : "r"(in_block(results + of * kResults + index * C::kHeadDim + 4 * quad, i))
-                     : "memory");
-        asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];"
-                     : "=f"(end[i].x), "=f"(end[i].y)
-                     : "r"(in_block(ends + of * C::kRows + index, i))
-                     : "memory");
-      }
-      merged.add(value, end);
+    for (int i = 0; i < kClusterParts; ++i) {
+      value[i] = shared.incoming_quads(i)[place];
+      end[i] = shared.incoming_ends(i)[place];
     }
+    MergedQuad merged;
+    merged.add(value, end);
     merged.store<typename C::Element>(params, item, *shared.query(stream, index), quad);
   }
-  cluster_sync();  // no block leaves while another one reads its memory
 }
 
 // Rows of out that belong to no query become 0, their lse -inf: one warp of each block.

@@ -43,11 +43,43 @@ __device__ __forceinline__ void prefetch_places(const DecodeParams& params, int 
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address) : "memory");
 }
 
+// The first 64 places of a sequence's row of the page table, two a lane, asked for before
+// its length is known: else one would wait for the other.
+struct EarlyPlaces {
+  static constexpr int kOfLane = 2;
+  int places[kOfLane];
+  bool known = false;
+
+  __device__ __forceinline__ void ask(const DecodeParams& params, int batch) {
+    if (params.page_table == nullptr || params.cache_batch_idx != nullptr) return;
+    const int columns = divide(params.rows_k, params.place_multiplier, params.place_shift);
+    const int* const table = params.page_table + batch * params.page_table_stride;
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) {
+      const int column = 32 * i + threadIdx.x % 32;
+      places[i] = column < columns ? table[column] : 0;
+    }
+    known = true;
+  }
+
+  // By all lanes of a warp. Whether the place of a column is here, and which it is.
+  __device__ __forceinline__ bool find(int column, int& place) const {
+    if (!known) return false;
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) {
+      const int found = __shfl_sync(0xffffffffu, places[i], column % 32);
+      if (column / 32 == i) place = found;
+    }
+    return column < 32 * kOfLane;
+  }
+};
+
 template <class C>
 struct DecodeProducer {
   const DecodeParams& params;
   const DecodeShared<C> shared;
   const int head;  // the first of this block
+  const EarlyPlaces& early;
   RingPosition<C::kStages> at;
 
   // Blocks of keys in a stage: each stream's own of one head, or the same of two.
@@ -58,7 +90,10 @@ struct DecodeProducer {
   // The place of a row's box; 0 for a box without a row that is seen, whose page is not looked up.
   __device__ __forceinline__ int place_of(const DecodeItem& item, const CachePlaces& places,
                                           int row) const {
-    return is_needed(item, row) ? places.place(row) : 0;
+    int place = 0;
+    const bool is_early = early.find(places.index(row), place);
+    if (!is_needed(item, row)) return 0;
+    return is_early ? place : places.place(row);
   }
   __device__ __forceinline__ bool is_needed(const DecodeItem& item, int row) const {
     return row < min(item.high, item.block_end * kDecodeKeys) && row + params.box_rows > item.low;
@@ -215,8 +250,8 @@ template <class C>
 __device__ __forceinline__ void produce_items(const DecodeParams& params,
                                               const DecodeShared<C>& shared,
                                               DecodeSchedule& schedule, DecodeItem& item,
-                                              bool found, int head) {
-  DecodeProducer<C> producer{params, shared, head};
+                                              bool found, int head, const EarlyPlaces& early) {
+  DecodeProducer<C> producer{params, shared, head, early};
   RingPosition<kDecodeItemSlots> at;
 #pragma unroll 1
   while (true) {

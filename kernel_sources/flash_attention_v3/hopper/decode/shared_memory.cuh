@@ -31,6 +31,13 @@ struct DecodeShared {
   __device__ DecodeItem* item(int slot) const {
     return reinterpret_cast<DecodeItem*>(base + C::kOffsetItem + slot * 64);
   }
+  // What block `part` of the cluster sends: quads of its results, then a reference and a sum each.
+  __device__ float4* incoming_quads(int part) const {
+    return reinterpret_cast<float4*>(base + C::kOffsetIncoming) + part * C::kQuadsOfBlock;
+  }
+  __device__ float2* incoming_ends(int part) const {
+    return reinterpret_cast<float2*>(incoming_quads(kClusterParts)) + part * C::kQuadsOfBlock;
+  }
   __device__ u32 barrier(int index) const { return address(C::kOffsetBarriers + 8 * index); }
   __device__ u32 full(int stage) const { return barrier(stage); }
   __device__ u32 empty(int stage) const { return barrier(C::kStages + stage); }
@@ -38,6 +45,7 @@ struct DecodeShared {
   __device__ u32 item_empty(int slot) const {
     return barrier(2 * C::kStages + kDecodeItemSlots + slot);
   }
+  __device__ u32 incoming_full() const { return barrier(C::kBarriers - 1); }
 };
 
 }  // namespace jit_kernel::hopper
