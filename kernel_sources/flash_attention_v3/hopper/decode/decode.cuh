@@ -45,7 +45,7 @@ __device__ __forceinline__ void decode(const DecodeParams& params, char* base) {
   }
   if (params.in_clusters) {
     cluster_arrive();
-    if (threadIdx.x >= 96) prefetch_places(params, blockIdx.z);
+    if (threadIdx.x >= 96) prefetch_places(params, blockIdx.z, part);
   }
   // All that another kernel writes is read behind this, lengths before the barriers are made.
   wait_for_previous_kernel();
@@ -55,7 +55,7 @@ __device__ __forceinline__ void decode(const DecodeParams& params, char* base) {
   DecodeSchedule schedule(params);
   DecodeItem item;
   bool found;
-  if (params.in_clusters) {
+  if (__builtin_expect(params.in_clusters, 1)) {
     found = item_of_cluster(params, blockIdx.z, part, item);
   } else {
     schedule.start(part);
@@ -63,10 +63,11 @@ __device__ __forceinline__ void decode(const DecodeParams& params, char* base) {
   }
   __syncthreads();
   if constexpr (C::kStreams == 2) lower_registers<C::kProducerRegisters>();
-  if (params.clear_rest && threadIdx.x >= 96) clear_other_rows(params);
   if (!by_boxes || static_cast<int>(threadIdx.x) < 32 * max(2, params.copy_warps)) {
     produce_items<C>(params, shared, schedule, item, found, head, early);
   }
+  // Behind the loads, in the kernel's code as well: instructions come from memory, too.
+  if (params.clear_rest && threadIdx.x >= 96) clear_other_rows(params);
   if (params.in_clusters) cluster_wait();
 }
 

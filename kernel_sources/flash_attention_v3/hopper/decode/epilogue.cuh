@@ -400,7 +400,7 @@ __device__ __forceinline__ void merge_in_cluster(const DecodeParams& params, con
     mbarrier_arrive_expect(shared.incoming_full(), quads * C::kBytesOfQuad);
   }
   named_barrier_sync(kStreamsBarrier, 128 * C::kStreams);
-  cluster_wait();  // all blocks run
+  cluster_wait();                                      // all blocks run
   if constexpr (!C::kRoomForIncoming) cluster_sync();  // and are done with their tiles
   send_results<C>(shared, part, quads, of_all);
   mbarrier_wait(shared.incoming_full(), 0);

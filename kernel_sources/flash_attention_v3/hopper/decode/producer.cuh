@@ -32,12 +32,12 @@ struct CachePlaces {
   }
 };
 
-// One warp: the first 1,024 entries of a sequence's row of the page table into the L2 cache, while
-// its length, which says how many of them there are, is on its way. What they hold is not looked
-// at.
-__device__ __forceinline__ void prefetch_places(const DecodeParams& params, int batch) {
+// One warp of each block of a cluster: the first 8,192 entries of a sequence's row of the page
+// table, 1,024 a block, into the L2 cache, while its length, which says how many of them there are,
+// is on its way. What they hold is not looked at.
+__device__ __forceinline__ void prefetch_places(const DecodeParams& params, int batch, int part) {
   if (params.page_table == nullptr || params.cache_batch_idx != nullptr) return;
-  const int entry = threadIdx.x % 32 * 32;  // the first of 128 bytes
+  const int entry = (part * 32 + threadIdx.x % 32) * 32;  // the first of 128 bytes
   if (entry >= divide(params.rows_k, params.place_multiplier, params.place_shift)) return;
   const int* const address = params.page_table + batch * params.page_table_stride + entry;
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address) : "memory");
@@ -267,7 +267,7 @@ __device__ __forceinline__ void produce_items(const DecodeParams& params,
       at.advance();
     }
     if (!found) return;
-    if (params.box_rows > 0) {
+    if (__builtin_expect(params.box_rows > 0, 1)) {
       if (static_cast<int>(threadIdx.x) < 32 * params.copy_warps) producer.load_boxes(item);
     } else {
       producer.load_each_row(item);
