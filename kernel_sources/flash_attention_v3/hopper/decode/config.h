@@ -7,9 +7,14 @@ namespace jit_kernel::hopper {
 constexpr int kDecodeKeys = 64;      // keys of a block: the rows of one wgmma
 constexpr int kDecodePanel = 64;     // columns of a panel: 128 bytes, the widest swizzle
 constexpr int kDecodeItemSlots = 2;  // items that the producer may be ahead
+constexpr int kMostSharedBytes = 227 * 1024;
 constexpr int kClusterParts =
     8;  // thread blocks that share one sequence's keys, where those are few
 constexpr int kPartialsPerBlock = 2;  // a block's run of work is cut at most at both of its ends
+// Fixed ranges: a sequence of more blocks has twice as many, and one of more query rows wide ones,
+// whose results take as long to keep as keys to read.
+constexpr int kBlocksOfShort = 128;
+constexpr int kRowsOfNarrowRange = 32, kBlocksOfWideRange = 16;
 
 // A sequence, and the blocks of its keys that are this part's.
 struct DecodeItem {
@@ -20,6 +25,13 @@ struct DecodeItem {
   int block_begin, block_end;  // blocks of kDecodeKeys rows of the cache
   int first_part, parts;       // the parts that share the item; 1: it is whole
   int is_first;                // of a shared item: whether it begins in this part
+  int distance;  // blocks from the first stream's of a stage to the second's of the same head
+  // An item of a call with fixed ranges is one range of a sequence. first_part: where the ranges of
+  // a sequence meet that several parts share; is_first: whether its first range is this part's.
+  int range, ranges;  // which one it is, of how many; no ranges: the call's splits are free
+  int before;         // how many of the sequence's ranges this part has had
+  int arrivals;       // of this part's last range of the sequence: how many it has, else 0
+  int merge_from;     // the last range of the first part, whose result is that of all up to it
 };
 
 // A packed query row: which query it is and the rows of the cache that it sees.
@@ -55,22 +67,29 @@ struct DecodeConfig {
   static constexpr int kFitting = kRoom / kBytesTile;
   static constexpr int kStages = kFitting > 10 ? 10 : kFitting;
   static constexpr int kOffsetStatistics = kOffsetTiles + kStages * kBytesTile;
-  static constexpr int kBytesStatistics = 6 * kRows * 4;
+  static constexpr int kBytesStatistics = 7 * kRows * 4;
   static constexpr int kOffsetQueries = kOffsetStatistics + kStreams * kBytesStatistics;
   static constexpr int kOffsetItem = kOffsetQueries + kStreams * kRows * 16;
-  static constexpr int kOffsetBarriers = kOffsetItem + kDecodeItemSlots * 64;
+  static constexpr int kBytesItem = 72;
+  static constexpr int kOffsetBarriers = kOffsetItem + kDecodeItemSlots * kBytesItem;
   static constexpr int kBarriers = 2 * kStages + 2 * kDecodeItemSlots;
-  static constexpr int kSharedBytes = kOffsetBarriers + kBarriers * 8;
+  // The result of the ranges before, of a call with fixed ranges: here where there is room, else in
+  // the launch's memory for partial results.
+  static constexpr int kOffsetKept = (kOffsetBarriers + kBarriers * 8 + 15) / 16 * 16;
+  static constexpr int kBytesKept = kRows * kHeadDim * 4;  // of a stream
+  static constexpr bool kKeepsInShared =
+      kOffsetKept + kStreams * kBytesKept <= kMostSharedBytes;
+  static constexpr int kSharedBytes = kOffsetKept + (kKeepsInShared ? kStreams * kBytesKept : 0);
   static constexpr int kPartialFloats = kRows * (kHeadDim + 2);
 
   static_assert(kStreams == 1 ||
                     kProducerRegisters + 2 * kConsumerRegisters <= 3 * (65536 / 384 / 8 * 8),
                 "no more registers than the block has at its start");
-  static_assert(sizeof(DecodeItem) <= 64, "an item has 64 bytes of shared memory");
+  static_assert(sizeof(DecodeItem) <= kBytesItem, "an item has its place in shared memory");
   static_assert(kRows % 8 == 0 && kRows <= 64, "columns of one wgmma");
   static_assert(kHeadDim % kDecodePanel == 0, "head sizes are padded to a panel");
   static_assert(kStages >= 3, "keys and values of a block, and something on its way");
-  static_assert(kSharedBytes <= 227 * 1024, "a block of sm_90 has 227 KiB of shared memory");
+  static_assert(kSharedBytes <= kMostSharedBytes, "a block of sm_90 has no more shared memory");
 };
 
 // The one table of decode tiles: padded head size, packed query rows.

@@ -243,7 +243,7 @@ struct DecodeConsumer {
     }
   }
 
-  // The other stream has the item's last block.
+  // The other stream has a block where this one has none.
   __device__ __forceinline__ void pass_block() {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -253,8 +253,12 @@ struct DecodeConsumer {
   }
 
   __device__ __forceinline__ void run_item(const DecodeItem& item) {
-    find_queries(item);
-    load_queries(item);
+    const bool in_turns = C::kStreams == 2 && params.heads_of_block == 1;
+    // Streams that are joined overwrite the queries of the range before.
+    if (in_turns || uniform(item.before) == 0) {
+      find_queries(item);
+      load_queries(item);
+    }
     start_queries<C>(softmax);
 #pragma unroll
     for (int panel = 0; panel < C::kPanels; ++panel) {
@@ -268,14 +272,18 @@ struct DecodeConsumer {
       every_high = min(every_high, item.leftpad + item.len_k - 32 * params.draft_words);
     }
     every_high = uniform(every_high);
-    const bool in_turns = C::kStreams == 2 && params.heads_of_block == 1;
-    const int step = in_turns ? 2 : 1, first = in_turns ? stream : 0;
-    int block = item.block_begin + first;
+    // Two streams of one head have every second block each, or two ranges.
+    const int step = in_turns && item.distance == 1 ? 2 : 1;
+    const int behind = in_turns ? stream * item.distance : 0;  // the first stream
+    const int stages_end = end_of_stages(item);
+    const int end = min(item.block_end, stages_end + behind);
+    int block = item.block_begin + behind;
 #pragma unroll 1
-    for (; block < item.block_end; block += step) {
-      run_block(item, block, every_low, every_high, block == item.block_begin + first);
+    for (; block < end; block += step) {
+      run_block(item, block, every_low, every_high, block == item.block_begin + behind);
     }
-    if (block - first < item.block_end) pass_block();
+#pragma unroll 1
+    for (; block - behind < stages_end; block += step) pass_block();
     gather_statistics<C>(shared, stream, softmax, params.scale_log2);
     if (params.in_clusters) {
       merge_in_cluster<C>(params, item, shared, stream, part, output);
@@ -296,13 +304,28 @@ struct DecodeConsumer {
   }
 
   __device__ __forceinline__ void finish(const DecodeItem& item) {
+    const bool of_ranges = item.ranges > 0;
+    if (of_ranges && item.is_first) {
+      // Up to its first range's part a sequence's ranges are joined here, one after the other.
+      float* const kept = kept_of<C>(params, shared, stream, part, head);
+      if (item.range > 0) join_kept<C>(shared, stream, kept, output);
+      if (item.arrivals == 0) {
+        keep<C>(shared, stream, kept, output);
+        return;
+      }
+    }
     if (item.parts == 1) {
       store_rows<C>(params, item, shared, stream, output);
       return;
     }
-    store_partial<C>(shared, stream, partial_of<C>(params, part, head, item.is_first), output);
+    store_partial<C>(shared, stream,
+                     of_ranges ? range_of<C>(params, item, item.range, head)
+                               : partial_of<C>(params, part, head, item.is_first),
+                     output);
+    if (of_ranges && item.arrivals == 0) return;
     int* const answer = reinterpret_cast<int*>(shared.factors(stream));
-    if (arrive_last(params, item, head, stream, answer)) {
+    if (arrive_last(params, item, of_ranges ? item.arrivals : 1,
+                    of_ranges ? item.ranges : item.parts, head, stream, answer)) {
       merge_parts<C>(params, item, shared, stream, head);
     }
   }

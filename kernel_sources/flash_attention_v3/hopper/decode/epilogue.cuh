@@ -119,6 +119,79 @@ __device__ __forceinline__ void join_streams(const DecodeShared<C>& shared, int 
   }
 }
 
+// What two results over different keys are multiplied by to become one, of halves of references.
+struct JoinFactors {
+  float top, first, second;
+};
+
+__device__ __forceinline__ JoinFactors join_factors(float first, float second) {
+  const float top = fmaxf(first, second);
+  // -inf less -inf is no number.
+  return {top, first == top ? 1.f : exp2_fast(2.f * (first - top)),
+          second == top ? 1.f : exp2_fast(2.f * (second - top))};
+}
+
+// The one order in which ranges are summed: that of their indices, one after the other. So a
+// sequence has the same bits wherever its ranges are computed and merged.
+__device__ __forceinline__ float join(float first, float second, const JoinFactors& by) {
+  return fmaf(second, by.second, first * by.first);
+}
+
+// A range's result joins what was kept of those before it. `kept`: a thread's numbers lie apart
+// from each other, those of neighbouring threads side by side.
+template <class C>
+__device__ __forceinline__ void join_kept(const DecodeShared<C>& shared, int stream,
+                                          const float* kept,
+                                          float (&output)[C::kPanels][C::kRows / 2]) {
+  const int thread = threadIdx.x % 128;
+#pragma unroll
+  for (int i = 0; i < DecodeSoftmax<C>::kQueries; ++i) {
+    const int query = i / 2 * 8 + thread % 4 * 2 + i % 2;
+    const JoinFactors by =
+        join_factors(shared.kept_references(stream)[query], shared.references(stream)[query]);
+#pragma unroll
+    for (int panel = 0; panel < C::kPanels; ++panel) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float& number = output[panel][i / 2 * 4 + 2 * half + i % 2];
+        const int place = ((panel * DecodeSoftmax<C>::kQueries + i) * 2 + half) * 128 + thread;
+        number = join(kept[place], number, by);
+      }
+    }
+  }
+  stream_sync(stream);  // every thread has read the references
+  if (thread < C::kRows) {
+    const JoinFactors by =
+        join_factors(shared.kept_references(stream)[thread], shared.references(stream)[thread]);
+    shared.statistics(stream, 0)[thread] =
+        join(shared.kept_sums(stream)[thread], sum_of(shared, stream, thread), by);
+    shared.references(stream)[thread] = by.top;
+#pragma unroll
+    for (int warp = 1; warp < 4; ++warp) shared.statistics(stream, warp)[thread] = 0.f;
+  }
+}
+
+template <class C>
+__device__ __forceinline__ void keep(const DecodeShared<C>& shared, int stream, float* kept,
+                                     const float (&output)[C::kPanels][C::kRows / 2]) {
+  const int thread = threadIdx.x % 128;
+#pragma unroll
+  for (int i = 0; i < DecodeSoftmax<C>::kQueries; ++i) {
+#pragma unroll
+    for (int panel = 0; panel < C::kPanels; ++panel) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        kept[((panel * DecodeSoftmax<C>::kQueries + i) * 2 + half) * 128 + thread] =
+            output[panel][i / 2 * 4 + 2 * half + i % 2];
+      }
+    }
+  }
+  if (thread < C::kRows) {
+    shared.kept_references(stream)[thread] = shared.references(stream)[thread];
+    shared.kept_sums(stream)[thread] = sum_of(shared, stream, thread);
+  }
+}
+
 // The rows of a whole item, by way of the queries' shared memory, which are done with.
 template <class C>
 __device__ __forceinline__ void store_rows(const DecodeParams& params, const DecodeItem& item,
@@ -174,6 +247,25 @@ __device__ __forceinline__ float* partial_of(const DecodeParams& params, int par
   return params.partials + slot * C::kPartialFloats;
 }
 
+// The slot of a range of a sequence whose ranges several parts share.
+template <class C>
+__device__ __forceinline__ float* range_of(const DecodeParams& params, const DecodeItem& item,
+                                           int range, int head) {
+  const long long slot =
+      (static_cast<long long>(item.first_part) * params.range_slots + range) * params.heads_k;
+  return params.partials + (slot + head) * C::kPartialFloats;
+}
+
+// Where a part keeps the result of the ranges before.
+template <class C>
+__device__ __forceinline__ float* kept_of(const DecodeParams& params, const DecodeShared<C>& shared,
+                                          int stream, int part, int head) {
+  if constexpr (C::kKeepsInShared) return shared.kept(stream);
+  const long long slots =
+      static_cast<long long>(min(params.batch, params.parts)) * params.range_slots + part;
+  return params.partials + (slots * params.heads_k + head) * C::kPartialFloats;
+}
+
 template <class C>
 __device__ __forceinline__ void store_partial(const DecodeShared<C>& shared, int stream,
                                               float* partial,
@@ -195,21 +287,22 @@ __device__ __forceinline__ void store_partial(const DecodeShared<C>& shared, int
   }
 }
 
-// Whether this part is the last one of an item to arrive; its partial result is written. The
-// counter is zero again after the last.
+// Whether this part, with `arrivals` of `all` partial results, is the last one of an item to arrive;
+// its own are written. The counter is zero again after the last.
 __device__ __forceinline__ bool arrive_last(const DecodeParams& params, const DecodeItem& item,
-                                            int head, int stream, volatile int* answer) {
+                                            int arrivals, int all, int head, int stream,
+                                            volatile int* answer) {
   stream_sync(stream);
   if (threadIdx.x % 128 == 0) {
     int* const counter = params.counters + item.first_part * params.heads_k + head;
     int before;
     // Releases what the barrier has gathered from the stream's threads, acquires what the others
     // did.
-    asm volatile("fence.acq_rel.gpu;\natom.add.acq_rel.gpu.global.s32 %0, [%1], 1;"
+    asm volatile("fence.acq_rel.gpu;\natom.add.acq_rel.gpu.global.s32 %0, [%1], %2;"
                  : "=r"(before)
-                 : "l"(counter)
+                 : "l"(counter), "r"(arrivals)
                  : "memory");
-    const bool last = before == item.parts - 1;
+    const bool last = before + arrivals == all;
     if (last) *counter = 0;
     *answer = last;
   }
@@ -263,6 +356,27 @@ struct MergedQuad {
     }
   }
 
+  // The next of `count` ranges, of which the first one begins the sum where `begins` says so.
+  template <int kCount>
+  __device__ __forceinline__ void join_ranges(const float4 (&value)[kCount],
+                                              const float2 (&end)[kCount], int count, bool begins) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (i >= count) break;
+      if (i == 0 && begins) {
+        top = end[0].x;
+        sum = end[0].y;
+        total = value[0];
+        continue;
+      }
+      const JoinFactors by = join_factors(top, end[i].x);
+      top = by.top;
+      sum = join(sum, end[i].y, by);
+      total = {join(total.x, value[i].x, by), join(total.y, value[i].y, by),
+               join(total.z, value[i].z, by), join(total.w, value[i].w, by)};
+    }
+  }
+
   template <class Element>
   __device__ __forceinline__ void store(const DecodeParams& params, const DecodeItem& item,
                                         const DecodeQuery& query, int quad) const {
@@ -274,15 +388,21 @@ struct MergedQuad {
   }
 };
 
-// Merges the parts of an item in their order, four numbers of a row a thread.
+// Merges the parts of an item, or the ranges of its sequence, in their order, four numbers of a row
+// a thread.
 template <class C>
 __device__ __forceinline__ void merge_parts(const DecodeParams& params, const DecodeItem& item,
                                             const DecodeShared<C>& shared, int stream, int head) {
   constexpr int kQuads = C::kHeadDim / 4;
   constexpr int kAtOnce = C::kRows <= 16 ? 8 : 4;  // loads on their way
   const int rows = min(C::kRows, item.len_q * params.group);
-  const float* const first = partial_of<C>(params, item.first_part, head, false);
-  const int step = 2 * params.heads_k * C::kPartialFloats;
+  const bool of_ranges = item.ranges > 0;
+  const float* const first = of_ranges ? range_of<C>(params, item, item.merge_from, head)
+                                       : partial_of<C>(params, item.first_part, head, false);
+  const int step = (of_ranges ? 1 : 2) * params.heads_k * C::kPartialFloats;
+  const int count = of_ranges ? item.ranges - item.merge_from : item.parts;
+  // The first part wrote the end of its run, the others the beginning of theirs.
+  const int more_of_first = of_ranges ? 0 : C::kPartialFloats;
 #pragma unroll 1
   for (int at = threadIdx.x % 128; at < rows * kQuads; at += 128) {
     const int index = at / kQuads, quad = at % kQuads;
@@ -291,19 +411,22 @@ __device__ __forceinline__ void merge_parts(const DecodeParams& params, const De
     const float* const of_row = first + C::kRows * C::kHeadDim + 2 * index;
     MergedQuad merged;
 #pragma unroll 1
-    for (int begin = 0; begin < item.parts; begin += kAtOnce) {
+    for (int begin = 0; begin < count; begin += kAtOnce) {
       float4 value[kAtOnce];
       float2 end[kAtOnce];
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        const int part = min(begin + i, item.parts - 1);
-        // The first part wrote the end of its run, the others the beginning of theirs.
-        const int offset = part * step + (part == 0 ? C::kPartialFloats : 0);
+        const int part = min(begin + i, count - 1);
+        const int offset = part * step + (part == 0 ? more_of_first : 0);
         value[i] = load_other(of_thread + offset);
         end[i] = load_other_pair(of_row + offset);
-        if (begin + i >= item.parts) end[i].x = minus_infinity();
+        if (begin + i >= count) end[i].x = minus_infinity();
       }
-      merged.add(value, end);
+      if (of_ranges) {
+        merged.join_ranges(value, end, count - begin, begin == 0);
+      } else {
+        merged.add(value, end);
+      }
     }
     merged.store<typename C::Element>(params, item, *shared.query(stream, index), quad);
   }
@@ -352,6 +475,7 @@ __device__ __forceinline__ void merge_in_cluster(const DecodeParams& params, con
   }
   cluster_sync();
   const int rows = min(C::kRows, item.len_q * params.group);
+  const bool of_ranges = item.ranges > 0;
   constexpr int kThreads = 128 * C::kStreams * kClusterParts;
 #pragma unroll 1
   for (int at = (threadIdx.x - 128) * kClusterParts + part; at < rows * kQuads; at += kThreads) {
@@ -364,16 +488,24 @@ __device__ __forceinline__ void merge_in_cluster(const DecodeParams& params, con
       float2 end[kClusterParts];
 #pragma unroll
       for (int i = 0; i < kClusterParts; ++i) {
+        // Ranges in their order: a block's streams have two neighbouring ones.
+        const int from = of_ranges ? i % 2 : of;
+        const int block = of_ranges ? (of * kClusterParts + i) / 2 : i;
         asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
                      : "=f"(value[i].x), "=f"(value[i].y), "=f"(value[i].z), "=f"(value[i].w)
-                     : "r"(in_block(results + of * kResults + index * C::kHeadDim + 4 * quad, i))
+                     : "r"(in_block(results + from * kResults + index * C::kHeadDim + 4 * quad,
+                                    block))
                      : "memory");
         asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];"
                      : "=f"(end[i].x), "=f"(end[i].y)
-                     : "r"(in_block(ends + of * C::kRows + index, i))
+                     : "r"(in_block(ends + from * C::kRows + index, block))
                      : "memory");
       }
-      merged.add(value, end);
+      if (of_ranges) {
+        merged.join_ranges(value, end, item.ranges - of * kClusterParts, of == 0);
+      } else {
+        merged.add(value, end);
+      }
     }
     merged.store<typename C::Element>(params, item, *shared.query(stream, index), quad);
   }

@@ -60,6 +60,24 @@ __device__ __forceinline__ SeenRows seen_rows(const DecodeParams& params, const 
   return seen;
 }
 
+// The blocks of a range, of a sequence of `rows` query rows that sees so many blocks. By these and
+// by what all calls of a model share, so that no other sequence has a say: few enough that a
+// multiprocessor has some share of a sequence that is alone, more where it is long.
+__device__ __forceinline__ unsigned blocks_of_range(const DecodeParams& params, int rows,
+                                                    unsigned blocks) {
+  const int log2 = params.ranges_log2 + (blocks > kBlocksOfShort);
+  const unsigned least =
+      max(params.range_blocks, rows > kRowsOfNarrowRange ? kBlocksOfWideRange : 1);
+  return max(least, (blocks + (1u << log2) - 1) >> log2);
+}
+
+// Blocks of an item's stages are counted from block_begin to here; with a distance a stage is one
+// block long for each of two streams.
+__device__ __forceinline__ int end_of_stages(const DecodeItem& item) {
+  return item.distance > 1 ? min(item.block_end, item.block_begin + item.distance)
+                           : item.block_end;
+}
+
 // The only item of a block of a cluster; false where the sequence has no query.
 __device__ __forceinline__ bool item_of_cluster(const DecodeParams& params, int batch, int part,
                                                 DecodeItem& item) {
@@ -79,6 +97,16 @@ __device__ __forceinline__ bool item_of_cluster(const DecodeParams& params, int 
   item.first_part = 0;
   item.parts = 1;
   item.is_first = 0;
+  item.distance = 1;
+  item.ranges = item.before = 0;
+  if (params.ranges_log2 > 0) {
+    // A range each stream, of which a block has two.
+    const int size = static_cast<int>(blocks_of_range(params, of.len_q * params.group, seen.cost));
+    item.block_begin = first + min(blocks, 2 * part * size);
+    item.block_end = first + min(blocks, 2 * (part + 1) * size);
+    item.distance = size;
+    item.ranges = max(1, (blocks + size - 1) / size);
+  }
   return seen.cost > 0;
 }
 
@@ -97,7 +125,7 @@ class DecodeSchedule {
     // Equal runs, of which the first are one block longer.
     run_ = divide(total_, params_.parts_multiplier, params_.parts_shift);
     longer_ = total_ - run_ * params_.parts;
-    at_ = part * run_ + min(part, longer_);
+    at_ = begin_of(part);
     end_ = at_ + run_ + (part < longer_);
     if (params_.batch > 32) open(0);
   }
@@ -129,22 +157,61 @@ class DecodeSchedule {
     item.low = __shfl_sync(0xffffffffu, seen_.low, source);
     item.high = __shfl_sync(0xffffffffu, seen_.high, source);
     item.offset_q = params_.cu_seqlens_q != nullptr ? params_.cu_seqlens_q[item.batch] : 0;
-    const int first_block = item.low / kDecodeKeys;
-    item.block_begin = first_block + static_cast<int>(at_ - start);
-    item.block_end = item.high > item.low ? first_block + static_cast<int>(min(end_, end) - start)
-                                          : item.block_begin;
-    item.is_first = at_ == start;
+    unsigned begin = at_, stop = min(end_, end);
     item.first_part = 0;
     item.parts = 1;
-    if (start < at_ || end > end_) {
+    item.distance = 1;
+    item.ranges = item.before = 0;
+    item.is_first = at_ == start;
+    if (params_.ranges_log2 > 0) {
+      const unsigned size = blocks_of_range(params_, item.len_q * params_.group, end - start);
+      begin = start + (at_ - start) / size * size;
+      stop = min(begin + size, end);
+      if (stop > end_) {  // the next part's
+        at_ = end_;
+        return false;
+      }
+      set_range(item, start, end, begin, size);
+    } else if (start < at_ || end > end_) {
       item.first_part = part_of(start);
       item.parts = part_of(end - 1) - item.first_part + 1;
     }
-    at_ = min(end_, end);
+    const int first_block = item.low / kDecodeKeys;
+    item.block_begin = first_block + static_cast<int>(begin - start);
+    item.block_end =
+        item.high > item.low ? first_block + static_cast<int>(stop - start) : item.block_begin;
+    at_ = stop;
     return true;
   }
 
  private:
+  // A part's run of blocks. Of fixed ranges a part has those whose last block is in its run.
+  __device__ __forceinline__ unsigned begin_of(unsigned part) const {
+    return part * run_ + min(part, longer_);
+  }
+
+  // What an item has to know of its sequence's ranges; `begin`: of this one.
+  __device__ __forceinline__ void set_range(DecodeItem& item, unsigned start, unsigned end,
+                                            unsigned begin, unsigned size) const {
+    const unsigned ranges = (end - start + size - 1) / size;
+    const auto ranges_before = [&](unsigned block) {
+      return block >= end ? ranges : (block - start) / size;
+    };
+    const unsigned range = (begin - start) / size;
+    const unsigned first = ranges_before(max(start, begin_of(blockIdx.y)));
+    const unsigned behind = ranges_before(end_);
+    item.range = static_cast<int>(range);
+    item.ranges = static_cast<int>(ranges);
+    item.is_first = first == 0;
+    item.before = static_cast<int>(range - first);
+    item.arrivals = range + 1 == behind ? static_cast<int>(behind - first) : 0;
+    if (behind - first == ranges) return;
+    const unsigned first_part = part_of(min(start + size, end) - 1);
+    item.parts = 2;  // or more
+    item.first_part = params_.batch < params_.parts ? item.batch : static_cast<int>(first_part);
+    item.merge_from = static_cast<int>(ranges_before(begin_of(first_part + 1))) - 1;
+  }
+
   __device__ __forceinline__ unsigned part_of(unsigned block) const {
     const unsigned in_longer = longer_ * (run_ + 1);
     if (block < in_longer) return block / (run_ + 1);
