@@ -20,18 +20,20 @@ constexpr int kRowsOfNarrowRange = 32, kBlocksOfWideRange = 16;
 struct DecodeItem {
   int batch;  // -1 ends them
   int len_q, offset_q;
-  int len_k, leftpad;          // key j is row leftpad + j of the cache
-  int low, high;               // rows of the cache that some query sees
-  int block_begin, block_end;  // blocks of kDecodeKeys rows of the cache
-  int first_part, parts;       // the parts that share the item; 1: it is whole
-  int is_first;                // of a shared item: whether it begins in this part
-  int distance;  // blocks from the first stream's of a stage to the second's of the same head
-  // An item of a call with fixed ranges is one range of a sequence. first_part: where the ranges of
-  // a sequence meet that several parts share; is_first: whether its first range is this part's.
-  int range, ranges;  // which one it is, of how many; no ranges: the call's splits are free
-  int before;         // how many of the sequence's ranges this part has had
-  int arrivals;       // of this part's last range of the sequence: how many it has, else 0
-  int merge_from;     // the last range of the first part, whose result is that of all up to it
+  int len_k, leftpad;  // key j is row leftpad + j of the cache
+  int low, high;       // rows of the cache that some query sees
+  // Blocks of kDecodeKeys rows of the cache, of each of two streams of one head: every second one,
+  // or a range. Of two heads, or of one stream, the first numbers hold; the last end is the item's.
+  int begin[2], end[2];
+  int first_part, parts;  // the parts that share the item; 1: it is whole
+  short is_first;         // of a shared item: whether it begins in this part
+  // An item of a call with fixed ranges is one range of a sequence, or a cluster's part of them.
+  // first_part: where the ranges of a sequence meet that several parts share; is_first: whether
+  // the first one is this part's.
+  short range, ranges;  // which one it is, of how many; no ranges: the call's splits are free
+  short before;         // how many of the sequence's ranges this part has had
+  short arrivals;       // of this part's last range of the sequence: how many it has, else 0
+  short merge_from;     // the last range of the first part, whose result is that of all up to it
 };
 
 // A packed query row: which query it is and the rows of the cache that it sees.
@@ -70,7 +72,7 @@ struct DecodeConfig {
   static constexpr int kBytesStatistics = 7 * kRows * 4;
   static constexpr int kOffsetQueries = kOffsetStatistics + kStreams * kBytesStatistics;
   static constexpr int kOffsetItem = kOffsetQueries + kStreams * kRows * 16;
-  static constexpr int kBytesItem = 72;
+  static constexpr int kBytesItem = 64;
   static constexpr int kOffsetBarriers = kOffsetItem + kDecodeItemSlots * kBytesItem;
   static constexpr int kBarriers = 2 * kStages + 2 * kDecodeItemSlots;
   // The result of the ranges before, of a call with fixed ranges: here where there is room, else in

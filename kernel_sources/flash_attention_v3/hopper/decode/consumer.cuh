@@ -194,9 +194,14 @@ struct DecodeConsumer {
     }
   }
 
+  // Whether every query sees all keys of a block. Looked up for each: registers are scarce.
+  __device__ __forceinline__ bool all_see(const DecodeItem& item, int row) const {
+    if (row < shared.query(stream, C::kRows - 1)->low) return false;
+    return row + kDecodeKeys <= shared.query(stream, 0)->high && !has_drafts(item, row);
+  }
+
   // is_first: no query has a reference yet.
-  __device__ __forceinline__ void run_block(const DecodeItem& item, int block, int every_low,
-                                            int every_high, bool is_first) {
+  __device__ __forceinline__ void run_block(const DecodeItem& item, int block, bool is_first) {
     const int row = block * kDecodeKeys;
     wait_tile();
     if (params.box_rows == 0) proxy_fence();
@@ -205,7 +210,7 @@ struct DecodeConsumer {
 #pragma unroll
       for (float& score : scores) score = tanh_fast(score * params.softcap_scale);
     }
-    if (row < every_low || row + kDecodeKeys > every_high) mask_scores_of(item, row);
+    if (!all_see(item, row)) mask_scores_of(item, row);
     const float scale = params.scale_log2;
     // Finite: a first key is above a reference of -inf by any threshold but an infinite one.
     const float threshold = fminf(kRescaleThreshold / scale, kLargestFloat);
@@ -243,12 +248,16 @@ struct DecodeConsumer {
     }
   }
 
-  // The other stream has a block where this one has none.
-  __device__ __forceinline__ void pass_block() {
+  // The other stream has blocks where this one has none: `block` would be its next one.
+  __device__ __forceinline__ void pass_blocks(const DecodeItem& item, int block, int step) {
+    const int end = item.end[0] + item.begin[stream] - item.begin[0];
+#pragma unroll 1
+    for (; block < end; block += step) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      wait_tile();
-      release_tile();
+      for (int i = 0; i < 2; ++i) {
+        wait_tile();
+        release_tile();
+      }
     }
   }
 
@@ -265,25 +274,14 @@ struct DecodeConsumer {
 #pragma unroll
       for (float& value : output[panel]) value = 0.f;
     }
-    // Rows of the cache that every query sees.
-    const int every_low = uniform(shared.query(stream, C::kRows - 1)->low);
-    int every_high = shared.query(stream, 0)->high;
-    if (params.draft_mask != nullptr) {
-      every_high = min(every_high, item.leftpad + item.len_k - 32 * params.draft_words);
-    }
-    every_high = uniform(every_high);
-    // Two streams of one head have every second block each, or two ranges.
-    const int step = in_turns && item.distance == 1 ? 2 : 1;
-    const int behind = in_turns ? stream * item.distance : 0;  // the first stream
-    const int stages_end = end_of_stages(item);
-    const int end = min(item.block_end, stages_end + behind);
-    int block = item.block_begin + behind;
+    const int turn = in_turns ? stream : 0;
+    const int step = in_turns && item.begin[1] - item.begin[0] == 1 ? 2 : 1;
+    int block = item.begin[turn];
 #pragma unroll 1
-    for (; block < end; block += step) {
-      run_block(item, block, every_low, every_high, block == item.block_begin + behind);
+    for (; block < item.end[turn]; block += step) {
+      run_block(item, block, block == item.begin[turn]);
     }
-#pragma unroll 1
-    for (; block - behind < stages_end; block += step) pass_block();
+    if (in_turns) pass_blocks(item, block, step);
     gather_statistics<C>(shared, stream, softmax, params.scale_log2);
     if (params.in_clusters) {
       merge_in_cluster<C>(params, item, shared, stream, part, output);

@@ -56,12 +56,12 @@ struct DecodeProducer {
   }
   // From the first block of a stage to that of the next one.
   __device__ __forceinline__ int step_of(const DecodeItem& item) const {
-    return item.distance > 1 ? 1 : blocks_of_stage();
+    return item.begin[1] - item.begin[0] > 1 ? 1 : blocks_of_stage();
   }
-  // The first row of the sequence's rows for a row of a stage: the second stream's block may be
-  // `distance` behind the first one's.
-  __device__ __forceinline__ int row_of_stage(const DecodeItem& item, int row) const {
-    return row + row / kDecodeKeys * (item.distance - 1) * kDecodeKeys;
+  // How far a row of a stage lies behind the stage's first block: the second stream's block may lie
+  // further behind than the next.
+  __device__ __forceinline__ int row_behind(const DecodeItem& item, int row) const {
+    return row + row / kDecodeKeys * (item.begin[1] - item.begin[0] - 1) * kDecodeKeys;
   }
 
   // The place of a row's box; 0 for a box without a row that is seen, whose page is not looked up.
@@ -70,7 +70,7 @@ struct DecodeProducer {
     return is_needed(item, row) ? places.place(row) : 0;
   }
   __device__ __forceinline__ bool is_needed(const DecodeItem& item, int row) const {
-    return row < min(item.high, item.block_end * kDecodeKeys) && row + params.box_rows > item.low;
+    return row < min(item.high, item.end[1] * kDecodeKeys) && row + params.box_rows > item.low;
   }
 
   // A lane knows the place of a box of rows, 32 of them in a line, and the 32 behind are on their
@@ -88,20 +88,20 @@ struct DecodeProducer {
                        box * params.box_rows % kDecodeKeys * kDecodePanel * 2;
     const int column = panel % C::kPanels * kDecodePanel, of_head = head + panel / C::kPanels;
     const CachePlaces places(params, item.batch);
-    const int step = step_of(item), end = end_of_stages(item);
+    const int step = step_of(item);
     // Rows behind a stage's first one: of this lane's copy, and of the box whose place it knows.
-    const int row_of_copy = row_of_stage(item, box * params.box_rows);
+    const int row_of_copy = row_behind(item, box * params.box_rows);
     const int row_of_lane = (lane >> params.boxes_log2) * step * kDecodeKeys +
-                            row_of_stage(item, (lane & (boxes - 1)) * params.box_rows);
+                            row_behind(item, (lane & (boxes - 1)) * params.box_rows);
     const int rows_of_line = (32 >> params.boxes_log2) * step * kDecodeKeys;
     int place = 0, next_place = 0;
     int ahead = 0;
 #pragma unroll 1
-    for (int block = item.block_begin; block < end; block += step) {
+    for (int block = item.begin[0]; block < item.end[0]; block += step) {
       const int first = block * kDecodeKeys;
       if (ahead == 0) {
         const int row = first + row_of_lane;
-        if (block == item.block_begin) next_place = place_of(item, places, row);
+        if (block == item.begin[0]) next_place = place_of(item, places, row);
         place = next_place;
         next_place = place_of(item, places, row + rows_of_line);
         ahead = 32;
@@ -152,13 +152,13 @@ struct DecodeProducer {
   __device__ __forceinline__ int lane_row(const DecodeItem& item, int block) const {
     const int in_stage = threadIdx.x / 32 * kRowsOfWarp + threadIdx.x % 32;
     const int in_block =
-        params.heads_of_block == 1 ? row_of_stage(item, in_stage) : in_stage % kDecodeKeys;
+        params.heads_of_block == 1 ? row_behind(item, in_stage) : in_stage % kDecodeKeys;
     return block * kDecodeKeys + in_block;
   }
   __device__ __forceinline__ int find_row(const DecodeItem& item, const CachePlaces& places,
                                           int block) const {
     const int row = lane_row(item, block);
-    const bool seen = row >= item.low && row < min(item.high, item.block_end * kDecodeKeys);
+    const bool seen = row >= item.low && row < min(item.high, item.end[1] * kDecodeKeys);
     return seen && threadIdx.x % 32 < kRowsOfWarp ? places.place(row) : -1;
   }
 
@@ -206,11 +206,11 @@ struct DecodeProducer {
   // The rows of two stages are found ahead.
   __device__ __forceinline__ void load_each_row(const DecodeItem& item) {
     const CachePlaces places(params, item.batch);
-    const int step = step_of(item), end = end_of_stages(item);
-    int place = find_row(item, places, item.block_begin);
-    int next = find_row(item, places, item.block_begin + step);
+    const int step = step_of(item);
+    int place = find_row(item, places, item.begin[0]);
+    int next = find_row(item, places, item.begin[0] + step);
 #pragma unroll 1
-    for (int block = item.block_begin; block < end; block += step) {
+    for (int block = item.begin[0]; block < item.end[0]; block += step) {
       const int after = find_row(item, places, block + 2 * step);
       const int in_place = places.row_in_place(lane_row(item, block));
 #pragma unroll 1

@@ -71,13 +71,6 @@ __device__ __forceinline__ unsigned blocks_of_range(const DecodeParams& params, 
   return max(least, (blocks + (1u << log2) - 1) >> log2);
 }
 
-// Blocks of an item's stages are counted from block_begin to here; with a distance a stage is one
-// block long for each of two streams.
-__device__ __forceinline__ int end_of_stages(const DecodeItem& item) {
-  return item.distance > 1 ? min(item.block_end, item.block_begin + item.distance)
-                           : item.block_end;
-}
-
 // The only item of a block of a cluster; false where the sequence has no query.
 __device__ __forceinline__ bool item_of_cluster(const DecodeParams& params, int batch, int part,
                                                 DecodeItem& item) {
@@ -92,20 +85,20 @@ __device__ __forceinline__ bool item_of_cluster(const DecodeParams& params, int 
   item.high = seen.high;
   const int first = seen.low / kDecodeKeys;
   const int blocks = seen.high > seen.low ? seen.cost : 0;
-  item.block_begin = first + part * blocks / kClusterParts;
-  item.block_end = first + (part + 1) * blocks / kClusterParts;
+  item.begin[0] = first + part * blocks / kClusterParts;
+  item.begin[1] = item.begin[0] + 1;
+  item.end[0] = item.end[1] = first + (part + 1) * blocks / kClusterParts;
   item.first_part = 0;
   item.parts = 1;
-  item.is_first = 0;
-  item.distance = 1;
-  item.ranges = item.before = 0;
+  item.is_first = item.ranges = item.before = 0;
   if (params.ranges_log2 > 0) {
     // A range each stream, of which a block has two.
     const int size = static_cast<int>(blocks_of_range(params, of.len_q * params.group, seen.cost));
-    item.block_begin = first + min(blocks, 2 * part * size);
-    item.block_end = first + min(blocks, 2 * (part + 1) * size);
-    item.distance = size;
-    item.ranges = max(1, (blocks + size - 1) / size);
+    item.begin[0] = first + min(blocks, 2 * part * size);
+    item.begin[1] = item.begin[0] + size;
+    item.end[0] = first + min(blocks, (2 * part + 1) * size);
+    item.end[1] = first + min(blocks, (2 * part + 2) * size);
+    item.ranges = static_cast<short>(max(1, (blocks + size - 1) / size));
   }
   return seen.cost > 0;
 }
@@ -160,7 +153,6 @@ class DecodeSchedule {
     unsigned begin = at_, stop = min(end_, end);
     item.first_part = 0;
     item.parts = 1;
-    item.distance = 1;
     item.ranges = item.before = 0;
     item.is_first = at_ == start;
     if (params_.ranges_log2 > 0) {
@@ -177,9 +169,10 @@ class DecodeSchedule {
       item.parts = part_of(end - 1) - item.first_part + 1;
     }
     const int first_block = item.low / kDecodeKeys;
-    item.block_begin = first_block + static_cast<int>(begin - start);
-    item.block_end =
-        item.high > item.low ? first_block + static_cast<int>(stop - start) : item.block_begin;
+    item.begin[0] = first_block + static_cast<int>(begin - start);
+    item.begin[1] = item.begin[0] + 1;
+    item.end[0] = item.end[1] =
+        item.high > item.low ? first_block + static_cast<int>(stop - start) : item.begin[0];
     at_ = stop;
     return true;
   }
@@ -200,16 +193,16 @@ class DecodeSchedule {
     const unsigned range = (begin - start) / size;
     const unsigned first = ranges_before(max(start, begin_of(blockIdx.y)));
     const unsigned behind = ranges_before(end_);
-    item.range = static_cast<int>(range);
-    item.ranges = static_cast<int>(ranges);
+    item.range = static_cast<short>(range);
+    item.ranges = static_cast<short>(ranges);
     item.is_first = first == 0;
-    item.before = static_cast<int>(range - first);
-    item.arrivals = range + 1 == behind ? static_cast<int>(behind - first) : 0;
+    item.before = static_cast<short>(range - first);
+    item.arrivals = range + 1 == behind ? static_cast<short>(behind - first) : 0;
     if (behind - first == ranges) return;
     const unsigned first_part = part_of(min(start + size, end) - 1);
     item.parts = 2;  // or more
     item.first_part = params_.batch < params_.parts ? item.batch : static_cast<int>(first_part);
-    item.merge_from = static_cast<int>(ranges_before(begin_of(first_part + 1))) - 1;
+    item.merge_from = static_cast<short>(ranges_before(begin_of(first_part + 1)) - 1);
   }
 
   __device__ __forceinline__ unsigned part_of(unsigned block) const {
