@@ -33,7 +33,8 @@ class FlashAttentionBackend:
     fa_impl_ver: 3, FlashAttention-3's functions; any other version raises ValueError with what exists.
     device: a torch.device or its string; without one the detected device. Raises NotImplementedError with every missing
         part when nothing serves it.
-    deterministic: never split keys, so that a sequence's result does not depend on what else is in the batch.
+    deterministic: a sequence's result does not depend on what else is in the batch, nor on its graph: keys in a cache
+        are cut as `flash_attn_with_kvcache(deterministic=True)` says; without a cache, and on MUSA, never.
     plan_ahead: compute scheduler metadata once a step for calls with a cache; by default on MUSA, whose kernels split
         keys only when they are given it. Other implementations plan inside the call.
 
@@ -54,7 +55,10 @@ class FlashAttentionBackend:
         self.device = resolved_device(device)
         flash_attention_v3._load_fa3_kernels(self.device)  # raises with the reasons when nothing serves it
         self.fa_impl_ver = fa_impl_ver
-        self.num_splits = 1 if deterministic else 0
+        self.num_splits = 1 if deterministic else 0  # without a cache
+        # MATE has no argument for it, but does not split where it is told so.
+        self._deterministic = deterministic and self.device.type != "musa"
+        self._cache_splits = 0 if self._deterministic else self.num_splits
         self._varlen: Callable[..., Any] = flash_attention_v3.flash_attn_varlen_func
         self._kvcache: Callable[..., Any] = flash_attention_v3.flash_attn_with_kvcache
         self._merge: Callable[..., tuple[Tensor, Tensor]] = flash_attention_v3.merge_state
@@ -178,7 +182,7 @@ class FlashAttentionBackend:
         # With new keys the lengths that count are known only inside the call.
         if self._maker is not None and not new and qv is None:
             context = steps.current(self._owner)
-            key = steps.key_for(context, metadata, layer, q, k_cache, v_cache, self.num_splits)
+            key = steps.key_for(context, metadata, layer, q, k_cache, v_cache, self._cache_splits)
             plan = steps.obtain(context, key, metadata, self._maker, q.device)
         result: Result = self._kvcache(
             q=q,
@@ -189,9 +193,10 @@ class FlashAttentionBackend:
             **metadata.cache_arguments(),
             **layer.arguments(),
             scheduler_metadata=plan,
-            num_splits=self.num_splits,
+            num_splits=self._cache_splits,
             return_softmax_lse=return_softmax_lse,
             out=out,
+            deterministic=self._deterministic,
         )
         return result
 

@@ -79,8 +79,7 @@ struct DecodeConfig {
   // the launch's memory for partial results.
   static constexpr int kOffsetKept = (kOffsetBarriers + kBarriers * 8 + 15) / 16 * 16;
   static constexpr int kBytesKept = kRows * kHeadDim * 4;  // of a stream
-  static constexpr bool kKeepsInShared =
-      kOffsetKept + kStreams * kBytesKept <= kMostSharedBytes;
+  static constexpr bool kKeepsInShared = kOffsetKept + kStreams * kBytesKept <= kMostSharedBytes;
   static constexpr int kSharedBytes = kOffsetKept + (kKeepsInShared ? kStreams * kBytesKept : 0);
   static constexpr int kPartialFloats = kRows * (kHeadDim + 2);
 

@@ -5,7 +5,7 @@
 // an eighth of what a 64-row tile of queries would.
 #pragma once
 
-#include "flash_attention_v3/hopper/decode/epilogue.cuh"
+#include "flash_attention_v3/hopper/decode/merge.cuh"
 #include "flash_attention_v3/hopper/decode/schedule.cuh"
 
 namespace jit_kernel::hopper {
@@ -277,9 +277,11 @@ struct DecodeConsumer {
     const int turn = in_turns ? stream : 0;
     const int step = in_turns && item.begin[1] - item.begin[0] == 1 ? 2 : 1;
     int block = item.begin[turn];
+    bool is_first = true;
 #pragma unroll 1
     for (; block < item.end[turn]; block += step) {
-      run_block(item, block, block == item.begin[turn]);
+      run_block(item, block, is_first);
+      is_first = false;
     }
     if (in_turns) pass_blocks(item, block, step);
     gather_statistics<C>(shared, stream, softmax, params.scale_log2);
