@@ -56,9 +56,9 @@ class FlashAttentionBackend:
         flash_attention_v3._load_fa3_kernels(self.device)  # raises with the reasons when nothing serves it
         self.fa_impl_ver = fa_impl_ver
         self.num_splits = 1 if deterministic else 0  # without a cache
-        # MATE has no argument for it, but does not split where it is told so.
-        self._deterministic = deterministic and self.device.type != "musa"
-        self._cache_splits = 0 if self._deterministic else self.num_splits
+        # With one: MATE has no argument for it, but does not split where it is told so.
+        fixed = deterministic and self.device.type != "musa"
+        self._of_cache = {"num_splits": 0 if fixed else self.num_splits, "deterministic": fixed}
         self._varlen: Callable[..., Any] = flash_attention_v3.flash_attn_varlen_func
         self._kvcache: Callable[..., Any] = flash_attention_v3.flash_attn_with_kvcache
         self._merge: Callable[..., tuple[Tensor, Tensor]] = flash_attention_v3.merge_state
@@ -182,7 +182,7 @@ class FlashAttentionBackend:
         # With new keys the lengths that count are known only inside the call.
         if self._maker is not None and not new and qv is None:
             context = steps.current(self._owner)
-            key = steps.key_for(context, metadata, layer, q, k_cache, v_cache, self._cache_splits)
+            key = steps.key_for(context, metadata, layer, q, k_cache, v_cache, self._of_cache["num_splits"])
             plan = steps.obtain(context, key, metadata, self._maker, q.device)
         result: Result = self._kvcache(
             q=q,
@@ -193,10 +193,9 @@ class FlashAttentionBackend:
             **metadata.cache_arguments(),
             **layer.arguments(),
             scheduler_metadata=plan,
-            num_splits=self._cache_splits,
+            **self._of_cache,
             return_softmax_lse=return_softmax_lse,
             out=out,
-            deterministic=self._deterministic,
         )
         return result
 

@@ -125,84 +125,102 @@ class DecodeSchedule {
 
   // The next item of this part; false when there are no more.
   __device__ __forceinline__ bool next(DecodeItem& item) {
-    if (at_ >= end_) return false;
-    unsigned window = __reduce_add_sync(0xffffffffu, seen_.cost);
 #pragma unroll 1
-    while (at_ >= base_ + window) {
-      base_ += window;
-      open(first_ + 32);
-      window = __reduce_add_sync(0xffffffffu, seen_.cost);
-    }
-    const int lane = threadIdx.x % 32;
-    unsigned up_to = seen_.cost;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const unsigned below = __shfl_up_sync(0xffffffffu, up_to, step);
-      if (lane >= step) up_to += below;
-    }
-    const int source = __popc(__ballot_sync(0xffffffffu, up_to <= at_ - base_));
-    const unsigned end = base_ + __shfl_sync(0xffffffffu, up_to, source);
-    const unsigned start = end - __shfl_sync(0xffffffffu, seen_.cost, source);
-    item.batch = first_ + source;
-    item.len_q = __shfl_sync(0xffffffffu, of_.len_q, source);
-    item.len_k = __shfl_sync(0xffffffffu, of_.len_k, source);
-    item.leftpad = __shfl_sync(0xffffffffu, of_.leftpad, source);
-    item.low = __shfl_sync(0xffffffffu, seen_.low, source);
-    item.high = __shfl_sync(0xffffffffu, seen_.high, source);
-    item.offset_q = params_.cu_seqlens_q != nullptr ? params_.cu_seqlens_q[item.batch] : 0;
-    unsigned begin = at_, stop = min(end_, end);
-    item.first_part = 0;
-    item.parts = 1;
-    item.ranges = item.before = 0;
-    item.is_first = at_ == start;
-    if (params_.ranges_log2 > 0) {
-      const unsigned size = blocks_of_range(params_, item.len_q * params_.group, end - start);
-      begin = start + (at_ - start) / size * size;
-      stop = min(begin + size, end);
-      if (stop > end_) {  // the next part's
-        at_ = end_;
-        return false;
+    while (at_ < end_) {
+      unsigned window = __reduce_add_sync(0xffffffffu, seen_.cost);
+#pragma unroll 1
+      while (at_ >= base_ + window) {
+        base_ += window;
+        open(first_ + 32);
+        window = __reduce_add_sync(0xffffffffu, seen_.cost);
       }
-      set_range(item, start, end, begin, size);
-    } else if (start < at_ || end > end_) {
-      item.first_part = part_of(start);
-      item.parts = part_of(end - 1) - item.first_part + 1;
+      const int lane = threadIdx.x % 32;
+      unsigned up_to = seen_.cost;
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) {
+        const unsigned below = __shfl_up_sync(0xffffffffu, up_to, step);
+        if (lane >= step) up_to += below;
+      }
+      const int source = __popc(__ballot_sync(0xffffffffu, up_to <= at_ - base_));
+      const unsigned end = base_ + __shfl_sync(0xffffffffu, up_to, source);
+      const unsigned start = end - __shfl_sync(0xffffffffu, seen_.cost, source);
+      item.batch = first_ + source;
+      item.len_q = __shfl_sync(0xffffffffu, of_.len_q, source);
+      item.len_k = __shfl_sync(0xffffffffu, of_.len_k, source);
+      item.leftpad = __shfl_sync(0xffffffffu, of_.leftpad, source);
+      item.low = __shfl_sync(0xffffffffu, seen_.low, source);
+      item.high = __shfl_sync(0xffffffffu, seen_.high, source);
+      item.offset_q = params_.cu_seqlens_q != nullptr ? params_.cu_seqlens_q[item.batch] : 0;
+      const bool found =
+          params_.ranges_log2 > 0 ? set_range(item, start, end) : set_run(item, start, end);
+      if (found) return true;
     }
+    return false;
+  }
+
+ private:
+  // The blocks from at_ to `stop` of the sequence from `start` on.
+  __device__ __forceinline__ void set_blocks(DecodeItem& item, unsigned start, unsigned stop) {
     const int first_block = item.low / kDecodeKeys;
-    item.begin[0] = first_block + static_cast<int>(begin - start);
+    item.begin[0] = first_block + static_cast<int>(at_ - start);
     item.begin[1] = item.begin[0] + 1;
     item.end[0] = item.end[1] =
         item.high > item.low ? first_block + static_cast<int>(stop - start) : item.begin[0];
     at_ = stop;
+  }
+
+  // What is left of the run, of the sequence from `start` to `end`.
+  __device__ __forceinline__ bool set_run(DecodeItem& item, unsigned start, unsigned end) {
+    item.is_first = at_ == start;
+    item.first_part = 0;
+    item.parts = 1;
+    item.ranges = item.before = 0;
+    if (start < at_ || end > end_) {
+      item.first_part = part_of(start);
+      item.parts = part_of(end - 1) - item.first_part + 1;
+    }
+    set_blocks(item, start, min(end_, end));
     return true;
   }
 
- private:
-  // A part's run of blocks. Of fixed ranges a part has those whose last block is in its run.
-  __device__ __forceinline__ unsigned begin_of(unsigned part) const {
-    return part * run_ + min(part, longer_);
-  }
-
-  // What an item has to know of its sequence's ranges; `begin`: of this one.
-  __device__ __forceinline__ void set_range(DecodeItem& item, unsigned start, unsigned end,
-                                            unsigned begin, unsigned size) const {
+  // The next range of the sequence from `start` to `end`; false, and on to the next sequence, where
+  // none is left for this part.
+  __device__ __forceinline__ bool set_range(DecodeItem& item, unsigned start, unsigned end) {
+    const unsigned size = blocks_of_range(params_, item.len_q * params_.group, end - start);
     const unsigned ranges = (end - start + size - 1) / size;
+    // A range belongs to the part whose run has its middle. How many do before that of a run that
+    // ends at a block:
     const auto ranges_before = [&](unsigned block) {
-      return block >= end ? ranges : (block - start) / size;
+      return block >= end ? ranges : (block - start + (size - 1) / 2) / size;
     };
-    const unsigned range = (begin - start) / size;
+    const unsigned range = ranges_before(at_), behind = ranges_before(end_);
+    if (range >= behind) {
+      at_ = end;
+      return false;
+    }
     const unsigned first = ranges_before(max(start, begin_of(blockIdx.y)));
-    const unsigned behind = ranges_before(end_);
     item.range = static_cast<short>(range);
     item.ranges = static_cast<short>(ranges);
     item.is_first = first == 0;
     item.before = static_cast<short>(range - first);
     item.arrivals = range + 1 == behind ? static_cast<short>(behind - first) : 0;
-    if (behind - first == ranges) return;
-    const unsigned first_part = part_of(min(start + size, end) - 1);
-    item.parts = 2;  // or more
-    item.first_part = params_.batch < params_.parts ? item.batch : static_cast<int>(first_part);
-    item.merge_from = static_cast<short>(ranges_before(begin_of(first_part + 1)) - 1);
+    item.first_part = 0;
+    item.parts = 1;
+    item.merge_from = 0;
+    if (behind - first < ranges) {
+      const unsigned first_part = part_of(min(start + size / 2, end - 1));
+      item.parts = 2;  // or more
+      item.first_part = params_.batch < params_.parts ? item.batch : static_cast<int>(first_part);
+      item.merge_from = static_cast<short>(ranges_before(begin_of(first_part + 1)) - 1);
+    }
+    at_ = start + range * size;
+    set_blocks(item, start, min(at_ + size, end));
+    return true;
+  }
+
+  // Where a part's run of blocks begins.
+  __device__ __forceinline__ unsigned begin_of(unsigned part) const {
+    return part * run_ + min(part, longer_);
   }
 
   __device__ __forceinline__ unsigned part_of(unsigned block) const {
