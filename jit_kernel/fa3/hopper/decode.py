@@ -89,7 +89,8 @@ def _launch(
     partials: Tensor | None,
     if_aligned: bool,
 ) -> int:
+    fixed_ranges = calls.is_deterministic(call)
     return device.decode(
         handle, *arguments.cache_tensors(call, result, lse), partials, arguments.new_rows(call),
-        *arguments.scalars(call, *calls.mask_bounds(call)), calls.is_deterministic(call), if_aligned,
+        *arguments.scalars(call, *calls.mask_bounds(call)), fixed_ranges, if_aligned,
     )  # fmt: skip

@@ -90,7 +90,7 @@ struct DecodeConfig {
   static_assert(kRows % 8 == 0 && kRows <= 64, "columns of one wgmma");
   static_assert(kHeadDim % kDecodePanel == 0, "head sizes are padded to a panel");
   static_assert(kStages >= 3, "keys and values of a block, and something on its way");
-  static_assert(kSharedBytes <= kMostSharedBytes, "a block of sm_90 has no more shared memory");
+  static_assert(kSharedBytes <= 227 * 1024, "a block of sm_90 has 227 KiB of shared memory");
 };
 
 // The one table of decode tiles: padded head size, packed query rows.
