@@ -237,8 +237,8 @@ def flash_attn_with_kvcache(
     """
     call = (
         KVCACHE, q, k_cache, v_cache, softmax_scale, causal, window_size, attention_chunk, softcap, num_splits,
-        return_softmax_lse, out, sinks, qv, q_descale, k_descale, v_descale, pack_gqa, sm_margin, deterministic, only_qv,
-        cu_seqlens_q, max_seqlen_q, cache_seqlens, page_table, None, None, None, draft_mask,
+        return_softmax_lse, out, sinks, qv, q_descale, k_descale, v_descale, pack_gqa, sm_margin, deterministic,
+        only_qv, cu_seqlens_q, max_seqlen_q, cache_seqlens, page_table, None, None, None, draft_mask,
         k, v, cu_seqlens_k_new, cache_batch_idx, cache_leftpad,
         rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved, scheduler_metadata,
     )  # fmt: skip

@@ -33,8 +33,9 @@ class FlashAttentionBackend:
     fa_impl_ver: 3, FlashAttention-3's functions; any other version raises ValueError with what exists.
     device: a torch.device or its string; without one the detected device. Raises NotImplementedError with every missing
         part when nothing serves it.
-    deterministic: a sequence's result does not depend on what else is in the batch, nor on its graph: keys in a cache
-        are cut as `flash_attn_with_kvcache(deterministic=True)` says; without a cache, and on MUSA, never.
+    deterministic: a sequence's result does not depend on what else is in the batch. Keys in a cache are cut as
+        `flash_attn_with_kvcache(deterministic=True)` says, with the bound on query rows that it names; without a cache,
+        and on MUSA, never.
     plan_ahead: compute scheduler metadata once a step for calls with a cache; by default on MUSA, whose kernels split
         keys only when they are given it. Other implementations plan inside the call.
 

@@ -150,7 +150,7 @@ def test_replays_of_a_graph_have_a_plain_calls_bits(shape: tuple[Any, ...], laun
 
 
 def test_the_longest_query_of_the_batch_does_not_matter(launched: list[None]) -> None:
-    """Sequences of 1 to 16 tokens: kernels of 8 to 64 rows, in shared memory and in the launch's, give the same bits."""
+    """Sequences of 1 to 16 tokens: kernels of 8 to 64 rows, and what each keeps where, give the same bits."""
     call = made((24, 1, 6000, (32, 8), 64, 128), 5)
     rows = [1, 2, 4, 8, 16] * 4 + [1] * 4
     q = torch.randn(sum(rows), 32, 128, device="cuda", dtype=torch.bfloat16)

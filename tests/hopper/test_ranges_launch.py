@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -34,13 +33,13 @@ def double() -> OnHost:
 
 
 @pytest.fixture
-def serving(double: OnHost, monkeypatch: pytest.MonkeyPatch) -> Iterator[OnHost]:
+def serving(double: OnHost, monkeypatch: pytest.MonkeyPatch) -> OnHost:
     """The double in place of the launcher."""
     for name in ("_decode", "_asks_first", "_asks_for_more"):
         monkeypatch.setattr(known, name, getattr(known, name))
     known.serve(double.known_decode)
     monkeypatch.setattr(decode.kernels, "kernels_of", lambda device: double)
-    yield double
+    return double
 
 
 def launch_of(double: OnHost, batch: int, heads_k: int, d: int, rows_k: int, deterministic: bool) -> tuple[int, ...]:

@@ -54,10 +54,10 @@ def test_a_sequence_has_the_same_bits_alone_and_among_64(dtype: torch.dtype, mas
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("page_size", [1, 16, 64])
-@pytest.mark.parametrize("splits", [{"num_splits": 1}, {"deterministic": True}, {"deterministic": True, "num_splits": 5}])
-def test_a_decode_step_has_the_same_bits_alone_and_among_64(
-    dtype: torch.dtype, page_size: int, splits: dict
-) -> None:
+@pytest.mark.parametrize(
+    "splits", [{"num_splits": 1}, {"deterministic": True}, {"deterministic": True, "num_splits": 5}]
+)
+def test_a_decode_step_has_the_same_bits_alone_and_among_64(dtype: torch.dtype, page_size: int, splits: dict) -> None:
     lengths = [(37 * i) % 300 + 1 for i in range(64)]
     per_row = 320 // page_size
     pages = torch.randperm(64 * per_row, generator=torch.Generator().manual_seed(0)).view(64, per_row).int()

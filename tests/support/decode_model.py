@@ -219,7 +219,12 @@ def decode_grid(
 ) -> Grid:
     """decode_grid on so many multiprocessors, sm_margin taken away; the last two are fixed ranges' own."""
     clusters = heads_k * batch
-    if may_cluster and clusters >= 4 and clusters * (CLUSTER_PARTS + 1) <= multiprocessors and rows_k <= clusters * ROWS_OF_CLUSTER:
+    if (
+        may_cluster
+        and clusters >= 4
+        and clusters * (CLUSTER_PARTS + 1) <= multiprocessors
+        and rows_k <= clusters * ROWS_OF_CLUSTER
+    ):
         return Grid(1, CLUSTER_PARTS, True)
     most = max(1, multiprocessors)
     if two is None:

@@ -1,7 +1,7 @@
 """Fixed ranges of the Hopper decode kernels, as arithmetic in Python, and what must hold of them.
 
-Each function follows one of decode/schedule.cuh, decode/ranges.cuh, decode/merge.cuh or launch/decode_launch.h. A result
-is the tree of the joins that made it, so that two of the same bits are two of the same tree.
+Each function follows one of decode/schedule.cuh, decode/ranges.cuh, decode/merge.cuh or launch/decode_launch.h. A
+result is the tree of the joins that made it, so that two of the same bits are two of the same tree.
 """
 
 from __future__ import annotations
