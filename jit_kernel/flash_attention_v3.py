@@ -204,6 +204,7 @@ def flash_attn_with_kvcache(
     sinks: Tensor | None = None,
     out: Tensor | None = None,
     draft_mask: Tensor | None = None,
+    deterministic: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over a cache of keys and values, to which new ones may be appended first, in place.
 
@@ -224,14 +225,20 @@ def flash_attn_with_kvcache(
         may have been longer, and it may have been made for new keys, or without a window or softcap, that differ here.
     num_splits: 0 by default, where `flash_attn_varlen_func` has 1: a heuristic chooses, so that a sequence's last bits
         may depend on the rest of the batch.
+    deterministic: a sequence's bits are the same alone and among others, whatever sm_margin is, and from one graph
+        replay to the next. Where num_splits is not 1, Hopper cuts keys into ranges by a sequence's own lengths and by
+        what a model's calls share, and sums them in their order, at nearly the speed of free splits; it does so in
+        calls of at most 64 query rows a sequence, max_seqlen_q * hq / hk (32 beyond head size 128), so the bits are the
+        same on either side of that bound, not across it: give max_seqlen_q beside cu_seqlens_q. All others do not
+        split the keys of such a call. NotImplementedError on MUSA, which has no such argument: give num_splits=1.
 
     The other arguments, the result, its formulas and the errors are those of `flash_attn_varlen_func`; ValueError also
     for new keys that the cache has no room for, and for metadata that was made with other parameters.
     """
     call = (
         KVCACHE, q, k_cache, v_cache, softmax_scale, causal, window_size, attention_chunk, softcap, num_splits,
-        return_softmax_lse, out, sinks, qv, q_descale, k_descale, v_descale, pack_gqa, sm_margin, False, only_qv,
-        cu_seqlens_q, max_seqlen_q, cache_seqlens, page_table, None, None, None, draft_mask,
+        return_softmax_lse, out, sinks, qv, q_descale, k_descale, v_descale, pack_gqa, sm_margin, deterministic,
+        only_qv, cu_seqlens_q, max_seqlen_q, cache_seqlens, page_table, None, None, None, draft_mask,
         k, v, cu_seqlens_k_new, cache_batch_idx, cache_leftpad,
         rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved, scheduler_metadata,
     )  # fmt: skip

@@ -24,7 +24,7 @@ from jit_kernel.fa3.features import fields_ask_for_more
 # features.ARGUMENTS. cu_seqlens_k_new has no meaning without new keys; metadata is read under CHECK_INDICES alone.
 CLAIMED = frozenset(
     ("ragged_q", "page_size", "seqused_k", "ragged_append", "causal", "window", "chunk", "softcap", "sinks", "lse",
-     "split", "metadata")
+     "split", "metadata", "deterministic")
 )  # fmt: skip
 # What the launcher answers, as it has them.
 _LAUNCHED, _UNSURE = 1, 2
@@ -95,7 +95,7 @@ def try_unchecked(arguments: Arguments) -> Result | None:
         lse = empty(lse_shape(q), dtype=torch.float32, device=q.device) if with_lse else None
         call = (
             q, k, v, out, lse, used_k, table, offsets_q, offsets_new, sinks, metadata, longest_q, scale, causal,
-            left, right, chunk, softcap, num_splits, sm_margin, is_ours and offsets_q is not None,
+            left, right, chunk, softcap, num_splits, sm_margin, deterministic, is_ours and offsets_q is not None,
         )  # fmt: skip
         answer = _UNSURE if _asks_first else _decode(*call, False)
         if answer == _UNSURE:
