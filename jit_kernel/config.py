@@ -68,7 +68,7 @@ def _choices(key: str, choices: tuple[str, ...]) -> tuple[str, ...]:
     for value in chosen:
         if value not in choices:
             raise ConfigError(
-                f"{key} is {os.environ[key]!r}; it must name some of {', '.join(choices)}, with commas between"
+                f"{key} is {os.environ[key]!r}; it must be one of {', '.join(choices)}, or some with commas between"
             )
     return chosen
 

@@ -32,54 +32,24 @@ _OF_BACKEND = "sgl_kernel.flash_attn"
 
 
 def flash_attn_with_kvcache(
-    q: Any,
-    k_cache: Any,
-    v_cache: Tensor,
-    k: Tensor | None = None,
-    v: Tensor | None = None,
-    qv: Tensor | None = None,
-    rotary_cos: Tensor | None = None,
-    rotary_sin: Tensor | None = None,
-    cache_seqlens: Tensor | int | None = None,
-    cache_batch_idx: Tensor | None = None,
-    cache_leftpad: Tensor | None = None,
-    page_table: Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k_new: Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    rotary_seqlens: Tensor | None = None,
-    q_descale: Tensor | None = None,
-    k_descale: Tensor | None = None,
-    v_descale: Tensor | None = None,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = UNBOUNDED,
-    attention_chunk: int | None = None,
-    softcap: float = 0.0,
-    rotary_interleaved: bool = True,
-    scheduler_metadata: Tensor | None = None,
-    num_splits: int = 0,
-    pack_gqa: bool | None = None,
-    only_qv: bool = False,
-    sm_margin: int = 0,
-    return_softmax_lse: bool = False,
-    sinks: Tensor | None = None,
-    score_mod: None = None,
-    aux_tensors: None = None,
-    sfq: None = None,
-    sfk: None = None,
-    sfv: None = None,
-    rel_bias: None = None,
-    rel_bias_prep_cache: None = None,
-    ver: int = 3,
-    out: Tensor | None = None,
-    max_seqlen_k: int | None = None,
-    mask_mod: None = None,
-) -> Result:
+    q: Any, k_cache: Any, v_cache: Tensor, k: Tensor | None = None, v: Tensor | None = None, qv: Tensor | None = None,
+    rotary_cos: Tensor | None = None, rotary_sin: Tensor | None = None, cache_seqlens: Tensor | int | None = None,
+    cache_batch_idx: Tensor | None = None, cache_leftpad: Tensor | None = None, page_table: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None, cu_seqlens_k_new: Tensor | None = None, max_seqlen_q: int | None = None,
+    rotary_seqlens: Tensor | None = None, q_descale: Tensor | None = None, k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None, softmax_scale: float | None = None, causal: bool = False,
+    window_size: tuple[int, int] = UNBOUNDED, attention_chunk: int | None = None, softcap: float = 0.0,
+    rotary_interleaved: bool = True, scheduler_metadata: Tensor | None = None, num_splits: int = 0,
+    pack_gqa: bool | None = None, only_qv: bool = False, sm_margin: int = 0, return_softmax_lse: bool = False,
+    sinks: Tensor | None = None, score_mod: None = None, aux_tensors: None = None, sfq: None = None, sfk: None = None,
+    sfv: None = None, rel_bias: None = None, rel_bias_prep_cache: None = None, ver: int = 3, out: Tensor | None = None,
+    max_seqlen_k: int | None = None, mask_mod: None = None,
+) -> Result:  # fmt: skip
     """`jit_kernel.flash_attn_with_kvcache` in sglang's order, with its names and defaults.
 
-    q and k_cache may be None with only_qv: they are not read then. max_seqlen_k, a bound of the keys' count, is not needed. ver must be
-    3. From score_mod to mask_mod, but for ver, out and max_seqlen_k: None, else NotImplementedError by name.
+    q and k_cache may be None with only_qv: they are not read then. max_seqlen_k, a bound of the keys' count, is not
+    needed. ver must be 3. From score_mod to mask_mod, but for ver, out and max_seqlen_k: None, else NotImplementedError
+    by name.
     """
     _need_version(ver)
     refuse_given(
@@ -101,42 +71,16 @@ def flash_attn_with_kvcache(
 
 
 def flash_attn_varlen_func(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    seqused_q: Tensor | None = None,
-    seqused_k: Tensor | None = None,
-    page_table: Tensor | None = None,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    qv: Tensor | None = None,
-    q_descale: Tensor | None = None,
-    k_descale: Tensor | None = None,
-    v_descale: Tensor | None = None,
-    window_size: tuple[int, int] = UNBOUNDED,
-    attention_chunk: int | None = 0,
-    softcap: float = 0.0,
-    num_splits: int = 1,
-    pack_gqa: bool | None = None,
-    only_qv: bool = False,
-    sm_margin: int = 0,
-    return_softmax_lse: bool = False,
-    sinks: Tensor | None = None,
-    score_mod: None = None,
-    aux_tensors: None = None,
-    sfq: None = None,
-    sfk: None = None,
-    sfv: None = None,
-    rel_bias: None = None,
-    rel_bias_prep_cache: None = None,
-    ver: int = 3,
-    out: Tensor | None = None,
-    mask_mod: None = None,
-) -> Result:
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None, page_table: Tensor | None = None, softmax_scale: float | None = None,
+    causal: bool = False, qv: Tensor | None = None, q_descale: Tensor | None = None, k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None, window_size: tuple[int, int] = UNBOUNDED, attention_chunk: int | None = 0,
+    softcap: float = 0.0, num_splits: int = 1, pack_gqa: bool | None = None, only_qv: bool = False, sm_margin: int = 0,
+    return_softmax_lse: bool = False, sinks: Tensor | None = None, score_mod: None = None, aux_tensors: None = None,
+    sfq: None = None, sfk: None = None, sfv: None = None, rel_bias: None = None, rel_bias_prep_cache: None = None,
+    ver: int = 3, out: Tensor | None = None, mask_mod: None = None,
+) -> Result:  # fmt: skip
     """`jit_kernel.flash_attn_varlen_func` in sglang's order, with its names and defaults.
 
     ver must be 3. From score_mod to mask_mod, but for ver and out: None, else NotImplementedError by name.
@@ -156,30 +100,13 @@ def flash_attn_varlen_func(
 
 
 def get_scheduler_metadata(
-    batch_size: int,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    num_heads: int,
-    num_heads_k: int,
-    headdim: int,
-    cache_seqlens: Tensor,
-    qkv_dtype: torch.dtype = torch.bfloat16,
-    headdim_v: int | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: None = None,
-    cu_seqlens_k_new: Tensor | None = None,
-    seqused_q: None = None,
-    leftpad_k: Tensor | None = None,
-    page_size: int | None = None,
-    max_seqlen_k_new: int = 0,
-    causal: bool = False,
-    window_size: tuple[int, int] = UNBOUNDED,
-    attention_chunk: int | None = 0,
-    has_softcap: bool = False,
-    num_splits: int = 0,
-    pack_gqa: bool | None = None,
-    sm_margin: int = 0,
-) -> Tensor:
+    batch_size: int, max_seqlen_q: int, max_seqlen_k: int, num_heads: int, num_heads_k: int, headdim: int,
+    cache_seqlens: Tensor, qkv_dtype: torch.dtype = torch.bfloat16, headdim_v: int | None = None,
+    cu_seqlens_q: Tensor | None = None, cu_seqlens_k: None = None, cu_seqlens_k_new: Tensor | None = None,
+    seqused_q: None = None, leftpad_k: Tensor | None = None, page_size: int | None = None, max_seqlen_k_new: int = 0,
+    causal: bool = False, window_size: tuple[int, int] = UNBOUNDED, attention_chunk: int | None = 0,
+    has_softcap: bool = False, num_splits: int = 0, pack_gqa: bool | None = None, sm_margin: int = 0,
+) -> Tensor:  # fmt: skip
     """`jit_kernel.get_scheduler_metadata` in sglang-kernel's order, with its names and defaults.
 
     cu_seqlens_k and seqused_q must be None: plans are for calls over a cache.

@@ -30,49 +30,23 @@ from jit_kernel.integrations.replacing import Replacements, always
 
 HOST = "vllm"
 _MODULE = "vllm.vllm_flash_attn.flash_attn_interface"
+_ATTENTION = "flash_attn_varlen_func"
 _VERSIONS = (2, 3)  # FlashAttention 2's and 3's functions mean the same
 
 
 def flash_attn_varlen_func(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    max_seqlen_q: int,
-    cu_seqlens_q: Tensor,
-    max_seqlen_k: int,
-    cu_seqlens_k: Tensor | None = None,
-    seqused_k: Tensor | None = None,
-    q_v: Tensor | None = None,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: Any = None,
-    softcap: float = 0.0,
-    alibi_slopes: None = None,
-    deterministic: bool = False,
-    return_attn_probs: bool = False,
-    block_table: Tensor | None = None,
-    return_softmax_lse: bool = False,
-    out: Tensor | None = None,
-    scheduler_metadata: Tensor | None = None,
-    q_descale: Tensor | None = None,
-    k_descale: Tensor | None = None,
-    v_descale: Tensor | None = None,
-    num_splits: int = 0,
-    output_scale: None = None,
-    fa_version: int = 2,
-    s_aux: Tensor | None = None,
-    cp_world_size: int = 1,
-    cp_rank: int = 0,
-    cp_tot_seqused_k: None = None,
-    mask_mod: None = None,
-    block_sparse_tensors: None = None,
-    aux_tensors: None = None,
-    aux_tensor_leading_dims: None = None,
-    dynamic_causal: None = None,
-    gather_kv_indices: None = None,
+    q: Tensor, k: Tensor, v: Tensor, max_seqlen_q: int, cu_seqlens_q: Tensor, max_seqlen_k: int,
+    cu_seqlens_k: Tensor | None = None, seqused_k: Tensor | None = None, q_v: Tensor | None = None,
+    dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False, window_size: Any = None,
+    softcap: float = 0.0, alibi_slopes: None = None, deterministic: bool = False, return_attn_probs: bool = False,
+    block_table: Tensor | None = None, return_softmax_lse: bool = False, out: Tensor | None = None,
+    scheduler_metadata: Tensor | None = None, q_descale: Tensor | None = None, k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None, num_splits: int = 0, output_scale: None = None, fa_version: int = 2,
+    s_aux: Tensor | None = None, cp_world_size: int = 1, cp_rank: int = 0, cp_tot_seqused_k: None = None,
+    mask_mod: None = None, block_sparse_tensors: None = None, aux_tensors: None = None,
+    aux_tensor_leading_dims: None = None, dynamic_causal: None = None, gather_kv_indices: None = None,
     gather_kv_valid_length: None = None,
-) -> Result:
+) -> Result:  # fmt: skip
     """vLLM's function, in its order, with its names and defaults; shapes and results are those of jit_kernel's.
 
     With block_table (b, max_blocks) and seqused_k (b,), k and v are pages: `jit_kernel.flash_attn_with_kvcache`. Else
@@ -86,15 +60,14 @@ def flash_attn_varlen_func(
     """
     if fa_version not in _VERSIONS:
         raise NotImplementedError(f"fa_version is {described(fa_version)}; it must be 2 or 3")
-    name = "flash_attn_varlen_func"
     refuse_given(
-        name, alibi_slopes=alibi_slopes, output_scale=output_scale, cp_tot_seqused_k=cp_tot_seqused_k,
+        _ATTENTION, alibi_slopes=alibi_slopes, output_scale=output_scale, cp_tot_seqused_k=cp_tot_seqused_k,
         mask_mod=mask_mod, block_sparse_tensors=block_sparse_tensors, aux_tensors=aux_tensors,
         aux_tensor_leading_dims=aux_tensor_leading_dims, dynamic_causal=dynamic_causal,
         gather_kv_indices=gather_kv_indices, gather_kv_valid_length=gather_kv_valid_length,
     )  # fmt: skip
-    refuse_other_than(name, 0, dropout_p=dropout_p, cp_rank=cp_rank, return_attn_probs=return_attn_probs)
-    refuse_other_than(name, 1, cp_world_size=cp_world_size)
+    refuse_other_than(_ATTENTION, 0, dropout_p=dropout_p, cp_rank=cp_rank, return_attn_probs=return_attn_probs)
+    refuse_other_than(_ATTENTION, 1, cp_world_size=cp_world_size)
     need_bool("deterministic", deterministic)
     q, k, v = with_unit_stride(q), with_unit_stride(k), with_unit_stride(v)
     if softmax_scale is None and isinstance(q_v, Tensor) and isinstance(q, Tensor) and q.dim():
@@ -124,27 +97,13 @@ def flash_attn_varlen_func(
 
 
 def get_scheduler_metadata(
-    batch_size: int,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    num_heads_q: int,
-    num_heads_kv: int,
-    headdim: int,
-    cache_seqlens: Tensor,
-    qkv_dtype: torch.dtype = torch.bfloat16,
-    headdim_v: int | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k_new: Tensor | None = None,
-    cache_leftpad: Tensor | None = None,
-    page_size: int | None = None,
-    max_seqlen_k_new: int = 0,
-    causal: bool = False,
-    window_size: tuple[int, int] = UNBOUNDED,
-    has_softcap: bool = False,
-    num_splits: int = 0,
-    pack_gqa: bool | None = None,
-    sm_margin: int = 0,
-) -> Tensor:
+    batch_size: int, max_seqlen_q: int, max_seqlen_k: int, num_heads_q: int, num_heads_kv: int, headdim: int,
+    cache_seqlens: Tensor, qkv_dtype: torch.dtype = torch.bfloat16, headdim_v: int | None = None,
+    cu_seqlens_q: Tensor | None = None, cu_seqlens_k_new: Tensor | None = None, cache_leftpad: Tensor | None = None,
+    page_size: int | None = None, max_seqlen_k_new: int = 0, causal: bool = False,
+    window_size: tuple[int, int] = UNBOUNDED, has_softcap: bool = False, num_splits: int = 0,
+    pack_gqa: bool | None = None, sm_margin: int = 0,
+) -> Tensor:  # fmt: skip
     """`jit_kernel.get_scheduler_metadata` in vLLM's order, which has no attention_chunk."""
     return public.get_scheduler_metadata(
         batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim, with_unit_stride(cache_seqlens),
@@ -207,7 +166,7 @@ def _attention_of(original: Callable[..., Any]) -> Callable[..., Any]:
 def _wanted() -> Mapping[tuple[str, str], Callable[[Callable[..., Any]], Callable[..., Any]]]:
     """By module and name of a function of vLLM's: what makes its replacement."""
     return {
-        (_MODULE, "flash_attn_varlen_func"): _attention_of,
+        (_MODULE, _ATTENTION): _attention_of,
         (_MODULE, "get_scheduler_metadata"): always(get_scheduler_metadata),
         (_MODULE, "is_fa_version_supported"): _for_versions(is_fa_version_supported),
         (_MODULE, "fa_version_unsupported_reason"): _for_versions(fa_version_unsupported_reason),
