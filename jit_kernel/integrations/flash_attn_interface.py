@@ -183,7 +183,7 @@ def _flash_attn_backward(
     is_causal: bool = False, window_size_left: int = -1, window_size_right: int = -1, softcap: float = 0.0,
     deterministic: bool = False, sm_margin: int = 0,
 ) -> Tensor:  # fmt: skip
-    """Write the gradients into those of dq, dk and dv that are given; returns sum(dout * out), of softmax_lse's shape."""
+    """Write the gradients into those of dq, dk and dv that are given; returns sum(dout * out), as softmax_lse lies."""
     need_bool("deterministic", deterministic)
     found = passes.gradients(
         dout, q, k, v, out, softmax_lse, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_q=sequed_q,
