@@ -1,4 +1,4 @@
-"""The recorded calls of sglang and vLLM on a GPU: answered rightly, captured in a graph, replayed with other lengths."""
+"""The recorded calls of sglang and vLLM on a GPU: right, captured in a graph, and replayed with other lengths."""
 
 from __future__ import annotations
 
