@@ -12,8 +12,10 @@ Tensors must lie in memory. A lazily negated view (torch's neg and conj) is reso
 of an asynchronous collective is waited for; neither may be written. TypeError, by name: subclasses without memory of
 their own (DTensor), nested, sparse and efficient zero tensors. Fake tensors, make_fx, torch.jit.trace, torch.compile
 and torch.export get the operators torch.ops.jit_kernel.*; NotImplementedError, by name: an argument that torch.vmap
-batches, torch.func.functionalize wraps, or a derivative is asked of (requires_grad in grad mode, a forward-mode
-tangent in any).
+batches, torch.func.functionalize wraps or torch.func differentiates, or that has a forward-mode tangent.
+
+Gradients, by torch's own backward operators: those of `flash_attn_func` and `flash_attn_varlen_func`, whose docstring
+says of which calls. Every other derivative that is asked for is a NotImplementedError, by name.
 
 What is written, out and a cache that is appended to, shares no byte with another tensor of the call, and none with
 itself: ValueError. Slices that lie between each other's rows share none (q, k, v and out of one buffer).
@@ -157,9 +159,13 @@ def flash_attn_varlen_func(
 
     Raises ValueError or TypeError that name the argument, for a bad shape, dtype, device, stride or value, before
     anything is launched or written (index tensors' values on the CPU, elsewhere under JIT_KERNEL_CHECK_INDICES=1);
-    NotImplementedError, with every implementation's reason, for what the device cannot do, and for an input that
-    requires grad in grad mode or has a forward-mode tangent; what `jit_kernel.jit.load` raises when a kernel can be
-    neither loaded nor compiled.
+    NotImplementedError, with every implementation's reason, for what the device cannot do, and for a derivative that
+    nothing gives; what `jit_kernel.jit.load` raises when a kernel can be neither loaded nor compiled.
+
+    Gradients: on a CPU and on CUDA q, k and v may require grad, in fp32, bf16 or fp16, dense or ragged, with causal and
+    window_size. torch's own backward operators give the gradients, with this out and lse, which has none itself, as
+    in FlashAttention-3. NotImplementedError, by name, beside softcap, sinks, attention_chunk, qv, page_table, seqused_q
+    and seqused_k, descales, draft_mask or out, and when they are differentiated again.
     """
     call = (
         VARLEN, q, k, v, softmax_scale, causal, window_size, attention_chunk, softcap, num_splits, return_softmax_lse,

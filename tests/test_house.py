@@ -30,6 +30,7 @@ FLOORS: list[set[str]] = [
     {"fa3.cpu", "fa3.hopper", "fa3.portable", "fa3.musa"},
     {"fa3.dispatch"},
     {"fa3.seam"},
+    {"fa3.gradients"},
     {"fa3.torch_operators"},
     {"fa3.entry"},
     {"flash_attention_v3"},
