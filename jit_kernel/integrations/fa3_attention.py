@@ -94,10 +94,10 @@ def gradients(
         each.shape[1] if each.dim() == 4 else each.shape[0] if bound is None else int(bound)
         for each, bound in ((q, max_seqlen_q), (k, max_seqlen_k))
     ]
-    tensors = (with_unit_stride(each) for each in (dout, q, k, v, out))
     found: tuple[Tensor, Tensor, Tensor] = torch.ops.jit_kernel.backward(
-        *tensors, lse, cu_seqlens_q, cu_seqlens_k, *longest, softmax_scale, causal, window_size_left, window_size_right
-    )
+        dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *longest, softmax_scale, causal, window_size_left,
+        window_size_right,
+    )  # fmt: skip
     return found
 
 
