@@ -5,7 +5,7 @@ As there, an input may require grad in every call, and it is the backward pass t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,8 +13,7 @@ from torch import Tensor
 
 from jit_kernel import flash_attention_v3 as public
 from jit_kernel.fa3.checks.values import need_window
-from jit_kernel.integrations.counters import count
-from jit_kernel.integrations.peers import refuse_given, refuse_other_than, with_unit_stride
+from jit_kernel.integrations.peers import note_served, refuse_given, refuse_other_than, with_unit_stride
 
 HOST = "flash_attn_interface"
 _COPIED = ("q", "k", "v", "k_new", "v_new", "qv", "page_table", "rotary_cos", "rotary_sin")
@@ -28,17 +27,24 @@ def attend(function: Callable[..., Any], arguments: Mapping[str, Any]) -> tuple[
     out can be differentiated after q, k and v where `gradients` serves the call. lse cannot, as in FlashAttention-3.
     """
     given = {name: with_unit_stride(value) if name in _COPIED else value for name, value in arguments.items()}
-    given["return_softmax_lse"] = True
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in given.values()):
-        rest = {name: value for name, value in given.items() if name not in ("q", "k", "v", "qv")}
-        result: Any = _Attention.apply(  # type: ignore[no-untyped-call]
-            function, rest, given["q"], given["k"], given["v"], given.get("qv")
-        )
+    if are_gradients_wanted(given.values()):
+        result = differentiable(function, given)
     else:
-        result = function(**given)
-    if not torch.compiler.is_compiling():
-        count(HOST, "served")
-    out, lse = result
+        result = function(**given, return_softmax_lse=True)
+    note_served(HOST)
+    return result
+
+
+def are_gradients_wanted(values: Iterable[Any]) -> bool:
+    """Whether one of the values requires grad, in grad mode."""
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in values)
+
+
+def differentiable(function: Callable[..., Any], arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a public function without out and sinks; the backward pass says by name what it does not serve."""
+    rest = {name: value for name, value in arguments.items() if name not in ("q", "k", "v", "qv")}
+    tensors = (arguments["q"], arguments["k"], arguments["v"], arguments.get("qv"))
+    out, lse = _Attention.apply(function, rest, *tensors)  # type: ignore[no-untyped-call]
     return out, lse
 
 
@@ -47,7 +53,7 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, function: Callable[..., Any], rest: dict[str, Any], q: Any, k: Any, v: Any, qv: Any
     ) -> tuple[Tensor, Tensor]:
-        out, lse = function(q=q, k=k, v=v, qv=qv, **rest)
+        out, lse = function(q=q, k=k, v=v, qv=qv, **rest, return_softmax_lse=True)
         named = {name: value for name, value in rest.items() if name in _OF_THE_BACKWARD}
         tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
         ctx.save_for_backward(q, k, v, out, lse, *tensors.values())
@@ -136,6 +142,5 @@ def attend_cache(arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """(out, lse) of the arguments of `flash_attn_with_kvcache`, which has no backward pass there either."""
     given = {name: with_unit_stride(value) if name in _COPIED else value for name, value in arguments.items()}
     out, lse = public.flash_attn_with_kvcache(**given | {"return_softmax_lse": True})
-    if not torch.compiler.is_compiling():
-        count(HOST, "served")
+    note_served(HOST)
     return out, lse

@@ -1,4 +1,4 @@
-"""What the modules with other projects' functions share: what they refuse by name, and what they copy."""
+"""What the modules with other projects' functions share: what they refuse by name, copy and count."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from jit_kernel.fa3.checks.values import described
+from jit_kernel.integrations.counters import count
 
 
 def refuse_given(function: str, **arguments: object) -> None:
@@ -28,6 +29,12 @@ def _refusal(function: str, name: str, value: object, must_be: str) -> NotImplem
     return NotImplementedError(
         f"{name} of {function} is {described(value)}; jit_kernel has nothing for it: it must be {must_be}"
     )
+
+
+def note_served(host: str) -> None:
+    """Count a call that was answered; a traced one runs later, and is not counted."""
+    if not torch.compiler.is_compiling():
+        count(host, "served")
 
 
 def with_unit_stride(tensor: Any) -> Any:

@@ -12,6 +12,7 @@ without the variable. A backend that was made before `activate()` or `deactivate
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,7 +24,8 @@ from jit_kernel import flash_attention_v3 as public
 from jit_kernel.fa3.call import UNBOUNDED, Result
 from jit_kernel.fa3.checks.values import described, need_integer
 from jit_kernel.integrations.counters import count
-from jit_kernel.integrations.peers import refuse_given, with_unit_stride
+from jit_kernel.integrations.fa3_attention import are_gradients_wanted, differentiable
+from jit_kernel.integrations.peers import note_served, refuse_given, with_unit_stride
 from jit_kernel.integrations.replacing import Replacements, always
 
 HOST = "sglang"
@@ -66,7 +68,7 @@ def flash_attn_with_kvcache(
         softmax_scale, causal, window_size, attention_chunk, softcap, rotary_interleaved, scheduler_metadata,
         num_splits, pack_gqa, only_qv, sm_margin, return_softmax_lse, sinks, out,
     )  # fmt: skip
-    count(HOST, "served")
+    note_served(HOST)
     return result
 
 
@@ -83,20 +85,33 @@ def flash_attn_varlen_func(
 ) -> Result:  # fmt: skip
     """`jit_kernel.flash_attn_varlen_func` in sglang's order, with its names and defaults.
 
-    ver must be 3. From score_mod to mask_mod, but for ver and out: None, else NotImplementedError by name.
+    ver must be 3. From score_mod to mask_mod, but for ver and out: None, else NotImplementedError by name. Inputs may
+    require grad, but beside sinks or out.
     """
     _need_version(ver)
     refuse_given(
         "flash_attn_varlen_func", score_mod=score_mod, aux_tensors=aux_tensors, sfq=sfq, sfk=sfk, sfv=sfv,
         rel_bias=rel_bias, rel_bias_prep_cache=rel_bias_prep_cache, mask_mod=mask_mod,
     )  # fmt: skip
+    if sinks is None and out is None and are_gradients_wanted((q, k, v, qv)):
+        return _with_gradients(locals())
     result = public.flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, page_table,
         softmax_scale, causal, qv, q_descale, k_descale, v_descale, window_size, attention_chunk, softcap, num_splits,
         pack_gqa, only_qv, sm_margin, return_softmax_lse, sinks, out,
     )  # fmt: skip
-    count(HOST, "served")
+    note_served(HOST)
     return result
+
+
+def _with_gradients(arguments: Mapping[str, Any]) -> Result:
+    """flash_attn_varlen_func of inputs that require grad, as sglang's own tests pass them: the backward pass is torch's
+    own operators', and says by name what it does not serve."""
+    taken = inspect.signature(public.flash_attn_varlen_func).parameters.keys() & arguments.keys()
+    given = {name: arguments[name] for name in taken - {"sinks", "out", "return_softmax_lse"}}
+    result = differentiable(public.flash_attn_varlen_func, given)
+    note_served(HOST)
+    return result if arguments["return_softmax_lse"] else result[0]
 
 
 def get_scheduler_metadata(

@@ -25,7 +25,7 @@ from jit_kernel.fa3.call import UNBOUNDED, Result
 from jit_kernel.fa3.checks.values import described, need_absent, need_bool, need_present
 from jit_kernel.fa3.decision import Rejected
 from jit_kernel.integrations.counters import count
-from jit_kernel.integrations.peers import refuse_given, refuse_other_than, with_unit_stride
+from jit_kernel.integrations.peers import note_served, refuse_given, refuse_other_than, with_unit_stride
 from jit_kernel.integrations.replacing import Replacements, always
 
 HOST = "vllm"
@@ -92,7 +92,7 @@ def flash_attn_varlen_func(
             window_size=window_size, softcap=softcap, num_splits=num_splits, return_softmax_lse=return_softmax_lse,
             sinks=s_aux, out=out,
         )  # fmt: skip
-    count(HOST, "served")
+    note_served(HOST)
     return result
 
 

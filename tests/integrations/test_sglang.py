@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+import jit_kernel
 from jit_kernel import config
 from jit_kernel.integrations import counters, sglang
 from tests.support import engine_calls, engine_packages
 from tests.support.engine_packages import SGLANG_BACKEND, SGLANG_FUNCTIONS, SGLANG_KERNEL
+from tests.support.valid_calls import ints
 
 CALLS = engine_calls.calls(engine_calls.SGLANG)
 each_call = pytest.mark.parametrize("record", CALLS, ids=[f"{n}: {x['where']}" for n, x in enumerate(CALLS)])
@@ -117,6 +119,26 @@ def test_one_plan_serves_every_layer_of_a_step(where):
     plan = sglang.get_scheduler_metadata(**planned | sizes | of_call | {"page_size": record["sizes"]["page_size"]})
     result = sglang.flash_attn_with_kvcache(**call.arguments, scheduler_metadata=plan)
     assert engine_calls.judged(result, call) <= 1
+
+
+@pytest.mark.parametrize("options", [{}, {"seqused_q": ints(2, 1, 4)}, {"softcap": 4.0}], ids=str)
+def test_inputs_that_require_grad(options):
+    """sglang's own tests pass them. The backward pass answers, or says by name what it does not serve."""
+    call = engine_calls.made(named("dots_hybrid")).arguments
+    wanted = sglang.flash_attn_varlen_func(**call, **options)
+    leaves = {name: call[name].requires_grad_() for name in "qkv"}
+    out, lse = sglang.flash_attn_varlen_func(**call | leaves, **options, return_softmax_lse=True)
+    assert torch.equal(out, wanted) and out.requires_grad and not lse.requires_grad
+    if options:
+        with pytest.raises(NotImplementedError, match=f"{next(iter(options))} of the backward pass"):
+            out.sum().backward()
+    else:
+        out.sum().backward()
+        again = jit_kernel.flash_attn_varlen_func(**{name: call[name] for name in call if name != "ver"})
+        grads = torch.autograd.grad(again.sum(), leaves.values())
+        assert all(map(torch.equal, grads, (leaf.grad for leaf in leaves.values())))
+    with pytest.raises(NotImplementedError, match="requires grad"):
+        sglang.flash_attn_varlen_func(**call | leaves, out=torch.empty_like(out))
 
 
 @pytest.fixture
