@@ -17,6 +17,7 @@ CUDA_COMPILERS = ("nvrtc", "nvcc")
 # By vendor, the best first.
 IMPLEMENTATIONS = {"cpu": ("cpu",), "cuda": ("hopper", "portable"), "musa": ("musa",)}
 LOG_LEVELS = ("quiet", "info", "debug")
+PLUGINS = ("sglang", "vllm")  # the engines whose entry points load a plug-in of ours
 
 _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("", "0", "false", "no", "off")
@@ -37,6 +38,7 @@ class Settings:
     cuda_compiler: str
     log: str
     force_metadata_update: bool
+    plugins: tuple[str, ...]
 
 
 _settings: Settings | None = None
@@ -59,6 +61,16 @@ def _flag(key: str) -> bool:
     if value in _FALSE:
         return False
     raise ConfigError(f"{key} is {value!r}; it must be 1 or 0")
+
+
+def _choices(key: str, choices: tuple[str, ...]) -> tuple[str, ...]:
+    chosen = tuple(part.strip() for part in os.environ.get(key, "").split(",") if part.strip())
+    for value in chosen:
+        if value not in choices:
+            raise ConfigError(
+                f"{key} is {os.environ[key]!r}; it must be one of {', '.join(choices)}, or some with commas between"
+            )
+    return chosen
 
 
 def _folder(key: str) -> Path | None:
@@ -88,6 +100,7 @@ def settings() -> Settings:
             cuda_compiler=_choice("JIT_KERNEL_CUDA_COMPILER", CUDA_COMPILERS) or "nvrtc",
             log=_choice("JIT_KERNEL_LOG", LOG_LEVELS) or "info",
             force_metadata_update=_flag("JIT_KERNEL_FORCE_METADATA_UPDATE"),
+            plugins=_choices("JIT_KERNEL_PLUGINS", PLUGINS),
         )
     return _settings
 
@@ -171,6 +184,11 @@ def log_level() -> str:
 def force_metadata_update() -> bool:
     """Whether the attention layer computes scheduler metadata anew at every use."""
     return settings().force_metadata_update
+
+
+def plugins() -> tuple[str, ...]:
+    """The serving engines whose attention functions our plug-ins replace (JIT_KERNEL_PLUGINS)."""
+    return settings().plugins
 
 
 def package_dir() -> Path:

@@ -226,8 +226,9 @@ def flash_attn_with_kvcache(
     cache_seqlens: (b,) or one int for all: tokens in the cache before this call; None: all of it.
     cache_batch_idx: (b,), the row of the cache, or of the page table, of each sequence.
     cache_leftpad: (b,), how many of the first tokens of a cache are no keys.
-    scheduler_metadata: what `get_scheduler_metadata` made for the same parameters; may be a copy of it. max_seqlen_k
-        may have been longer, and it may have been made for new keys, or without a window or softcap, that differ here.
+    scheduler_metadata: what `get_scheduler_metadata` made for the same parameters; may be a copy of it. One plan serves
+        every layer of a step: max_seqlen_k, window and softcap may differ here, and new keys need not come; on MUSA
+        max_seqlen_k may, up to the cache's room.
     num_splits: 0 by default, where `flash_attn_varlen_func` has 1: a heuristic chooses, so that a sequence's last bits
         may depend on the rest of the batch.
 
@@ -304,10 +305,11 @@ def get_scheduler_metadata(
 
     Arguments as in that call; batch_size is b, headdim is d, headdim_v is dv, page_size None without page_table,
     max_seqlen_k any bound of the cache's lengths, max_seqlen_k_new the new keys, which a call may do without.
-    Returns an int32 tensor on cache_seqlens's device; its length depends on the batch alone, so it may be copied into a
-    static buffer for graph replay. It serves the implementation that made it, and the call verifies the parameters that
-    it opens with: on the CPU, elsewhere under JIT_KERNEL_CHECK_INDICES=1. Raises ValueError or TypeError that name a
-    bad argument, NotImplementedError where nothing serves such a call.
+    Returns an int32 tensor on cache_seqlens's device of FlashAttention-3's length, 1 + 4 numbers for each sequence of b
+    rounded up to 4 (24 + 8 b on MUSA), so it may be copied into a static buffer for graph replay. It serves the
+    implementation that made it, and the call verifies the parameters that it opens with: on the CPU, elsewhere under
+    JIT_KERNEL_CHECK_INDICES=1. Raises ValueError or TypeError that name a bad argument, NotImplementedError where
+    nothing serves such a call.
     """
     parameters = MetadataParameters(
         batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim, cache_seqlens, qkv_dtype, headdim_v,

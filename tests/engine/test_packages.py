@@ -55,6 +55,8 @@ def test_the_wheel_is_small_and_whole(tmp_path):
     assert (site / "jit_kernel" / "py.typed").exists()
     (scripts,) = site.glob("*.dist-info/entry_points.txt")
     assert "jit-kernel = jit_kernel.__main__:main" in scripts.read_text()
+    for group, engine in (("sglang.srt.plugins", "sglang"), ("vllm.general_plugins", "vllm")):
+        assert f"[{group}]\njit_kernel = jit_kernel.integrations.{engine}:plugin" in scripts.read_text()
 
 
 def test_the_source_distribution_can_be_worked_with(tmp_path):
