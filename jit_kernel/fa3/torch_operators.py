@@ -189,7 +189,7 @@ def attend(arguments: Arguments) -> Result:
     call = Call(*arguments)
     if call.k is None:
         settle_absent_keys(call)
-    if isinstance(call.seqused_k, int):
+    if isinstance(call.seqused_k, (int, torch.SymInt)):
         call.seqused_k = call.q.new_full((batch_of(call),), call.seqused_k, dtype=torch.int32)  # fake if q is
     call.max_seqlen_q, call.max_seqlen_k = _number(call.max_seqlen_q), _number(call.max_seqlen_k)
     call.window_size = _window(call.window_size)
