@@ -112,7 +112,8 @@ def _on_cpu() -> Any:
 def _on_cuda() -> _Library:
     from jit_kernel.integrations.torch_sdpa import behind, cuda
 
-    return _Library(behind.stand_behind(cuda.OPERATORS, "CUDA"))
+    present = {name: each for name, each in cuda.OPERATORS.items() if hasattr(torch.ops.aten, name)}
+    return _Library(behind.stand_behind(present, "CUDA"))
 
 
 class _OnCuda:
@@ -122,11 +123,13 @@ class _OnCuda:
         self._before: str | None = None
         self._direct: _Library | None = None
         registry: Any = torch.nn.attention
-        if not hasattr(registry, "register_flash_attention_impl"):  # torch 2.10
+        if not hasattr(registry, "restore_flash_attention_impl"):  # torch 2.10 has no way back
             self._direct = _on_cuda()
             return
         registry.register_flash_attention_impl(NAME, register_fn=_on_cuda)
         self._before = registry.current_flash_attention_impl()
+        if self._before == NAME:  # the user's own choice, which stays
+            return
         try:
             registry.activate_flash_attention_impl(NAME)
         except BaseException:
@@ -139,10 +142,11 @@ class _OnCuda:
             self._direct.remove()
             return
         registry: Any = torch.nn.attention
-        if registry.current_flash_attention_impl() != NAME:  # another one was activated since, which removed this one
+        # It was torch's choice already, or another one was activated since, which removed this one.
+        if self._before == NAME or registry.current_flash_attention_impl() != NAME:
             return
         registry.restore_flash_attention_impl()
-        if self._before is not None and self._before != NAME:
+        if self._before is not None:
             registry.activate_flash_attention_impl(self._before)
 
 

@@ -231,9 +231,12 @@ def test_a_window_over_padding_between_tokens_is_refused() -> None:
         windowed(**batch)
 
 
-def test_dropout_and_training_are_refused() -> None:
-    _, ours = llama(attention_dropout=0.1)
-    with pytest.raises(NotImplementedError, match="forward pass alone"):
-        ours(**tokens(8))
+def test_dropout_is_refused_and_a_forward_pass_has_gradients() -> None:
+    eager, ours = llama(attention_dropout=0.1)
+    found, expected = (
+        torch.autograd.grad(model(**tokens(8)).logits.square().mean(), model.model.layers[0].self_attn.q_proj.weight)[0]
+        for model in (ours, eager)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
     with torch.no_grad(), pytest.raises(NotImplementedError, match="dropout is 0"):
         ours.train()(**tokens(8))

@@ -28,7 +28,7 @@ def dense(tensors: tuple[Tensor, ...], lse: Tensor, scale: float, left: int, rig
         found = backward(grad_out, q, k, v, out, lse, 0.0, is_causal, scale=scale)
         return _by_tokens(found)
     # Several pieces of a 16-bit gradient are added in float32.
-    grads = [torch.zeros(each.shape, dtype=torch.float32) for each in (q, k, v)]
+    grads = [torch.zeros(each.shape, dtype=torch.float32, device="cpu") for each in (q, k, v)]
     for piece in cut:
         rows, keys = slice(piece.q0, piece.q1), slice(piece.k0, piece.k1)
         mask = pieces.mask_of(piece, sq, sk, left, right, q.dtype)
@@ -50,7 +50,7 @@ def ragged(
     tensors: tuple[Tensor, ...], lse: Tensor, offsets: tuple[Tensor, Tensor], scale: float, left: int, right: int
 ) -> Gradients:
     """The same of tensors (total, h, d) with lse (h, total_q); offsets: cu_seqlens_q and cu_seqlens_k."""
-    grads = tuple(torch.zeros(each.shape, dtype=each.dtype) for each in tensors[2:])
+    grads = tuple(each.new_zeros(each.shape) for each in tensors[2:])
     starts_q, starts_k = (each.tolist() for each in offsets)
     for at in range(len(starts_q) - 1):
         rows, keys = slice(starts_q[at], starts_q[at + 1]), slice(starts_k[at], starts_k[at + 1])

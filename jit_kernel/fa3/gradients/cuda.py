@@ -11,7 +11,7 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 def flash(
     tensors: tuple[Tensor, ...],
     lse: Tensor,
-    offsets: tuple[Tensor | None, Tensor | None],
+    offsets: tuple[Tensor, Tensor] | None,
     longest: tuple[int, int],
     scale: float,
     left: int,
@@ -22,7 +22,7 @@ def flash(
     A row that sees no key has an lse of +inf. longest: at least the longest sequences' lengths.
     """
     grad_out, out, q, k, v = tensors
-    starts = tuple(None if each is None else each.to(torch.int32) for each in offsets)
+    starts = (None, None) if offsets is None else tuple(each.to(torch.int32) for each in offsets)
     of_dropout = q.new_empty(2, dtype=torch.uint64), q.new_empty((), dtype=torch.uint64)
     found = torch.ops.aten._flash_attention_backward(
         grad_out, q, k, v, out, lse.contiguous(), *starts, *longest, 0.0, right == 0, *of_dropout,

@@ -93,22 +93,44 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator's implementation on every device."""
     if q.numel() == 0 or k.numel() == 0:
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     scale = default_scale(q, None, only_qv=False) if scale is None else scale
     right = 0 if causal else right
     lse = lse.masked_fill(lse == -math.inf, math.inf)  # exp(score - lse) is 0 in a row that sees no key
     tensors = _of_one_head_size((grad_out, out, q, k, v))
-    if q.is_cpu and offsets_q is not None and offsets_k is not None:
-        grads = cpu.ragged(tensors, lse, (offsets_q, offsets_k), scale, left, right)
+    offsets = None
+    if offsets_q is not None or offsets_k is not None:
+        tensors, lse, offsets = _laid_end_to_end(tensors, lse, offsets_q, offsets_k)
+    if q.is_cpu and offsets is not None:
+        grads = cpu.ragged(tensors, lse, offsets, scale, left, right)
     elif q.is_cpu:
         grads = cpu.dense(tensors, lse, scale, left, right)
     else:
-        grads = cuda.flash(tensors, lse, (offsets_q, offsets_k), (longest_q, longest_k), scale, left, right)
+        grads = cuda.flash(tensors, lse, offsets, (longest_q, longest_k), scale, left, right)
     grad_q, grad_k, grad_v = (
-        grad if grad.shape == of.shape else grad[..., : of.shape[-1]].contiguous()
-        for grad, of in zip(grads, (q, k, v), strict=True)
+        grad[..., : of.shape[-1]].contiguous().view(of.shape) for grad, of in zip(grads, (q, k, v), strict=True)
     )
     return grad_q, grad_k, grad_v
+
+
+def _laid_end_to_end(
+    tensors: tuple[Tensor, ...], lse: Tensor, offsets_q: Tensor | None, offsets_k: Tensor | None
+) -> tuple[tuple[Tensor, ...], Tensor, tuple[Tensor, Tensor]]:
+    """A ragged call's tensors (total, h, d), lse (h, total_q) and offsets; one side may come as (b, s, h, d)."""
+    grad_out, out, q, k, v = tensors
+    if offsets_q is None:
+        offsets_q = _offsets_of(q)
+        grad_out, out, q = (each.flatten(0, 1) for each in (grad_out, out, q))
+        lse = lse.transpose(0, 1).flatten(1)
+    if offsets_k is None:
+        offsets_k = _offsets_of(k)
+        k, v = k.flatten(0, 1), v.flatten(0, 1)
+    return (grad_out, out, q, k, v), lse, (offsets_q, offsets_k)
+
+
+def _offsets_of(rows: Tensor) -> Tensor:
+    batch, length = rows.shape[:2]
+    return torch.arange(batch + 1, dtype=torch.int32, device=rows.device) * length
 
 
 def _of_one_head_size(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -63,9 +63,9 @@ def mask_of(piece: Piece, sq: int, sk: int, left: int, right: int, dtype: torch.
     """(1, 1, queries, keys), 0 or -inf: what a piece's queries see; None where its kind says it."""
     if piece.kind != "masked":
         return None
-    positions = torch.arange(piece.q0, piece.q1)[:, None] + (sk - sq)
-    keys = torch.arange(piece.k0, piece.k1)
+    positions = torch.arange(piece.q0, piece.q1, device="cpu")[:, None] + (sk - sq)
+    keys = torch.arange(piece.k0, piece.k1, device="cpu")
     hidden = keys < positions - left
     if right >= 0:
         hidden |= keys > positions + right
-    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -math.inf)[None, None]
+    return torch.zeros(hidden.shape, dtype=dtype, device="cpu").masked_fill_(hidden, -math.inf)[None, None]

@@ -33,24 +33,26 @@ def read(mask: Tensor, batch: int, queries: int, keys: int) -> Keys | None:
     rows = _rows(mask, keys)
     if rows is None or rows.shape[1] not in (1, queries):
         return None
-    first = rows[:, :1]
-    if rows.shape[1] == 1 or torch.equal(rows, first.expand_as(rows)):
-        found = _same_for_all(first[:, 0])
-    else:
-        found = _bottom_right(rows)
+    found = _same_for_all(rows[:, 0]) if rows.shape[1] == 1 else _bottom_right(rows)
     return None if found is None else _of_batch(found, batch)
 
 
 def _rows(mask: Tensor, keys: int) -> Tensor | None:
-    """(b or 1, queries or 1, keys) of a mask that is the same for all heads."""
+    """(b or 1, queries or 1, keys) of a mask that is the same for all heads; 1 where it is for all queries."""
     while mask.dim() < 4:
         mask = mask.unsqueeze(0)
-    if mask.dim() > 4 or mask.shape[3] != keys or not (mask.shape[1] == 1 or mask.stride(1) == 0):
+    if mask.dim() > 4 or mask.shape[3] != keys:
         return None
-    if mask.shape[1] == 0:
-        return None
-    rows = mask[:, 0]
-    return rows[:, :1] if rows.stride(1) == 0 else rows
+    rows = _first_of_equal(_first_of_equal(mask, 1), 2)
+    return rows[:, 0] if rows.shape[1] == 1 else None
+
+
+def _first_of_equal(mask: Tensor, dim: int) -> Tensor:
+    """The mask with the first slice along a dimension alone where the others are equal to it."""
+    first = mask.narrow(dim, 0, 1)
+    if mask.shape[dim] == 1 or mask.stride(dim) == 0 or torch.equal(mask, first.expand_as(mask)):
+        return first
+    return mask
 
 
 def _visible(rows: Tensor) -> Tensor | None:
