@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from jit_kernel.integrations import counters, sdpa
 
-PASSES = 3
+PASSES = 2
 
 
 def main() -> int:

@@ -59,7 +59,7 @@ def _attend_in_mode(call: Arguments) -> Result:
 def _attend_or_trace(attend: Callable[[Arguments], Result], call: Arguments) -> Result:
     try:
         return attend(call)
-    except (TracedTensorError, GradientError):
+    except (TracedTensorError, GradientError):  # what no kernel takes and an operator may
         pass
     return torch_operators.attend_traced(call)
 

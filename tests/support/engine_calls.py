@@ -141,7 +141,7 @@ class Maker:
             flat = self.qv if name in ("qv", "q_v") else self.q
             return self.sliced(given, shape, lambda view: view.copy_(flat.view(shape)))
         if not self.cached:
-            return torch.cat(rows).view(shape)
+            return torch.cat(rows).view(shape).to(self.device)
 
         def fill(view: Tensor) -> None:
             size = self.sizes["page_size"]

@@ -40,7 +40,8 @@ def write_sglang(root: Path) -> None:
     for module, names in ((SGLANG_FUNCTIONS, attention), (SGLANG_KERNEL, (*attention, "get_scheduler_metadata"))):
         functions = "".join(function_text(engine_calls.SGLANG, name, module) for name in names)
         _write(root, module, f"import torch\n\n\n{functions}")
-    _write(root, SGLANG_BACKEND, f"from {SGLANG_FUNCTIONS} import {', '.join(attention)}\n")
+    imported = f"{', '.join(attention)}, {attention[0]} as _under_another_name"
+    _write(root, SGLANG_BACKEND, f"from {SGLANG_FUNCTIONS} import {imported}\n")
 
 
 def write_vllm(root: Path) -> None:
