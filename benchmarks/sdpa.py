@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import os
 import random
 import statistics
 import sys
@@ -122,7 +123,12 @@ def on_cpu(options: argparse.Namespace) -> list[Line]:
             counters.clear()
             line = measure(case, options.seconds)
             served = counters.read()["sdpa"]
-            line |= {"threads": options.threads, "capability": torch.backends.cpu.get_cpu_capability(), **served}
+            line |= {
+                "load": os.getloadavg()[0],
+                "threads": options.threads,
+                "capability": torch.backends.cpu.get_cpu_capability(),
+                **served,
+            }
             lines.append(line)
             show(line)
     return lines

@@ -6,6 +6,7 @@ as they are: no key is copied.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -113,6 +114,9 @@ def _lse(q: Tensor, k: Tensor, v: Tensor, counted: masks.Keys | None, settings: 
         _, lse = flash_attn_varlen_func(q, k, v, None, None, seqused_k=used, causal=causal, **settings)
     else:
         used, padding = counted.ends, counted.starts
+        settings["causal"] = counted.causal
         _, lse = flash_attn_with_kvcache(q, k, v, cache_seqlens=used, cache_leftpad=padding, **settings)
     assert isinstance(lse, Tensor)
+    if counted is not None and counted.has_empty_rows:
+        lse.masked_fill_(lse == -math.inf, 0.0)  # torch's mark for a row that sees no key; its backward takes it so
     return lse

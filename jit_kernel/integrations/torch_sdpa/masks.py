@@ -1,13 +1,14 @@
-"""Additive attention masks that say no more than which keys of a sequence count, read as lengths.
+"""Attention masks that say no more than which keys of a sequence count, read as lengths.
 
 transformers, diffusers and torch.nn.MultiheadAttention pass padding as a mask. A mask that hides the same keys from
-every query and leaves a run of them is a first and a last key; one that leaves query i the first n + i keys is a
-causal mask, aligned to the bottom right. Reading a mask takes a pass over it, where attention takes heads times head
-size of them.
+every query and leaves a run of them is a first and a last key; one that, of such a run, leaves query i the keys up to
+n + i is a causal mask, aligned to the bottom right. Reading a mask takes a few passes over it, where attention takes
+heads times head size of them.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,24 +18,44 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Keys:
     """The keys that count. ends: (b,) int32, the keys before each end count; starts: (b,) int32, but not those before
-    it, None for 0; causal: whether query i sees those up to ends - queries + i alone."""
+    it, None for 0; causal: whether query i sees those up to ends - queries + i alone; has_empty_rows: whether a query
+    sees none."""
 
     starts: Tensor | None
     ends: Tensor
     causal: bool
+    has_empty_rows: bool
 
 
 def read(mask: Tensor, batch: int, queries: int, keys: int) -> Keys | None:
     """What a mask that broadcasts to (b, heads, queries, keys) leaves, None where these are no runs of keys.
 
     A key counts where the mask is True or 0, and is hidden where it is False or no more than its dtype's least value.
-    Every query must see a key: what torch gives it otherwise depends on the mask's numbers.
+    Where a query sees no key, what is hidden must be so by False or -inf: torch's result is 0 there. By other numbers
+    it depends on them.
     """
     rows = _rows(mask, keys)
-    if rows is None or rows.shape[1] not in (1, queries):
+    if rows is None or rows.shape[0] not in (1, batch) or rows.shape[1] not in (1, queries):
         return None
-    found = _same_for_all(rows[:, 0]) if rows.shape[1] == 1 else _bottom_right(rows)
-    return None if found is None else _of_batch(found, batch)
+    visible = _visible(rows)
+    if visible is None:
+        return None
+    last = visible[:, -1]
+    starts = last.to(torch.uint8).argmax(dim=1)
+    ends = starts + last.sum(dim=1)
+    places = torch.arange(keys, device=mask.device)
+    causal = rows.shape[1] > 1
+    bounds = ends[:, None]
+    if causal:
+        bounds = bounds + (torch.arange(queries, device=mask.device) - (queries - 1))
+    run = (places >= starts[:, None, None]) & (places < bounds[..., None])
+    if not torch.equal(visible, run):
+        return None
+    empty = bool((bounds <= starts[:, None]).any())
+    if empty and rows.dtype is not torch.bool and not torch.equal(~visible, rows == -math.inf):
+        return None
+    first = _lengths(starts, batch) if bool(starts.any()) else None
+    return Keys(first, _lengths(ends, batch), causal, empty)
 
 
 def seen_by_all(mask: Tensor, keys: int) -> Tensor | None:
@@ -76,39 +97,6 @@ def _visible(rows: Tensor) -> Tensor | None:
     visible = rows == 0
     hidden = rows <= torch.finfo(rows.dtype).min
     return visible if bool((visible | hidden).all()) else None
-
-
-def _same_for_all(row: Tensor) -> Keys | None:
-    visible = _visible(row)
-    if visible is None:
-        return None
-    counts = visible.sum(dim=1)
-    starts = visible.to(torch.uint8).argmax(dim=1)
-    places = torch.arange(row.shape[1], device=row.device)
-    run = (places >= starts[:, None]) & (places < (starts + counts)[:, None])
-    if not torch.equal(visible, run) or not bool((counts > 0).all()):
-        return None
-    return Keys(starts if bool(starts.any()) else None, starts + counts, False)
-
-
-def _bottom_right(rows: Tensor) -> Keys | None:
-    visible = _visible(rows)
-    if visible is None:
-        return None
-    queries, keys = rows.shape[1:]
-    ends = visible[:, -1].sum(dim=1)
-    last = torch.arange(queries, device=rows.device) + (ends[:, None] - queries)
-    seen = torch.arange(keys, device=rows.device) <= last[..., None]
-    if not torch.equal(visible, seen) or not bool((ends >= queries).all()):
-        return None
-    return Keys(None, ends, True)
-
-
-def _of_batch(found: Keys, batch: int) -> Keys | None:
-    if found.ends.shape[0] not in (1, batch):
-        return None
-    starts = None if found.starts is None else _lengths(found.starts, batch)
-    return Keys(starts, _lengths(found.ends, batch), found.causal)
 
 
 def _lengths(numbers: Tensor, batch: int) -> Tensor:
