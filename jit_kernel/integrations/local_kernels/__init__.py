@@ -83,7 +83,7 @@ def _kernel(function: Callable[..., Any], shared: int) -> Callable[..., Any]:
 
 flash_attn_func = _kernel(public.flash_attn_func, 17)
 flash_attn_varlen_func = _kernel(public.flash_attn_varlen_func, 9)
-flash_attn_with_kvcache = _kernel(public.flash_attn_with_kvcache, 27)
+flash_attn_with_kvcache = _kernel(public.flash_attn_with_kvcache, 28)
 get_scheduler_metadata = public.get_scheduler_metadata
 flash_attn_combine = public.flash_attn_combine
 
