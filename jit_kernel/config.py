@@ -39,6 +39,7 @@ class Settings:
     log: str
     force_metadata_update: bool
     plugins: tuple[str, ...]
+    counters: Path | None
 
 
 _settings: Settings | None = None
@@ -73,7 +74,7 @@ def _choices(key: str, choices: tuple[str, ...]) -> tuple[str, ...]:
     return chosen
 
 
-def _folder(key: str) -> Path | None:
+def _path(key: str) -> Path | None:
     value = os.environ.get(key, "")
     if not value:
         return None
@@ -93,7 +94,7 @@ def settings() -> Settings:
     global _settings
     if _settings is None:
         _settings = Settings(
-            cache_dir=_folder("JIT_KERNEL_CACHE_DIR"),
+            cache_dir=_path("JIT_KERNEL_CACHE_DIR"),
             implementation=_choice("JIT_KERNEL_IMPLEMENTATION", sum(IMPLEMENTATIONS.values(), ())),
             strict=_flag("JIT_KERNEL_STRICT"),
             check_indices=_flag("JIT_KERNEL_CHECK_INDICES"),
@@ -101,6 +102,7 @@ def settings() -> Settings:
             log=_choice("JIT_KERNEL_LOG", LOG_LEVELS) or "info",
             force_metadata_update=_flag("JIT_KERNEL_FORCE_METADATA_UPDATE"),
             plugins=_choices("JIT_KERNEL_PLUGINS", PLUGINS),
+            counters=_path("JIT_KERNEL_COUNTERS"),
         )
     return _settings
 
@@ -189,6 +191,16 @@ def force_metadata_update() -> bool:
 def plugins() -> tuple[str, ...]:
     """The serving engines whose attention functions our plug-ins replace (JIT_KERNEL_PLUGINS)."""
     return settings().plugins
+
+
+def counters_file() -> Path | None:
+    """The file to which a process adds its counts of hosts' calls at its end (JIT_KERNEL_COUNTERS)."""
+    return settings().counters
+
+
+def local_kernels() -> str:
+    """The folders that Hugging Face's kernels takes instead of the hub's (LOCAL_KERNELS); empty without them."""
+    return os.environ.get("LOCAL_KERNELS", "")
 
 
 def package_dir() -> Path:

@@ -103,6 +103,7 @@ WRITERS = {
     "engine/lock.py": "the store's locks and the notes beside them",
     "engine/compiler.py": "the artifact, in the private folder that its caller owns",
     "engine/process.py": "a compiler's output, in the same folder",
+    "integrations/counters.py": "a line in the file that JIT_KERNEL_COUNTERS names, when a process ends",
     "engine/triton_compiler.py": "a temporary folder as Triton's own cache, removed after each compilation",
 }
 

@@ -231,3 +231,8 @@ def uninstall() -> None:
         sys.modules.pop(_NAME, None)
     else:
         sys.modules[_NAME] = before
+
+
+def is_active() -> bool:
+    """Whether `import flash_attn_interface` finds this module."""
+    return bool(_before)

@@ -45,6 +45,10 @@ class Replacements:
                 _swap(ours, original)
             self._made = []
 
+    def are_made(self) -> bool:
+        """Whether the replacements stand now."""
+        return bool(self._made)
+
     def _found(self, module: str, name: str) -> Function:
         try:
             function: Function = getattr(importlib.import_module(module), name)

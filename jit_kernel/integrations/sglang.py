@@ -177,6 +177,11 @@ def deactivate() -> None:
     _replacements.undo()
 
 
+def is_active() -> bool:
+    """Whether jit_kernel stands behind sglang's functions now."""
+    return _replacements.are_made()
+
+
 def plugin() -> None:
     """The entry point that sglang calls in each of its processes: `activate()` under JIT_KERNEL_PLUGINS=sglang."""
     if HOST in config.plugins():

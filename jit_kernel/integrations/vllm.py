@@ -190,6 +190,11 @@ def deactivate() -> None:
     _replacements.undo()
 
 
+def is_active() -> bool:
+    """Whether jit_kernel stands behind vLLM's functions now."""
+    return _replacements.are_made()
+
+
 def plugin() -> None:
     """The entry point that vLLM calls in each of its processes: `activate()` under JIT_KERNEL_PLUGINS=vllm."""
     if HOST in config.plugins():

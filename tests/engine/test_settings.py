@@ -51,6 +51,7 @@ def test_targets_that_are_none(text, words):
         ("JIT_KERNEL_CACHE_DIR", "relative/folder"),
         ("JIT_KERNEL_LOG", "loud"),
         ("JIT_KERNEL_PLUGINS", "vllm,tgi"),
+        ("JIT_KERNEL_COUNTERS", "counts.json"),
     ],
 )
 def test_a_bad_setting_names_itself(monkeypatch, key, value):

@@ -21,7 +21,7 @@ from jit_kernel.engine.progress import warn_once
 from jit_kernel.integrations.diffusers.attention import HOST, attend, need_alike
 from jit_kernel.integrations.diffusers.parallel import available
 
-__all__ = ["NAME", "attend", "passing_by", "register", "unregister"]
+__all__ = ["NAME", "attend", "is_active", "passing_by", "register", "unregister"]
 
 NAME = "jit_kernel"
 _MEMBER = "JIT_KERNEL"
@@ -61,6 +61,11 @@ def unregister() -> None:
     if available():
         _registry._supports_context_parallel.discard(NAME)
     _remove_member(member)
+
+
+def is_active() -> bool:
+    """Whether NAME is an attention backend of diffusers."""
+    return bool(_before)
 
 
 def passing_by(model: Any) -> dict[str, int]:
