@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import operator
 from collections.abc import Iterator
 from typing import Any
@@ -108,6 +109,9 @@ def test_padding_anywhere(family: str) -> None:
 @torch.no_grad()
 def test_a_mask_of_the_models_own() -> None:
     """Blocks that see each other whole (images among text) are no mask of FlashAttention's: bits serve them."""
+    create = transformers.masking_utils.create_causal_mask
+    if "block_sequence_ids" not in inspect.signature(create).parameters:
+        pytest.skip("this transformers has no blocks")
     eager, ours = llama()
     blocks = torch.tensor([[-1, -1, 0, 0, 0, -1, 1, 1, -1]])
     ids = tokens(9)["input_ids"]
@@ -115,9 +119,7 @@ def test_a_mask_of_the_models_own() -> None:
     def logits(model: Any) -> torch.Tensor:
         embeds = model.get_input_embeddings()(ids)
         config = model.config
-        mask = transformers.masking_utils.create_causal_mask(
-            config, embeds, torch.ones_like(ids), None, block_sequence_ids=blocks
-        )
+        mask = create(config, embeds, torch.ones_like(ids), None, block_sequence_ids=blocks)
         return model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).logits
 
     torch.testing.assert_close(logits(ours), logits(eager), **NEAR)
@@ -194,19 +196,20 @@ def test_a_model_without_attention_backends_is_refused(family: str) -> None:
 
 @torch.no_grad()
 def test_a_bias_on_the_scores_is_refused() -> None:
-    """BEiT adds it to the mask, T5 hands it to attention."""
+    """BEiT adds it to the mask, T5 hands it to attention; before 5.14 neither takes a backend."""
     client.register()
     beit = transformers.BeitConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8,
         use_relative_position_bias=True,
     )  # fmt: skip
     beit._attn_implementation = client.NAME
-    with pytest.raises(NotImplementedError, match=r"computes with its attention mask|cannot honour"):
+    alone = r"computes its attention\s+itself"
+    with pytest.raises(NotImplementedError, match=alone):
         transformers.BeitModel(beit).eval()(pixel_values=torch.zeros(1, 3, 32, 32))
     t5 = transformers.T5Config(vocab_size=99, d_model=32, d_kv=16, d_ff=48, num_layers=1, num_heads=2)
     t5._attn_implementation = client.NAME
     ids = tokens(5)["input_ids"] % 99
-    with pytest.raises(NotImplementedError, match=r"position_bias, of shape \(1, 2, 5, 5\)"):
+    with pytest.raises(NotImplementedError, match=rf"position_bias, of shape \(1, 2, 5, 5\)|{alone}"):
         transformers.T5Model(t5).eval()(input_ids=ids, decoder_input_ids=ids)
 
 
