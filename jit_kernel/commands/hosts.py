@@ -183,7 +183,8 @@ def text(facts: Mapping[str, Any]) -> str:
         )
         lines.append("end: python -m jit_kernel hosts --counters FILE")
     else:
-        lines.append(f"Calls are those of {len(facts['processes'])} processes in {facts['counters']}")
+        number = len(facts["processes"])
+        lines.append(f"Calls are those of {number} process{'' if number == 1 else 'es'} in {facts['counters']}")
         lines += [
             f"  {each['ended']}  process {each['process']}  {each['program']}: {', '.join(each['hosts'])}"
             for each in facts["processes"]

@@ -88,7 +88,9 @@ def test_every_python_has_constraints():
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     pins = [Requirement(line) for line in lines]
     extras = project["optional-dependencies"]
-    wanted = [Requirement(text) for name in ("test", "lint", "transformers", "diffusers", "cuda13") for text in extras[name]]
+    wanted = [
+        Requirement(text) for name in ("test", "lint", "transformers", "diffusers", "cuda13") for text in extras[name]
+    ]
     for python in ("3.10", "3.11", "3.12", "3.13"):
         here = {"python_version": python}
         pinned = [pin.name for pin in pins if pin.marker is None or pin.marker.evaluate(here)]
