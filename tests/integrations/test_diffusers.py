@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed:
 
 from diffusers.models import attention_dispatch  # noqa: E402
 
-from jit_kernel.integrations import counters, sdpa  # noqa: E402
+from jit_kernel.integrations import counters, local_kernels, sdpa  # noqa: E402
 from jit_kernel.integrations import diffusers as host  # noqa: E402
 from jit_kernel.integrations.diffusers import parallel  # noqa: E402
 from tests.support import case_run, diffusers_models, reference  # noqa: E402
@@ -371,6 +374,32 @@ def test_context_parallelism_on_two_processes(tmp_path: Path) -> None:
         raise AssertionError(
             "\n".join(path.read_text() for path in tmp_path.glob("rank*.txt")) or str(error)
         ) from error
+
+
+BY_THE_HUBS_NAME = """
+import torch
+from jit_kernel.integrations import counters
+from tests.support import diffusers_models
+with torch.no_grad():
+    for make, backend in ((diffusers_models.flux, "_flash_3_hub"), (diffusers_models.qwen_image, "_flash_3_varlen_hub")):
+        model, inputs = make()
+        model.set_attention_backend(backend)
+        ours = model(**inputs).sample
+        model.set_attention_backend("native")
+        torch.testing.assert_close(ours, model(**inputs).sample, rtol=1e-4, atol=1e-5)
+assert counters.read() == {"LOCAL_KERNELS": {"served": 4, "passed_on": {}}}, counters.read()
+"""
+
+
+@pytest.mark.hosts
+def test_flash_attention_3_of_the_hub_by_local_kernels() -> None:
+    pytest.importorskip("kernels", reason="kernels is not installed")
+    environment = {**os.environ, "LOCAL_KERNELS": local_kernels.variable(), "HF_HUB_OFFLINE": "1"}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", BY_THE_HUBS_NAME], cwd=root, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.gpu
