@@ -379,9 +379,9 @@ def test_context_parallelism_on_two_processes(tmp_path: Path) -> None:
 BY_THE_HUBS_NAME = """
 import torch
 from jit_kernel.integrations import counters
-from tests.support import diffusers_models
+from tests.support.diffusers_models import flux, qwen_image
 with torch.no_grad():
-    for make, backend in ((diffusers_models.flux, "_flash_3_hub"), (diffusers_models.qwen_image, "_flash_3_varlen_hub")):
+    for make, backend in ((flux, "_flash_3_hub"), (qwen_image, "_flash_3_varlen_hub")):
         model, inputs = make()
         model.set_attention_backend(backend)
         ours = model(**inputs).sample
