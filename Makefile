@@ -82,7 +82,7 @@ clean-cache:
 $(VENV)/.ready: $(SETUP_FILES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) --editable '.[test,transformers,cuda13]'
+	$(PIP) --editable '.[test,transformers,diffusers,cuda13]'
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.ready examples/requirements-sentence-search.txt

@@ -12,8 +12,10 @@ Tensors must lie in memory. A lazily negated view (torch's neg and conj) is reso
 of an asynchronous collective is waited for; neither may be written. TypeError, by name: subclasses without memory of
 their own (DTensor), nested, sparse and efficient zero tensors. Fake tensors, make_fx, torch.jit.trace, torch.compile
 and torch.export get the operators torch.ops.jit_kernel.*; NotImplementedError, by name: an argument that torch.vmap
-batches, torch.func.functionalize wraps, or a derivative is asked of (requires_grad in grad mode, a forward-mode
-tangent in any).
+batches, torch.func.functionalize wraps or torch.func differentiates, or that has a forward-mode tangent.
+
+Gradients, by torch's own backward operators: those of `flash_attn_func` and `flash_attn_varlen_func`, whose docstring
+says of which calls. Every other derivative that is asked for is a NotImplementedError, by name.
 
 What is written, out and a cache that is appended to, shares no byte with another tensor of the call, and none with
 itself: ValueError. Slices that lie between each other's rows share none (q, k, v and out of one buffer).
@@ -157,9 +159,13 @@ def flash_attn_varlen_func(
 
     Raises ValueError or TypeError that name the argument, for a bad shape, dtype, device, stride or value, before
     anything is launched or written (index tensors' values on the CPU, elsewhere under JIT_KERNEL_CHECK_INDICES=1);
-    NotImplementedError, with every implementation's reason, for what the device cannot do, and for an input that
-    requires grad in grad mode or has a forward-mode tangent; what `jit_kernel.jit.load` raises when a kernel can be
-    neither loaded nor compiled.
+    NotImplementedError, with every implementation's reason, for what the device cannot do, and for a derivative that
+    nothing gives; what `jit_kernel.jit.load` raises when a kernel can be neither loaded nor compiled.
+
+    Gradients: on a CPU and on CUDA q, k and v may require grad, in fp32, bf16 or fp16, dense or ragged, with causal and
+    window_size. torch's own backward operators give the gradients, with this out and lse, which has none itself, as
+    in FlashAttention-3. NotImplementedError, by name, beside softcap, sinks, attention_chunk, qv, page_table, seqused_q
+    and seqused_k, descales, draft_mask or out, and when they are differentiated again.
     """
     call = (
         VARLEN, q, k, v, softmax_scale, causal, window_size, attention_chunk, softcap, num_splits, return_softmax_lse,
@@ -221,8 +227,9 @@ def flash_attn_with_kvcache(
     cache_seqlens: (b,) or one int for all: tokens in the cache before this call; None: all of it.
     cache_batch_idx: (b,), the row of the cache, or of the page table, of each sequence.
     cache_leftpad: (b,), how many of the first tokens of a cache are no keys.
-    scheduler_metadata: what `get_scheduler_metadata` made for the same parameters; may be a copy of it. max_seqlen_k
-        may have been longer, and it may have been made for new keys, or without a window or softcap, that differ here.
+    scheduler_metadata: what `get_scheduler_metadata` made for the same parameters; may be a copy of it. One plan serves
+        every layer of a step: max_seqlen_k, window and softcap may differ here, and new keys need not come; on MUSA
+        max_seqlen_k may, up to the cache's room.
     num_splits: 0 by default, where `flash_attn_varlen_func` has 1: a heuristic chooses, so that a sequence's last bits
         may depend on the rest of the batch.
     deterministic: a sequence's bits are the same alone and among others, whatever sm_margin is, and from one graph
@@ -305,10 +312,11 @@ def get_scheduler_metadata(
 
     Arguments as in that call; batch_size is b, headdim is d, headdim_v is dv, page_size None without page_table,
     max_seqlen_k any bound of the cache's lengths, max_seqlen_k_new the new keys, which a call may do without.
-    Returns an int32 tensor on cache_seqlens's device; its length depends on the batch alone, so it may be copied into a
-    static buffer for graph replay. It serves the implementation that made it, and the call verifies the parameters that
-    it opens with: on the CPU, elsewhere under JIT_KERNEL_CHECK_INDICES=1. Raises ValueError or TypeError that name a
-    bad argument, NotImplementedError where nothing serves such a call.
+    Returns an int32 tensor on cache_seqlens's device of FlashAttention-3's length, 1 + 4 numbers for each sequence of b
+    rounded up to 4 (24 + 8 b on MUSA), so it may be copied into a static buffer for graph replay. It serves the
+    implementation that made it, and the call verifies the parameters that it opens with: on the CPU, elsewhere under
+    JIT_KERNEL_CHECK_INDICES=1. Raises ValueError or TypeError that name a bad argument, NotImplementedError where
+    nothing serves such a call.
     """
     parameters = MetadataParameters(
         batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim, cache_seqlens, qkv_dtype, headdim_v,

@@ -33,6 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "timing: judges by a clock, for a quiet machine; left out unless asked for by -m"
     )
+    config.addinivalue_line("markers", "hosts: one of the tests of make test-hosts; left out unless asked for by -m")
     config.addinivalue_line("markers", "quick: one of the tests of make test-quick, which support/quick.py names")
     # Neither a slow example nor a slow generator is a failure: no test judges by a clock.
     hypothesis.settings.register_profile(
@@ -47,10 +48,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         name = getattr(item, "originalname", item.name)
         if item.path.is_relative_to(TESTS) and name in QUICK.get(item.path.relative_to(TESTS).as_posix(), ()):
             item.add_marker(pytest.mark.quick)
-    if "timing" not in config.option.markexpr:
-        left_out = [item for item in items if item.get_closest_marker("timing")]
-        items[:] = [item for item in items if item not in left_out]
-        config.hook.pytest_deselected(items=left_out)
+    for mark in ("timing", "hosts"):
+        if mark not in config.option.markexpr:
+            left_out = [item for item in items if item.get_closest_marker(mark)]
+            items[:] = [item for item in items if not item.get_closest_marker(mark)]
+            config.hook.pytest_deselected(items=left_out)
     for mark in ("gpu", "musa"):
         marked = [item for item in items if item.get_closest_marker(mark)]
         reason = _missing(mark) if marked else None

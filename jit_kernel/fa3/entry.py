@@ -26,6 +26,7 @@ from jit_kernel.fa3.checks.plain import (
     outside_of_transforms,
     tracing_state,
 )
+from jit_kernel.fa3.checks.values import GradientError
 
 T = TypeVar("T")
 
@@ -58,8 +59,9 @@ def _attend_in_mode(call: Arguments) -> Result:
 def _attend_or_trace(attend: Callable[[Arguments], Result], call: Arguments) -> Result:
     try:
         return attend(call)
-    except TracedTensorError:
-        return torch_operators.attend_traced(call)
+    except (TracedTensorError, GradientError):  # what no kernel takes and an operator may
+        pass
+    return torch_operators.attend_traced(call)
 
 
 def plan(parameters: MetadataParameters) -> Tensor:

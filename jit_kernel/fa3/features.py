@@ -11,7 +11,7 @@ ARGUMENTS says which arguments ask for a feature. What an implementation claims,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -202,6 +202,16 @@ def unclaimed(features: Features, claimed: frozenset[str]) -> str | None:
     for feature, arguments in ARGUMENTS.items():
         if feature not in claimed and getattr(features, feature):
             return _SHOWN.get(feature, " and ".join(arguments))
+    return None
+
+
+def first_unclaimed(arguments: Mapping[str, Any], claimed: frozenset[str]) -> str | None:
+    """The same of arguments that nobody has checked, by name; absent ones and None ask for nothing."""
+    for feature, names in ARGUMENTS.items():
+        for name in names if feature not in claimed else ():
+            value = arguments.get(name)
+            if value is not None and (isinstance(value, Tensor) or value != _NEUTRAL.get(name)):
+                return name
     return None
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jit_kernel.fa3 import header, seam
+from jit_kernel.fa3 import gradients, header, seam
 from jit_kernel.fa3.call import (
     DENSE,
     FIELD_OF,
@@ -33,7 +33,8 @@ from jit_kernel.fa3.call import (
 )
 from jit_kernel.fa3.checks.forms import settle_absent_keys
 from jit_kernel.fa3.checks.traced import refuse_untraceable, settle_types
-from jit_kernel.fa3.checks.values import refuse_derivatives
+from jit_kernel.fa3.checks.values import refuse_derivatives, refuse_tangents
+from jit_kernel.fa3.gradients.operator import differentiable
 
 _NAMESPACE = "jit_kernel"
 # By annotation of a parameter: its type in an operator's schema. An int of cache_seqlens becomes a tensor before.
@@ -81,7 +82,7 @@ def _define(
     real = seam.FUNCTIONS[function]
     _library.define(name + schema_of(real, result, written))
     _library.impl(name, _as_operator(real) if wrap else real, "CompositeExplicitAutograd")
-    _library.impl(name, _forward_alone(name), "Autograd")
+    _library.impl(name, _with_autograd(name, function), "Autograd")
     _library.impl(name, fake, "Meta")  # register_fake looks up its caller's source line, 0.7 ms each
 
 
@@ -98,13 +99,24 @@ def _as_operator(function: Callable[..., Any]) -> Callable[..., tuple[Tensor, Te
     return call
 
 
-def _forward_alone(name: str) -> Callable[..., Any]:
+def _is_transformed(value: object) -> bool:
+    return isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value)
+
+
+def _with_autograd(name: str, function: str) -> Callable[..., Any]:
     """An operator's autograd kernel: the forward pass where nothing asks for a derivative, under torch.func too."""
 
     def call(**arguments: Any) -> Any:
-        refuse_derivatives(arguments.items())
+        operator = getattr(torch.ops.jit_kernel, name).default
+        if function in FIELD_OF and not any(map(_is_transformed, arguments.values())):
+            gradients.refuse_unserved(function, arguments)
+            refuse_tangents(arguments.items())
+            if gradients.are_wanted(arguments):
+                return differentiable(operator, arguments)
+        else:
+            refuse_derivatives(arguments.items())
         with torch._C._AutoDispatchBelowAutograd():
-            return getattr(torch.ops.jit_kernel, name).default(**arguments)
+            return operator(**arguments)
 
     return call
 
@@ -120,7 +132,7 @@ def _fake_attention(*, q: Tensor, out: Tensor | None = None, **rest: Any) -> tup
 
 
 def _fake_metadata(*, batch_size: int, cache_seqlens: Tensor, **rest: Any) -> Tensor:
-    return cache_seqlens.new_empty(header.length(batch_size), dtype=torch.int32)
+    return cache_seqlens.new_empty(header.length(batch_size, cache_seqlens.device.type), dtype=torch.int32)
 
 
 def _fake_combine(
@@ -177,12 +189,13 @@ def attend(arguments: Arguments) -> Result:
     call = Call(*arguments)
     if call.k is None:
         settle_absent_keys(call)
-    if isinstance(call.seqused_k, int):
+    if isinstance(call.seqused_k, (int, torch.SymInt)):
         call.seqused_k = call.q.new_full((batch_of(call),), call.seqused_k, dtype=torch.int32)  # fake if q is
     call.max_seqlen_q, call.max_seqlen_k = _number(call.max_seqlen_q), _number(call.max_seqlen_k)
     call.window_size = _window(call.window_size)
     named = {name: getattr(call, field) for name, field in _FIELDS[call.function]}
-    refuse_derivatives(named.items())
+    gradients.refuse_unserved(call.function, named)
+    refuse_tangents(named.items())
     name = "kvcache_append" if call.k_new is not None else _OPERATORS[call.function]
     out, lse = getattr(torch.ops.jit_kernel, name)(**named)
     if call.out is not None:

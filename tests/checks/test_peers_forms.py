@@ -117,8 +117,11 @@ def test_tensors_that_require_grad_while_no_grad_is_recorded(name):
     odd = {each: call[each].clone().requires_grad_() for each in "qkv"}
     with torch.no_grad():
         equal(function, call, odd)
-    with pytest.raises(NotImplementedError, match="requires grad"):
-        function(**call | odd)
+    if name == "flash_attn_func":
+        assert function(**call | odd)[0].requires_grad
+    else:  # with seqused_q, which torch's backward operators lack
+        with pytest.raises(NotImplementedError, match=r"q requires grad.*seqused_q"):
+            function(**call | odd)
 
 
 @each_function

@@ -171,6 +171,7 @@ def test_bad_arguments_raise_from_the_compiled_program():
 
 
 def test_inputs_that_require_grad_are_refused_while_tracing():
+    """Here those of a call with seqused_k, which torch's backward operators lack."""
     q, *rest = varlen_inputs()
     with pytest.raises(Exception, match="NotImplementedError") as caught:
         compiled(varlen)(q.float().requires_grad_().bfloat16(), *rest)

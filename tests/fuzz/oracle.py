@@ -42,7 +42,8 @@ class Verdict:
     judged: bool = True  # False: answered, and the contract leaves open with what
 
 
-DERIVATIVES = ("requires grad", "inner of a graph", "parameter of a model", "of grad", "of jvp", "dual")
+GRADIENTS = ("requires grad", "inner of a graph", "parameter of a model")
+DERIVATIVES = (*GRADIENTS, "of grad", "of jvp", "dual")
 
 
 class FaultError(Exception):
@@ -233,12 +234,17 @@ def _make_kinds(drawn: Drawn, around: Surroundings) -> dict[str, Made]:
 
 def _must(drawn: Drawn, made: dict[str, Made]) -> str:
     """What the kinds and the surroundings leave open for a call."""
-    nobody_asks = drawn.surroundings in ("no grad", "inference")
-    used = [kind for name, kind in drawn.kinds if name in made]
-    musts = {"either" if nobody_asks and kind.name in DERIVATIVES else kind.must for kind in used}
+    musts = {_must_as(name, kind, drawn) for name, kind in drawn.kinds if name in made}
     if "refuse" in musts:
         return "refuse"
     return "serve" if drawn.must_serve and musts <= {"serve"} else "either"
+
+
+def _must_as(name: str, kind: kinds.Kind, drawn: Drawn) -> str:
+    """What an argument's kind leaves open. torch's backward operators give some gradients: `_read` looks for them."""
+    nobody_asks = drawn.surroundings in ("no grad", "inference")
+    may_have = kind.name in GRADIENTS and name in ("q", "k", "v") and drawn.function != "flash_attn_with_kvcache"
+    return "either" if may_have or (nobody_asks and kind.name in DERIVATIVES) else kind.must
 
 
 def _of_error(error: Exception, drawn: Drawn, made: dict[str, Made], snapshot: Snapshot) -> Verdict:
@@ -275,6 +281,9 @@ def _read(result: Any, drawn: Drawn, made: dict[str, Made], given: dict[str, Any
         for x in parts:
             if x.is_floating_point() and fwAD._current_level >= 0 and fwAD.unpack_dual(x).tangent is None:
                 raise FaultError("wrong", f"the tangent of {asks[0]} was dropped in silence")
+    asks = [name for name, kind in drawn.kinds if name in made and kind.name in GRADIENTS]
+    if asks and drawn.surroundings not in ("no grad", "inference") and not parts[0].requires_grad:
+        raise FaultError("wrong", f"the gradient of {asks[0]} was dropped in silence")
     if _must(drawn, made) == "refuse":
         which = [f"{name} as {kind.name}" for name, kind in drawn.kinds if name in made and kind.must == "refuse"]
         raise FaultError("wrong", f"answered a call that must be refused: {', '.join(which)}")

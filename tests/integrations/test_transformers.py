@@ -10,10 +10,9 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from jit_kernel.integrations import transformers as client  # noqa: E402
+from jit_kernel.integrations.transformers import layers  # noqa: E402
 from tests.support import case_run  # noqa: E402
-
-client.register()
+from tests.support.hf_models import NEAR, SMALL, gemma2, gpt_oss, llama, tokens, twins  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -23,64 +22,18 @@ def one_thread() -> Iterator[None]:
         yield
 
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 300,
-    "hidden_size": 128,
-    "intermediate_size": 160,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
-NEAR = {"rtol": 1e-4, "atol": 1e-5}
-
-
-def twins(model: type, config: Any) -> tuple[Any, Any]:
-    """The same random weights twice: eager, and through jit_kernel."""
-    torch.manual_seed(0)
-    config._attn_implementation = "eager"
-    eager = model(config).eval()
-    for name, parameter in eager.named_parameters():
-        if parameter.dim() > 1 or "sinks" in name:
-            torch.nn.init.normal_(parameter, std=0.08 if parameter.dim() > 1 else 1.0)
-    ours = model(type(config).from_dict({**config.to_dict(), "attn_implementation": client.NAME})).eval()
-    ours.set_attn_implementation(client.NAME)
-    ours.load_state_dict(eager.state_dict())
-    assert eager.config._attn_implementation == "eager"
-    assert ours.config._attn_implementation == client.NAME
-    return eager, ours
-
-
-def llama(**changes: Any) -> tuple[Any, Any]:
-    config = transformers.LlamaConfig(**{**SMALL, "num_key_value_heads": 2, **changes})
-    return twins(transformers.LlamaForCausalLM, config)
-
-
-def tokens(*lengths: int, side: str = "left", seed: int = 1) -> dict[str, torch.Tensor]:
-    """A padded batch of random tokens."""
-    random = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, 300, (len(lengths), max(lengths)), generator=random)
-    mask = torch.ones_like(ids)
-    for row, n in enumerate(lengths):
-        padding = slice(0, max(lengths) - n) if side == "left" else slice(n, max(lengths))
-        ids[row, padding], mask[row, padding] = 0, 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of jit_kernel's functions, as the client calls them."""
     made: list[str] = []
     for name in ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"):
-        function = getattr(client, name)
+        function = getattr(layers, name)
 
         def counted(*args: Any, function: Any = function, name: str = name, **kwargs: Any) -> Any:
             made.append(name)
             return function(*args, **kwargs)
 
-        monkeypatch.setattr(client, name, counted)
+        monkeypatch.setattr(layers, name, counted)
     return made
 
 
@@ -156,11 +109,7 @@ def test_an_encoder_and_a_decoder_that_looks_at_it() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_sliding_window_and_softcap(side: str) -> None:
-    config = transformers.Gemma2Config(
-        **SMALL, num_key_value_heads=4, head_dim=24, sliding_window=6, attn_logit_softcapping=3.0,
-        query_pre_attn_scalar=24, layer_types=["sliding_attention", "full_attention"],
-    )  # fmt: skip
-    eager, ours = twins(transformers.Gemma2ForCausalLM, config)
+    eager, ours = gemma2()
     batch = tokens(23, 9, 16, side=side)
     real = batch["attention_mask"].bool()
     torch.testing.assert_close(ours(**batch).logits[real], eager(**batch).logits[real], **NEAR)
@@ -171,11 +120,7 @@ def test_sliding_window_and_softcap(side: str) -> None:
 
 @torch.no_grad()
 def test_sinks() -> None:
-    config = transformers.GptOssConfig(
-        **{**SMALL, "num_hidden_layers": 2}, num_key_value_heads=2, head_dim=16, num_local_experts=2,
-        num_experts_per_tok=1, sliding_window=5, layer_types=["sliding_attention", "full_attention"],
-    )  # fmt: skip
-    eager, ours = twins(transformers.GptOssForCausalLM, config)
+    eager, ours = gpt_oss()
     batch = tokens(21, 10)
     real = batch["attention_mask"].bool()
     torch.testing.assert_close(ours(**batch).logits[real], eager(**batch).logits[real], **NEAR)
@@ -196,11 +141,10 @@ def test_a_vision_encoder_that_makes_no_mask() -> None:
     ("change", "named"),
     [
         ({"attention_mask": torch.ones(1, 1, 8, 8)}, "mask of (1, 1, 8, 8)"),
-        ({"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]), "use_cache": False}, "packed_sequence"),
         ({"output_attentions": True}, "output_attentions"),
         ({"alibi": torch.ones(8)}, "alibi"),
     ],
-    ids=["custom mask", "packed sequences", "attention weights", "something unknown"],
+    ids=["custom mask", "attention weights", "something unknown"],
 )
 def test_what_cannot_be_honoured_is_refused(change: dict[str, Any], named: str) -> None:
     _, ours = llama()
@@ -217,23 +161,3 @@ def test_a_static_cache(lengths: tuple[int, ...]) -> None:
     options = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False, "cache_implementation": "static"}
     batch = tokens(*lengths)
     assert torch.equal(ours.generate(**batch, **options), eager.generate(**batch, **options))
-
-
-@torch.no_grad()
-def test_a_window_over_padding_between_tokens_is_refused() -> None:
-    _, windowed = twins(
-        transformers.MistralForCausalLM,
-        transformers.MistralConfig(**SMALL, num_key_value_heads=4, sliding_window=4),
-    )
-    batch = tokens(12)
-    batch["attention_mask"][0, 4:7] = 0
-    with pytest.raises(NotImplementedError, match="padding between tokens"):
-        windowed(**batch)
-
-
-def test_dropout_and_training_are_refused() -> None:
-    _, ours = llama(attention_dropout=0.1)
-    with pytest.raises(NotImplementedError, match="forward pass alone"):
-        ours(**tokens(8))
-    with torch.no_grad(), pytest.raises(NotImplementedError, match="dropout is 0"):
-        ours.train()(**tokens(8))

@@ -232,12 +232,21 @@ def _bound(side: str, given: Any) -> int:
     return bound
 
 
+class GradientError(NotImplementedError):
+    """An input asks for gradients; the public functions may have them, a kernel has none."""
+
+
 def refuse_derivatives(named: Iterable[tuple[str, Any]]) -> None:
     """There is no derivative: an argument that asks for one, forward or (in grad mode) backward, is an error."""
     if torch.is_grad_enabled():
         named = list(named)
         for name, value in named:
             refuse_gradients(name, value)
+    refuse_tangents(named)
+
+
+def refuse_tangents(named: Iterable[tuple[str, Any]]) -> None:
+    """There is no forward-mode derivative: an argument that has a tangent is an error."""
     if plain.in_forward_mode():
         for name, value in named:
             plain.refuse_tangent(name, value)
@@ -246,7 +255,7 @@ def refuse_derivatives(named: Iterable[tuple[str, Any]]) -> None:
 def refuse_gradients(name: str, tensor: Any) -> None:
     """There is no backward pass: an input that asks for one, in grad mode, is an error."""
     if isinstance(tensor, Tensor) and tensor.requires_grad:
-        raise NotImplementedError(
+        raise GradientError(
             f"{name} requires grad; jit_kernel has the forward pass alone: "
             "call it under torch.no_grad() or detach the tensor"
         )
