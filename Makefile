@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 SETUP_FILES = pyproject.toml constraints.txt
 
-.PHONY: demo test test-quick test-timing lint format bench warmup test-gpu sanitize-gpu bench-gpu test-musa fuzz fuzz-sanitize clean-cache wheel
+.PHONY: demo test test-quick test-timing test-hosts lint format bench warmup test-gpu sanitize-gpu bench-gpu test-musa fuzz fuzz-sanitize clean-cache wheel
 
 demo: $(VENV)/.ready $(VENV)/.demo
 	$(BIN)/python examples/first_call.py
@@ -21,6 +21,16 @@ test-quick: $(VENV)/.ready
 # Limits on time, which a busy machine does not keep.
 test-timing: $(VENV)/.ready
 	$(BIN)/python -m pytest -m timing $(PYTEST_ARGS) tests/test_timing.py
+
+# Every family of models, and what else takes long, with the programs that call jit_kernel; then the same with other
+# versions of transformers: the last one that takes the newest kernels on the index, and the oldest that works.
+HOSTS_TESTS = tests/integrations/test_local_kernels.py tests/integrations/test_families.py
+OLDEST_TESTS = tests/integrations/test_transformers.py tests/integrations/test_transformers_masks.py
+test-hosts: $(VENV)/.hosts
+	$(BIN)/python -m pytest -m "hosts and not gpu" $(PYTEST_ARGS)
+	PYTHONPATH=$(VENV)/transformers-5.22:$$PYTHONPATH $(BIN)/python -m pytest -m hosts -k "LOCAL_KERNELS or local_kernels" \
+	  $(PYTEST_ARGS) $(HOSTS_TESTS)
+	PYTHONPATH=$(VENV)/transformers-5.4:$$PYTHONPATH $(BIN)/python -m pytest $(PYTEST_ARGS) $(OLDEST_TESTS)
 
 # Random calls, then faults against the store, each for SECONDS; SEED picks others.
 SECONDS ?= 60
@@ -83,6 +93,14 @@ $(VENV)/.ready: $(SETUP_FILES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) --editable '.[test,transformers,diffusers,cuda13]'
+	touch $@
+
+$(VENV)/.hosts: $(VENV)/.ready
+	$(PIP) --editable '.[hosts]'
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --target $(VENV)/transformers-5.22 \
+	  --upgrade transformers==5.22.2
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --target $(VENV)/transformers-5.4 --upgrade \
+	  transformers==5.4.0
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.ready examples/requirements-sentence-search.txt

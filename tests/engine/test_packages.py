@@ -53,6 +53,9 @@ def test_the_wheel_is_small_and_whole(tmp_path):
     assert answer.stdout.split() == ["None", str(sources), str(tmp_path / "home" / ".cache" / "jit_kernel")]
     assert (sources / "flash_attention_v3" / "cpu" / "entry" / "forward.h").exists()
     assert (site / "jit_kernel" / "py.typed").exists()
+    for backend in ("cpu", "cuda"):  # in a folder "build", which .gitignore names
+        variant = site / "jit_kernel" / "integrations" / "local_kernels" / "build" / f"torch-{backend}"
+        assert {path.name for path in variant.iterdir()} == {"__init__.py", "metadata.json"}
     (scripts,) = site.glob("*.dist-info/entry_points.txt")
     assert "jit-kernel = jit_kernel.__main__:main" in scripts.read_text()
     for group, engine in (("sglang.srt.plugins", "sglang"), ("vllm.general_plugins", "vllm")):

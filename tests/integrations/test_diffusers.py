@@ -306,7 +306,7 @@ def test_the_name_while_it_is_registered_and_after() -> None:
     member = NAMES(host.NAME)
     assert isinstance(member, NAMES) and member is NAMES.JIT_KERNEL and pickle.loads(pickle.dumps(member)) is member
     assert member in REGISTRY.list_backends() and list(NAMES).count(member) == 1
-    REGISTRY.set_active_backend(member)
+    REGISTRY._active_backend = member
     host.unregister()
     assert REGISTRY._active_backend is NAMES.NATIVE
     with pytest.raises(ValueError, match="not a valid AttentionBackendName"):

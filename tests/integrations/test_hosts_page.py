@@ -10,12 +10,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from jit_kernel import config
 from jit_kernel.commands import hosts
-from jit_kernel.integrations import counters
+from jit_kernel.integrations import counters, local_kernels
 from tests.support import case_run
 
 PAGE = (Path(__file__).parents[2] / "docs" / "hosts.md").read_text(encoding="utf-8")
@@ -24,13 +26,14 @@ SECTIONS = {part.partition("\n")[0]: part.partition("\n")[2] for part in PAGE.sp
 OF_HOST = {
     "sdpa": "torch's SDPA",
     "flash_attn_interface": "FlashAttention-3's module",
-    "LOCAL_KERNELS": "FlashAttention-3 from Hugging Face's hub",
+    "LOCAL_KERNELS": "LOCAL_KERNELS",
     "transformers": "transformers",
     "diffusers": "diffusers",
     "sglang": "sglang",
     "vllm": "vLLM",
 }
-NEEDED = {"transformers": "transformers", "diffusers": "diffusers"}  # by section: what its Python blocks import
+# By section: what its Python blocks import.
+NEEDED = {"transformers": "transformers", "diffusers": "diffusers", "LOCAL_KERNELS": "kernels"}
 UNDO = {
     "sdpa": "deactivate", "flash_attn_interface": "uninstall", "transformers": "unregister",
     "diffusers": "unregister", "sglang": "deactivate", "vllm": "deactivate",
@@ -66,19 +69,40 @@ def test_every_block_is_python_or_a_shells() -> None:
     assert run == len(fences) // 2 > 10
 
 
+def given_by_the_reader(section: str, folder: Path) -> dict[str, Any]:
+    """What a section's blocks use and do not make: a checkpoint and prompts, or tensors."""
+    if section == "transformers":
+        import transformers
+
+        from tests.support.hf_models import SMALL, tokens
+
+        transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, num_key_value_heads=2)).save_pretrained(folder)
+        greedy = transformers.GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        prompts = [tokens(n, seed=n)["input_ids"][0].tolist() for n in (5, 9)]
+        return {"path": folder, "prompts": prompts, "greedy": greedy}
+    if section == "LOCAL_KERNELS":
+        q = torch.randn(7, 4, 16)
+        return {"q": q, "k": q, "v": q, "cu": torch.tensor([0, 3, 7], dtype=torch.int32)}
+    return {}
+
+
 @pytest.mark.parametrize("section", WITH_PYTHON)
-def test_python_blocks(section: str) -> None:
+def test_python_blocks(section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of a section one after the other, in one namespace, as a reader would run them."""
     package = NEEDED.get(section)
     if package is not None and importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
-    namespace: dict[str, object] = {}
+    if section == "LOCAL_KERNELS":  # its shell block
+        monkeypatch.setenv("LOCAL_KERNELS", local_kernels.variable())
+    namespace = given_by_the_reader(section, tmp_path)
     for text in blocks(section, "python"):
         exec(compile(text, f"docs/hosts.md: {section}", "exec"), namespace)
     host = next((name for name, title in OF_HOST.items() if title == section), None)
-    if host in ("sdpa", "transformers", "diffusers", "flash_attn_interface"):
+    if host not in (None, "sglang", "vllm"):  # there nothing calls
         assert counters.read()[host]["served"] > 0
         assert counters.read()[host]["passed_on"] == {}
+    if section == "transformers":
+        assert [len(answer.generated_tokens) for answer in namespace["answers"].values()] == [3, 3]
 
 
 @pytest.mark.parametrize(("section", "text"), SHELL, ids=[f"{section}-{n}" for n, (section, _) in enumerate(SHELL)])
@@ -125,3 +149,11 @@ def test_the_oldest_versions_are_the_commands() -> None:
         (host,) = (each for each in hosts.HOSTS if each.name == name)
         oldest = host.tested.partition(",")[0].removeprefix(">=")
         assert re.search(rf"{section}`? \(?{re.escape(oldest)} or newer", SECTIONS[OF_HOST[name]]), name
+
+
+def test_the_models_that_the_page_says_take_no_backend() -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    named = re.search(r"take no backend \(([^)]*)\)", SECTIONS["transformers"])
+    assert named is not None
+    for name in named[1].replace("MPT", "Mpt").replace("DeBERTa", "DebertaV2").split(", "):
+        assert not getattr(transformers, f"{name}PreTrainedModel")._can_set_attn_implementation()

@@ -93,6 +93,7 @@ def test_gradients_that_nothing_has_are_refused_by_name(build: Any, named: str, 
         ours(**BATCHES[batch])
 
 
+@pytest.mark.hosts
 def test_a_lora_fine_tune_has_eagers_losses() -> None:
     peft = pytest.importorskip("peft")
     eager, ours = llama()

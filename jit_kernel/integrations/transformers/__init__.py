@@ -3,7 +3,7 @@
 What it replaces: nothing; it adds two names, NAME and FLASH_NAME, to transformers' registries of attention functions
 and of mask functions, and wraps `PreTrainedModel._check_and_adjust_attn_implementation`, where a model chooses: a model
 that computes its attention itself is refused, and for our names no package of FlashAttention is looked for. From
-transformers 5.13 on. `unregister()` undoes it.
+transformers 5.4 on. `unregister()` undoes it.
 
 FLASH_NAME is the same attention under a name that transformers takes for FlashAttention's: `generate_batch`
 (continuous batching) wants "flash" in the name, and vision towers with ragged images then make one ragged call.
@@ -16,7 +16,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from packaging.version import Version
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, __version__
 
 from jit_kernel.integrations.transformers.layers import attention
 from jit_kernel.integrations.transformers.masks import Mask, make_mask
@@ -26,11 +27,17 @@ __all__ = ["FLASH_NAME", "NAME", "Mask", "attention", "is_active", "make_mask", 
 NAME = "jit_kernel_fa3"
 FLASH_NAME = "jit_kernel_flash"
 
+_OLDEST = "5.4"  # the first whose masks are asked for by lengths
 _CHOOSE = "_check_and_adjust_attn_implementation"
 
 
 def register() -> None:
-    """Make NAME and FLASH_NAME attention implementations of every transformers model in this process."""
+    """Make NAME and FLASH_NAME attention implementations of every transformers model in this process.
+
+    Raises NotImplementedError for a transformers that is too old.
+    """
+    if Version(__version__) < Version(_OLDEST):
+        raise NotImplementedError(f"transformers is {__version__}; jit_kernel works with {_OLDEST} and newer")
     for name in (NAME, FLASH_NAME):
         AttentionInterface.register(name, attention)
         AttentionMaskInterface.register(name, make_mask)

@@ -13,7 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+from transformers import __version__
+
+try:
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+except ImportError as error:
+    raise ImportError(f"transformers is {__version__}; jit_kernel works with 5.4 and newer") from error
 
 UNBOUNDED = (-1, -1)
 
