@@ -14,7 +14,6 @@ from torch import Tensor
 
 import jit_kernel.flash_attention_v3 as fa3
 from jit_kernel import config, device
-from jit_kernel.fa3 import hopper
 from tests.support import decode_on_gpu
 from tests.support.decode_on_gpu import Paged
 from tests.support.hopper_inputs import poisoned, randn
@@ -53,9 +52,7 @@ def _hopper_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     """One entry for each call that a decode kernel serves."""
-    for module, name in ((hopper.decode, "attend"), (hopper.known, "_decode"), (hopper.known, "serve")):
-        monkeypatch.setattr(module, name, getattr(module, name))  # so that it is put back
-    return decode_on_gpu.count_launches()
+    return decode_on_gpu.counted_launches(monkeypatch)
 
 
 def made(shape: tuple[Any, ...], seed: int = 0, **given: Any) -> Paged:
@@ -99,7 +96,7 @@ def test_a_sequence_has_the_same_bits_alone_and_among_others(shape: tuple[Any, .
             for more_pages in (0, 200):
                 found = answer(some_of(call, chosen, more_pages))
                 assert_same(found, (out[chosen], lse[chosen]), (seed, chosen, more_pages))
-    assert len(launched) >= 3 * 12
+    assert len(launched) >= 3 * 11  # of a batch of one
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -194,7 +194,8 @@ struct DecodeConsumer {
     }
   }
 
-  // Whether every query sees all keys of a block. Looked up for each: registers are scarce.
+  // Whether every query sees all keys of a block. Looked up for each, since registers are scarce,
+  // and before the wait for its keys.
   __device__ __forceinline__ bool all_see(const DecodeItem& item, int row) const {
     if (row < shared.query(stream, C::kRows - 1)->low) return false;
     return row + kDecodeKeys <= shared.query(stream, 0)->high && !has_drafts(item, row);
@@ -203,6 +204,7 @@ struct DecodeConsumer {
   // is_first: no query has a reference yet.
   __device__ __forceinline__ void run_block(const DecodeItem& item, int block, bool is_first) {
     const int row = block * kDecodeKeys;
+    const bool masks = !all_see(item, row);
     wait_tile();
     if (params.box_rows == 0) proxy_fence();
     multiply_scores();
@@ -210,7 +212,7 @@ struct DecodeConsumer {
 #pragma unroll
       for (float& score : scores) score = tanh_fast(score * params.softcap_scale);
     }
-    if (!all_see(item, row)) mask_scores_of(item, row);
+    if (masks) mask_scores_of(item, row);
     const float scale = params.scale_log2;
     // Finite: a first key is above a reference of -inf by any threshold but an infinite one.
     const float threshold = fminf(kRescaleThreshold / scale, kLargestFloat);
@@ -336,7 +338,7 @@ struct DecodeConsumer {
       const DecodeItem& item = *shared.item(item_at.stage());
       if (uniform(item.batch) < 0) return;
       run_item(item);
-      release(shared.item_empty(item_at.stage()));
+      mbarrier_arrive(shared.item_empty(item_at.stage()));  // every lane has read the item
       item_at.advance();
     }
   }
