@@ -43,14 +43,14 @@ def serving(double: OnHost, monkeypatch: pytest.MonkeyPatch) -> OnHost:
 
 
 def launch_of(double: OnHost, batch: int, heads_k: int, d: int, rows_k: int, deterministic: bool) -> tuple[int, ...]:
-    """Grid, threads and bytes of shared memory of a launch for one query token."""
+    """Grid, blocks of a cluster, threads and bytes of shared memory of a launch for one query token."""
     q = torch.empty(batch, 1, heads_k, d, dtype=torch.bfloat16)
     k, v = (torch.empty(1, 1, 1, 1, dtype=torch.bfloat16).expand(batch, rows_k, heads_k, d).contiguous() for _ in "kv")
     call = {"q": q, "k_cache": k, "v_cache": v, "num_splits": 0, "deterministic": deterministic}
     before = double.launches()
     assert known.try_unchecked(fields(call)) is not None
     assert double.launches() == before + 1
-    return struct.unpack("5I", bytes(double.parameters())[-20:])
+    return struct.unpack("6I", bytes(double.parameters())[-24:])
 
 
 GRIDS = [(1, 8, 128, 512), (1, 2, 64, 600), (3, 8, 128, 300), (40, 8, 64, 70), (5, 3, 128, 64), (30, 2, 256, 64)]
@@ -59,9 +59,10 @@ GRIDS = [(1, 8, 128, 512), (1, 2, 64, 600), (3, 8, 128, 300), (40, 8, 64, 70), (
 @pytest.mark.parametrize(("batch", "heads_k", "d", "rows_k"), GRIDS)
 def test_the_launchers_grid_is_the_models(serving: OnHost, batch: int, heads_k: int, d: int, rows_k: int) -> None:
     grid = decode_ranges.grid_of(1 if d > 128 else 2, d, MULTIPROCESSORS, heads_k, batch, rows_k)
-    x, y, z, *_ = launch_of(serving, batch, heads_k, d, rows_k, deterministic=True)
+    x, y, z, cluster, *_ = launch_of(serving, batch, heads_k, d, rows_k, deterministic=True)
     groups = heads_k // grid.heads_of_block
     assert (x, y, z) == ((grid.parts, groups, batch) if grid.in_clusters else (groups, grid.parts, 1))
+    assert cluster == (decode_ranges.CLUSTER_PARTS if grid.in_clusters else 1)
 
 
 def test_heads_of_a_block_do_not_depend_on_the_batch() -> None:
@@ -81,12 +82,12 @@ def test_a_launch_asks_for_the_models_room(double: OnHost, tile: tuple[int, int]
     """It bounds what every shorter length needs, so that a captured graph has room for any."""
     d, rows = tile
     streams = Tile(d, rows).streams
-    keeps = tile not in ((64, 64), (128, 64))
+    keeps, has_room = tile not in ((64, 64), (128, 64)), tile not in ((64, 64), (128, 32), (128, 64))
     handle = double.handles[torch.bfloat16, d, rows]
     for heads_k in (1, 2, 4, 8):
         for batch in (1, 7, 64, 300):
             for rows_k in (0, 100, 8192, 8193, 131_072):
-                grid: Grid = decode_ranges.grid_of(streams, d, MULTIPROCESSORS - 5, heads_k, batch, rows_k)
+                grid: Grid = decode_ranges.grid_of(streams, d, MULTIPROCESSORS - 5, heads_k, batch, rows_k, has_room)
                 slots = decode_ranges.Ranges.of(streams, d, heads_k).slots(rows_k)
                 per_head = decode_ranges.partials_of_head(grid.parts, batch, slots, keeps)
                 expected = per_head * heads_k * rows * (d + 2)

@@ -187,9 +187,11 @@ class Launch:
         self.results[item.batch] = tree
 
 
-def grid_of(streams: int, head_dim: int, multiprocessors: int, heads_k: int, batch: int, rows_k: int) -> model.Grid:
-    """decode_grid of a call with fixed ranges."""
+def grid_of(
+    streams: int, head_dim: int, multiprocessors: int, heads_k: int, batch: int, rows_k: int, has_room: bool = True
+) -> model.Grid:
+    """decode_grid of a call with fixed ranges; has_room: for what the blocks of a cluster send each other."""
     ranges = Ranges.of(streams, head_dim, heads_k)
     pairs = streams == 2 and heads_k % 2 == 0
-    fits = pairs and ranges.slots(rows_k) <= streams * CLUSTER_PARTS
+    fits = has_room and pairs and ranges.slots(rows_k) <= streams * CLUSTER_PARTS
     return model.decode_grid(streams, multiprocessors, heads_k, batch, rows_k, may_cluster=fits, two=pairs)
