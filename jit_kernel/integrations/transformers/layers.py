@@ -20,7 +20,7 @@ _WITHOUT_EFFECT = frozenset(
     {"position_ids", "cache_position", "use_cache", "return_dict", "output_hidden_states", "logits_to_keep"}
     | {"num_items_in_batch", "deterministic", "output_router_logits", "return_loss"}
     # Of continuous batching: what its cache has done by now.
-    | {"cache", "read_index", "write_index", "logits_indices", "logits_processor_args"}
+    | {"read_index", "write_index", "logits_indices", "logits_processor_args"}
 )
 
 
@@ -37,18 +37,25 @@ def attention(
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
-    cu_seq_lens_k: Tensor | None = None,
+    cu_seq_lens_k: Tensor | dict[str, Tensor] | None = None,
     max_length_q: int | Tensor | None = None,
-    max_length_k: int | Tensor | None = None,
+    max_length_k: int | Tensor | dict[str, int] | None = None,
+    cache: Any = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """One layer's attention: query (b, hq, sq, d), key and value (b, hk, sk, d or dv) to (b, sq, hq, dv).
 
     softcap: of the scores. s_aux: (hq,) sinks. A model that makes no mask (vision encoders) has is_causal, else
     the module's, for more than one query, and sliding_window. cu_seq_lens_q, cu_seq_lens_k (sequences + 1,): sequences
-    packed end to end. Rows of padding get what they see of their sequence where it lies before them, else 0.
+    packed end to end. cache: of continuous batching; while cu_seq_lens_k is still a dict by kind of layer, as in
+    transformers 5.23, this layer's keys and values are written to it here.
+    Rows of padding get what they see of their sequence where it lies before them, else 0.
     Raises NotImplementedError for dropout, attention weights, position biases, and every argument unknown here.
     """
+    if isinstance(cu_seq_lens_k, dict):
+        key, value, cu_seq_lens_k, max_length_k = _cached(
+            module, key, value, cache, {**others, "cu_seq_lens_k": cu_seq_lens_k, "max_length_k": max_length_k}
+        )
     _refuse(dropout, attention_mask, others)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     packed = cu_seq_lens_q is not None and cu_seq_lens_k is not None
@@ -71,6 +78,10 @@ def attention(
         assert cu_seq_lens_q is not None and cu_seq_lens_k is not None
         if mask.padded:
             raise NotImplementedError("cu_seq_lens_q stands beside an attention_mask with padding; give one of them")
+        if mask.bits is not None:
+            raise NotImplementedError(
+                "cu_seq_lens_q stands beside a mask that is neither causal nor a window; give one of them"
+            )
         lengths = tuple(n if isinstance(n, int) else None for n in (max_length_q, max_length_k))
         found = _ragged(q, k, v, Ragged(None, cu_seq_lens_q, None, cu_seq_lens_k, *lengths), settings)
     elif mask.bits is not None and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
@@ -79,6 +90,22 @@ def attention(
         found = _with_layout(q, k[:, : mask.keys], v[:, : mask.keys], mask, settings)
     told.served(HOST)
     return found, None
+
+
+def _cached(
+    module: torch.nn.Module, key: Tensor, value: Tensor, cache: Any, paged: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor, int | Tensor | None]:
+    """(key, value, cu_seq_lens_k, max_length_k) of a layer, with what continuous batching's cache holds of them.
+
+    paged: the arguments that the cache reads, and in which it writes this layer's lengths.
+    """
+    if not callable(getattr(cache, "update", None)):
+        raise TypeError(
+            f"cache is {type(cache).__name__}; beside a cu_seq_lens_k by kind of layer it must be the cache of "
+            "continuous batching, which has update()"
+        )
+    key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=paged)
+    return key, value, paged["cu_seq_lens_k"], paged["max_length_k"]
 
 
 def _unmasked(q: Tensor, k: Tensor, causal: bool, sliding_window: int | None) -> Mask:
