@@ -87,7 +87,9 @@ def attention(
     elif mask.bits is not None and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         return _by_sdpa(query, key, value, mask, settings), None
     else:
-        found = _with_layout(q, k[:, : mask.keys], v[:, : mask.keys], mask, settings)
+        if k.shape[1] != mask.keys:
+            k, v = k[:, : mask.keys], v[:, : mask.keys]
+        found = _with_layout(q, k, v, mask, settings)
     told.served(HOST)
     return found, None
 
@@ -123,9 +125,12 @@ def _with_layout(q: Tensor, k: Tensor, v: Tensor, mask: Mask, settings: Settings
             out = out + _ragged(q, k, v, mask.behind, {**settings, "causal": False})
         return out
     if mask.bits is not None or mask.leftpad is not None or mask.lengths is not None or _continues(q, mask):
+        lengths: Tensor | int | None = mask.lengths
+        if lengths is None and k.shape[1] != mask.keys:  # a number costs a tensor and the slower way to a kernel
+            lengths = mask.keys
         found = flash_attn_with_kvcache(
             q, k, v,
-            cache_seqlens=mask.keys if mask.lengths is None else mask.lengths,
+            cache_seqlens=lengths,
             cache_leftpad=mask.leftpad,
             draft_mask=mask.bits,
             **settings,
