@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jit_kernel.fa3.call import UNBOUNDED
 from jit_kernel.flash_attention_v3 import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from jit_kernel.integrations import told
 from jit_kernel.integrations.transformers.layouts import Ragged
@@ -57,7 +58,7 @@ def attention(
             module, key, value, cache, {**others, "cu_seq_lens_k": cu_seq_lens_k, "max_length_k": max_length_k}
         )
     _refuse(dropout, attention_mask, others)
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     packed = cu_seq_lens_q is not None and cu_seq_lens_k is not None
     mask = attention_mask
     if mask is None:
@@ -112,7 +113,7 @@ def _cached(
 
 def _unmasked(q: Tensor, k: Tensor, causal: bool, sliding_window: int | None) -> Mask:
     """The mask of a model that makes none; sliding_window counts the token itself, on either side."""
-    window = (-1, -1)
+    window = UNBOUNDED
     if sliding_window is not None:
         window = (sliding_window - 1, 0 if causal else sliding_window - 1)
     return Mask(q.shape[1], k.shape[1], causal, window)
