@@ -7,10 +7,10 @@ softcap; 8 prompts of 2,048 tokens, 64 new ones. The peer is "sdpa", and for Gem
 refuses, "eager". Each implementation has a model with a config object of its own, and the same weights; prefill and
 decode take turns with the peer's, and the medians stand in the line.
 
-Tokens are compared on one sequence: the peer's greedy tokens are fed to the peer, to ours and to the peer with the same
-weights in float32. A step is clear where float32's two likeliest logits are further apart than twice the peer's largest
-error from float32: there the peer's token is float32's, and ours must be. The other steps are ties in bf16, where either
-token is right; the line counts both. --device cpu runs the same program on small sizes.
+Tokens are compared on one sequence: the peer's greedy tokens are fed to the peer, to ours and to the peer with the
+same weights in float32. A step is clear where float32's two likeliest logits are further apart than twice the peer's
+largest error from float32: there the peer's token is float32's, and ours must be. The other steps are ties in bf16,
+where either token is right; the line counts both. --device cpu runs the same program on small sizes.
 Appends JSON lines to benchmarks/results/transformers_gpu.jsonl.
 
 A machine without a network wants these wheels (transformers 5.23.0), most of them pure Python: transformers,

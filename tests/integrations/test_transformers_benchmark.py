@@ -1,4 +1,4 @@
-"""How benchmarks/transformers_gpu.py judges tokens: on the peer's sequence, where bf16 leaves one token the likeliest."""
+"""How benchmarks/transformers_gpu.py judges tokens: on the peer's sequence, at the steps that bf16 leaves clear."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from jit_kernel import config  # noqa: E402
+from jit_kernel import config
 
 BENCHMARKS = config.package_dir().parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))
