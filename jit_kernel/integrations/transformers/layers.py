@@ -64,9 +64,7 @@ def attention(
     if mask is None:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         mask = _unmasked(q, k, bool(causal) and (packed or q.shape[1] > 1), sliding_window)
-    sinks = s_aux
-    if sinks is not None and sinks.dtype != q.dtype:
-        sinks = sinks.float()
+    sinks = s_aux if s_aux is None or s_aux.dtype == q.dtype else s_aux.float()
     settings: Settings = {
         "softmax_scale": scaling,
         "causal": mask.causal,
@@ -76,15 +74,8 @@ def attention(
         "sinks": sinks,
     }
     if packed:
-        assert cu_seq_lens_q is not None and cu_seq_lens_k is not None
-        if mask.padded:
-            raise NotImplementedError("cu_seq_lens_q stands beside an attention_mask with padding; give one of them")
-        if mask.bits is not None:
-            raise NotImplementedError(
-                "cu_seq_lens_q stands beside a mask that is neither causal nor a window; give one of them"
-            )
         lengths = tuple(n if isinstance(n, int) else None for n in (max_length_q, max_length_k))
-        found = _ragged(q, k, v, Ragged(None, cu_seq_lens_q, None, cu_seq_lens_k, *lengths), settings)
+        found = _packed(q, k, v, mask, (cu_seq_lens_q, cu_seq_lens_k), lengths, settings)
     elif mask.bits is not None and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         return _by_sdpa(query, key, value, mask, settings), None
     else:
@@ -109,6 +100,19 @@ def _cached(
         )
     key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=paged)
     return key, value, paged["cu_seq_lens_k"], paged["max_length_k"]
+
+
+def _packed(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, offsets: tuple[Any, Any], longest: tuple[Any, ...], settings: Settings
+) -> Tensor:
+    """Sequences packed end to end by cu_seq_lens_q and cu_seq_lens_k; the mask gives its settings alone."""
+    if mask.padded:
+        raise NotImplementedError("cu_seq_lens_q stands beside an attention_mask with padding; give one of them")
+    if mask.bits is not None:
+        raise NotImplementedError(
+            "cu_seq_lens_q stands beside a mask that is neither causal nor a window; give one of them"
+        )
+    return _ragged(q, k, v, Ragged(None, offsets[0], None, offsets[1], *longest), settings)
 
 
 def _unmasked(q: Tensor, k: Tensor, causal: bool, sliding_window: int | None) -> Mask:
