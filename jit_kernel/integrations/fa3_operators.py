@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from jit_kernel import flash_attention_v3 as public
+from jit_kernel.fa3.gradients import cuda
 from jit_kernel.integrations import fa3_attention as passes
 from jit_kernel.integrations.peers import refuse_given
 
@@ -95,13 +96,24 @@ def _by_name(name: str, function: Callable[[dict[str, Any]], Any]) -> Callable[.
 
 
 def register() -> None:
-    """Define the operators. Raises RuntimeError where another library of this process has defined them."""
+    """Define the operators, and hold torch's own backward kernel, which torch's "FA3" replaces by what calls ours.
+
+    Raises RuntimeError where another library of this process has defined them, and while torch has one active.
+    """
     present = [name for name in _SCHEMAS if hasattr(getattr(torch.ops, _NAMESPACE), name)]
     if present:
         raise RuntimeError(
             f"torch.ops.{_NAMESPACE}.{present[0]} exists: FlashAttention-3's own extension is loaded in this process; "
             "flash_attn_interface.install() must come before it, or leave it out"
         )
+    active = _active_in_torch()
+    if active is not None:
+        raise RuntimeError(
+            f'torch\'s "{active}" is active; call torch.nn.attention.restore_flash_attention_impl() before '
+            "flash_attn_interface.install()"
+        )
+    if torch.version.cuda is not None:
+        cuda.hold_own_kernel()
     library: Any = torch.library.Library(_NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
     for name, function in _FUNCTIONS.items():
         library.define(name + _SCHEMAS[name])
@@ -111,10 +123,16 @@ def register() -> None:
 
 def remove() -> None:
     """Take the operators away. Raises RuntimeError while torch's "FA3" calls them."""
-    from torch.nn import attention
-
-    active = getattr(attention, "current_flash_attention_impl", None)  # torch 2.11 and newer
-    if active is not None and active() == "FA3":
+    if _active_in_torch() == "FA3":
         raise RuntimeError('torch\'s "FA3" is active; call torch.nn.attention.restore_flash_attention_impl() first')
     while _registered:
         _registered.pop()._destroy()
+    cuda.release_own_kernel()
+
+
+def _active_in_torch() -> str | None:
+    """Which implementation of flash attention stands before torch's own."""
+    from torch.nn import attention
+
+    current = getattr(attention, "current_flash_attention_impl", None)  # torch 2.11 and newer
+    return None if current is None else current()

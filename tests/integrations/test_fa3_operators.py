@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 import jit_kernel
+from jit_kernel.fa3.gradients import cpu as gradients_cpu
+from jit_kernel.fa3.gradients import cuda as gradients_cuda
 from jit_kernel.integrations import counters, fa3_operators
 from jit_kernel.integrations import flash_attn_interface as fa3
 from tests.support.fa3_calls import OFFSETS_Q, appending, cached, dense, drawn, parameters, ragged
@@ -167,6 +169,65 @@ def test_torchs_own_fa3_finds_the_module(operators):
             fa3.uninstall()
     finally:
         attention.restore_flash_attention_impl()
+
+
+@pytest.mark.filterwarnings("ignore:Warning only once for all operators")
+@pytest.mark.skipif(not hasattr(torch.library, "get_kernel"), reason="torch before 2.10 has no FA3 to stand before it")
+def test_gradients_do_not_come_back_through_what_stands_before_torchs_kernel():
+    """As torch's "FA3" on CUDA: it replaces `_flash_attention_backward` by what calls `flash_attn_3::bwd`."""
+    q, k, v = (x.requires_grad_() for x in dense().values())
+    out, lse = jit_kernel.flash_attn_func(q, k, v, return_softmax_lse=True)
+    dout = torch.randn_like(out)
+    wanted = torch.autograd.grad(out, (q, k, v), dout)
+    tensors = tuple(x.detach() for x in (dout, out, q, k, v))
+    called = []
+
+    def torchs_own(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any, **named: Any):
+        assert rest[:5] == (None, None, 9, 9, 0.0) and named["scale"] == 0.125
+        return gradients_cpu.dense((dout, out, q, k, v), lse, named["scale"], -1, -1)
+
+    def before_it(*arguments: Any, **named: Any):
+        called.append(arguments)
+        raise RecursionError("flash_attn_3::bwd calls it again")
+
+    def found() -> tuple[Tensor, ...]:
+        return gradients_cuda.flash(tensors, lse, None, (9, 9), 0.125, -1, -1)
+
+    own, other = (torch.library.Library("aten", "IMPL", "CPU") for _ in range(2))
+    try:
+        own.impl("_flash_attention_backward", torchs_own, "CPU")
+        gradients_cuda.hold_own_kernel("CPU")
+        other.impl("_flash_attention_backward", before_it, "CPU")
+        assert all(map(torch.equal, found(), wanted)) and not called
+        gradients_cuda.release_own_kernel()
+        with pytest.raises(RecursionError):
+            found()
+        other._destroy()
+        assert all(map(torch.equal, found(), wanted))
+    finally:
+        gradients_cuda.release_own_kernel()
+        other._destroy()
+        own._destroy()
+
+
+def test_install_comes_before_another_implementation_of_torchs(monkeypatch):
+    """Its kernel would be held in place of torch's own."""
+    attention = pytest.importorskip("torch.nn.attention")
+    if not hasattr(attention, "activate_flash_attention_impl"):
+        pytest.skip("torch 2.10 has no registry of flash attention")
+
+    class Handle:
+        def remove(self) -> None:
+            pass
+
+    monkeypatch.setitem(attention._registry._FLASH_ATTENTION_IMPLS, "other", Handle)
+    attention.activate_flash_attention_impl("other")
+    try:
+        with pytest.raises(RuntimeError, match=r'"other" is active; call torch.nn.attention.restore_flash_attention'):
+            fa3.install()
+    finally:
+        attention.restore_flash_attention_impl()
+    assert not fa3.is_active() and not hasattr(torch.ops.flash_attn_3, "fwd")
 
 
 def test_importing_the_module_registers_nothing():
