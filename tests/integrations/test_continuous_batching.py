@@ -15,7 +15,7 @@ from transformers.generation.continuous_batching import PagedAttentionCache  # n
 
 from jit_kernel.integrations import transformers as client  # noqa: E402
 from tests.support import case_run  # noqa: E402
-from tests.support.hf_models import FAMILIES, greedy, tokens  # noqa: E402
+from tests.support.hf_models import FAMILIES, greedy, small_cache, tokens  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +55,7 @@ def test_each_request_gets_eagers_tokens(family: str, monkeypatch: pytest.Monkey
     ours.set_attn_implementation(client.FLASH_NAME)
     made = attended(monkeypatch)
     options = transformers.GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    found = ours.generate_batch(prompts, generation_config=options)
+    found = ours.generate_batch(prompts, generation_config=options, continuous_batching_config=small_cache())
     assert sorted(request.generated_tokens for request in found.values()) == sorted(expected)
     assert ours.config._attn_implementation == client.FLASH_NAME
     assert len(made) >= 2 * 12 and max(call["sequences"] for call in made) == len(prompts)
