@@ -92,7 +92,7 @@ clean-cache:
 $(VENV)/.ready: $(SETUP_FILES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) --editable '.[test,transformers,cuda13]'
+	$(PIP) --editable '.[test,transformers,diffusers,cuda13]'
 	touch $@
 
 $(VENV)/.hosts: $(VENV)/.ready

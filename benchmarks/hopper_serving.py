@@ -15,6 +15,7 @@ import statistics
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,9 @@ class Run:
                 continue
             made: dict[str, Competitor] = {}
             self.add(name, made, call, name)
+            if cell.deterministic and name == "hopper":
+                free = replace(cell, deterministic=False)
+                self.add("hopper_free", made, serving_inputs.our_call(free, inputs), name)
             for each, competitor in made.items():
                 fault = serving_inputs.fault_of(cell, inputs, competitor.run) if self.check else None
                 if fault is None:
@@ -176,6 +180,9 @@ def compared(cell: Cell, line: Line, copy: float, hopper_ms: dict[str, float]) -
             line["over_pure_read"] = round(ours / pure, 4)
         if "peer_ms" in line:
             line["over_peer"] = round(ours / line["peer_ms"], 4)
+        for kind in ("", "_graph"):
+            if f"hopper_free{kind}_ms" in line and f"hopper{kind}_ms" in line:
+                line[f"over_free{kind}"] = round(line[f"hopper{kind}_ms"] / line[f"hopper_free{kind}_ms"], 4)
         if cell.twin in hopper_ms:
             line |= {"twin": cell.twin, "over_twin": round(ours / hopper_ms[cell.twin], 4)}
         if cell.goal is not None:

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,18 @@ def circumstances(device: str = "cpu") -> dict[str, Any]:
     return facts
 
 
-def write(name: str, lines: list[dict[str, Any]], device: str = "cpu", folder: Path = RESULTS) -> Path:
-    """Append the measurements to results/<name>.jsonl, each with the circumstances of the run."""
+def write(name: str, lines: Iterable[dict[str, Any]], device: str = "cpu", folder: Path = RESULTS) -> Path:
+    """Append the measurements to results/<name>.jsonl, each with the circumstances of the run.
+
+    Each is in the file before the next is asked for: of a run that fails, lines that an iterator gave before are kept.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.jsonl"
     common = circumstances(device)
     with path.open("a", encoding="utf-8") as file:
         for line in lines:
             file.write(json.dumps({**common, **line}) + "\n")
+            file.flush()
     return path
 
 

@@ -6,7 +6,7 @@ On the CPU both take turns, round after round, in an order that changes, and med
 bf16, prefill in fp32. With --device cuda: the 18 cells of hopper_prefill.py beside torch's flash backend, which is
 FlashAttention 2, forwards and with the backward pass, which is torch's own for both; and how far both gradients are
 from float64, as a share of the limit of tests/support/gradients.py, by which a gradient may be twice as far as torch's.
-Appends JSON lines to benchmarks/results/sdpa.jsonl.
+Appends JSON lines to benchmarks/results/sdpa.jsonl, each when its case is measured.
 """
 
 from __future__ import annotations
@@ -115,9 +115,9 @@ def measure(case: Case, seconds: float) -> Line:
     }  # fmt: skip
 
 
-def on_cpu(options: argparse.Namespace) -> list[Line]:
+def on_cpu(options: argparse.Namespace) -> Iterator[Line]:
+    """A line of each case, when it is measured."""
     torch.set_num_threads(options.threads)
-    lines = []
     for case in cpu_cases():
         if any(part in case.name for part in options.select):
             counters.clear()
@@ -129,9 +129,8 @@ def on_cpu(options: argparse.Namespace) -> list[Line]:
                 "capability": torch.backends.cpu.get_cpu_capability(),
                 **served,
             }
-            lines.append(line)
             show(line)
-    return lines
+            yield line
 
 
 def compete(call: Callable[[], object], rounds: int) -> dict[str, float]:
@@ -188,7 +187,8 @@ def of_gradients(d: int, causal: bool) -> Line:
     }
 
 
-def on_cuda(options: argparse.Namespace) -> list[Line]:
+def on_cuda(options: argparse.Namespace) -> Iterator[Line]:
+    """A line of each cell, when it is measured, and those of `summaries`."""
     lines = []
     for d, length, causal in CELLS:
         name = f"bf16 d{d} {length}{' causal' if causal else ''}"
@@ -197,12 +197,22 @@ def on_cuda(options: argparse.Namespace) -> list[Line]:
             line = {**cell(d, length, causal, options.rounds), **counters.read()["sdpa"]}
             lines.append(line)
             show(line)
+            yield line
+    for summary in summaries(lines):
+        print(f"{summary['case']:34s} {summary['ratio']:.3f} x in the mean, {summary['least']:.3f} x at least")
+        yield summary
+
+
+def summaries(lines: list[Line]) -> list[Line]:
+    """Of the cells' lines: the geometric mean and the least of both ratios; nothing where no cell was selected."""
+    if not lines:
+        return []
+    found = []
     for name in ("ratio", "training_ratio"):
         ratios = [line[name] for line in lines]
-        summary = {"case": f"summary of {name}", "ratio": statistics.geometric_mean(ratios), "least": min(ratios)}
-        print(f"{summary['case']:34s} {summary['ratio']:.3f} x in the mean, {summary['least']:.3f} x at least")
-        lines.append(summary)
-    return lines
+        mean = statistics.geometric_mean(ratios)
+        found.append({"case": f"summary of {name}", "ratio": mean, "least": min(ratios)})
+    return found
 
 
 def show(line: Line) -> None:

@@ -35,6 +35,7 @@ class Cell:
     context: of every sequence, or the mean of lognormal lengths. tree: the query tokens are a tree of drafts.
     goal: the name under which a result is looked up later. probe_ms: the probe's pure read of the same pages.
     twin: the cell whose time `over_twin` is in units of.
+    deterministic: as the argument; the same call without it is timed beside it, and `over_free` is in units of that.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Cell:
     peer: Peer | None = None
     probe_ms: float | None = None
     twin: str | None = None
+    deterministic: bool = False
 
     @property
     def is_read_bound(self) -> bool:
@@ -163,6 +165,16 @@ def _shapes() -> list[Cell]:
     ]
 
 
+def _fixed() -> list[Cell]:
+    """Splits of fixed key ranges, beside free ones."""
+    free = [*(cell for cell in _decode() if cell.page == 64), *_verify()[:3], *_shapes()]
+    limits = (Limit("over_free", 1.03, 1.02),)
+    return [
+        replace(cell, name=f"fixed {cell.name}", deterministic=True, goal=None, peer=None, probe_ms=None, limits=limits)
+        for cell in free
+    ]
+
+
 def _chunks() -> list[Cell]:
     """Chunked prefill: many query tokens at the end of a long context."""
     cells = [
@@ -178,7 +190,7 @@ def _chunks() -> list[Cell]:
 
 
 # A twin stands before the cells that are measured against it.
-CELLS = {cell.name: cell for cell in (*_decode(), *_verify(), *_shapes(), *_chunks())}
+CELLS = {cell.name: cell for cell in (*_decode(), *_verify(), *_shapes(), *_chunks(), *_fixed())}
 QUICK = ("decode 1x8k", "decode 16x8k", "decode 16x8k page 1", "verify q8", "chunk 256")
 # Microseconds from Python call to return of a paged decode call with `out` given: the GPU's time is not in it.
 HOST = "host time"

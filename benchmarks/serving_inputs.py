@@ -83,6 +83,8 @@ def our_call(cell: Cell, inputs: Inputs) -> Callable[[], torch.Tensor]:
     options: dict[str, object] = {"page_table": inputs.page_table, "causal": True, "num_splits": 0}
     if inputs.draft_mask is not None:
         options["draft_mask"] = inputs.draft_mask
+    if cell.deterministic:
+        options["deterministic"] = True
     if cell.function == "flash_attn_with_kvcache":
         q, k, v, out, lengths = inputs.q, inputs.k_cache, inputs.v_cache, inputs.out, inputs.lengths
         return lambda: function(q, k, v, cache_seqlens=lengths, out=out, **options)

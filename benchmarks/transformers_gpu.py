@@ -5,9 +5,12 @@
 Random models of 8 layers in bf16: a Llama with grouped heads, a Mistral with a window, a Gemma2 with window and
 softcap; 8 prompts of 2,048 tokens, 64 new ones. The peer is "sdpa", and for Gemma2, whose softcap transformers' sdpa
 refuses, "eager". Each implementation has a model with a config object of its own, and the same weights; prefill and
-decode take turns with the peer's, and the medians stand in the line. Tokens are greedy. Where one differs, the line
-says how far the peer's two likeliest logits are apart there, and how far its logits are from ours: where the gap is
-less than twice that, either token is right in bf16. --device cpu runs the same program on small sizes in float32.
+decode take turns with the peer's, and the medians stand in the line.
+
+Tokens are compared on one sequence: the peer's greedy tokens are fed to the peer, to ours and to the peer with the
+same weights in float32. A step is clear where float32's two likeliest logits are further apart than twice the peer's
+largest error from float32: there the peer's token is float32's, and ours must be. The other steps are ties in bf16,
+where either token is right; the line counts both. --device cpu runs the same program on small sizes.
 Appends JSON lines to benchmarks/results/transformers_gpu.jsonl.
 
 A machine without a network wants these wheels (transformers 5.23.0), most of them pure Python: transformers,
@@ -20,6 +23,7 @@ numpy (for this Python).
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import statistics
 import sys
@@ -79,8 +83,9 @@ def main() -> None:
         line = measure(name, options.device, options.rounds)
         lines.append(line)
         ratios = f"prefill {line['prefill_ratio']:.2f} x, decode {line['decode_ratio']:.2f} x {line['peer']}"
-        same = "tokens equal" if line["tokens_equal"] else f"{line['tokens_that_differ']} tokens differ: {line['at']}"
-        same += "" if line["tokens_equal"] or not line["only_ties"] else ", each first one a tie in bf16"
+        same = "tokens equal" if line["tokens_equal"] else f"{line['clear_tokens_that_differ']} TOKENS DIFFER"
+        same += f" in {line['clear_steps']} clear steps of {line['steps']}, {line['ties_that_differ']} in ties"
+        same += f"; logits {line['logits_error_ratio']:.2f} of the peer's error"
         print(f"{name}: {ratios}; {same}")
     if not options.dry_run:
         print(record.write("transformers_gpu", lines, "cuda:0" if options.device == "cuda" else "cpu"))
@@ -95,10 +100,9 @@ def measure(name: str, device: str, rounds: int) -> Line:
     models[client.NAME].load_state_dict(models[peer].state_dict())
     random = torch.Generator().manual_seed(1)
     ids = torch.randint(3, sizes["vocab_size"], (batch, prompt), generator=random).to(device)
-    tokens, logits = {}, {}
-    for each, model in models.items():  # also compiles, or loads
-        counters.clear()
-        tokens[each], logits[each] = generate(model, ids, steps)
+    tokens, peer_logits = generate(models[peer], ids, steps)  # also compiles, or loads
+    counters.clear()
+    _, our_logits = generate(models[client.NAME], ids, steps, tokens)
     served = counters.read()["transformers"]
     if served["served"] != sizes["num_hidden_layers"] * steps or served["passed_on"]:
         raise RuntimeError(f"{name}: {served} calls; jit_kernel must serve every layer of every step")
@@ -110,11 +114,13 @@ def measure(name: str, device: str, rounds: int) -> Line:
     line: Line = {"case": name, "peer": peer, "transformers": transformers.__version__, "batch": batch,
                   "prompt": prompt, "new_tokens": steps, "window": window if name != "llama" else None,
                   **{key: sizes[key] for key in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")},
-                  "head_dim": sizes["head_dim"], "dtype": str(models[peer].dtype).removeprefix("torch.")}  # fmt: skip
+                  "head_dim": sizes["head_dim"], "dtype": "bfloat16"}  # fmt: skip
     for part in ("prefill", "decode"):
         ours, theirs = (statistics.median(times[each][part]) for each in (client.NAME, peer))
         line |= {f"{part}_ms": ours * 1e3, f"{part}_peer_ms": theirs * 1e3, f"{part}_ratio": theirs / ours}
-    return line | compared(tokens[peer], tokens[client.NAME], logits[peer], logits[client.NAME])
+    del models[client.NAME]
+    _, exact = generate(copy.deepcopy(models.pop(peer)).float(), ids, steps, tokens)
+    return line | judged(peer_logits, our_logits, exact)
 
 
 def model_of(name: str, implementation: str, sizes: Line, window: int, longest: int, device: str) -> Any:
@@ -127,19 +133,25 @@ def model_of(name: str, implementation: str, sizes: Line, window: int, longest: 
     torch.manual_seed(0)
     with torch.device(device):
         model = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
-    model = model.to(torch.bfloat16 if device == "cuda" else torch.float32).eval()
+    model = model.to(torch.bfloat16).eval()
     if model.config._attn_implementation != implementation:
         raise RuntimeError(f"the model took {model.config._attn_implementation}, not {implementation}")
     return model
 
 
-def generate(model: Any, ids: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(b, steps) greedy tokens, and the (b, steps, vocabulary) logits that chose them."""
+def generate(
+    model: Any, ids: torch.Tensor, steps: int, given: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(b, steps) greedy tokens, and the (b, steps, vocabulary) logits that chose them.
+
+    given: (b, steps) tokens to go on with, step by step, in place of the model's own.
+    """
     tokens, logits, cache, following = [], [], None, ids
-    for _ in range(steps):
+    for step in range(steps):
         found = model(input_ids=following, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, following = found.past_key_values, found.logits[:, -1:].argmax(dim=-1)
-        tokens.append(following)
+        cache, chosen = found.past_key_values, found.logits[:, -1:].argmax(dim=-1)
+        following = chosen if given is None else given[:, step : step + 1]
+        tokens.append(chosen)
         logits.append(found.logits[:, -1].float())
     return torch.cat(tokens, dim=1), torch.stack(logits, dim=1)
 
@@ -164,25 +176,27 @@ def settle(tensor: torch.Tensor) -> None:
         torch.cuda.synchronize()
 
 
-def compared(peer: torch.Tensor, ours: torch.Tensor, peer_logits: torch.Tensor, our_logits: torch.Tensor) -> Line:
-    """How many tokens differ, and, for each sequence's first, whether the peer's choice was a tie.
+def judged(peer: torch.Tensor, ours: torch.Tensor, exact: torch.Tensor) -> Line:
+    """Tokens and errors of logits (b, steps, vocabulary) of the same tokens: the peer's, ours, and float32's.
 
-    Behind a token that differs the sequences are others, and nothing is compared.
+    A step is clear where exact's two largest are further apart than twice the peer's largest error: no error of that
+    size, up in one and down in the other, makes another token the likeliest.
     """
-    first = [int(row.nonzero()[0]) if bool(row.any()) else -1 for row in (peer != ours)]
-    at = []
-    for sequence, step in enumerate(first):
-        if step >= 0:
-            best = peer_logits[sequence, step].topk(2).values
-            error = (peer_logits[sequence, step] - our_logits[sequence, step]).abs().max()
-            at.append({"sequence": sequence, "step": step, "gap": float(best[0] - best[1]), "error": float(error)})
+    best = exact.topk(2, dim=-1).values
+    clear = best[..., 0] - best[..., 1] > 2 * (peer - exact).abs().amax(dim=-1)
+    differ = ours.argmax(dim=-1) != exact.argmax(dim=-1)
+    our_error, peer_error = (float((each - exact).double().square().mean().sqrt()) for each in (ours, peer))
     return {
-        "tokens_equal": not at,
-        "tokens_that_differ": int((peer != ours).sum()),
-        "at": at,
-        "only_ties": all(each["gap"] <= 2 * each["error"] for each in at),
-        "prefill_logits_error": float((peer_logits[:, 0] - our_logits[:, 0]).abs().max()),
-        "prefill_logits_deviation": float(peer_logits[:, 0].std()),
+        "steps": clear.numel(),
+        "clear_steps": int(clear.sum()),
+        "tokens_equal": bool(clear.any()) and not bool((differ & clear).any()),
+        "clear_tokens_that_differ": int((differ & clear).sum()),
+        "ties_that_differ": int((differ & ~clear).sum()),
+        "peer_ties_that_differ": int(((peer.argmax(dim=-1) != exact.argmax(dim=-1)) & ~clear).sum()),
+        "logits_error": our_error,
+        "peer_logits_error": peer_error,
+        "logits_error_ratio": our_error / peer_error,
+        "logits_deviation": float(exact.std()),
     }
 
 

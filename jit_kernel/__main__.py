@@ -1,4 +1,4 @@
-"""Choose a command: `python -m jit_kernel doctor | cache | why | local-kernels`, also installed as `jit-kernel`."""
+"""Choose a command: `python -m jit_kernel doctor | cache | why | hosts | local-kernels`, installed as `jit-kernel`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ COMMANDS = {
     "doctor": "devices, compilers, versions, cache and implementations",
     "cache": "list, verify or clear the store of compiled kernels",
     "why": "which implementation serves a call, and why the others do not",
+    "hosts": "which programs can run on jit_kernel, the line for each, and what it cannot do",
     "local-kernels": "the line that makes transformers, diffusers and sglang fetch jit_kernel as FlashAttention-3",
 }
 

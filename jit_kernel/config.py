@@ -17,6 +17,7 @@ CUDA_COMPILERS = ("nvrtc", "nvcc")
 # By vendor, the best first.
 IMPLEMENTATIONS = {"cpu": ("cpu",), "cuda": ("hopper", "portable"), "musa": ("musa",)}
 LOG_LEVELS = ("quiet", "info", "debug")
+PLUGINS = ("sglang", "vllm")  # the engines whose entry points load a plug-in of ours
 
 _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("", "0", "false", "no", "off")
@@ -37,6 +38,8 @@ class Settings:
     cuda_compiler: str
     log: str
     force_metadata_update: bool
+    plugins: tuple[str, ...]
+    counters: Path | None
 
 
 _settings: Settings | None = None
@@ -61,7 +64,17 @@ def _flag(key: str) -> bool:
     raise ConfigError(f"{key} is {value!r}; it must be 1 or 0")
 
 
-def _folder(key: str) -> Path | None:
+def _choices(key: str, choices: tuple[str, ...]) -> tuple[str, ...]:
+    chosen = tuple(part.strip() for part in os.environ.get(key, "").split(",") if part.strip())
+    for value in chosen:
+        if value not in choices:
+            raise ConfigError(
+                f"{key} is {os.environ[key]!r}; it must be one of {', '.join(choices)}, or some with commas between"
+            )
+    return chosen
+
+
+def _path(key: str) -> Path | None:
     value = os.environ.get(key, "")
     if not value:
         return None
@@ -81,13 +94,15 @@ def settings() -> Settings:
     global _settings
     if _settings is None:
         _settings = Settings(
-            cache_dir=_folder("JIT_KERNEL_CACHE_DIR"),
+            cache_dir=_path("JIT_KERNEL_CACHE_DIR"),
             implementation=_choice("JIT_KERNEL_IMPLEMENTATION", sum(IMPLEMENTATIONS.values(), ())),
             strict=_flag("JIT_KERNEL_STRICT"),
             check_indices=_flag("JIT_KERNEL_CHECK_INDICES"),
             cuda_compiler=_choice("JIT_KERNEL_CUDA_COMPILER", CUDA_COMPILERS) or "nvrtc",
             log=_choice("JIT_KERNEL_LOG", LOG_LEVELS) or "info",
             force_metadata_update=_flag("JIT_KERNEL_FORCE_METADATA_UPDATE"),
+            plugins=_choices("JIT_KERNEL_PLUGINS", PLUGINS),
+            counters=_path("JIT_KERNEL_COUNTERS"),
         )
     return _settings
 
@@ -171,6 +186,21 @@ def log_level() -> str:
 def force_metadata_update() -> bool:
     """Whether the attention layer computes scheduler metadata anew at every use."""
     return settings().force_metadata_update
+
+
+def plugins() -> tuple[str, ...]:
+    """The serving engines whose attention functions our plug-ins replace (JIT_KERNEL_PLUGINS)."""
+    return settings().plugins
+
+
+def counters_file() -> Path | None:
+    """The file to which a process adds its counts of hosts' calls at its end (JIT_KERNEL_COUNTERS)."""
+    return settings().counters
+
+
+def local_kernels() -> str:
+    """The folders that Hugging Face's kernels takes instead of the hub's (LOCAL_KERNELS); empty without them."""
+    return os.environ.get("LOCAL_KERNELS", "")
 
 
 def package_dir() -> Path:

@@ -210,6 +210,7 @@ def flash_attn_with_kvcache(
     sinks: Tensor | None = None,
     out: Tensor | None = None,
     draft_mask: Tensor | None = None,
+    deterministic: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over a cache of keys and values, to which new ones may be appended first, in place.
 
@@ -226,18 +227,25 @@ def flash_attn_with_kvcache(
     cache_seqlens: (b,) or one int for all: tokens in the cache before this call; None: all of it.
     cache_batch_idx: (b,), the row of the cache, or of the page table, of each sequence.
     cache_leftpad: (b,), how many of the first tokens of a cache are no keys.
-    scheduler_metadata: what `get_scheduler_metadata` made for the same parameters; may be a copy of it. max_seqlen_k
-        may have been longer, and it may have been made for new keys, or without a window or softcap, that differ here.
+    scheduler_metadata: what `get_scheduler_metadata` made for the same parameters; may be a copy of it. One plan serves
+        every layer of a step: max_seqlen_k, window and softcap may differ here, and new keys need not come; on MUSA
+        max_seqlen_k may, up to the cache's room.
     num_splits: 0 by default, where `flash_attn_varlen_func` has 1: a heuristic chooses, so that a sequence's last bits
         may depend on the rest of the batch.
+    deterministic: a sequence's bits are the same alone and among others, whatever sm_margin is, and from one graph
+        replay to the next. Where num_splits is not 1, Hopper cuts keys into ranges by a sequence's own lengths and by
+        what a model's calls share, and sums them in their order, at nearly the speed of free splits; it does so in
+        calls of at most 64 query rows a sequence, max_seqlen_q * hq / hk (32 beyond head size 128), so the bits are the
+        same on either side of that bound, not across it: give max_seqlen_q beside cu_seqlens_q. All others do not
+        split the keys of such a call. NotImplementedError on MUSA, which has no such argument: give num_splits=1.
 
     The other arguments, the result, its formulas and the errors are those of `flash_attn_varlen_func`; ValueError also
     for new keys that the cache has no room for, and for metadata that was made with other parameters.
     """
     call = (
         KVCACHE, q, k_cache, v_cache, softmax_scale, causal, window_size, attention_chunk, softcap, num_splits,
-        return_softmax_lse, out, sinks, qv, q_descale, k_descale, v_descale, pack_gqa, sm_margin, False, only_qv,
-        cu_seqlens_q, max_seqlen_q, cache_seqlens, page_table, None, None, None, draft_mask,
+        return_softmax_lse, out, sinks, qv, q_descale, k_descale, v_descale, pack_gqa, sm_margin, deterministic,
+        only_qv, cu_seqlens_q, max_seqlen_q, cache_seqlens, page_table, None, None, None, draft_mask,
         k, v, cu_seqlens_k_new, cache_batch_idx, cache_leftpad,
         rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved, scheduler_metadata,
     )  # fmt: skip
@@ -304,10 +312,11 @@ def get_scheduler_metadata(
 
     Arguments as in that call; batch_size is b, headdim is d, headdim_v is dv, page_size None without page_table,
     max_seqlen_k any bound of the cache's lengths, max_seqlen_k_new the new keys, which a call may do without.
-    Returns an int32 tensor on cache_seqlens's device; its length depends on the batch alone, so it may be copied into a
-    static buffer for graph replay. It serves the implementation that made it, and the call verifies the parameters that
-    it opens with: on the CPU, elsewhere under JIT_KERNEL_CHECK_INDICES=1. Raises ValueError or TypeError that name a
-    bad argument, NotImplementedError where nothing serves such a call.
+    Returns an int32 tensor on cache_seqlens's device of FlashAttention-3's length, 1 + 4 numbers for each sequence of b
+    rounded up to 4 (24 + 8 b on MUSA), so it may be copied into a static buffer for graph replay. It serves the
+    implementation that made it, and the call verifies the parameters that it opens with: on the CPU, elsewhere under
+    JIT_KERNEL_CHECK_INDICES=1. Raises ValueError or TypeError that name a bad argument, NotImplementedError where
+    nothing serves such a call.
     """
     parameters = MetadataParameters(
         batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim, cache_seqlens, qkv_dtype, headdim_v,

@@ -33,7 +33,9 @@ class FlashAttentionBackend:
     fa_impl_ver: 3, FlashAttention-3's functions; any other version raises ValueError with what exists.
     device: a torch.device or its string; without one the detected device. Raises NotImplementedError with every missing
         part when nothing serves it.
-    deterministic: never split keys, so that a sequence's result does not depend on what else is in the batch.
+    deterministic: a sequence's result does not depend on what else is in the batch. Keys in a cache are cut as
+        `flash_attn_with_kvcache(deterministic=True)` says, with the bound on query rows that it names; without a cache,
+        and on MUSA, never.
     plan_ahead: compute scheduler metadata once a step for calls with a cache; by default on MUSA, whose kernels split
         keys only when they are given it. Other implementations plan inside the call.
 
@@ -54,7 +56,10 @@ class FlashAttentionBackend:
         self.device = resolved_device(device)
         flash_attention_v3._load_fa3_kernels(self.device)  # raises with the reasons when nothing serves it
         self.fa_impl_ver = fa_impl_ver
-        self.num_splits = 1 if deterministic else 0
+        self.num_splits = 1 if deterministic else 0  # without a cache
+        # With one: MATE has no argument for it, but does not split where it is told so.
+        fixed = deterministic and self.device.type != "musa"
+        self._of_cache = {"num_splits": 0 if fixed else self.num_splits, "deterministic": fixed}
         self._varlen: Callable[..., Any] = flash_attention_v3.flash_attn_varlen_func
         self._kvcache: Callable[..., Any] = flash_attention_v3.flash_attn_with_kvcache
         self._merge: Callable[..., tuple[Tensor, Tensor]] = flash_attention_v3.merge_state
@@ -178,7 +183,7 @@ class FlashAttentionBackend:
         # With new keys the lengths that count are known only inside the call.
         if self._maker is not None and not new and qv is None:
             context = steps.current(self._owner)
-            key = steps.key_for(context, metadata, layer, q, k_cache, v_cache, self.num_splits)
+            key = steps.key_for(context, metadata, layer, q, k_cache, v_cache, self._of_cache["num_splits"])
             plan = steps.obtain(context, key, metadata, self._maker, q.device)
         result: Result = self._kvcache(
             q=q,
@@ -189,7 +194,7 @@ class FlashAttentionBackend:
             **metadata.cache_arguments(),
             **layer.arguments(),
             scheduler_metadata=plan,
-            num_splits=self.num_splits,
+            **self._of_cache,
             return_softmax_lse=return_softmax_lse,
             out=out,
         )

@@ -65,7 +65,7 @@ class Call:
     v_descale: Tensor | None
     pack_gqa: bool | None
     sm_margin: int
-    deterministic: bool = False
+    deterministic: bool = False  # flash_attn_func's has no meaning: see is_deterministic
     only_qv: bool = False
     cu_seqlens_q: Tensor | None = None
     max_seqlen_q: int | None = None
@@ -103,6 +103,16 @@ def batch_of(call: Call) -> int:
     """How many sequences a call has."""
     offsets = call.cu_seqlens_q
     return int(call.q.shape[0] if offsets is None else offsets.shape[0] - 1)
+
+
+def is_deterministic(call: Call) -> bool:
+    """Whether a sequence's bits must not depend on the others: FlashAttention-3's own argument is about gradients."""
+    return call.deterministic and call.function == KVCACHE
+
+
+def splits_of(call: Call) -> int:
+    """num_splits for kernels whose choice depends on the batch: they do not split a deterministic call's keys."""
+    return 1 if is_deterministic(call) else call.num_splits
 
 
 def mask_bounds(call: Call) -> tuple[int, int]:

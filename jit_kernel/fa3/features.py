@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jit_kernel.fa3.call import FIELDS, KVCACHE, Arguments, Call, MetadataParameters
+from jit_kernel.fa3.call import FIELDS, KVCACHE, Arguments, Call, MetadataParameters, is_deterministic
 
 DTYPE_NAMES = {
     torch.float32: "fp32",
@@ -51,6 +51,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "lse": ("return_softmax_lse",),
     "split": ("num_splits",),
     "metadata": ("scheduler_metadata",),
+    "deterministic": ("deterministic",),
 }
 # The values that ask for nothing, of fields that are not None then.
 _NEUTRAL: dict[str, object] = {
@@ -61,6 +62,7 @@ _NEUTRAL: dict[str, object] = {
     "only_qv": False,
     "return_softmax_lse": False,
     "num_splits": 1,
+    "deterministic": False,
 }
 
 # How a feature is named in a refusal where its arguments' names do not say it.
@@ -103,6 +105,7 @@ class Features:
     lse: bool = False
     split: bool = False  # num_splits other than 1
     metadata: bool = False  # scheduler_metadata
+    deterministic: bool = False  # of flash_attn_with_kvcache
 
     def used(self) -> str:
         """The fields that differ from a plain dense call, as one line of text."""
@@ -154,6 +157,7 @@ def plain_features(call: Call) -> tuple[object, ...]:
         call.return_softmax_lse,
         call.num_splits != 1,
         call.scheduler_metadata is not None,
+        is_deterministic(call),
     )
 
 

@@ -1,8 +1,9 @@
 """scheduler_metadata: an int32 tensor that opens with the parameters it was made with.
 
-Its length depends on the batch alone, so it can be copied into a static buffer of that length or more. The
-room behind the header belongs to the implementation that made it. An implementation that chooses splits on
-the host leaves it 0.
+Its length depends on the batch alone, so it can be copied into a static buffer of that length or more. Serving engines
+allocate FlashAttention-3's length, 1 + 4 numbers for each sequence of a batch rounded up to 4, at most 17 of which are
+the header. No implementation but MUSA's keeps anything behind it: splits are chosen on the host or by the kernel. MUSA
+keeps MATE's table there, and more room.
 """
 
 from __future__ import annotations
@@ -16,24 +17,37 @@ from jit_kernel import config
 from jit_kernel.fa3.call import Call, MetadataParameters, batch_of
 from jit_kernel.fa3.checks.values import INPUT_DTYPES
 
-_MAGIC = 0x4A4B4641
-_VERSION = 1
+_MAGIC = 0x4A4B0000
+_VERSION = 2
 MAKERS = tuple(itertools.chain.from_iterable(config.IMPLEMENTATIONS.values()))
-HEADER_LENGTH = 24  # magic, version, maker, 20 parameters, one spare
 
-# What a layer may have that its metadata was made without: engines plan once for layers with and without it.
-_MADE_WITHOUT = {"window_left": -1, "window_right": -1, "has_softcap": 0}
+# The parameters that share the header's second number: how many bits each has, from the lowest on, and its least value.
+_PACKED = {
+    "qkv_dtype": (3, 0),
+    "causal": (1, 0),
+    "has_softcap": (1, 0),
+    "pack_gqa": (2, -1),
+    "cu_seqlens_q": (1, 0),
+    "cache_leftpad": (1, 0),
+}
+HEADER_LENGTH = 16  # magic, version and maker in one, what is packed, 14 parameters
+MUSA_TABLE = 24  # where MATE's table begins
+
+# What differs between the layers of a step, or is longer for one request than for another: engines plan once for all.
+_OF_A_LAYER = {"max_seqlen_k", "window_left", "window_right", "has_softcap"}
 
 
-def length(batch_size: int) -> int:
-    """How many numbers the metadata of a batch holds: the header, and eight a sequence for the maker."""
-    return HEADER_LENGTH + 8 * batch_size
+def length(batch_size: int, device_type: str) -> int:
+    """How many numbers the metadata of a batch holds."""
+    if device_type == "musa":
+        return MUSA_TABLE + 8 * batch_size
+    rows: int = torch.sym_max(batch_size, 1)  # type: ignore[no-untyped-call]  # a traced batch size is no int
+    return 1 + (rows + 3) // 4 * 4 * 4
 
 
 def _numbers(parameters: MetadataParameters) -> dict[str, int]:
-    """The parameters as the header has them, in its order."""
+    """The parameters as the header has them, in its order; the right bound of a causal mask is 0."""
     left, right = parameters.window_size
-    right = 0 if parameters.causal else right
     headdim, pack_gqa = parameters.headdim, parameters.pack_gqa
     return {
         "batch_size": parameters.batch_size,
@@ -46,9 +60,9 @@ def _numbers(parameters: MetadataParameters) -> dict[str, int]:
         "qkv_dtype": INPUT_DTYPES.index(parameters.qkv_dtype),
         "page_size": parameters.page_size or 0,
         "max_seqlen_k_new": parameters.max_seqlen_k_new,
-        "causal": int(right == 0),
+        "causal": int(parameters.causal),
         "window_left": left,
-        "window_right": right,
+        "window_right": 0 if parameters.causal else right,
         "attention_chunk": parameters.attention_chunk or 0,
         "has_softcap": int(parameters.has_softcap),
         "num_splits": parameters.num_splits,
@@ -59,11 +73,33 @@ def _numbers(parameters: MetadataParameters) -> dict[str, int]:
     }
 
 
+def _opening(maker: str) -> int:
+    """The header's first number: what it is, its version and its maker."""
+    return _MAGIC | _VERSION << 8 | MAKERS.index(maker)
+
+
+def _packed(numbers: dict[str, int]) -> int:
+    packed = shift = 0
+    for name, (bits, least) in _PACKED.items():
+        packed |= numbers[name] - least << shift
+        shift += bits
+    return packed
+
+
+def _unpacked(packed: int) -> dict[str, int]:
+    numbers = {}
+    for name, (bits, least) in _PACKED.items():
+        numbers[name] = (packed & (1 << bits) - 1) + least
+        packed >>= bits
+    return numbers
+
+
 def make(maker: str, parameters: MetadataParameters) -> Tensor:
     """The metadata of checked parameters, its maker's room zero."""
-    numbers = [_MAGIC, _VERSION, MAKERS.index(maker), *_numbers(parameters).values()]
-    numbers += [0] * (length(parameters.batch_size) - len(numbers))
-    return torch.tensor(numbers, dtype=torch.int32, device=parameters.cache_seqlens.device)
+    named, device = _numbers(parameters), parameters.cache_seqlens.device
+    numbers = [_opening(maker), _packed(named), *(value for name, value in named.items() if name not in _PACKED)]
+    numbers += [0] * (length(parameters.batch_size, device.type) - len(numbers))
+    return torch.tensor(numbers, dtype=torch.int32, device=device)
 
 
 def _parameters_of(call: Call) -> MetadataParameters:
@@ -96,36 +132,26 @@ def _parameters_of(call: Call) -> MetadataParameters:
 def verify(maker: str, call: Call, *, exact: bool = False) -> dict[str, int]:
     """Check that scheduler_metadata was made with the parameters of this `flash_attn_with_kvcache` call.
 
-    Unless the maker's own room depends on every parameter (exact), a longer max_seqlen_k serves it too, and so does
-    metadata made for new keys that it has not, or without its window or softcap; a window whose right bound is 0 counts
-    as a window there, not as causal.
-    Reads the metadata, so on a GPU it synchronises. Returns the parameters that it was made with. Raises ValueError
-    with the one that differs.
+    Unless the maker's own room depends on every parameter (exact), one plan serves all layers and requests of a step:
+    with another window, with a softcap or without, for another max_seqlen_k, for new keys that do not come, and for the
+    dtype of the cache where q has another. Reads the metadata, so on a GPU it synchronises. Returns the parameters that
+    it was made with. Raises ValueError with the one that differs.
     """
     metadata, wanted = call.scheduler_metadata, _numbers(_parameters_of(call))
     if metadata is None:
         return {}
     batch = wanted["batch_size"]
-    if metadata.shape[0] < length(batch):
+    least = length(batch, metadata.device.type)
+    if metadata.shape[0] < least:
         raise ValueError(
             f"scheduler_metadata has shape {tuple(metadata.shape)}; for a batch of {batch} "
-            f"it must hold at least {length(batch)} numbers"
+            f"it must hold at least {least} numbers"
         )
-    numbers = metadata[:HEADER_LENGTH].tolist()
-    if numbers[:3] != [_MAGIC, _VERSION, MAKERS.index(maker)]:
+    opening, packed, *rest = metadata[:HEADER_LENGTH].tolist()
+    if opening != _opening(maker):
         raise ValueError(f"scheduler_metadata must come from get_scheduler_metadata of the {maker} implementation")
-    made = dict(zip(wanted, numbers[3:], strict=False))
-    skipped = {"max_seqlen_k"}  # engines plan once for all layers and for the longest request
-    if not exact:
-        skipped.update(name for name, without in _MADE_WITHOUT.items() if made[name] == without)
-        if "window_right" in skipped and not call.causal:
-            skipped.add("causal")  # made with 0, wanted as the window's right bound has it
-    if (call.k_new is None and not exact) or call.cu_seqlens_k_new is not None:
-        skipped.add("max_seqlen_k_new")
-    if call.cu_seqlens_q is None:
-        wanted["max_seqlen_q"] = call.q.shape[1]
-    else:
-        skipped.add("max_seqlen_q")
+    made = dict(zip((name for name in wanted if name not in _PACKED), rest, strict=True)) | _unpacked(packed)
+    skipped = _unlike(call, made, wanted, exact=exact)
     for name, value in wanted.items():
         if name not in skipped and made[name] != value:
             raise ValueError(f"scheduler_metadata was made with {name} = {made[name]}; this call has {value}")
@@ -136,3 +162,19 @@ def verify(maker: str, call: Call, *, exact: bool = False) -> dict[str, int]:
             f"it must be at least {longest_q} for this call"
         )
     return made
+
+
+def _unlike(call: Call, made: dict[str, int], wanted: dict[str, int], *, exact: bool) -> set[str]:
+    """The parameters in which metadata and its call may be unlike; writes a dense q's length into `wanted`."""
+    skipped = {"max_seqlen_k"} if exact else set(_OF_A_LAYER)
+    if made["window_right"] == wanted["window_right"]:
+        skipped.add("causal")  # a window that ends at the query masks as causal does
+    if (call.k_new is None and not exact) or call.cu_seqlens_k_new is not None:
+        skipped.add("max_seqlen_k_new")
+    if not exact and made["qkv_dtype"] == INPUT_DTYPES.index(call.k.dtype):
+        skipped.add("qkv_dtype")
+    if call.cu_seqlens_q is None:
+        wanted["max_seqlen_q"] = call.q.shape[1]
+    else:
+        skipped.add("max_seqlen_q")
+    return skipped

@@ -160,6 +160,7 @@ def flash_attn_with_kvcache(
     sinks: Tensor | None = None,
     out: Tensor | None = None,
     draft_mask: Tensor | None = None,
+    deterministic: bool = False,
 ) -> Result:
     """See `jit_kernel.flash_attention_v3.flash_attn_with_kvcache`."""
     return _attend_directly(calls.KVCACHE, locals())

@@ -132,7 +132,7 @@ def _fake_attention(*, q: Tensor, out: Tensor | None = None, **rest: Any) -> tup
 
 
 def _fake_metadata(*, batch_size: int, cache_seqlens: Tensor, **rest: Any) -> Tensor:
-    return cache_seqlens.new_empty(header.length(batch_size), dtype=torch.int32)
+    return cache_seqlens.new_empty(header.length(batch_size, cache_seqlens.device.type), dtype=torch.int32)
 
 
 def _fake_combine(

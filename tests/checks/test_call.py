@@ -84,6 +84,7 @@ ASKING: dict[str, object] = {
     "only_qv": True,
     "return_softmax_lse": True,
     "num_splits": 2,
+    "deterministic": True,
 }
 
 

@@ -32,7 +32,7 @@ OURS = {
     "cu_seqlens_k_new=None, max_seqlen_q=None, rotary_seqlens=None, q_descale=None, k_descale=None, v_descale=None, "
     "softmax_scale=None, causal=False, window_size=(-1, -1), attention_chunk=0, softcap=0.0, "
     "rotary_interleaved=True, scheduler_metadata=None, num_splits=0, pack_gqa=None, only_qv=False, sm_margin=0, "
-    "return_softmax_lse=False, sinks=None, out=None, draft_mask=None",
+    "return_softmax_lse=False, sinks=None, out=None, draft_mask=None, deterministic=False",
     "flash_attn_func": "q, k, v, softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, "
     "v_descale=None, window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, "
     "deterministic=False, sm_margin=0, return_softmax_lse=False, sinks=None, out=None",
@@ -71,7 +71,10 @@ def test_drop_in_for_sglang(name):
     Behind them comes what sglang's have not.
     """
     theirs = [(p, "0" if p == "attention_chunk" else default) for p, default in of_peer(SGLANG, name)]
-    assert parameters(getattr(jit_kernel, name)) == [*theirs, ("draft_mask", "None")]
+    more = [("draft_mask", "None")]
+    if name == "flash_attn_with_kvcache":
+        more.append(("deterministic", "False"))
+    assert parameters(getattr(jit_kernel, name)) == [*theirs, *more]
 
 
 @pytest.mark.parametrize(

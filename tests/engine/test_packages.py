@@ -58,6 +58,8 @@ def test_the_wheel_is_small_and_whole(tmp_path):
         assert {path.name for path in variant.iterdir()} == {"__init__.py", "metadata.json"}
     (scripts,) = site.glob("*.dist-info/entry_points.txt")
     assert "jit-kernel = jit_kernel.__main__:main" in scripts.read_text()
+    for group, engine in (("sglang.srt.plugins", "sglang"), ("vllm.general_plugins", "vllm")):
+        assert f"[{group}]\njit_kernel = jit_kernel.integrations.{engine}:plugin" in scripts.read_text()
 
 
 def test_the_source_distribution_can_be_worked_with(tmp_path):
@@ -89,12 +91,14 @@ def test_every_python_has_constraints():
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     pins = [Requirement(line) for line in lines]
     extras = project["optional-dependencies"]
-    wanted = [Requirement(text) for name in ("test", "lint", "transformers", "cuda13") for text in extras[name]]
+    wanted = [
+        Requirement(text) for name in ("test", "lint", "transformers", "diffusers", "cuda13") for text in extras[name]
+    ]
     for python in ("3.10", "3.11", "3.12", "3.13"):
         here = {"python_version": python}
         pinned = [pin.name for pin in pins if pin.marker is None or pin.marker.evaluate(here)]
         assert len(pinned) == len(set(pinned)), f"a package is pinned twice for Python {python}"
-        expected = {pin.name for pin in pins} - ({"transformers"} if python == "3.10" else set())
+        expected = {pin.name for pin in pins} - ({"transformers", "diffusers"} if python == "3.10" else set())
         assert set(pinned) == expected, python
         for requirement in wanted:
             if requirement.name != "tomli" and (requirement.marker is None or requirement.marker.evaluate(here)):

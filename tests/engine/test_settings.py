@@ -50,6 +50,8 @@ def test_targets_that_are_none(text, words):
         ("JIT_KERNEL_CUDA_COMPILER", "icc"),
         ("JIT_KERNEL_CACHE_DIR", "relative/folder"),
         ("JIT_KERNEL_LOG", "loud"),
+        ("JIT_KERNEL_PLUGINS", "vllm,tgi"),
+        ("JIT_KERNEL_COUNTERS", "counts.json"),
     ],
 )
 def test_a_bad_setting_names_itself(monkeypatch, key, value):
@@ -57,6 +59,17 @@ def test_a_bad_setting_names_itself(monkeypatch, key, value):
     config.reload()
     with pytest.raises(config.ConfigError, match=f"{key} is '{value}'; it must be"):
         config.settings()
+    monkeypatch.undo()
+    config.reload()
+
+
+@pytest.mark.parametrize(
+    ("value", "names"), [("", ()), ("vllm", ("vllm",)), (" sglang, vllm ,", ("sglang", "vllm"))], ids=str
+)
+def test_plugins_are_a_list_of_names(monkeypatch, value, names):
+    monkeypatch.setenv("JIT_KERNEL_PLUGINS", value)
+    config.reload()
+    assert config.plugins() == names
     monkeypatch.undo()
     config.reload()
 

@@ -68,6 +68,8 @@ def call_of(rows: int, d: int = 128, dv: int = 128, dtype: torch.dtype = torch.b
         (9, (192, 128), {}, None),
         (1, (128, 128), {"num_splits": 1}, None),
         (1, (128, 128), {"num_splits": 5}, (128, 8)),
+        (1, (128, 128), {"num_splits": 1, "deterministic": True}, None),
+        (1, (128, 128), {"deterministic": True}, (128, 8)),
     ],
     ids=str,
 )
@@ -96,9 +98,11 @@ class KernelsDouble:
         self.launched.append(arguments)
         return self.answers.pop(0)
 
-    def partial_floats(self, handle: int, heads_k: int, batch: int, rows_k: int, sm_margin: int) -> int:
+    def partial_floats(
+        self, handle: int, heads_k: int, batch: int, rows_k: int, sm_margin: int, fixed_ranges: bool
+    ) -> int:
         assert (heads_k, batch, rows_k) == (2, 2, 64)
-        return 11
+        return 13 if fixed_ranges else 11
 
 
 LAUNCHED, NEEDS_ROOM, UNALIGNED = 1, 2, 0
@@ -109,10 +113,11 @@ LAUNCHED, NEEDS_ROOM, UNALIGNED = 1, 2, 0
     [
         ([LAUNCHED], call_of(1), True),
         ([NEEDS_ROOM, LAUNCHED], call_of(1), True),
+        ([NEEDS_ROOM, LAUNCHED], call_of(1, deterministic=True), True),
         ([UNALIGNED], call_of(1), False),
         ([], call_of(1, dtype=torch.float16), False),
     ],
-    ids=["launched", "captured", "unaligned", "not loaded"],
+    ids=["launched", "captured", "captured with fixed ranges", "unaligned", "not loaded"],
 )
 def test_a_known_kernel_is_launched_or_nothing_is(
     answers: list[int], call: Call, results: bool, monkeypatch: pytest.MonkeyPatch
@@ -125,7 +130,9 @@ def test_a_known_kernel_is_launched_or_nothing_is(
     if NEEDS_ROOM in answers:
         place = shared_numbers.parameters(LAUNCH, "decode").index("partials")
         assert [arguments[place] is None for arguments in double.launched] == [True, False]
-        assert double.launched[1][place].numel() == 11
+        assert double.launched[1][place].numel() == (13 if call.deterministic else 11)
+        fixed = shared_numbers.parameters(LAUNCH, "decode").index("fixed_ranges")
+        assert [arguments[fixed] for arguments in double.launched] == [call.deterministic] * 2
     assert all(arguments[-1] is True for arguments in double.launched)  # the launcher looks at addresses
 
 

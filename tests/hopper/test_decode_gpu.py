@@ -18,7 +18,6 @@ import torch
 
 import jit_kernel.flash_attention_v3 as fa3
 from jit_kernel import config, device
-from jit_kernel.fa3 import hopper
 from tests.support import case_run, cases, decode_on_gpu
 from tests.support.decode_on_gpu import NAMES, SHARED_SPACE, Paged, functions, plans
 from tests.support.hopper_inputs import poisoned, randn
@@ -55,9 +54,7 @@ def _hopper_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     """One entry for each call that a decode kernel serves."""
-    for module, name in ((hopper.decode, "attend"), (hopper.known, "_decode"), (hopper.known, "serve")):
-        monkeypatch.setattr(module, name, getattr(module, name))  # so that it is put back
-    return decode_on_gpu.count_launches()
+    return decode_on_gpu.counted_launches(monkeypatch)
 
 
 @contextmanager

@@ -58,10 +58,11 @@ def test_a_cluster_has_every_block_once() -> None:
 
 @pytest.mark.parametrize("blocks", range(12))
 def test_the_streams_of_a_block_take_every_stage_together(blocks: int) -> None:
-    item = Item(0, 0, KEYS * blocks, 5, 5 + blocks)
-    for streams, heads_of_block in ((1, 1), (2, 1), (2, 2)):
+    two_ranges = [(2, 1, distance) for distance in range(max(2, -(-blocks // 2)), blocks + 2)]
+    for streams, heads_of_block, distance in [(1, 1, 1), (2, 1, 1), (2, 2, 1), *two_ranges]:
+        item = Item(0, 0, KEYS * blocks, 5, 5 + blocks, distance=distance)
         made = Cache(Tile(256 if streams == 1 else 64, 8), 4096, True, heads_of_block, 64)
-        stages = len(range(item.block_begin, item.block_end, made.blocks_of_stage))
+        stages = len(range(item.block_begin, item.end_of_first, made.step_of(item)))
         taken = [model.blocks_of_stream(item, streams, heads_of_block, stream) for stream in range(streams)]
         assert all(len(mine) + passed == stages for mine, passed in taken)
         assert sorted(block for mine, _ in taken for block in mine) == sorted([*range(5, 5 + blocks)] * heads_of_block)
@@ -140,7 +141,7 @@ def open_and_stay(schedule: Schedule, first: int) -> None:
     schedule.costs = [min(cost, 40) for cost in schedule.costs]
 
 
-def places_not_shifted(made: Cache, block: int, warp: int, lane: int) -> int:
+def places_not_shifted(made: Cache, item: Item, block: int, warp: int, lane: int) -> int:
     return block * KEYS + warp * made.rows_of_warp + lane
 
 

@@ -65,7 +65,8 @@ def served() -> Call:
     call = halved(plain_paged_cache())
     call |= {"out": torch.zeros(3, 4, 32).bfloat16(), "sinks": torch.randn(4), "window_size": (3, 1), "softcap": 8.0}
     call |= {"cu_seqlens_k_new": ints(0, 1, 2), "scheduler_metadata": torch.zeros(40).int(), "pack_gqa": True}
-    return call | {"softmax_scale": 0.3, "attention_chunk": 7, "causal": True, "sm_margin": 3, "num_splits": 4}
+    return call | {"softmax_scale": 0.3, "attention_chunk": 7, "causal": True, "sm_margin": 3, "num_splits": 4,
+                   "deterministic": True}  # fmt: skip
 
 
 BASES: dict[str, Callable[[], Call]] = {

@@ -15,7 +15,7 @@ LAUNCH = shared_numbers.HOPPER / "launch"
 HOST = config.package_dir() / "fa3" / "hopper"
 # Names that the host side has for what the launcher calls otherwise.
 SAME = {"result": "out", "only_known": "if_aligned", "offsets": "cu_seqlens_q", "attention_chunk": "chunk"}
-SAME |= {"scale": "softmax_scale"}
+SAME |= {"scale": "softmax_scale", "splits": "num_splits"}
 OF_APPEND = {"k": "k_cache", "v": "v_cache", "cos": "rotary_cos", "seqused_k": "cache_seqlens"}
 OF_APPEND |= {"rotary_interleaved": "interleaved"}
 

@@ -17,7 +17,7 @@ transformers = pytest.importorskip("transformers")
 
 from jit_kernel import config, flash_attn_varlen_func  # noqa: E402
 from jit_kernel.integrations import counters, local_kernels  # noqa: E402
-from tests.support.hf_models import FAMILIES, greedy, tokens, with_attention  # noqa: E402
+from tests.support.hf_models import FAMILIES, greedy, small_cache, tokens, with_attention  # noqa: E402
 
 HUB = "kernels-community/vllm-flash-attn3"
 
@@ -131,7 +131,7 @@ def test_continuous_batching(family: str, hub: None) -> None:
     prompts = [tokens(n, seed=n)["input_ids"][0].tolist() for n in (5, 17, 30, 9)]
     expected = [eager.generate(torch.tensor([p]), **greedy(12))[0, len(p) :].tolist() for p in prompts]
     options = transformers.GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    found = model.generate_batch(prompts, generation_config=options)
+    found = model.generate_batch(prompts, generation_config=options, continuous_batching_config=small_cache())
     assert sorted(request.generated_tokens for request in found.values()) == sorted(expected)
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -389,19 +387,3 @@ def test_a_choice_of_torchs_other_backends_stays():
         with sdpa.active():
             assert torch.equal(attend(q, k, v), own)
     assert counted() == (0, {})
-
-
-def test_the_page_does_what_it_says():
-    """docs/hosts.md, section torch's SDPA: each block of code, one behind the other."""
-    text = (Path(__file__).parents[2] / "docs" / "hosts.md").read_text().split("## torch's SDPA\n", 1)[1]
-    blocks = re.findall(r"```python\n(.*?)```", text.split("\n## ", 1)[0], re.DOTALL)
-    assert len(blocks) == 2
-    names: dict[str, Any] = {}
-    try:
-        exec(blocks[0], names)
-        q, k, v = made()
-        attend(q, k, v)
-        exec(blocks[1], names)
-        assert counted() == (1, {})
-    finally:
-        sdpa.deactivate()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from typing import Any
@@ -160,6 +161,28 @@ def test_what_is_passed_on_and_why():
         assert isinstance(answer, behind.Passed) and answer == reason
 
 
+def test_what_torchs_own_kernel_calls_is_torchs_own():
+    """A call that is passed on counts once. On any machine, by `mean`, whose kernel calls `sum` by the dispatcher."""
+    asked: list[str] = []
+
+    def passes(reason: str) -> Any:
+        return lambda *_, **__: asked.append(reason) or behind.Passed(reason)
+
+    x = torch.randn(3, 4)
+    own, inner = x.mean(1), torch.empty(3)
+    library = behind.stand_behind({"mean.dim": passes("mean"), "sum.IntList_out": passes("sum")}, "CPU")
+    try:
+        assert torch.equal(x.mean(1), own)
+        assert asked == ["mean"] and counters.read()["sdpa"] == {"served": 0, "passed_on": {"mean": 1}}
+        with pytest.raises(IndexError):
+            x.mean(5)
+        torch.sum(x, [1], out=inner)  # by itself it is asked for, after an error too
+        assert asked == ["mean", "mean", "sum"]
+    finally:
+        library._destroy()
+    assert counters.read()["sdpa"] == {"served": 0, "passed_on": {"mean": 2, "sum": 1}}
+
+
 @pytest.mark.skipif(torch.version.cuda is None, reason="torch was built without CUDA")
 def test_the_operators_come_back():
     """Their tables of kernels, on any machine whose torch has kernels for CUDA."""
@@ -203,10 +226,14 @@ def test_varlen_attention_on_cuda():
     (q, k, v), offsets, _ = ragged("cuda", torch.bfloat16)
     offsets = [offsets[0], offsets[0]]
     k, v = k[:30], v[:30]
+    known = inspect.signature(varlen.varlen_attn).parameters
+    settings: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    if "enable_gqa" in known:  # before torch had it, grouped heads were taken without a word
+        settings["enable_gqa"] = True
 
     def found() -> list[Tensor]:
         inputs = [each.detach().requires_grad_() for each in (q, k, v)]
-        out = varlen.varlen_attn(*inputs, *offsets, 17, 17, window_size=(-1, 0), enable_gqa=True)
+        out = varlen.varlen_attn(*inputs, *offsets, 17, 17, **settings)
         return [out, *torch.autograd.grad(out.square().sum(), inputs)]
 
     own = found()

@@ -10,7 +10,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from jit_kernel.integrations.transformers import layers  # noqa: E402
+from jit_kernel.integrations.transformers import Mask, layers  # noqa: E402
 from tests.support import case_run  # noqa: E402
 from tests.support.hf_models import NEAR, SMALL, gemma2, gpt_oss, llama, tokens, twins  # noqa: E402
 
@@ -49,6 +49,25 @@ def test_llama_generates_the_same_tokens(lengths: tuple[int, ...], calls: list[s
     assert len(found[0, -64:].unique()) > 4  # the model does not repeat one token
     prefill = "flash_attn_varlen_func" if len(set(lengths)) > 1 else "flash_attn_func"
     assert calls == [prefill] * 2 + ["flash_attn_with_kvcache"] * 2 * 63
+
+
+@torch.no_grad()
+def test_a_step_over_a_whole_cache_gives_no_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number would cost a tensor in every layer, and the way to a kernel that Python does not check."""
+    lengths: list[Any] = []
+    function = layers.flash_attn_with_kvcache
+
+    def remembered(*args: Any, cache_seqlens: Any, **named: Any) -> Any:
+        lengths.append(cache_seqlens)
+        return function(*args, cache_seqlens=cache_seqlens, **named)
+
+    monkeypatch.setattr(layers, "flash_attn_with_kvcache", remembered)
+    _, ours = llama()
+    ours.generate(**tokens(9), max_new_tokens=4, do_sample=False)
+    assert lengths == [None] * 2 * 3
+    q, k = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 8, 16)
+    with pytest.raises(ValueError, match=r"cache_seqlens is 9; it must be between 0 and 8"):
+        layers.attention(ours, q, k, k, Mask(1, 9, causal=True))
 
 
 @torch.no_grad()

@@ -75,13 +75,24 @@ def test_a_static_cache_with_a_compiled_step(build: Any, lengths: tuple[int, ...
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_continuous_batching(family: str) -> None:
-    """Each request gets the tokens that it gets alone; float32 weights rounded to bf16 choose the same in both."""
-    _, ours, _ = in_bf16(FAMILIES[family]())
+    """Each request gets the token that it gets alone, where eager's own error in bf16 leaves one the likeliest."""
+    eager, ours, exact = in_bf16(FAMILIES[family]())
     prompts = [tokens(n, seed=n)["input_ids"][0].tolist() for n in (5, 17, 30, 9)]
-    alone = [ours(input_ids=torch.tensor([p]).cuda()).logits[0, -1].argmax().item() for p in prompts]
     ours.set_attn_implementation(client.FLASH_NAME)
     options = transformers.GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
     settings = transformers.ContinuousBatchingConfig(page_size=16, num_blocks=64, max_batch_tokens=256)
     found = ours.generate_batch(prompts, generation_config=options, continuous_batching_config=settings)
-    first = {tuple(answer.prompt_ids): answer.generated_tokens[0] for answer in found.values()}
-    assert [first[tuple(p)] for p in prompts] == alone
+    answers = {tuple(answer.prompt_ids): answer.generated_tokens for answer in found.values()}
+    clear = 0
+    for prompt in prompts:
+        answer = answers[tuple(prompt)]
+        assert len(answer) == 4
+        ids = torch.tensor([prompt + answer[:-1]]).cuda()
+        wanted, base = (model(input_ids=ids).logits[0, len(prompt) - 1 :].float() for model in (exact, eager))
+        for logits, error, token in zip(wanted, (base - wanted).abs().amax(dim=-1), answer, strict=True):
+            best = logits.topk(2)
+            is_clear = bool(best.values[0] - best.values[1] > 2 * error)
+            clear += is_clear
+            assert token == int(best.indices[0]) or not is_clear
+            assert float(best.values[0] - logits[token]) <= 4 * float(error)
+    assert clear >= 4

@@ -29,7 +29,7 @@ NAMES = (cases.VARLEN, cases.KVCACHE, cases.DENSE)
 FUNCTIONS = {name: on_musa(name) for name in NAMES}
 # MATE computes in half precision, in its own pairs of head sizes, without qv (but MLA decode) and fp8; rows behind the
 # last sequence are whatever its own buffer held.
-NEVER = frozenset(("qv", "only_qv", "descale_expanded", "odd_head_size", "tail", "draft_mask"))
+NEVER = frozenset(("qv", "only_qv", "descale_expanded", "odd_head_size", "tail", "draft_mask", "deterministic"))
 SINCE = {"0.2.0": ("append", "new_ragged"), "0.2.1": ("rotary", "batch_idx", "leftpad"), "0.2.2": ("chunk",)}
 COUNTS = {"0.2.2": 300, "0.2.1": 60, "0.2.0": 60, "0.1.3": 60}
 

@@ -54,13 +54,16 @@ def test_a_sequence_has_the_same_bits_alone_and_among_64(dtype: torch.dtype, mas
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("page_size", [1, 16, 64])
-def test_a_decode_step_has_the_same_bits_alone_and_among_64(dtype: torch.dtype, page_size: int) -> None:
+@pytest.mark.parametrize(
+    "splits", [{"num_splits": 1}, {"deterministic": True}, {"deterministic": True, "num_splits": 5}]
+)
+def test_a_decode_step_has_the_same_bits_alone_and_among_64(dtype: torch.dtype, page_size: int, splits: dict) -> None:
     lengths = [(37 * i) % 300 + 1 for i in range(64)]
     per_row = 320 // page_size
     pages = torch.randperm(64 * per_row, generator=torch.Generator().manual_seed(0)).view(64, per_row).int()
     k_cache, v_cache = (normal(64 * per_row, page_size, 2, 64, dtype=dtype, seed=s) for s in (1, 2))
     q = normal(64, 1, 8, 64, dtype=dtype)
-    options = {"num_splits": 1, "return_softmax_lse": True, "causal": True}
+    options = {**splits, "return_softmax_lse": True, "causal": True}
     seqlens = torch.tensor(lengths, dtype=torch.int32)
     out, lse = fa3.flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=seqlens, page_table=pages, **options)
     for i in (0, 5, 33, 63):

@@ -48,7 +48,7 @@ struct Grid {
 };
 struct Kernel {
   bool is_bf16;
-  void launch(int device, Grid grid, void** params);
+  void launch_overlapped(int device, Grid grid, unsigned cluster, void** params);
 };
 }  // namespace jit_kernel::cuda
 
@@ -87,7 +87,8 @@ inline float low_of<host_fp16>(u32 word) {
 #include "flash_attention_v3/hopper/append/append.cuh"
 #include "flash_attention_v3/hopper/launch/append_launch.h"
 
-inline void jit_kernel::cuda::Kernel::launch(int, Grid grid, void** arguments) {
+inline void jit_kernel::cuda::Kernel::launch_overlapped(int, Grid grid, unsigned,
+                                                        void** arguments) {
   const auto& params = *static_cast<const hopper::AppendParams*>(arguments[0]);
   for (unsigned block = 0; block < grid.x; ++block) {
     for (unsigned thread = 0; thread < hopper::kAppendThreads; ++thread) {

@@ -283,7 +283,7 @@ def _draft_masks(maker: Maker, arguments: dict[str, Any], rows: list[tuple]) -> 
 def _scalars(maker: Maker, arguments: dict[str, Any]) -> None:
     plan = maker.plan
     defaults = {"softmax_scale": None, "causal": False, "window_size": (-1, -1), "softcap": 0.0, "attention_chunk": 0,
-                "pack_gqa": None, "num_splits": None, "only_qv": False}  # fmt: skip
+                "pack_gqa": None, "num_splits": None, "only_qv": False, "deterministic": False}  # fmt: skip
     for name, default in defaults.items():
         if getattr(plan, name) != default:
             arguments[name] = getattr(plan, name)

@@ -19,7 +19,7 @@ VARLEN, KVCACHE, DENSE = "flash_attn_varlen_func", "flash_attn_with_kvcache", "f
 FEATURES = frozenset(
     {"ragged", "paged", "append", "new_ragged", "rotary", "batch_idx", "leftpad", "qv", "only_qv", "causal", "window"}
     | {"chunk", "softcap", "sinks", "scale", "splits", "seqused_q", "seqused_k", "out", "strides", "groups", "empty"}
-    | {"hot", "lse", "descale_expanded", "odd_head_size", "large", "tail", "draft_mask"}
+    | {"hot", "lse", "descale_expanded", "odd_head_size", "large", "tail", "draft_mask", "deterministic"}
 )
 
 
@@ -89,6 +89,7 @@ class Plan:
     magnitude: float = 1.0
     device: str = "cpu"
     stride_step: int = 1
+    deterministic: bool = False
 
     @property
     def features(self) -> frozenset[str]:
@@ -123,6 +124,7 @@ class Plan:
             "descale_expanded": self.descale_expanded,
             "odd_head_size": self.d % 8 != 0 or self.dv % 8 != 0,
             "draft_mask": self.draft_words > 0,
+            "deterministic": self.deterministic,
             "large": max((*self.lengths_q, *self.lengths_k)) > 130,
         }
         return frozenset(name for name, is_used in used.items() if is_used)
@@ -167,6 +169,8 @@ def draw(seed: int, space: Space) -> Plan:
         settings["softmax_scale"] = dice.pick(0.5, 1.5, 3.0 if settings["magnitude"] == 1 else 1.0) * terms**-0.5
     if function != DENSE and dice.has("draft_mask", 0.2):
         settings["draft_words"] = dice.pick(1, 1, 2, 3, 5)
+    if function == KVCACHE and dice.has("deterministic", 0.3):
+        settings["deterministic"] = True
     return Plan(seed=seed, function=function, dtype=dtype, device=space.device, stride_step=space.stride_step,
                 **heads, **layout, **settings)  # fmt: skip
 

@@ -113,6 +113,9 @@ def placed() -> list[tuple[Cache, Item]]:
         columns = dice.choice((tile.head_dim, tile.head_dim, tile.head_dim - 8))
         made = Cache(tile, place_rows, page_size > 0, 1 + two, columns, dice.random() < 0.7, dice.choice((0, 6)))
         found.append((made, Item(0, low, high, *cuts)))
+        if tile.streams == 2 and not two and cuts[1] - cuts[0] > 1:  # a range each stream, in a cluster
+            distance = dice.randint(-(-(cuts[1] - cuts[0]) // 2), cuts[1] - cuts[0])
+            found.append((made, Item(0, low, high, *cuts, distance=distance)))
     return found
 
 
@@ -120,8 +123,8 @@ def check_loads(made: Cache, item: Item) -> None:
     """Every seen row lies where the products read it; bytes are as expected; no page without a seen row is read."""
     made.read.clear()
     stages = made.stages(item)
-    step = made.blocks_of_stage
-    assert [stage.block for stage in stages] == list(range(item.block_begin, item.block_end, step))
+    step = made.step_of(item)
+    assert [stage.block for stage in stages] == list(range(item.block_begin, item.end_of_first, step))
     for stage in stages:
         assert stage.arrived == stage.expected
         expected = loads.expected_stage(made, item, stage.block)

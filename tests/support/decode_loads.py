@@ -122,6 +122,12 @@ class Cache:
     def row_in_place(self, row: int) -> int:
         return row - self.index(row) * self.place_rows
 
+    def step_of(self, item: Item) -> int:
+        return 1 if item.distance > 1 else self.blocks_of_stage
+
+    def row_behind(self, item: Item, row: int) -> int:
+        return row + row // KEYS * (item.distance - 1) * KEYS
+
     def stages(self, item: Item) -> list[Stage]:
         """The stages of keys of an item, one after the other; those of values are loaded alike."""
         return list(self.load_boxes(item) if self.box_rows else self.load_each_row(item))
@@ -135,24 +141,30 @@ class Cache:
     def load_boxes(self, item: Item) -> Iterator[Stage]:
         """DecodeProducer::load_boxes, all lanes of all warps that ask for copies."""
         rows, boxes = self.box_rows, 1 << self.boxes_log2
+        step = self.step_of(item)
+        of_lane = [
+            (lane >> self.boxes_log2) * step * KEYS + self.row_behind(item, (lane & (boxes - 1)) * rows)
+            for lane in range(LANES)
+        ]
+        line = (32 >> self.boxes_log2) * step * KEYS
         places = next_places = [0] * LANES
         ahead = 0
-        for block in range(item.block_begin, item.block_end, self.blocks_of_stage):
+        for block in range(item.block_begin, item.end_of_first, step):
             first = block * KEYS
             if ahead == 0:
                 if block == item.block_begin:
-                    next_places = [self.place_of(item, first + lane * rows) for lane in range(LANES)]
+                    next_places = [self.place_of(item, first + row) for row in of_lane]
                 places = next_places
-                next_places = [self.place_of(item, first + (lane + 32) * rows) for lane in range(LANES)]
+                next_places = [self.place_of(item, first + row + line) for row in of_lane]
                 ahead = 32
             stage = Stage(block)
-            needed = sum(self.is_needed(item, first + lane * rows) for lane in range(LANES) if lane < boxes)
+            needed = sum(self.is_needed(item, first + row) for row in of_lane[:boxes])
             stage.expected = needed * (self.copies >> self.boxes_log2) * rows * self.box_panels * PANEL * 2
             for warp in range(self.copy_warps):
                 for lane in range(LANES):
                     copy = lane * self.copy_warps + warp
                     box, panel = copy & (boxes - 1), (copy >> self.boxes_log2) * self.box_panels
-                    row = first + box * rows
+                    row = first + self.row_behind(item, box * rows)
                     if copy < self.copies and self.is_needed(item, row):
                         self._copy_box(stage, box, panel, places[32 - ahead + box], self.row_in_place(row))
             ahead -= boxes
@@ -179,19 +191,19 @@ class Cache:
     def rows_of_warp(self) -> int:
         return self.tile.streams * KEYS // 4
 
-    def _lane_row(self, block: int, warp: int, lane: int) -> int:
+    def _lane_row(self, item: Item, block: int, warp: int, lane: int) -> int:
         in_stage = warp * self.rows_of_warp + lane
-        return block * KEYS + (in_stage if self.heads_of_block == 1 else in_stage % KEYS)
+        return block * KEYS + (self.row_behind(item, in_stage) if self.heads_of_block == 1 else in_stage % KEYS)
 
     def _find_row(self, item: Item, block: int, warp: int, lane: int) -> int:
-        row = self._lane_row(block, warp, lane)
+        row = self._lane_row(item, block, warp, lane)
         seen = item.low <= row < min(item.high, item.block_end * KEYS)
         return self.place(row) if seen and lane < self.rows_of_warp else -1
 
     def load_each_row(self, item: Item) -> Iterator[Stage]:
         """DecodeProducer::load_each_row, all four warps."""
-        step = self.blocks_of_stage
-        stages = [Stage(block) for block in range(item.block_begin, item.block_end, step)]
+        step = self.step_of(item)
+        stages = [Stage(block) for block in range(item.block_begin, item.end_of_first, step)]
         for warp in range(4):
             place, following = (
                 [self._find_row(item, item.block_begin + ahead * step, warp, lane) for lane in range(LANES)]
@@ -199,11 +211,11 @@ class Cache:
             )
             for stage in stages:
                 after = [self._find_row(item, stage.block + 2 * step, warp, lane) for lane in range(LANES)]
-                self._load_rows(stage, warp, place)
+                self._load_rows(item, stage, warp, place)
                 place, following = following, after
         yield from stages
 
-    def _load_rows(self, stage: Stage, warp: int, place: list[int]) -> None:
+    def _load_rows(self, item: Item, stage: Stage, warp: int, place: list[int]) -> None:
         """DecodeProducer::load_rows of one warp: 16 bytes a lane, several rows a pass."""
         tile = self.tile
         threads_of_row = tile.head_dim // 8
@@ -217,7 +229,7 @@ class Cache:
                 row = begin + of_lane
                 if place[row] < 0:
                     continue
-                owner = self._lane_row(stage.block, warp, row)
+                owner = self._lane_row(item, stage.block, warp, row)
                 of_head = 0 if self.heads_of_block == 1 else (warp * self.rows_of_warp + row) // KEYS
                 inside = place[row] * self.place_rows + self.row_in_place(owner)
                 there = address + begin * (PANEL * 2) + ((piece ^ row) & 7) * PIECE
@@ -232,7 +244,7 @@ def expected_stage(cache: Cache, item: Item, block: int) -> dict[int, Source]:
     tile = cache.tile
     found = {}
     for stream in range(tile.streams):
-        of_head, of_block = (stream, block) if cache.heads_of_block == 2 else (0, block + stream)
+        of_head, of_block = (stream, block) if cache.heads_of_block == 2 else (0, block + stream * item.distance)
         if of_block >= item.block_end:
             continue
         for row in range(of_block * KEYS, (of_block + 1) * KEYS):

@@ -1,7 +1,8 @@
 """What the Hopper decode kernels do with a call's lengths and a cache, as arithmetic in Python.
 
 Each function follows one of kernel_sources/flash_attention_v3/hopper: decode/schedule.cuh, decode/epilogue.cuh,
-decode/consumer.cuh and launch/decode_launch.h say the same in C++. Loads are in decode_loads.py.
+decode/merge.cuh, decode/consumer.cuh and launch/decode_launch.h say the same in C++. Loads are in decode_loads.py,
+fixed ranges in decode_ranges.py.
 """
 
 from __future__ import annotations
@@ -95,6 +96,12 @@ class Item:
     first_part: int = 0
     parts: int = 1
     is_first: bool = False
+    distance: int = 1  # begin[1] - begin[0]
+
+    @property
+    def end_of_first(self) -> int:
+        """end[0], behind the last stage's first block; end[1] is block_end."""
+        return self.block_end if self.distance == 1 else min(self.block_end, self.block_begin + self.distance)
 
 
 class Schedule:
@@ -128,16 +135,20 @@ class Schedule:
             return block // (self.run + 1)
         return self.longer + (block - in_longer) // self.run
 
+    def find(self) -> tuple[int, int, int]:
+        """The lane of the sequence that the next block belongs to, and its first block and that behind its last."""
+        while self.at >= self.base + sum(self.costs):
+            self.base += sum(self.costs)
+            self._open(self.first + LANES)
+        up_to = list(itertools.accumulate(self.costs))
+        source = sum(each <= self.at - self.base for each in up_to)
+        end = self.base + up_to[source]
+        return source, end - self.costs[source], end
+
     def items(self) -> Iterator[Item]:
         """What `next` gives, until it gives nothing."""
         while self.at < self.end:
-            while self.at >= self.base + sum(self.costs):
-                self.base += sum(self.costs)
-                self._open(self.first + LANES)
-            up_to = list(itertools.accumulate(self.costs))
-            source = sum(each <= self.at - self.base for each in up_to)
-            end = self.base + up_to[source]
-            start = end - self.costs[source]
+            source, start, end = self.find()
             seen = self.seen[source]
             first_block = seen.low // KEYS
             begin = first_block + self.at - start
@@ -178,12 +189,14 @@ def counter(item: Item, head: int, heads_k: int) -> int:
 def blocks_of_stream(item: Item, streams: int, heads_of_block: int, stream: int) -> tuple[list[int], int]:
     """The blocks that run_item gives a stream, and how many pairs of stages, of keys and values, it lets pass."""
     in_turns = streams == 2 and heads_of_block == 1
-    step, first = (2, stream) if in_turns else (1, 0)
-    block, blocks = item.block_begin + first, []
-    while block < item.block_end:
+    second = in_turns and stream == 1
+    step = 2 if in_turns and item.distance == 1 else 1
+    block, blocks = item.block_begin + second * item.distance, []
+    while block < (item.block_end if second else item.end_of_first):
         blocks.append(block)
         block += step
-    return blocks, int(block - first < item.block_end)
+    passed = range(block, item.end_of_first + stream * item.distance, step) if in_turns else ()
+    return blocks, len(passed)
 
 
 @dataclass(frozen=True)
@@ -195,13 +208,27 @@ class Grid:
     in_clusters: bool
 
 
-def decode_grid(streams: int, multiprocessors: int, heads_k: int, batch: int, rows_k: int) -> Grid:
-    """decode_grid on so many multiprocessors, sm_margin taken away."""
+def decode_grid(
+    streams: int,
+    multiprocessors: int,
+    heads_k: int,
+    batch: int,
+    rows_k: int,
+    may_cluster: bool = True,
+    two: bool | None = None,
+) -> Grid:
+    """decode_grid on so many multiprocessors, sm_margin taken away; the last two are fixed ranges' own."""
     clusters = heads_k * batch
-    if clusters >= 4 and clusters * (CLUSTER_PARTS + 1) <= multiprocessors and rows_k <= clusters * ROWS_OF_CLUSTER:
+    if (
+        may_cluster
+        and clusters >= 4
+        and clusters * (CLUSTER_PARTS + 1) <= multiprocessors
+        and rows_k <= clusters * ROWS_OF_CLUSTER
+    ):
         return Grid(1, CLUSTER_PARTS, True)
     most = max(1, multiprocessors)
-    two = streams == 2 and heads_k % 2 == 0 and 2 * batch * heads_k >= 3 * most
+    if two is None:
+        two = streams == 2 and heads_k % 2 == 0 and 2 * batch * heads_k >= 3 * most
     groups = heads_k // 2 if two else heads_k
     parts = even = max(1, most // groups)
     if batch >= parts:

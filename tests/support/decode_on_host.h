@@ -32,10 +32,10 @@ struct Launch {
 struct Kernel {
   Kernel(std::string, std::string, unsigned threads, unsigned shared)
       : threads(threads), shared(shared) {}
-  void launch(int device, Grid grid, void** arguments);
-  void launch_clusters(int device, Grid grid, unsigned, void** arguments) {
-    launch(device, grid, arguments);
+  void launch(int device, Grid grid, void** arguments) {
+    launch_overlapped(device, grid, 1, arguments);
   }
+  void launch_overlapped(int device, Grid grid, unsigned cluster, void** arguments);
   unsigned threads, shared;
 };
 
@@ -94,11 +94,12 @@ Signature* driver_function(const char* name) {
 
 #include "flash_attention_v3/hopper/launch/known_decode.h"
 
-inline void jit_kernel::cuda::Kernel::launch(int, Grid grid, void** arguments) {
+inline void jit_kernel::cuda::Kernel::launch_overlapped(int, Grid grid, unsigned cluster,
+                                                        void** arguments) {
   Launch& last = Launch::last();
   ++last.count;
   last.parameters.assign(static_cast<const char*>(arguments[0]), sizeof(hopper::DecodeParams));
-  for (unsigned number : {grid.x, grid.y, grid.z, threads, shared}) {
+  for (unsigned number : {grid.x, grid.y, grid.z, cluster, threads, shared}) {
     last.parameters.append(reinterpret_cast<const char*>(&number), sizeof(number));
   }
 }

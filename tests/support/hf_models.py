@@ -89,6 +89,11 @@ def tokens(*lengths: int, side: str = "left", seed: int = 1) -> dict[str, torch.
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def small_cache() -> Any:
+    """Settings of continuous batching whose cache holds a few requests; by itself it takes what memory is free."""
+    return transformers.ContinuousBatchingConfig(page_size=64, num_blocks=16, max_batch_tokens=256)
+
+
 def greedy(count: int, **others: Any) -> dict[str, Any]:
     """What generate() is asked for: so many tokens, the likeliest each time."""
     return {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, **others}

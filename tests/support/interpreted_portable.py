@@ -189,6 +189,23 @@ def check_batch_invariance(seed: int) -> None:
             require(torch.equal(alone[0], together[i]), f"sequence {i} with {settings} depends on its neighbours")
 
 
+def check_deterministic(seed: int) -> None:
+    """A sequence over a cache gives the same bits alone and in company, where splits are free but for that."""
+    random = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(3, n, heads, 32, generator=random).half() for n, heads in ((2, 4), (600, 2), (600, 2)))
+    lengths = torch.tensor([600, 33, 300], dtype=torch.int32)
+    for splits in (0, 3):
+        options = {"causal": True, "num_splits": splits, "deterministic": True, "return_softmax_lse": True}
+        together = flash_attention_v3.flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, **options)
+        for i in range(3):
+            one = slice(i, i + 1)
+            alone = flash_attention_v3.flash_attn_with_kvcache(
+                q[one], k[one], v[one], cache_seqlens=lengths[one], **options
+            )
+            same = all(torch.equal(a, b[one]) for a, b in zip(alone, together, strict=True))
+            require(same, f"sequence {i} of a deterministic call with num_splits={splits} depends on its neighbours")
+
+
 def check_draft_chains(seed: int) -> None:
     """The bits of a chain of draft tokens give those of a causal call; a mask of another bit fails the rule."""
     random = torch.Generator().manual_seed(seed)
@@ -237,6 +254,7 @@ def main(first: int, count: int) -> None:
     print(f"hidden {len(counts)} {sum(n > 0 for n in counts)}")
     check_joining(first)
     check_batch_invariance(first)
+    check_deterministic(first)
     check_not_finite(first)
     check_large_scores()
     check_draft_chains(first)

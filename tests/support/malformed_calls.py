@@ -176,32 +176,28 @@ def of_metadata() -> Iterator[Malformed]:
         ("page_size", 4),
         ("max_seqlen_q", 3),
         ("causal", False),
-        ("window_size", (5, 0)),
         ("attention_chunk", 4),
-        ("has_softcap", True),
         ("num_splits", 3),
         ("pack_gqa", True),
         ("sm_margin", 1),
         ("cu_seqlens_q", ints(0, 1, 2)),
         ("cache_leftpad", ints(0, 0)),
     ):
-        said = {"window_size": "window_left", "causal": "window_right", "pack_gqa": "pack_gqa"}.get(name, name)
-        said = "causal" if name == "causal" else said
         yield Malformed(
-            planned, "scheduler_metadata", lambda _, n=name, v=value: _other_plan(n, v), ValueError, f"{said} ="
+            planned, "scheduler_metadata", lambda _, n=name, v=value: _other_plan(n, v), ValueError, f"{name} ="
         )
     smaller = metadata() | {"batch_size": 1, "cache_seqlens": ints(4)}
     made = jit_kernel.get_scheduler_metadata(**smaller)
-    yield Malformed(
-        planned, "scheduler_metadata", lambda _: {"scheduler_metadata": made}, ValueError, "must hold at least"
-    )
+    yield Malformed(planned, "scheduler_metadata", lambda _: {"scheduler_metadata": made}, ValueError, "batch_size = 1")
+    short = {"scheduler_metadata": made[:16]}
+    yield Malformed(planned, "scheduler_metadata", lambda _: short, ValueError, "must hold at least")
     blank = torch.zeros(4096, dtype=torch.int32)
     yield Malformed(
         planned, "scheduler_metadata", lambda _: {"scheduler_metadata": blank}, ValueError, "must come from"
     )
     ragged = metadata() | {"num_splits": 2, "max_seqlen_q": 1, "cu_seqlens_q": ints(0, 2, 4)}
-    short = jit_kernel.get_scheduler_metadata(**ragged)
-    new = {"scheduler_metadata": short, "q": torch.randn(4, 4, 32), "cu_seqlens_q": ints(0, 2, 4), "out": None}
+    new = {"q": torch.randn(4, 4, 32), "cu_seqlens_q": ints(0, 2, 4), "out": None}
+    new |= {"scheduler_metadata": jit_kernel.get_scheduler_metadata(**ragged)}
     yield Malformed(planned, "scheduler_metadata", lambda _: new, ValueError, "must be at least 2")
 
 

@@ -123,6 +123,7 @@ def of_numbers() -> Iterator[Malformed]:
             yield Malformed(base, name, lambda _, n=name, v=value: {n: v}, ValueError, f"is {value};")
         yield Malformed(base, name, lambda _, n=name: {n: 4.0}, TypeError, "must be an int")
     yield Malformed(dense, "deterministic", lambda _: {"deterministic": None}, TypeError, "must be a bool")
+    yield Malformed(cache, "deterministic", lambda _: {"deterministic": 1}, TypeError, "must be a bool")
     yield Malformed(cache, "rotary_interleaved", lambda _: {"rotary_interleaved": 1}, TypeError, "must be a bool")
     yield Malformed(mla, "only_qv", lambda _: {"only_qv": 1}, TypeError, "must be a bool")
     for value in (-1, 17, 2**40):

@@ -107,7 +107,7 @@ def attend(call: Call) -> Result:
         call.cu_seqlens_k_new, call.seqused_q, call.seqused_k, call.cache_batch_idx, call.cache_leftpad,
         call.rotary_cos, call.rotary_sin, call.rotary_seqlens, call.q_descale, call.k_descale, call.v_descale,
         call.sinks, call.draft_mask, call.softmax_scale, call.causal, *call.window_size, call.attention_chunk,
-        call.softcap, call.rotary_interleaved, call.only_qv, call.num_splits, torch.get_num_threads(),
+        call.softcap, call.rotary_interleaved, call.only_qv, calls.splits_of(call), torch.get_num_threads(),
     )  # fmt: skip
     return out if lse is None else (out, lse)
 

@@ -26,6 +26,9 @@ CLAIMED = frozenset(
     ("ragged_q", "ragged_k", "page_size", "seqused_k", "causal", "window", "chunk", "softcap", "lse", "split")
 )
 
+# flash_attn_func's `deterministic` has no meaning.
+_CLAIMED_OF_DENSE = CLAIMED | {"deterministic"}
+
 # By the inputs' dtype: plain_forward of a library that was loaded, and the dtype of out.
 _libraries: dict[torch.dtype, tuple[Callable[..., bool], torch.dtype]] = {}
 
@@ -37,14 +40,14 @@ _DECLINED = (RuntimeError, TypeError, ValueError, OverflowError, AttributeError,
 _INDICES = frozenset((Tensor, NoneType))  # the classes of an index tensor, or of none
 
 # Whether a call asks for more than that: of flash_attn_func, and of the others.
-_dense_asks_for_more = fields_ask_for_more(CLAIMED, OF_DENSE)
+_dense_asks_for_more = fields_ask_for_more(_CLAIMED_OF_DENSE, OF_DENSE)
 _asks_for_more = fields_ask_for_more(CLAIMED, len(FIELDS))
 
 
 def serve(dtype: torch.dtype, library: Any) -> None:
     """Plain calls of this dtype go to a forward library that was loaded."""
     global _dense_asks_for_more, _asks_for_more
-    _dense_asks_for_more = fields_ask_for_more(CLAIMED, OF_DENSE)
+    _dense_asks_for_more = fields_ask_for_more(_CLAIMED_OF_DENSE, OF_DENSE)
     _asks_for_more = fields_ask_for_more(CLAIMED, len(FIELDS))
     # Where the heap lies low the library would decline every small tensor.
     is_low = empty(1, device="cpu").data_ptr() < SURE_ADDRESS

@@ -27,8 +27,9 @@ try_unchecked = known.try_unchecked
 # What a call may ask for, by the names of features.ARGUMENTS: `decide` and `try_known` reject the rest. Without a
 # cache keys are not split.
 CLAIMED = frozenset(
-    ("ragged_q", "ragged_k", "seqused_q", "seqused_k", "causal", "window", "chunk", "softcap", "sinks", "lse")
-)
+    ("ragged_q", "ragged_k", "seqused_q", "seqused_k", "causal", "window", "chunk", "softcap", "sinks", "lse",
+     "deterministic")
+)  # fmt: skip
 CLAIMED_WITH_CACHE = CLAIMED - {"ragged_k"} | frozenset(
     (
         *("page_size", "append", "ragged_append", "rotary", "cache_batch_idx", "cache_leftpad"),

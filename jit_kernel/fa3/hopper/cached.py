@@ -41,9 +41,10 @@ def try_attend(call: Call, *, only_known: bool) -> Result | None:
         return result if lse is None else (result, lse.fill_(-math.inf))
     if handle is None:
         handle = device.load(key, spec_of(call))
-    scratch = None if call.num_splits == 1 else _scratch(call, device.multiprocessors)
+    splits = calls.splits_of(call)
+    scratch = None if splits == 1 else _scratch(call, device.multiprocessors)
     launched = device.forward_cached(
-        handle, *arguments.cache_tensors(call, result, lse), scratch, call.num_splits, arguments.new_rows(call),
+        handle, *arguments.cache_tensors(call, result, lse), scratch, splits, arguments.new_rows(call),
         *arguments.scalars(call, *calls.mask_bounds(call)), only_known,
     )  # fmt: skip
     if not launched:

@@ -70,7 +70,9 @@ def attend(call: Call, key: Key, *, only_known: bool) -> Result | None:
         # The stream is being captured: room comes from torch's allocator, which knows.
         k, table = call.k, call.page_table
         rows_k = k.shape[1] * (1 if table is None else table.shape[1])
-        room = device.partial_floats(handle, k.shape[-2], calls.batch_of(call), rows_k, call.sm_margin)
+        room = device.partial_floats(
+            handle, k.shape[-2], calls.batch_of(call), rows_k, call.sm_margin, calls.is_deterministic(call)
+        )
         partials = torch.empty(room, dtype=torch.float32, device=q.device)
         launched = _launch(device, handle, call, result, lse, partials, only_known)
     if launched != _LAUNCHED:
@@ -87,7 +89,8 @@ def _launch(
     partials: Tensor | None,
     if_aligned: bool,
 ) -> int:
+    fixed_ranges = calls.is_deterministic(call)
     return device.decode(
         handle, *arguments.cache_tensors(call, result, lse), partials, arguments.new_rows(call),
-        *arguments.scalars(call, *calls.mask_bounds(call)), if_aligned,
+        *arguments.scalars(call, *calls.mask_bounds(call)), fixed_ranges, if_aligned,
     )  # fmt: skip

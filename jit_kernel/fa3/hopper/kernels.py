@@ -133,9 +133,12 @@ class DeviceKernels(cubin.DeviceKernels):
         """As `forward`, with an answer of three."""
         return int(self._launcher()["decode"](*arguments))
 
-    def partial_floats(self, handle: int, heads_k: int, batch: int, rows_k: int, sm_margin: int) -> int:
+    def partial_floats(
+        self, handle: int, heads_k: int, batch: int, rows_k: int, sm_margin: int, fixed_ranges: bool
+    ) -> int:
         """How many numbers a launch of a decode kernel needs for the partial results of cut sequences."""
-        return int(self._launcher()["partial_floats"](handle, self._index, heads_k, batch, rows_k, sm_margin))
+        partial_floats = self._launcher()["partial_floats"]
+        return int(partial_floats(handle, self._index, heads_k, batch, rows_k, sm_margin, fixed_ranges))
 
     def _load_function(self, spec: KernelSpec) -> str:
         if _is_plain(spec):

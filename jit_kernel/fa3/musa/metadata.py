@@ -68,13 +68,13 @@ def _is_local(call: Call | MetadataParameters) -> bool:
 
 def table_of(metadata: Tensor, batch_size: int) -> Tensor:
     """MATE's own part, (4 * batch_size,). Raises ValueError for metadata that was made for another batch."""
-    expected = header.length(batch_size)
+    expected = header.length(batch_size, "musa")
     if metadata.shape != (expected,):
         raise ValueError(
             f"scheduler_metadata has shape {tuple(metadata.shape)}; on musa it must be ({expected},) for "
             f"{batch_size} sequences, because MATE slices it by the batch of the call"
         )
-    start = header.HEADER_LENGTH
+    start = header.MUSA_TABLE
     return metadata[start : start + 4 * batch_size]
 
 

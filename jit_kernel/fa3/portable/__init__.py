@@ -30,7 +30,7 @@ CLAIMED = frozenset(
     (
         *("ragged_q", "ragged_k", "page_size", "seqused_q", "seqused_k", "append", "ragged_append", "rotary"),
         *("cache_batch_idx", "cache_leftpad", "causal", "window", "chunk", "softcap", "sinks", "lse", "split"),
-        *("metadata", "draft_mask"),
+        *("metadata", "draft_mask", "deterministic"),
     )
 )
 _WHY = {"qv": "it has no second product for scores", "descale": "it has no fp8"}
@@ -77,7 +77,7 @@ def variant(target: Target, features: Features, call: Call) -> KernelSpec:
     """The attention kernel that serves a call that `decide` accepts; split keys may need a combine kernel too."""
     q = call.q
     longest = q.shape[1] if q.ndim == 4 else call.max_seqlen_q or q.shape[0]
-    kind = planning.tile_kind(call.num_splits, longest * features.group, features.aligned, features.draft_mask)
+    kind = planning.tile_kind(calls.splits_of(call), longest * features.group, features.aligned, features.draft_mask)
     local = planning.is_local(call.window_size, call.attention_chunk or 0, features.draft_mask)
     return kernels.forward_spec(
         target.architecture,

@@ -46,7 +46,7 @@ def attend(call: Call) -> Result:
         0 if page_table is None else page_table.shape[1],
         calls.mask_bounds(call), call.attention_chunk, call.softcap > 0,
         (0, 0) if draft_mask is None else (draft_mask.shape[1], draft_mask.stride(0)),
-        call.num_splits, call.pack_gqa, call.sm_margin, flags,
+        calls.splits_of(call), call.pack_gqa, call.sm_margin, flags,
         (q.data_ptr() | k.data_ptr() | v.data_ptr() | result.data_ptr()) & 15 == 0,
     )  # fmt: skip
     key = (q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), result.stride(), settings)

@@ -58,6 +58,20 @@ def read(mask: Tensor, batch: int, queries: int, keys: int) -> Keys | None:
     return Keys(first, _lengths(ends, batch), causal, empty)
 
 
+def seen_by_all(mask: Tensor, keys: int) -> Tensor | None:
+    """(b or 1, keys) bool, the keys that count, of a mask that is the same for all queries and heads, None of others.
+
+    Read as `read` does, but the keys need not be runs, and where the mask is bool a query may see none.
+    """
+    rows = _rows(mask, keys)
+    if rows is None or rows.shape[1] != 1:
+        return None
+    visible = _visible(rows[:, 0])
+    if visible is None or (mask.dtype is not torch.bool and not bool(visible.any(dim=1).all())):
+        return None
+    return visible
+
+
 def _rows(mask: Tensor, keys: int) -> Tensor | None:
     """(b or 1, queries or 1, keys) of a mask that is the same for all heads; 1 where it is for all queries."""
     while mask.dim() < 4:

@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from jit_kernel.integrations.transformers.layers import attention
 from jit_kernel.integrations.transformers.masks import Mask, make_mask
 
-__all__ = ["FLASH_NAME", "NAME", "Mask", "attention", "make_mask", "register", "unregister"]
+__all__ = ["FLASH_NAME", "NAME", "Mask", "attention", "is_active", "make_mask", "register", "unregister"]
 
 NAME = "jit_kernel_fa3"
 FLASH_NAME = "jit_kernel_flash"
@@ -54,6 +54,11 @@ def unregister() -> None:
     chosen = getattr(PreTrainedModel, _CHOOSE)
     if hasattr(chosen, "of_jit_kernel"):
         setattr(PreTrainedModel, _CHOOSE, chosen.__wrapped__)
+
+
+def is_active() -> bool:
+    """Whether NAME is an attention implementation of transformers."""
+    return NAME in AttentionInterface._global_mapping
 
 
 def _refusing(choose: Any) -> Any:

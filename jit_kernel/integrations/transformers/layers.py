@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jit_kernel.fa3.call import UNBOUNDED
 from jit_kernel.flash_attention_v3 import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from jit_kernel.integrations import told
 from jit_kernel.integrations.transformers.layouts import Ragged
@@ -20,7 +21,7 @@ _WITHOUT_EFFECT = frozenset(
     {"position_ids", "cache_position", "use_cache", "return_dict", "output_hidden_states", "logits_to_keep"}
     | {"num_items_in_batch", "deterministic", "output_router_logits", "return_loss"}
     # Of continuous batching: what its cache has done by now.
-    | {"cache", "read_index", "write_index", "logits_indices", "logits_processor_args"}
+    | {"read_index", "write_index", "logits_indices", "logits_processor_args"}
 )
 
 
@@ -37,28 +38,33 @@ def attention(
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
-    cu_seq_lens_k: Tensor | None = None,
+    cu_seq_lens_k: Tensor | dict[str, Tensor] | None = None,
     max_length_q: int | Tensor | None = None,
-    max_length_k: int | Tensor | None = None,
+    max_length_k: int | Tensor | dict[str, int] | None = None,
+    cache: Any = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """One layer's attention: query (b, hq, sq, d), key and value (b, hk, sk, d or dv) to (b, sq, hq, dv).
 
     softcap: of the scores. s_aux: (hq,) sinks. A model that makes no mask (vision encoders) has is_causal, else
     the module's, for more than one query, and sliding_window. cu_seq_lens_q, cu_seq_lens_k (sequences + 1,): sequences
-    packed end to end. Rows of padding get what they see of their sequence where it lies before them, else 0.
+    packed end to end. cache: of continuous batching; while cu_seq_lens_k is still a dict by kind of layer, as in
+    transformers 5.23, this layer's keys and values are written to it here.
+    Rows of padding get what they see of their sequence where it lies before them, else 0.
     Raises NotImplementedError for dropout, attention weights, position biases, and every argument unknown here.
     """
+    if isinstance(cu_seq_lens_k, dict):
+        key, value, cu_seq_lens_k, max_length_k = _cached(
+            module, key, value, cache, {**others, "cu_seq_lens_k": cu_seq_lens_k, "max_length_k": max_length_k}
+        )
     _refuse(dropout, attention_mask, others)
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     packed = cu_seq_lens_q is not None and cu_seq_lens_k is not None
     mask = attention_mask
     if mask is None:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         mask = _unmasked(q, k, bool(causal) and (packed or q.shape[1] > 1), sliding_window)
-    sinks = s_aux
-    if sinks is not None and sinks.dtype != q.dtype:
-        sinks = sinks.float()
+    sinks = s_aux if s_aux is None or s_aux.dtype == q.dtype else s_aux.float()
     settings: Settings = {
         "softmax_scale": scaling,
         "causal": mask.causal,
@@ -68,22 +74,50 @@ def attention(
         "sinks": sinks,
     }
     if packed:
-        assert cu_seq_lens_q is not None and cu_seq_lens_k is not None
-        if mask.padded:
-            raise NotImplementedError("cu_seq_lens_q stands beside an attention_mask with padding; give one of them")
         lengths = tuple(n if isinstance(n, int) else None for n in (max_length_q, max_length_k))
-        found = _ragged(q, k, v, Ragged(None, cu_seq_lens_q, None, cu_seq_lens_k, *lengths), settings)
+        found = _packed(q, k, v, mask, (cu_seq_lens_q, cu_seq_lens_k), lengths, settings)
     elif mask.bits is not None and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         return _by_sdpa(query, key, value, mask, settings), None
     else:
-        found = _with_layout(q, k[:, : mask.keys], v[:, : mask.keys], mask, settings)
+        if k.shape[1] != mask.keys:
+            k, v = k[:, : mask.keys], v[:, : mask.keys]
+        found = _with_layout(q, k, v, mask, settings)
     told.served(HOST)
     return found, None
 
 
+def _cached(
+    module: torch.nn.Module, key: Tensor, value: Tensor, cache: Any, paged: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor, int | Tensor | None]:
+    """(key, value, cu_seq_lens_k, max_length_k) of a layer, with what continuous batching's cache holds of them.
+
+    paged: the arguments that the cache reads, and in which it writes this layer's lengths.
+    """
+    if not callable(getattr(cache, "update", None)):
+        raise TypeError(
+            f"cache is {type(cache).__name__}; beside a cu_seq_lens_k by kind of layer it must be the cache of "
+            "continuous batching, which has update()"
+        )
+    key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=paged)
+    return key, value, paged["cu_seq_lens_k"], paged["max_length_k"]
+
+
+def _packed(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, offsets: tuple[Any, Any], longest: tuple[Any, ...], settings: Settings
+) -> Tensor:
+    """Sequences packed end to end by cu_seq_lens_q and cu_seq_lens_k; the mask gives its settings alone."""
+    if mask.padded:
+        raise NotImplementedError("cu_seq_lens_q stands beside an attention_mask with padding; give one of them")
+    if mask.bits is not None:
+        raise NotImplementedError(
+            "cu_seq_lens_q stands beside a mask that is neither causal nor a window; give one of them"
+        )
+    return _ragged(q, k, v, Ragged(None, offsets[0], None, offsets[1], *longest), settings)
+
+
 def _unmasked(q: Tensor, k: Tensor, causal: bool, sliding_window: int | None) -> Mask:
     """The mask of a model that makes none; sliding_window counts the token itself, on either side."""
-    window = (-1, -1)
+    window = UNBOUNDED
     if sliding_window is not None:
         window = (sliding_window - 1, 0 if causal else sliding_window - 1)
     return Mask(q.shape[1], k.shape[1], causal, window)
@@ -96,9 +130,12 @@ def _with_layout(q: Tensor, k: Tensor, v: Tensor, mask: Mask, settings: Settings
             out = out + _ragged(q, k, v, mask.behind, {**settings, "causal": False})
         return out
     if mask.bits is not None or mask.leftpad is not None or mask.lengths is not None or _continues(q, mask):
+        lengths: Tensor | int | None = mask.lengths
+        if lengths is None and k.shape[1] != mask.keys:  # a number costs a tensor and the slower way to a kernel
+            lengths = mask.keys
         found = flash_attn_with_kvcache(
             q, k, v,
-            cache_seqlens=mask.keys if mask.lengths is None else mask.lengths,
+            cache_seqlens=lengths,
             cache_leftpad=mask.leftpad,
             draft_mask=mask.bits,
             **settings,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function
 
+from jit_kernel.fa3.call import UNBOUNDED
 from jit_kernel.fa3.checks import plain
 from jit_kernel.integrations.transformers.layouts import (
     Ragged,
@@ -24,7 +25,7 @@ from jit_kernel.integrations.transformers.layouts import (
     padded_rows,
     rows_behind,
 )
-from jit_kernel.integrations.transformers.recognise import UNBOUNDED, UNKNOWN, Kind, evaluate, recognise
+from jit_kernel.integrations.transformers.recognise import UNKNOWN, Kind, evaluate, recognise
 
 
 class NoBackendError(NotImplementedError, AttributeError):

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from transformers import __version__
 
+from jit_kernel.fa3.call import UNBOUNDED  # the very tuple by which a call is known not to need a check
+
 try:
     from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 except ImportError as error:
     raise ImportError(f"transformers is {__version__}; jit_kernel works with 5.4 and newer") from error
-
-UNBOUNDED = (-1, -1)
 
 
 @dataclass(frozen=True)

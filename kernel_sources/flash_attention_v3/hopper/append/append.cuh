@@ -4,6 +4,7 @@
 
 #include "flash_attention_v3/hopper/append/place.cuh"
 #include "flash_attention_v3/hopper/append/rotary.cuh"
+#include "jit_kernel/cuda/overlap.cuh"
 
 namespace jit_kernel::hopper {
 
@@ -84,12 +85,12 @@ __device__ __forceinline__ void append_rows(const AppendParams& params, unsigned
 
 }  // namespace jit_kernel::hopper
 
-// The kernel of a variant. A kernel that was launched to overlap may begin once all blocks run; it
-// must wait (griddepcontrol.wait) before it reads what they write.
+// The kernel of a variant.
 #define JIT_KERNEL_EXPORT_APPEND(element, threads)                                             \
   static_assert(threads == jit_kernel::hopper::kAppendThreads, "what the launcher counts on"); \
   extern "C" __global__ void __launch_bounds__(threads)                                        \
       append(const __grid_constant__ jit_kernel::hopper::AppendParams params) {                \
-    asm volatile("griddepcontrol.launch_dependents;");                                         \
+    jit_kernel::wait_for_previous_kernel();                                                    \
+    jit_kernel::let_next_kernel_start();                                                       \
     jit_kernel::hopper::append_rows<jit_kernel::element>(params, blockIdx.x, threadIdx.x);     \
   }

@@ -7,19 +7,33 @@ namespace jit_kernel::hopper {
 constexpr int kDecodeKeys = 64;      // keys of a block: the rows of one wgmma
 constexpr int kDecodePanel = 64;     // columns of a panel: 128 bytes, the widest swizzle
 constexpr int kDecodeItemSlots = 2;  // items that the producer may be ahead
+constexpr int kMostSharedBytes = 227 * 1024;
 constexpr int kClusterParts =
     8;  // thread blocks that share one sequence's keys, where those are few
 constexpr int kPartialsPerBlock = 2;  // a block's run of work is cut at most at both of its ends
+// Fixed ranges: a sequence of more blocks has twice as many, and one of more query rows wide ones,
+// whose results take as long to keep as keys to read.
+constexpr int kBlocksOfShort = 128;
+constexpr int kRowsOfNarrowRange = 32, kBlocksOfWideRange = 16;
 
 // A sequence, and the blocks of its keys that are this part's.
 struct DecodeItem {
   int batch;  // -1 ends them
   int len_q, offset_q;
-  int len_k, leftpad;          // key j is row leftpad + j of the cache
-  int low, high;               // rows of the cache that some query sees
-  int block_begin, block_end;  // blocks of kDecodeKeys rows of the cache
-  int first_part, parts;       // the parts that share the item; 1: it is whole
-  int is_first;                // of a shared item: whether it begins in this part
+  int len_k, leftpad;  // key j is row leftpad + j of the cache
+  int low, high;       // rows of the cache that some query sees
+  // Blocks of kDecodeKeys rows of the cache, of each of two streams of one head: every second one,
+  // or a range. Of two heads, or of one stream, the first numbers hold; the last end is the item's.
+  int begin[2], end[2];
+  int first_part, parts;  // the parts that share the item; 1: it is whole
+  short is_first;         // of a shared item: whether it begins in this part
+  // An item of a call with fixed ranges is one range of a sequence, or a cluster's part of them.
+  // first_part: where the ranges of a sequence meet that several parts share; is_first: whether
+  // the first one is this part's.
+  short range, ranges;  // which one it is, of how many; no ranges: the call's splits are free
+  short before;         // how many of the sequence's ranges this part has had
+  short arrivals;       // of this part's last range of the sequence: how many it has, else 0
+  short merge_from;     // the last range of the first part, whose result is that of all up to it
 };
 
 // A packed query row: which query it is and the rows of the cache that it sees.
@@ -55,21 +69,51 @@ struct DecodeConfig {
   static constexpr int kFitting = kRoom / kBytesTile;
   static constexpr int kStages = kFitting > 10 ? 10 : kFitting;
   static constexpr int kOffsetStatistics = kOffsetTiles + kStages * kBytesTile;
-  static constexpr int kBytesStatistics = 6 * kRows * 4;
+  static constexpr int kBytesStatistics = 7 * kRows * 4;
   static constexpr int kOffsetQueries = kOffsetStatistics + kStreams * kBytesStatistics;
   static constexpr int kOffsetItem = kOffsetQueries + kStreams * kRows * 16;
-  static constexpr int kOffsetBarriers = kOffsetItem + kDecodeItemSlots * 64;
-  static constexpr int kBarriers = 2 * kStages + 2 * kDecodeItemSlots;
-  static constexpr int kSharedBytes = kOffsetBarriers + kBarriers * 8;
+  static constexpr int kBytesItem = 64;
+  static constexpr int kOffsetBarriers = kOffsetItem + kDecodeItemSlots * kBytesItem;
+  static constexpr int kBarriers = 2 * kStages + 2 * kDecodeItemSlots + 1;
+  static constexpr int kOffsetBehind = (kOffsetBarriers + kBarriers * 8 + 15) / 16 * 16;
+
+  // The result of the ranges before, of a call with fixed ranges: behind all else where there is
+  // room, else in the launch's memory for partial results.
+  static constexpr int kBytesKept = kRows * kHeadDim * 4;  // of a stream
+  static constexpr bool kKeepsInShared = kOffsetBehind + kStreams * kBytesKept <= kMostSharedBytes;
+
+  // In the same place what the blocks of a cluster send each other, four numbers of a row with
+  // their reference and sum: of each block, or, of fixed ranges, of each of its streams. Without
+  // room among the tiles, behind the streams' own results.
+  static constexpr int kQuadsOfBlock = kRows * kHeadDim / 4 / kClusterParts;
+  static constexpr int kBytesOfQuad = 24;
+  static constexpr int kBytesOfSlot = kQuadsOfBlock * kBytesOfQuad;
+  static constexpr bool kRoomForRanges =
+      kOffsetBehind + kStreams * kClusterParts * kBytesOfSlot <= kMostSharedBytes;
+  static constexpr int kSlots = (kRoomForRanges ? kStreams : 1) * kClusterParts;
+  static constexpr int kBytesIncoming = kSlots * kBytesOfSlot;
+  static constexpr bool kRoomForIncoming = kOffsetBehind + kBytesIncoming <= kMostSharedBytes;
+  static constexpr int kBytesResults = kStreams * kRows * kHeadDim * 4;
+  static constexpr int kOffsetIncoming =
+      kRoomForIncoming ? kOffsetBehind : kOffsetTiles + kBytesResults;
+  static constexpr int kOffsetEnds = kOffsetIncoming + kSlots * kQuadsOfBlock * 16;
+
+  static constexpr int kBytesBehind[] = {kKeepsInShared ? kStreams * kBytesKept : 0,
+                                         kRoomForIncoming ? kBytesIncoming : 0};
+  static constexpr int kSharedBytes =
+      kOffsetBehind + (kBytesBehind[0] > kBytesBehind[1] ? kBytesBehind[0] : kBytesBehind[1]);
   static constexpr int kPartialFloats = kRows * (kHeadDim + 2);
 
   static_assert(kStreams == 1 ||
                     kProducerRegisters + 2 * kConsumerRegisters <= 3 * (65536 / 384 / 8 * 8),
                 "no more registers than the block has at its start");
-  static_assert(sizeof(DecodeItem) <= 64, "an item has 64 bytes of shared memory");
+  static_assert(sizeof(DecodeItem) <= kBytesItem, "an item has its place in shared memory");
   static_assert(kRows % 8 == 0 && kRows <= 64, "columns of one wgmma");
   static_assert(kHeadDim % kDecodePanel == 0, "head sizes are padded to a panel");
   static_assert(kStages >= 3, "keys and values of a block, and something on its way");
+  static_assert(kOffsetIncoming + kBytesIncoming <=
+                    (kRoomForIncoming ? kSharedBytes : kOffsetStatistics),
+                "results and what others send lie where the tiles did");
   static_assert(kSharedBytes <= 227 * 1024, "a block of sm_90 has 227 KiB of shared memory");
 };
 

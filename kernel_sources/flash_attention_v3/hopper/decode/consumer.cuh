@@ -5,7 +5,7 @@
 // an eighth of what a 64-row tile of queries would.
 #pragma once
 
-#include "flash_attention_v3/hopper/decode/epilogue.cuh"
+#include "flash_attention_v3/hopper/decode/merge.cuh"
 #include "flash_attention_v3/hopper/decode/schedule.cuh"
 
 namespace jit_kernel::hopper {
@@ -194,10 +194,17 @@ struct DecodeConsumer {
     }
   }
 
+  // Whether every query sees all keys of a block. Looked up for each, since registers are scarce,
+  // and before the wait for its keys.
+  __device__ __forceinline__ bool all_see(const DecodeItem& item, int row) const {
+    if (row < shared.query(stream, C::kRows - 1)->low) return false;
+    return row + kDecodeKeys <= shared.query(stream, 0)->high && !has_drafts(item, row);
+  }
+
   // is_first: no query has a reference yet.
-  __device__ __forceinline__ void run_block(const DecodeItem& item, int block, int every_low,
-                                            int every_high, bool is_first) {
+  __device__ __forceinline__ void run_block(const DecodeItem& item, int block, bool is_first) {
     const int row = block * kDecodeKeys;
+    const bool masks = !all_see(item, row);
     wait_tile();
     if (params.box_rows == 0) proxy_fence();
     multiply_scores();
@@ -205,7 +212,7 @@ struct DecodeConsumer {
 #pragma unroll
       for (float& score : scores) score = tanh_fast(score * params.softcap_scale);
     }
-    if (row < every_low || row + kDecodeKeys > every_high) mask_scores_of(item, row);
+    if (masks) mask_scores_of(item, row);
     const float scale = params.scale_log2;
     // Finite: a first key is above a reference of -inf by any threshold but an infinite one.
     const float threshold = fminf(kRescaleThreshold / scale, kLargestFloat);
@@ -243,39 +250,42 @@ struct DecodeConsumer {
     }
   }
 
-  // The other stream has the item's last block.
-  __device__ __forceinline__ void pass_block() {
+  // The other stream has blocks where this one has none: `block` would be its next one.
+  __device__ __forceinline__ void pass_blocks(const DecodeItem& item, int block, int step) {
+    const int end = item.end[0] + item.begin[stream] - item.begin[0];
+#pragma unroll 1
+    for (; block < end; block += step) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      wait_tile();
-      release_tile();
+      for (int i = 0; i < 2; ++i) {
+        wait_tile();
+        release_tile();
+      }
     }
   }
 
   __device__ __forceinline__ void run_item(const DecodeItem& item) {
-    find_queries(item);
-    load_queries(item);
+    const bool in_turns = C::kStreams == 2 && params.heads_of_block == 1;
+    // Streams that are joined overwrite the queries of the range before.
+    if (in_turns || uniform(item.before) == 0) {
+      find_queries(item);
+      load_queries(item);
+    }
     start_queries<C>(softmax);
 #pragma unroll
     for (int panel = 0; panel < C::kPanels; ++panel) {
 #pragma unroll
       for (float& value : output[panel]) value = 0.f;
     }
-    // Rows of the cache that every query sees.
-    const int every_low = uniform(shared.query(stream, C::kRows - 1)->low);
-    int every_high = shared.query(stream, 0)->high;
-    if (params.draft_mask != nullptr) {
-      every_high = min(every_high, item.leftpad + item.len_k - 32 * params.draft_words);
-    }
-    every_high = uniform(every_high);
-    const bool in_turns = C::kStreams == 2 && params.heads_of_block == 1;
-    const int step = in_turns ? 2 : 1, first = in_turns ? stream : 0;
-    int block = item.block_begin + first;
+    const int turn = in_turns ? stream : 0;
+    const int step = in_turns && item.begin[1] - item.begin[0] == 1 ? 2 : 1;
+    int block = item.begin[turn];
+    bool is_first = true;
 #pragma unroll 1
-    for (; block < item.block_end; block += step) {
-      run_block(item, block, every_low, every_high, block == item.block_begin + first);
+    for (; block < item.end[turn]; block += step) {
+      run_block(item, block, is_first);
+      is_first = false;
     }
-    if (block - first < item.block_end) pass_block();
+    if (in_turns) pass_blocks(item, block, step);
     gather_statistics<C>(shared, stream, softmax, params.scale_log2);
     if (params.in_clusters) {
       merge_in_cluster<C>(params, item, shared, stream, part, output);
@@ -296,13 +306,28 @@ struct DecodeConsumer {
   }
 
   __device__ __forceinline__ void finish(const DecodeItem& item) {
+    const bool of_ranges = item.ranges > 0;
+    if (of_ranges && item.is_first) {
+      // Up to its first range's part a sequence's ranges are joined here, one after the other.
+      float* const kept = kept_of<C>(params, shared, stream, part, head);
+      if (item.range > 0) join_kept<C>(shared, stream, kept, output);
+      if (item.arrivals == 0) {
+        keep<C>(shared, stream, kept, output);
+        return;
+      }
+    }
     if (item.parts == 1) {
       store_rows<C>(params, item, shared, stream, output);
       return;
     }
-    store_partial<C>(shared, stream, partial_of<C>(params, part, head, item.is_first), output);
+    store_partial<C>(shared, stream,
+                     of_ranges ? range_of<C>(params, item, item.range, head)
+                               : partial_of<C>(params, part, head, item.is_first),
+                     output);
+    if (of_ranges && item.arrivals == 0) return;
     int* const answer = reinterpret_cast<int*>(shared.factors(stream));
-    if (arrive_last(params, item, head, stream, answer)) {
+    if (arrive_last(params, item, of_ranges ? item.arrivals : 1,
+                    of_ranges ? item.ranges : item.parts, head, stream, answer)) {
       merge_parts<C>(params, item, shared, stream, head);
     }
   }
@@ -313,7 +338,7 @@ struct DecodeConsumer {
       const DecodeItem& item = *shared.item(item_at.stage());
       if (uniform(item.batch) < 0) return;
       run_item(item);
-      release(shared.item_empty(item_at.stage()));
+      mbarrier_arrive(shared.item_empty(item_at.stage()));  // every lane has read the item
       item_at.advance();
     }
   }

@@ -6,8 +6,24 @@
 #include "flash_attention_v3/hopper/decode/config.h"
 #include "flash_attention_v3/hopper/decode/consumer.cuh"
 #include "flash_attention_v3/hopper/decode/producer.cuh"
+#include "jit_kernel/cuda/overlap.cuh"
 
 namespace jit_kernel::hopper {
+
+// A thread each: tiles become full and empty, then items; what the cluster sends is here.
+template <class C>
+__device__ __forceinline__ void initialise_barrier(const DecodeShared<C>& shared, int index,
+                                                   bool by_boxes) {
+  constexpr int kItems = 2 * C::kStages, kIncoming = C::kBarriers - 1;
+  if (index >= C::kBarriers) return;
+  const int arrivals = index < C::kStages                  ? (by_boxes ? 1 : 128)
+                       : index < kItems                    ? 4 * C::kStreams
+                       : index < kItems + kDecodeItemSlots ? 1
+                       : index < kIncoming                 ? 128 * C::kStreams
+                                                           : 1;
+  mbarrier_init(shared.barrier(index), arrivals);
+  mbarrier_init_fence();
+}
 
 template <class C>
 __device__ __forceinline__ void decode(const DecodeParams& params, char* base) {
@@ -15,19 +31,34 @@ __device__ __forceinline__ void decode(const DecodeParams& params, char* base) {
   // Neighbouring blocks, or clusters, are the key heads of the same tokens.
   const int part = params.in_clusters ? blockIdx.x : blockIdx.y;
   const int head = (params.in_clusters ? blockIdx.y : blockIdx.x) * params.heads_of_block;
-  const bool by_boxes = params.box_rows > 0;
-  if (threadIdx.x >= 128) {
-    const int index = threadIdx.x - 128;
-    if (index < C::kBarriers) {
-      // Tiles become full and empty, then items.
-      const int arrivals = index < C::kStages                          ? (by_boxes ? 1 : 128)
-                           : index < 2 * C::kStages                    ? 4 * C::kStreams
-                           : index < 2 * C::kStages + kDecodeItemSlots ? 1
-                                                                       : 4 * C::kStreams;
-      mbarrier_init(shared.barrier(index), arrivals);
-      mbarrier_init_fence();
+  const bool by_boxes = params.box_rows > 0, consumes = threadIdx.x >= 128;
+  if (consumes) {
+    initialise_barrier<C>(shared, threadIdx.x - 128, by_boxes);
+  } else if (by_boxes && threadIdx.x < 2) {
+    tma_prefetch_descriptor(threadIdx.x == 0 ? &params.k.map : &params.v.map);
+  }
+  if (params.in_clusters) {
+    cluster_arrive();
+    if (threadIdx.x / 32 == 3) prefetch_places(params, blockIdx.z, part);
+  }
+  // All that another kernel writes is read behind this, lengths before the barriers are made.
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  EarlyPlaces early;
+  DecodeSchedule schedule(params);
+  DecodeItem item;
+  bool found = false;
+  if (!consumes) {
+    if (params.in_clusters && by_boxes) early.ask(params, blockIdx.z);
+    if (__builtin_expect(params.in_clusters, 1)) {
+      found = item_of_cluster(params, blockIdx.z, part, item);
+    } else {
+      schedule.start(part);
+      found = schedule.next(item);
     }
-    __syncthreads();
+  }
+  __syncthreads();
+  if (consumes) {
     if constexpr (C::kStreams == 2) raise_registers<C::kConsumerRegisters>();
     const int stream = uniform(threadIdx.x / 128 - 1);
     DecodeConsumer<C> consumer{params, shared, stream,
@@ -35,25 +66,13 @@ __device__ __forceinline__ void decode(const DecodeParams& params, char* base) {
     consumer.run();
     return;
   }
-  if (by_boxes && threadIdx.x < 2) {
-    tma_prefetch_descriptor(threadIdx.x == 0 ? &params.k.map : &params.v.map);
-  }
-  if (params.in_clusters && threadIdx.x >= 96) prefetch_places(params, blockIdx.z);
-  // Lengths are on their way while the barriers are made.
-  DecodeSchedule schedule(params);
-  DecodeItem item;
-  bool found;
-  if (params.in_clusters) {
-    found = item_of_cluster(params, blockIdx.z, part, item);
-  } else {
-    schedule.start(part);
-    found = schedule.next(item);
-  }
-  __syncthreads();
   if constexpr (C::kStreams == 2) lower_registers<C::kProducerRegisters>();
+  if (!by_boxes || static_cast<int>(threadIdx.x) < 32 * max(2, params.copy_warps)) {
+    produce_items<C>(params, shared, schedule, item, found, head, early);
+  }
+  // Behind the loads, in the kernel's code as well: instructions come from memory, too.
   if (params.clear_rest && threadIdx.x >= 96) clear_other_rows(params);
-  if (by_boxes && static_cast<int>(threadIdx.x) >= 32 * max(2, params.copy_warps)) return;
-  produce_items<C>(params, shared, schedule, item, found, head);
+  if (params.in_clusters) cluster_wait();
 }
 
 }  // namespace jit_kernel::hopper

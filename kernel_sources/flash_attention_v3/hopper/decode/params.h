@@ -28,7 +28,7 @@ struct DecodeParams {
   const int* cache_batch_idx;
   const int* cache_leftpad;
   const int* draft_mask;  // null when there is none
-  float* partials;        // one slot for each cut end of a part
+  float* partials;        // slots for partial results, as partial_of and range_of find them
   int* counters;          // one for each part and head, zero before and after each launch
   long long q_batch_stride, q_row_stride, q_head_stride;
   long long out_batch_stride, out_row_stride, out_head_stride;
@@ -43,12 +43,15 @@ struct DecodeParams {
   int parts;           // thread blocks for each of them
   int in_clusters;  // a cluster of kClusterParts blocks for each sequence and key heads of a block
   unsigned parts_multiplier, parts_shift;
-  int place_rows;             // rows of a place: of a page, or of a cache entry
-  int box_rows;               // rows of a box of the copy engine; 0: threads load
-  int box_panels;             // and its panels, of one head or of two
-  int boxes_log2;             // boxes of rows of a stage
-  int copies;                 // boxes of a stage
-  int copy_warps;             // warps that ask for them
+  int ranges_log2;   // fixed ranges: 2^ranges_log2 of a short sequence at most; 0: free splits
+  int range_blocks;  // a range has at least so many blocks
+  int range_slots;   // slots of a sequence whose ranges several parts share
+  int place_rows;    // rows of a place: of a page, or of a cache entry
+  int box_rows;      // rows of a box of the copy engine; 0: threads load
+  int box_panels;    // and its panels, of one head or of two
+  int boxes_log2;    // boxes of rows of a stage
+  int copies;        // boxes of a stage
+  int copy_warps;    // warps that ask for them
   unsigned long long policy;  // of the L2 cache
   int draft_words;
   float scale_log2;  // scores to exponents of 2: softmax_scale * log2(e), with softcap: softcap *

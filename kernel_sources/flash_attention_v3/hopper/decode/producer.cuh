@@ -32,36 +32,80 @@ struct CachePlaces {
   }
 };
 
-// One warp: the first 1,024 entries of a sequence's row of the page table into the L2 cache, while
-// its length, which says how many of them there are, is on its way. What they hold is not looked
-// at.
-__device__ __forceinline__ void prefetch_places(const DecodeParams& params, int batch) {
+// One warp of each block of a cluster: the first 8,192 entries of a sequence's row of the page
+// table, 1,024 a block, into the L2 cache, while its length, which says how many of them there are,
+// is on its way. What they hold is not looked at.
+__device__ __forceinline__ void prefetch_places(const DecodeParams& params, int batch, int part) {
   if (params.page_table == nullptr || params.cache_batch_idx != nullptr) return;
-  const int entry = threadIdx.x % 32 * 32;  // the first of 128 bytes
+  const int entry = (part * 32 + threadIdx.x % 32) * 32;  // the first of 128 bytes
   if (entry >= divide(params.rows_k, params.place_multiplier, params.place_shift)) return;
   const int* const address = params.page_table + batch * params.page_table_stride + entry;
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address) : "memory");
 }
+
+// The first 64 places of a sequence's row of the page table, two a lane, asked for before
+// its length is known: else one would wait for the other.
+struct EarlyPlaces {
+  static constexpr int kOfLane = 2;
+  int places[kOfLane];
+  bool known = false;
+
+  __device__ __forceinline__ void ask(const DecodeParams& params, int batch) {
+    if (params.page_table == nullptr || params.cache_batch_idx != nullptr) return;
+    const int columns = divide(params.rows_k, params.place_multiplier, params.place_shift);
+    const int* const table = params.page_table + batch * params.page_table_stride;
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) {
+      const int column = 32 * i + threadIdx.x % 32;
+      places[i] = column < columns ? table[column] : 0;
+    }
+    known = true;
+  }
+
+  // By all lanes of a warp. Whether the place of a column is here, and which it is.
+  __device__ __forceinline__ bool find(int column, int& place) const {
+    if (!known) return false;
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) {
+      const int found = __shfl_sync(0xffffffffu, places[i], column % 32);
+      if (column / 32 == i) place = found;
+    }
+    return column < 32 * kOfLane;
+  }
+};
 
 template <class C>
 struct DecodeProducer {
   const DecodeParams& params;
   const DecodeShared<C> shared;
   const int head;  // the first of this block
+  const EarlyPlaces& early;
   RingPosition<C::kStages> at;
 
   // Blocks of keys in a stage: each stream's own of one head, or the same of two.
   __device__ __forceinline__ int blocks_of_stage() const {
     return params.heads_of_block == 1 ? C::kStreams : 1;
   }
+  // From the first block of a stage to that of the next one.
+  __device__ __forceinline__ int step_of(const DecodeItem& item) const {
+    return item.begin[1] - item.begin[0] > 1 ? 1 : blocks_of_stage();
+  }
+  // How far a row of a stage lies behind the stage's first block: the second stream's block may lie
+  // further behind than the next.
+  __device__ __forceinline__ int row_behind(const DecodeItem& item, int row) const {
+    return row + row / kDecodeKeys * (item.begin[1] - item.begin[0] - 1) * kDecodeKeys;
+  }
 
   // The place of a row's box; 0 for a box without a row that is seen, whose page is not looked up.
   __device__ __forceinline__ int place_of(const DecodeItem& item, const CachePlaces& places,
                                           int row) const {
-    return is_needed(item, row) ? places.place(row) : 0;
+    int place = 0;
+    const bool is_early = early.find(places.index(row), place);
+    if (!is_needed(item, row)) return 0;
+    return is_early ? place : places.place(row);
   }
   __device__ __forceinline__ bool is_needed(const DecodeItem& item, int row) const {
-    return row < min(item.high, item.block_end * kDecodeKeys) && row + params.box_rows > item.low;
+    return row < min(item.high, item.end[1] * kDecodeKeys) && row + params.box_rows > item.low;
   }
 
   // A lane knows the place of a box of rows, 32 of them in a line, and the 32 behind are on their
@@ -69,7 +113,6 @@ struct DecodeProducer {
   // after the other. The first warp alone where there are no more than four.
   __device__ __forceinline__ void load_boxes(const DecodeItem& item) {
     const int lane = threadIdx.x % 32;
-    const int blocks = blocks_of_stage();
     const int boxes = 1 << params.boxes_log2;  // 1 to 16
     const int copy = lane * params.copy_warps + threadIdx.x / 32;
     const int box = copy & (boxes - 1), panel = (copy >> params.boxes_log2) * params.box_panels;
@@ -80,23 +123,29 @@ struct DecodeProducer {
                        box * params.box_rows % kDecodeKeys * kDecodePanel * 2;
     const int column = panel % C::kPanels * kDecodePanel, of_head = head + panel / C::kPanels;
     const CachePlaces places(params, item.batch);
+    const int step = step_of(item);
+    // Rows behind a stage's first one: of this lane's copy, and of the box whose place it knows.
+    const int row_of_copy = row_behind(item, box * params.box_rows);
+    const int row_of_lane = (lane >> params.boxes_log2) * step * kDecodeKeys +
+                            row_behind(item, (lane & (boxes - 1)) * params.box_rows);
+    const int rows_of_line = (32 >> params.boxes_log2) * step * kDecodeKeys;
     int place = 0, next_place = 0;
     int ahead = 0;
 #pragma unroll 1
-    for (int block = item.block_begin; block < item.block_end; block += blocks) {
+    for (int block = item.begin[0]; block < item.end[0]; block += step) {
       const int first = block * kDecodeKeys;
       if (ahead == 0) {
-        const int row = first + lane * params.box_rows;
-        if (block == item.block_begin) next_place = place_of(item, places, row);
+        const int row = first + row_of_lane;
+        if (block == item.begin[0]) next_place = place_of(item, places, row);
         place = next_place;
-        next_place = place_of(item, places, row + 32 * params.box_rows);
+        next_place = place_of(item, places, row + rows_of_line);
         ahead = 32;
       }
-      const int row = first + box * params.box_rows;
+      const int row = first + row_of_copy;
       const int here = __shfl_sync(0xffffffffu, place, 32 - ahead + box);
       const bool loads = copy < params.copies && is_needed(item, row);
-      const unsigned needed = __ballot_sync(
-          0xffffffffu, lane < boxes && is_needed(item, first + lane * params.box_rows));
+      const unsigned needed =
+          __ballot_sync(0xffffffffu, lane < boxes && is_needed(item, first + row_of_lane));
       const int expected = __popc(needed) * (params.copies >> params.boxes_log2) * bytes;
       const int in_place = loads ? places.row_in_place(row) : 0;
 #pragma unroll 1
@@ -135,15 +184,16 @@ struct DecodeProducer {
   static_assert(kRowsOfWarp <= 32, "a lane knows one row");
 
   // This lane's row of a stage whose first block is `block`: its block there, and its row in it.
-  __device__ __forceinline__ int lane_row(int block) const {
+  __device__ __forceinline__ int lane_row(const DecodeItem& item, int block) const {
     const int in_stage = threadIdx.x / 32 * kRowsOfWarp + threadIdx.x % 32;
-    const int in_block = params.heads_of_block == 1 ? in_stage : in_stage % kDecodeKeys;
+    const int in_block =
+        params.heads_of_block == 1 ? row_behind(item, in_stage) : in_stage % kDecodeKeys;
     return block * kDecodeKeys + in_block;
   }
   __device__ __forceinline__ int find_row(const DecodeItem& item, const CachePlaces& places,
                                           int block) const {
-    const int row = lane_row(block);
-    const bool seen = row >= item.low && row < min(item.high, item.block_end * kDecodeKeys);
+    const int row = lane_row(item, block);
+    const bool seen = row >= item.low && row < min(item.high, item.end[1] * kDecodeKeys);
     return seen && threadIdx.x % 32 < kRowsOfWarp ? places.place(row) : -1;
   }
 
@@ -191,13 +241,13 @@ struct DecodeProducer {
   // The rows of two stages are found ahead.
   __device__ __forceinline__ void load_each_row(const DecodeItem& item) {
     const CachePlaces places(params, item.batch);
-    const int blocks = blocks_of_stage();
-    int place = find_row(item, places, item.block_begin);
-    int next = find_row(item, places, item.block_begin + blocks);
+    const int step = step_of(item);
+    int place = find_row(item, places, item.begin[0]);
+    int next = find_row(item, places, item.begin[0] + step);
 #pragma unroll 1
-    for (int block = item.block_begin; block < item.block_end; block += blocks) {
-      const int after = find_row(item, places, block + 2 * blocks);
-      const int in_place = places.row_in_place(lane_row(block));
+    for (int block = item.begin[0]; block < item.end[0]; block += step) {
+      const int after = find_row(item, places, block + 2 * step);
+      const int in_place = places.row_in_place(lane_row(item, block));
 #pragma unroll 1
       for (int i = 0; i < 2; ++i) {
         const DecodeRows& rows = i == 0 ? params.k : params.v;
@@ -215,8 +265,8 @@ template <class C>
 __device__ __forceinline__ void produce_items(const DecodeParams& params,
                                               const DecodeShared<C>& shared,
                                               DecodeSchedule& schedule, DecodeItem& item,
-                                              bool found, int head) {
-  DecodeProducer<C> producer{params, shared, head};
+                                              bool found, int head, const EarlyPlaces& early) {
+  DecodeProducer<C> producer{params, shared, head, early};
   RingPosition<kDecodeItemSlots> at;
 #pragma unroll 1
   while (true) {
@@ -232,7 +282,7 @@ __device__ __forceinline__ void produce_items(const DecodeParams& params,
       at.advance();
     }
     if (!found) return;
-    if (params.box_rows > 0) {
+    if (__builtin_expect(params.box_rows > 0, 1)) {
       if (static_cast<int>(threadIdx.x) < 32 * params.copy_warps) producer.load_boxes(item);
     } else {
       producer.load_each_row(item);

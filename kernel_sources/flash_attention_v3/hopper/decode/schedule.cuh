@@ -60,6 +60,17 @@ __device__ __forceinline__ SeenRows seen_rows(const DecodeParams& params, const 
   return seen;
 }
 
+// The blocks of a range, of a sequence of `rows` query rows that sees so many blocks. By these and
+// by what all calls of a model share, so that no other sequence has a say: few enough that a
+// multiprocessor has some share of a sequence that is alone, more where it is long.
+__device__ __forceinline__ unsigned blocks_of_range(const DecodeParams& params, int rows,
+                                                    unsigned blocks) {
+  const int log2 = params.ranges_log2 + (blocks > kBlocksOfShort);
+  const unsigned least =
+      max(params.range_blocks, rows > kRowsOfNarrowRange ? kBlocksOfWideRange : 1);
+  return max(least, (blocks + (1u << log2) - 1) >> log2);
+}
+
 // The only item of a block of a cluster; false where the sequence has no query.
 __device__ __forceinline__ bool item_of_cluster(const DecodeParams& params, int batch, int part,
                                                 DecodeItem& item) {
@@ -74,11 +85,21 @@ __device__ __forceinline__ bool item_of_cluster(const DecodeParams& params, int 
   item.high = seen.high;
   const int first = seen.low / kDecodeKeys;
   const int blocks = seen.high > seen.low ? seen.cost : 0;
-  item.block_begin = first + part * blocks / kClusterParts;
-  item.block_end = first + (part + 1) * blocks / kClusterParts;
+  item.begin[0] = first + part * blocks / kClusterParts;
+  item.begin[1] = item.begin[0] + 1;
+  item.end[0] = item.end[1] = first + (part + 1) * blocks / kClusterParts;
   item.first_part = 0;
   item.parts = 1;
-  item.is_first = 0;
+  item.is_first = item.ranges = item.before = 0;
+  if (params.ranges_log2 > 0) {
+    // A range each stream, of which a block has two.
+    const int size = static_cast<int>(blocks_of_range(params, of.len_q * params.group, seen.cost));
+    item.begin[0] = first + min(blocks, 2 * part * size);
+    item.begin[1] = item.begin[0] + size;
+    item.end[0] = first + min(blocks, (2 * part + 1) * size);
+    item.end[1] = first + min(blocks, (2 * part + 2) * size);
+    item.ranges = static_cast<short>(max(1, (blocks + size - 1) / size));
+  }
   return seen.cost > 0;
 }
 
@@ -97,58 +118,115 @@ class DecodeSchedule {
     // Equal runs, of which the first are one block longer.
     run_ = divide(total_, params_.parts_multiplier, params_.parts_shift);
     longer_ = total_ - run_ * params_.parts;
-    at_ = part * run_ + min(part, longer_);
+    at_ = begin_of(part);
     end_ = at_ + run_ + (part < longer_);
     if (params_.batch > 32) open(0);
   }
 
   // The next item of this part; false when there are no more.
   __device__ __forceinline__ bool next(DecodeItem& item) {
-    if (at_ >= end_) return false;
-    unsigned window = __reduce_add_sync(0xffffffffu, seen_.cost);
 #pragma unroll 1
-    while (at_ >= base_ + window) {
-      base_ += window;
-      open(first_ + 32);
-      window = __reduce_add_sync(0xffffffffu, seen_.cost);
-    }
-    const int lane = threadIdx.x % 32;
-    unsigned up_to = seen_.cost;
+    while (at_ < end_) {
+      unsigned window = __reduce_add_sync(0xffffffffu, seen_.cost);
+#pragma unroll 1
+      while (at_ >= base_ + window) {
+        base_ += window;
+        open(first_ + 32);
+        window = __reduce_add_sync(0xffffffffu, seen_.cost);
+      }
+      const int lane = threadIdx.x % 32;
+      unsigned up_to = seen_.cost;
 #pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const unsigned below = __shfl_up_sync(0xffffffffu, up_to, step);
-      if (lane >= step) up_to += below;
+      for (int step = 1; step < 32; step *= 2) {
+        const unsigned below = __shfl_up_sync(0xffffffffu, up_to, step);
+        if (lane >= step) up_to += below;
+      }
+      const int source = __popc(__ballot_sync(0xffffffffu, up_to <= at_ - base_));
+      const unsigned end = base_ + __shfl_sync(0xffffffffu, up_to, source);
+      const unsigned start = end - __shfl_sync(0xffffffffu, seen_.cost, source);
+      item.batch = first_ + source;
+      item.len_q = __shfl_sync(0xffffffffu, of_.len_q, source);
+      item.len_k = __shfl_sync(0xffffffffu, of_.len_k, source);
+      item.leftpad = __shfl_sync(0xffffffffu, of_.leftpad, source);
+      item.low = __shfl_sync(0xffffffffu, seen_.low, source);
+      item.high = __shfl_sync(0xffffffffu, seen_.high, source);
+      item.offset_q = params_.cu_seqlens_q != nullptr ? params_.cu_seqlens_q[item.batch] : 0;
+      const bool found =
+          params_.ranges_log2 > 0 ? set_range(item, start, end) : set_run(item, start, end);
+      if (found) return true;
     }
-    const int source = __popc(__ballot_sync(0xffffffffu, up_to <= at_ - base_));
-    const unsigned end = base_ + __shfl_sync(0xffffffffu, up_to, source);
-    const unsigned start = end - __shfl_sync(0xffffffffu, seen_.cost, source);
-    item.batch = first_ + source;
-    item.len_q = __shfl_sync(0xffffffffu, of_.len_q, source);
-    item.len_k = __shfl_sync(0xffffffffu, of_.len_k, source);
-    item.leftpad = __shfl_sync(0xffffffffu, of_.leftpad, source);
-    item.low = __shfl_sync(0xffffffffu, seen_.low, source);
-    item.high = __shfl_sync(0xffffffffu, seen_.high, source);
-    item.offset_q = params_.cu_seqlens_q != nullptr ? params_.cu_seqlens_q[item.batch] : 0;
+    return false;
+  }
+
+ private:
+  // The blocks from at_ to `stop` of the sequence from `start` on.
+  __device__ __forceinline__ void set_blocks(DecodeItem& item, unsigned start, unsigned stop) {
     const int first_block = item.low / kDecodeKeys;
-    item.block_begin = first_block + static_cast<int>(at_ - start);
-    item.block_end = item.high > item.low ? first_block + static_cast<int>(min(end_, end) - start)
-                                          : item.block_begin;
+    item.begin[0] = first_block + static_cast<int>(at_ - start);
+    item.begin[1] = item.begin[0] + 1;
+    item.end[0] = item.end[1] =
+        item.high > item.low ? first_block + static_cast<int>(stop - start) : item.begin[0];
+    at_ = stop;
+  }
+
+  // What is left of the run, of the sequence from `start` to `end`.
+  __device__ __forceinline__ bool set_run(DecodeItem& item, unsigned start, unsigned end) {
     item.is_first = at_ == start;
     item.first_part = 0;
     item.parts = 1;
+    item.ranges = item.before = 0;
     if (start < at_ || end > end_) {
       item.first_part = part_of(start);
       item.parts = part_of(end - 1) - item.first_part + 1;
     }
-    at_ = min(end_, end);
+    set_blocks(item, start, min(end_, end));
     return true;
   }
 
- private:
+  // The next range of the sequence from `start` to `end`; false, and on to the next sequence, where
+  // none is left for this part.
+  __device__ __forceinline__ bool set_range(DecodeItem& item, unsigned start, unsigned end) {
+    const unsigned size = blocks_of_range(params_, item.len_q * params_.group, end - start);
+    const unsigned ranges = (end - start + size - 1) / size;
+    // A range belongs to the part whose run has its middle. How many do before that of a run that
+    // ends at a block:
+    const auto ranges_before = [&](unsigned block) {
+      return block >= end ? ranges : (block - start + (size - 1) / 2) / size;
+    };
+    const unsigned range = ranges_before(at_), behind = ranges_before(end_);
+    if (range >= behind) {
+      at_ = end;
+      return false;
+    }
+    const unsigned first = ranges_before(max(start, begin_of(blockIdx.y)));
+    item.range = static_cast<short>(range);
+    item.ranges = static_cast<short>(ranges);
+    item.is_first = first == 0;
+    item.before = static_cast<short>(range - first);
+    item.arrivals = range + 1 == behind ? static_cast<short>(behind - first) : 0;
+    item.first_part = 0;
+    item.parts = 1;
+    item.merge_from = 0;
+    if (behind - first < ranges) {
+      const unsigned first_part = part_of(min(start + size / 2, end - 1));
+      item.parts = 2;  // or more
+      item.first_part = params_.batch < params_.parts ? item.batch : static_cast<int>(first_part);
+      item.merge_from = static_cast<short>(ranges_before(begin_of(first_part + 1)) - 1);
+    }
+    at_ = start + range * size;
+    set_blocks(item, start, min(at_ + size, end));
+    return true;
+  }
+
+  // Where a part's run of blocks begins.
+  __device__ __forceinline__ unsigned begin_of(unsigned part) const {
+    return part * run_ + min(part, longer_);
+  }
+
   __device__ __forceinline__ unsigned part_of(unsigned block) const {
     const unsigned in_longer = longer_ * (run_ + 1);
-    if (block < in_longer) return block / (run_ + 1);
-    return longer_ + (block - in_longer) / run_;
+    const bool longer = block < in_longer;  // one division for both: it is 20 instructions
+    return (longer ? 0 : longer_) + (block - (longer ? 0 : in_longer)) / (run_ + longer);
   }
 
   // This lane's sequence of the 32 from `first` on.

@@ -25,11 +25,25 @@ struct DecodeShared {
   }
   __device__ float* references(int stream) const { return statistics(stream, 4); }
   __device__ float* factors(int stream) const { return statistics(stream, 5); }
+  // Of the ranges before: the factors' place, which their sequence's end alone needs, and one more.
+  __device__ float* kept_references(int stream) const { return statistics(stream, 5); }
+  __device__ float* kept_sums(int stream) const { return statistics(stream, 6); }
+  __device__ float* kept(int stream) const {
+    return reinterpret_cast<float*>(base + C::kOffsetBehind + stream * C::kBytesKept);
+  }
   __device__ DecodeQuery* query(int stream, int index) const {
     return reinterpret_cast<DecodeQuery*>(base + C::kOffsetQueries) + stream * C::kRows + index;
   }
   __device__ DecodeItem* item(int slot) const {
-    return reinterpret_cast<DecodeItem*>(base + C::kOffsetItem + slot * 64);
+    return reinterpret_cast<DecodeItem*>(base + C::kOffsetItem + slot * C::kBytesItem);
+  }
+  // What the cluster's blocks send to this one, a slot each or a slot each range: quads of results,
+  // then a reference and a sum for each.
+  __device__ float4* incoming_quads(int slot) const {
+    return reinterpret_cast<float4*>(base + C::kOffsetIncoming) + slot * C::kQuadsOfBlock;
+  }
+  __device__ float2* incoming_ends(int slot) const {
+    return reinterpret_cast<float2*>(base + C::kOffsetEnds) + slot * C::kQuadsOfBlock;
   }
   __device__ u32 barrier(int index) const { return address(C::kOffsetBarriers + 8 * index); }
   __device__ u32 full(int stage) const { return barrier(stage); }
@@ -38,6 +52,7 @@ struct DecodeShared {
   __device__ u32 item_empty(int slot) const {
     return barrier(2 * C::kStages + kDecodeItemSlots + slot);
   }
+  __device__ u32 incoming_full() const { return barrier(C::kBarriers - 1); }
 };
 
 }  // namespace jit_kernel::hopper

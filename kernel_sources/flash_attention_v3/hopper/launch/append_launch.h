@@ -139,8 +139,8 @@ inline bool append(int64_t handle, tvm::ffi::TensorView q, MaybeTensor rotated,
   params.by_token = by_token;
   if (blocks == 0) return true;
   void* arguments[] = {&params};
-  cuda::KernelTable<cuda::Kernel>::get().at(handle).launch(q.device().device_id, {blocks},
-                                                           arguments);
+  cuda::KernelTable<cuda::Kernel>::get().at(handle).launch_overlapped(q.device().device_id,
+                                                                      {blocks}, 1, arguments);
   return true;
 }
 

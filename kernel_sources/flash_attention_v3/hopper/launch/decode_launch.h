@@ -1,7 +1,8 @@
 // The host side of the decode kernels.
 //
 //   load_decode(image, is_bf16, head_dim, rows, device) -> handle
-//   partial_floats(handle, device, heads_k, batch, sm_margin) -> room for partial results
+//   partial_floats(handle, device, heads_k, batch, rows_k, sm_margin, fixed_ranges) -> room for
+//   partial results
 //   decode(handle, tensors..., scalars...) -> kLaunched, or why it was not
 #pragma once
 
@@ -39,16 +40,19 @@ constexpr unsigned long long kReadNormally = 0x1000000000000000ull;
 // What the host must know of a variant.
 struct DecodeShape {
   int head_dim, rows, streams, threads, shared_bytes, partial_floats;
+  bool keeps_in_shared, room_for_ranges;
 };
 
 constexpr DecodeShape kDecodeShapes[] = {
-#define JIT_KERNEL_DECODE_SHAPE(head_dim, rows)      \
-  {head_dim,                                         \
-   rows,                                             \
-   DecodeConfig<void, head_dim, rows>::kStreams,     \
-   DecodeConfig<void, head_dim, rows>::kThreads,     \
-   DecodeConfig<void, head_dim, rows>::kSharedBytes, \
-   DecodeConfig<void, head_dim, rows>::kPartialFloats},
+#define JIT_KERNEL_DECODE_SHAPE(head_dim, rows)        \
+  {head_dim,                                           \
+   rows,                                               \
+   DecodeConfig<void, head_dim, rows>::kStreams,       \
+   DecodeConfig<void, head_dim, rows>::kThreads,       \
+   DecodeConfig<void, head_dim, rows>::kSharedBytes,   \
+   DecodeConfig<void, head_dim, rows>::kPartialFloats, \
+   DecodeConfig<void, head_dim, rows>::kKeepsInShared, \
+   DecodeConfig<void, head_dim, rows>::kRoomForRanges},
     JIT_KERNEL_DECODE_TILES(JIT_KERNEL_DECODE_SHAPE)
 #undef JIT_KERNEL_DECODE_SHAPE
 };
@@ -109,25 +113,55 @@ struct DecodeGrid {
   bool in_clusters;
 };
 
+// A longer table's rest is never reached: lengths are 32-bit numbers.
+constexpr int64_t kMostRows = 1 << 30;
+
 // A cluster is worth it up to so many rows of the cache for each one: 1 x 32k with 8 heads took 46
 // us in 8 clusters and 50 without.
 constexpr int64_t kRowsOfCluster = 4096;
 
+// The ranges that sequences are cut into where a call asks for the same bits whatever else is in
+// the batch: by what every call of a model has in common.
+struct DecodeRanges {
+  int most_log2 = 0;  // of a short sequence, to base 2; 0: the call did not ask
+  int blocks = 1;     // a range has at least so many
+
+  DecodeRanges() = default;
+  DecodeRanges(const DecodeShape& shape, int64_t heads_k) {
+    // A short sequence that is alone gives 64 blocks of two heads each a range, a long one 128.
+    most_log2 = heads_k >= 8 ? 4 : heads_k >= 4 ? 5 : 6;
+    // Streams of one head are joined after each range; blocks of small heads are read fast.
+    blocks = shape.streams == 2 && heads_k % 2 != 0 ? 4 : shape.head_dim <= 64 ? 2 : 1;
+  }
+  // Of a sequence of the longest cache.
+  int64_t slots(int64_t rows_k) const {
+    const int64_t longest = (rows_k + kDecodeKeys - 1) / kDecodeKeys;
+    return std::max<int64_t>(1, std::min(int64_t{1} << (most_log2 + (longest > kBlocksOfShort)),
+                                         (longest + blocks - 1) / blocks));
+  }
+};
+
 // As many thread blocks as run at the same time, but up to 4 % less where sequences of one length
 // are then not cut: to write and merge partial results costs more. Two heads a block read longer
 // rows of memory; of little work each head's blocks are many, and fewer parts are merged sooner.
+// With fixed ranges the streams' share of a sequence must not depend on the batch.
 inline DecodeGrid decode_grid(const DecodeShape& shape, int device, int64_t heads_k, int64_t batch,
-                              int64_t rows_k, int64_t sm_margin) {
+                              int64_t rows_k, int64_t sm_margin, bool fixed_ranges) {
   // Of 132 multiprocessors 15 clusters of 8 run at the same time. One that has long to read would
   // leave most of the machine idle.
   const int64_t clusters = heads_k * batch;
-  if (clusters >= 4 &&
+  const bool pairs = shape.streams == 2 && heads_k % 2 == 0;
+  // A cluster's streams have a range each.
+  const bool fits = !fixed_ranges ||
+                    (pairs && shape.room_for_ranges &&
+                     DecodeRanges(shape, heads_k).slots(rows_k) <= shape.streams * kClusterParts);
+  if (fits && clusters >= 4 &&
       clusters * (kClusterParts + 1) <= cuda::multiprocessors(device) - sm_margin &&
       rows_k <= clusters * kRowsOfCluster) {
     return {1, kClusterParts, true};
   }
   const int64_t most = std::max<int64_t>(1, cuda::multiprocessors(device) - sm_margin);
-  const bool two = shape.streams == 2 && heads_k % 2 == 0 && 2 * batch * heads_k >= 3 * most;
+  const bool two = pairs && (fixed_ranges || 2 * batch * heads_k >= 3 * most);
   const int64_t groups = two ? heads_k / 2 : heads_k;
   const int64_t parts = std::max<int64_t>(1, most / groups);
   int64_t even = parts;
@@ -139,12 +173,22 @@ inline DecodeGrid decode_grid(const DecodeShape& shape, int device, int64_t head
   return {two ? 2 : 1, static_cast<int>(even * 100 >= parts * 96 ? even : parts), false};
 }
 
+// Of each key head: two for a part, or, of fixed ranges, one for each of a sequence that several
+// parts share, of which no more than one begins in a part, and what a part keeps.
+inline int64_t partials_of_head(const DecodeShape& shape, int64_t parts, int64_t batch,
+                                int64_t range_slots) {
+  if (range_slots == 0) return kPartialsPerBlock * parts;
+  return std::min(batch, parts) * range_slots + (shape.keeps_in_shared ? 0 : parts);
+}
+
 inline int64_t partial_floats(int64_t handle, int64_t device, int64_t heads_k, int64_t batch,
-                              int64_t rows_k, int64_t sm_margin) {
+                              int64_t rows_k, int64_t sm_margin, bool fixed_ranges) {
   const DecodeShape& shape = cuda::KernelTable<DecodeVariant>::get().at(handle).shape;
   const DecodeGrid grid =
-      decode_grid(shape, static_cast<int>(device), heads_k, batch, rows_k, sm_margin);
-  return kPartialsPerBlock * grid.parts * heads_k * shape.partial_floats;
+      decode_grid(shape, static_cast<int>(device), heads_k, batch, rows_k, sm_margin, fixed_ranges);
+  const int64_t slots =
+      fixed_ranges ? DecodeRanges(shape, heads_k).slots(std::min(rows_k, kMostRows)) : 0;
+  return partials_of_head(shape, grid.parts, batch, slots) * heads_k * shape.partial_floats;
 }
 
 // Rows that the copy engine takes at a time: the most that divide a page and a block, at least the
@@ -250,9 +294,6 @@ inline void set_decode_scores(DecodeParams& params, double softmax_scale, double
   params.chunk_shift = division.shift;
 }
 
-// A longer table's rest is never reached: lengths are 32-bit numbers.
-constexpr int64_t kMostRows = 1 << 30;
-
 // What decode answers: not launched where a row does not start at a multiple of 16 bytes, and not
 // without room for partial results where the stream is being captured.
 constexpr int64_t kUnaligned = 0, kLaunched = 1, kNeedsRoom = 2;
@@ -265,7 +306,7 @@ struct DecodeCall {
   int64_t new_rows;
   double softmax_scale, softcap;
   int64_t left, right, chunk, sm_margin;
-  bool clear_rest;
+  bool clear_rest, fixed_ranges;
 
   bool is_aligned() const {
     return hopper::is_aligned(q) && hopper::is_aligned(k) && hopper::is_aligned(v) &&
@@ -283,11 +324,18 @@ inline void set_decode_grid(DecodeParams& params, const DecodeShape& shape, cons
     rows_k *= call.page_table.value().size(1);
   }
   params.rows_k = static_cast<int>(std::min(rows_k, kMostRows));
-  const DecodeGrid grid =
-      decode_grid(shape, device, call.k.size(2), params.batch, params.rows_k, call.sm_margin);
+  const int64_t heads_k = call.k.size(2);
+  const DecodeGrid grid = decode_grid(shape, device, heads_k, params.batch, params.rows_k,
+                                      call.sm_margin, call.fixed_ranges);
   params.heads_of_block = grid.heads_of_block;
   params.parts = grid.parts;
   params.in_clusters = grid.in_clusters;
+  if (call.fixed_ranges) {
+    const DecodeRanges ranges(shape, heads_k);
+    params.ranges_log2 = ranges.most_log2;
+    params.range_blocks = ranges.blocks;
+    params.range_slots = static_cast<int>(ranges.slots(params.rows_k));
+  }
   // What a short launch reads should not push out what others wrote: 1 to 2 us of 1 x 8k. It costs
   // long ones 2 to 3 %.
   params.policy = grid.in_clusters ? kReadOnce : kReadNormally;
@@ -331,9 +379,12 @@ inline int64_t launch_decode(DecodeVariant& variant, const DecodeCall& call) {
                      call.cu_seqlens_q.has_value(), call.page_table.has_value());
   set_decode_scores(params, call.softmax_scale, call.softcap, call.left, call.right, call.chunk);
   set_decode_indices(params, call);
-  if (params.parts > 1 && !params.in_clusters) {
+  const bool keeps = params.range_slots > 0 && !variant.shape.keeps_in_shared;
+  if ((params.parts > 1 || keeps) && !params.in_clusters) {
     const int counters = params.parts * params.heads_k;
-    const int64_t floats = int64_t{kPartialsPerBlock} * counters * variant.shape.partial_floats;
+    const int64_t floats =
+        partials_of_head(variant.shape, params.parts, params.batch, params.range_slots) *
+        params.heads_k * variant.shape.partial_floats;
     const Workspace::Memory memory = Workspace::of(device).memory(
         cuda::current_stream(device), counters, floats, call.partials.has_value());
     params.counters = memory.counters;
@@ -344,13 +395,11 @@ inline int64_t launch_decode(DecodeVariant& variant, const DecodeCall& call) {
   void* arguments[] = {&params};
   const unsigned groups = static_cast<unsigned>(params.heads_k / params.heads_of_block);
   const unsigned parts_of_head = static_cast<unsigned>(params.parts);
-  if (params.in_clusters) {
-    variant.kernel.launch_clusters(device,
-                                   {parts_of_head, groups, static_cast<unsigned>(params.batch)},
-                                   kClusterParts, arguments);
-  } else {
-    variant.kernel.launch(device, {groups, parts_of_head}, arguments);
-  }
+  const cuda::Grid grid =
+      params.in_clusters ? cuda::Grid{parts_of_head, groups, static_cast<unsigned>(params.batch)}
+                         : cuda::Grid{groups, parts_of_head};
+  variant.kernel.launch_overlapped(device, grid, params.in_clusters ? kClusterParts : 1u,
+                                   arguments);
   return kLaunched;
 }
 
@@ -363,7 +412,7 @@ inline int64_t decode(int64_t handle, TensorView q, TensorView k, TensorView v, 
                       Optional<TensorView> sinks, Optional<TensorView> draft_mask,
                       Optional<TensorView> partials, int64_t new_rows, double softmax_scale,
                       double softcap, int64_t left, int64_t right, int64_t chunk, int64_t sm_margin,
-                      bool clear_rest, bool if_aligned) {
+                      bool clear_rest, bool fixed_ranges, bool if_aligned) {
   const DecodeCall call = {q,
                            k,
                            v,
@@ -386,7 +435,8 @@ inline int64_t decode(int64_t handle, TensorView q, TensorView k, TensorView v, 
                            right,
                            chunk,
                            sm_margin,
-                           clear_rest};
+                           clear_rest,
+                           fixed_ranges};
   if (if_aligned && !call.is_aligned()) return kUnaligned;
   return launch_decode(cuda::KernelTable<DecodeVariant>::get().at(handle), call);
 }

@@ -25,7 +25,7 @@ using PlainTensor = std::optional<TensorView>;
 // Members are initialised in the order of their declaration, so the order of the lines is the order
 // of the call: one line declares an argument and reads it.
 struct KnownDecodeArguments {
-  static constexpr int32_t kCount = 22;
+  static constexpr int32_t kCount = 23;
   explicit KnownDecodeArguments(FfiArguments& arguments) : from(arguments) {}
 
   FfiArguments& from;
@@ -49,6 +49,7 @@ struct KnownDecodeArguments {
   double softcap = from.exact_number();
   int64_t num_splits = from.exact_integer();
   int64_t sm_margin = from.exact_integer();
+  bool fixed_ranges = from.exact_boolean();
   bool clear_rest = from.boolean();
   bool all_in_memory = from.boolean();  // whether torch was asked, and says so
 
@@ -190,7 +191,8 @@ inline DecodeCall decode_call_of(const KnownDecodeArguments& a) {
           a.causal ? 0 : a.window_right,
           a.attention_chunk.value_or(0),
           a.sm_margin,
-          a.clear_rest};
+          a.clear_rest,
+          a.fixed_ranges};
 }
 
 // `kind`: of the devices whose memory the kernels reach. The shape of lse is Python's own.

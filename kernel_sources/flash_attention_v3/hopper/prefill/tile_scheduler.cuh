@@ -217,7 +217,8 @@ __device__ __forceinline__ void schedule(const typename C::Params& params,
     mbarrier_wait(shared.tile_empty(at.stage()), at.parity() ^ 1);
     found = scheduler.seek(index, tile);
     if constexpr (C::kCached) {
-      while (found && uniform(tile.part >= tile.parts)) {  // a tile with fewer blocks than parts
+      // A tile with fewer blocks than parts. Lane 0 wrote it, and reads it alone.
+      while (found && uniform(leader && tile.part >= tile.parts)) {
         if (leader) index = atomicAdd(params.progress, 1) + gridDim.x;
         index = uniform(index);
         found = scheduler.seek(index, tile);

@@ -66,9 +66,13 @@ struct LaunchConfig {
   unsigned attribute_count;
 };
 inline constexpr int kClusterDimension = 4;  // CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+// CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, and the first driver that captures it.
+inline constexpr int kProgrammaticSerialization = 6;
+inline constexpr int kDriverOfOverlappedGraphs = 12030;
 
 struct Driver {
   Result (*init)(unsigned);
+  Result (*version)(int*);
   Result (*error_name)(Result, const char**);
   Result (*error_string)(Result, const char**);
   Result (*device_get)(Device*, int);
@@ -99,6 +103,7 @@ struct Driver {
   static Driver load() {
     Driver d{};
     bind(&d.init, "cuInit");
+    bind(&d.version, "cuDriverGetVersion");
     bind(&d.error_name, "cuGetErrorName");
     bind(&d.error_string, "cuGetErrorString");
     bind(&d.device_get, "cuDeviceGet");
@@ -212,6 +217,16 @@ class RelaxedCapture {
 // The caller's current stream on a device, as tvm-ffi recorded it from the call's tensors.
 inline Stream current_stream(int device) { return TVMFFIEnvGetStream(2 /* kDLCUDA */, device); }
 
+// Whether a launch that overlaps the kernel before it may be captured in a graph.
+inline bool can_overlap() {
+  static const bool can = [] {
+    int version = 0;
+    check(Driver::get().version(&version), "cuDriverGetVersion");
+    return version >= kDriverOfOverlappedGraphs;
+  }();
+  return can;
+}
+
 struct Grid {
   unsigned x = 1, y = 1, z = 1;
 };
@@ -242,13 +257,18 @@ class Kernel {
           name_.c_str());
   }
 
-  // The same in clusters of `cluster` blocks along x.
-  void launch_clusters(int device, Grid grid, unsigned cluster, void** params) {
+  // The same, in clusters of `cluster` blocks along x, of a kernel that executes
+  // griddepcontrol.wait before it touches what others write or read: its blocks may start while
+  // those of the stream's kernel before are at their end, if that one allows it.
+  void launch_overlapped(int device, Grid grid, unsigned cluster, void** params) {
     const ContextGuard context(device);
     const Function entry = function(device);
-    LaunchAttribute attribute{kClusterDimension, 0, {cluster, 1, 1}};
+    LaunchAttribute attributes[2] = {};
+    unsigned count = 0;
+    if (can_overlap()) attributes[count++] = {kProgrammaticSerialization, 0, {1}};
+    if (cluster > 1) attributes[count++] = {kClusterDimension, 0, {cluster, 1, 1}};
     const LaunchConfig config{
-        grid.x, grid.y, grid.z, threads_, 1, 1, shared_, current_stream(device), &attribute, 1};
+        grid.x, grid.y, grid.z, threads_, 1, 1, shared_, current_stream(device), attributes, count};
     check(Driver::get().launch_kernel_ex(&config, entry, params, nullptr), name_.c_str());
   }
 
