@@ -255,8 +255,7 @@ __device__ __forceinline__ void produce_cached(const CachedParams& params, const
     const CachedTileInfo& tile = *shared.tile(at.stage());
     if (tile.batch < 0) break;
     producer.load_tile(tile);
-    __syncwarp();  // every lane has read the tile
-    if (producer.lane == 0) mbarrier_arrive(shared.tile_empty(at.stage()));
+    mbarrier_arrive(shared.tile_empty(at.stage()));
     at.advance();
   }
   producer.load_last_values();

@@ -10,7 +10,9 @@
 
 namespace jit_kernel::hopper {
 
-// `loaders`: warps that load keys and values, each of which arrives once a stage and a tile.
+// `loaders`: warps that load keys and values, each of which arrives once a stage. A tile is handed
+// back by every thread that read it: racecheck does not see that a warp's lanes are done by one
+// lane's arrival.
 template <class C>
 __device__ __forceinline__ void initialise_barriers(const Shared<C>& shared, int loaders) {
   for (int stage = 0; stage < C::kStagesQ; ++stage) {
@@ -27,7 +29,7 @@ __device__ __forceinline__ void initialise_barriers(const Shared<C>& shared, int
   }
   for (int slot = 0; slot < kTileSlots; ++slot) {
     mbarrier_init(shared.tile_full(slot), 1);
-    mbarrier_init(shared.tile_empty(slot), loaders + 128 * C::kWarpgroups);
+    mbarrier_init(shared.tile_empty(slot), loaders * (C::kCached ? 32 : 1) + 128 * C::kWarpgroups);
   }
   mbarrier_init(shared.claim(), 1);
   mbarrier_init_fence();
