@@ -15,13 +15,24 @@ from jit_kernel.fa3 import header
 from jit_kernel.fa3.call import Call, MetadataParameters, Result
 from jit_kernel.fa3.cpu import kernels, known
 from jit_kernel.fa3.decision import Accepted, Decision, Rejected, refusal
-from jit_kernel.fa3.features import DTYPE_NAMES, Features
+from jit_kernel.fa3.features import (
+    ARGUMENTS,
+    DTYPE_NAMES,
+    Features,
+    asks_for_more,
+    features_of,
+    mixed_dtypes,
+    unclaimed,
+)
 from jit_kernel.jit import KernelSpec
 
 NAME = "cpu"
 FUNCTIONS = (calls.VARLEN, calls.KVCACHE, calls.DENSE)
 REFUSES = True
 try_unchecked = known.try_unchecked
+CLAIMED = frozenset(ARGUMENTS) - {"token_scales"}
+
+_asks_for_more = asks_for_more(CLAIMED)
 
 _forwards: dict[tuple[torch.dtype, int, int], Callable[..., None]] = {}
 _combines: dict[str, Callable[..., None]] = {}
@@ -36,6 +47,13 @@ def supports(target: Target) -> Decision:
 
 def decide(target: Target, features: Features) -> Decision:
     """Everything but head sizes above 512."""
+    return _decide(features)
+
+
+def _decide(features: Features) -> Decision:
+    mixed, arguments = mixed_dtypes(features), unclaimed(features, CLAIMED)
+    if mixed is not None or arguments is not None:
+        return Rejected(f"{mixed or arguments}: its kernels have none", claimed=False)
     return _decide_sizes(features.head_dim, features.head_dim_v)
 
 
@@ -90,6 +108,9 @@ def _combine(name: str) -> Callable[..., None]:
 def attend(call: Call) -> Result:
     """Attention of a checked call."""
     q, v, offsets = call.q, call.v, call.cu_seqlens_q
+    decision = _decide(features_of(call)) if call.k.dtype is not q.dtype or _asks_for_more(call) else Accepted()
+    if isinstance(decision, Rejected):
+        raise refusal("this call", [(NAME, decision)])
     if call.scheduler_metadata is not None:
         header.verify(NAME, call)
     forward = _forward(q, v)
