@@ -87,10 +87,14 @@ class Call:
     rotary_seqlens: Tensor | None = None
     rotary_interleaved: bool = True
     scheduler_metadata: Tensor | None = None
+    # Not an argument: calls with one number other than 0 have the same arguments but for numbers, addresses and what
+    # tensors hold: which there are, their shapes, strides, dtypes and devices. Who replaces a tensor sets it to 0.
+    layouts: int = field(default=0, init=False, compare=False)
 
 
-FIELDS = tuple(each.name for each in fields(Call))
-DEFAULTS = tuple(each.default for each in fields(Call))
+_ARGUMENTS = tuple(each for each in fields(Call) if each.init)
+FIELDS = tuple(each.name for each in _ARGUMENTS)
+DEFAULTS = tuple(each.default for each in _ARGUMENTS)
 OF_DENSE = FIELDS.index("only_qv")  # how many fields a call of flash_attn_func has
 
 

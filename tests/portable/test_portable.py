@@ -72,23 +72,36 @@ def test_random_cases_under_the_interpreter(say: list[str]) -> None:
     say.append(f"and {hidden[0]} with random masks, {hidden[1]} of them with hidden keys that are not finite")
 
 
-# For each architecture the tile that needs most shared memory, and for each family a paged one with every branch, also
-# with a draft mask.
-AHEAD = [(architecture, 256, "prefill", False) for architecture in ARCHITECTURES] + [
-    ("sm_80", 128, "prefill", True),
-    ("sm_86", 256, "decode", True),
-    ("sm_90a", 128, "prefill", True),
-    ("sm_90a", 128, "short", True),
-    ("sm_80", 128, "draft", "draft mask"),
-    ("sm_86", 256, "decode", "draft mask"),
-    ("sm_90a", 256, "draft", "draft mask"),
+# For each architecture the tiles that need most shared memory, and for each family a paged one with every branch, also
+# with a draft mask; scores of qv and of both kinds of e4m3. What stands behind the head sizes are forward_spec's.
+PLAIN, EVERY = (False, False, False, True), (True, True, True, True)
+PAGED = (True, False, False, True)
+AHEAD = [
+    *((architecture, "bf16", 256, 256, "prefill", PLAIN, {}) for architecture in ARCHITECTURES),
+    *((architecture, "bf16", 64, 512, "prefill", PAGED, {"qv": 1}) for architecture in ARCHITECTURES),
+    ("sm_80", "bf16", 128, 128, "prefill", EVERY, {}),
+    ("sm_86", "bf16", 256, 256, "decode", EVERY, {}),
+    ("sm_90a", "bf16", 128, 128, "prefill", EVERY, {}),
+    ("sm_90a", "bf16", 128, 128, "short", EVERY, {}),
+    ("sm_80", "bf16", 128, 128, "draft", EVERY, {"draft": True}),
+    ("sm_86", "bf16", 256, 256, "decode", EVERY, {"draft": True}),
+    ("sm_90a", "bf16", 256, 256, "draft", EVERY, {"draft": True}),
+    ("sm_90a", "bf16", 512, 512, "prefill", PLAIN, {}),
+    ("sm_86", "bf16", 512, 512, "unaligned", (False, False, False, False), {}),
+    ("sm_120", "fp16", 512, 512, "decode", PAGED, {}),
+    ("sm_90a", "bf16", 64, 512, "decode", EVERY, {"qv": 2}),
+    ("sm_80", "bf16", 64, 512, "decode", PAGED, {"qv": 1, "kv_dtype": "e4m3", "token_scales": True}),
+    ("sm_90a", "e4m3", 128, 128, "prefill", PLAIN, {}),
+    ("sm_89", "e4m3", 128, 128, "decode", PAGED, {"token_scales": True}),
+    ("sm_80", "e4m3", 128, 128, "short", PAGED, {}),
+    ("sm_90a", "fp16", 128, 128, "decode", PAGED, {"kv_dtype": "e4m3", "token_scales": True}),
 ]
+Ahead = tuple[str, str, int, int, str, tuple[bool, ...], dict[str, Any]]
 
 
-def _compiled(what: tuple[str, int, str, bool | str]) -> tuple[bytes, dict[str, Any]]:
-    architecture, head_dim, kind, every = what
-    flags = *[every != False] * 3, True, every == "draft mask"  # noqa: E712
-    spec = portable_kernels.forward_spec(architecture, "bf16", head_dim, head_dim, kind, *flags)
+def _compiled(what: Ahead) -> tuple[bytes, dict[str, Any]]:
+    architecture, dtype, head_dim, head_dim_v, kind, flags, more = what
+    spec = portable_kernels.forward_spec(architecture, dtype, head_dim, head_dim_v, kind, *flags, **more)
     return _compile(spec, architecture)
 
 
@@ -99,18 +112,19 @@ def _compile(spec: KernelSpec, architecture: str) -> tuple[bytes, dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def ahead() -> Iterator[dict[tuple[str, int, str, bool | str], tuple[bytes, dict[str, Any]]]]:
+def ahead() -> Iterator[list[tuple[bytes, dict[str, Any]]]]:
     with ThreadPoolExecutor(2) as pool:
-        yield dict(zip(AHEAD, pool.map(_compiled, AHEAD), strict=True))
+        yield list(pool.map(_compiled, AHEAD))
 
 
-@pytest.mark.parametrize("what", AHEAD, ids=str)
-def test_compiled_ahead_within_the_architecture(what: Any, ahead: Any, tmp_path: Path) -> None:
-    image, metadata = ahead[what]
-    tile = portable_tiles.tile(what[0], what[1], what[1], what[2])
-    assert 0 < metadata["shared"] <= triton_compiler.shared_limit(what[0])
+@pytest.mark.parametrize("index", range(len(AHEAD)), ids=[str(what) for what in AHEAD])
+def test_compiled_ahead_within_the_architecture(index: int, ahead: Any, tmp_path: Path) -> None:
+    image, metadata = ahead[index]
+    architecture, _, head_dim, head_dim_v, kind, _, more = AHEAD[index]
+    tile = portable_tiles.tile(architecture, head_dim, head_dim_v, kind, more.get("qv", 0))
+    assert 0 < metadata["shared"] <= triton_compiler.shared_limit(architecture)
     assert metadata["threads"] == 32 * tile.num_warps
-    assert len(metadata["types"]) == len(metadata["arguments"]) <= 64
+    assert len(metadata["types"]) == len(metadata["arguments"])
     registers, stack = _resources(image, tmp_path)
     assert registers * metadata["threads"] <= 65536
     assert registers <= 255
@@ -135,10 +149,11 @@ def _resources(image: bytes, folder: Path) -> tuple[int, int]:
     [
         portable_kernels.combine_spec("fp32", "fp16", 96, False, 8),
         portable_kernels.append_spec("bf16", 40, 24, True),
+        portable_kernels.append_spec("bf16", 128, 128, True, "e4m3", "bf16"),
         portable_kernels.forward_spec("sm_80", "fp16", 192, 128, "decode", False, True, False, False),
         portable_kernels.forward_spec("sm_90a", "bf16", 40, 24, "unaligned", False, True, False, False),
     ],
-    ids=["combine", "append", "forward of two head sizes", "forward of unaligned rows"],
+    ids=["combine", "append", "append that quantises", "forward of two head sizes", "forward of unaligned rows"],
 )
 def test_kernels_of_odd_sizes_compile(spec: KernelSpec) -> None:
     image, metadata = _compile(spec, "sm_80")
@@ -175,12 +190,13 @@ def test_a_block_that_is_too_large_is_refused() -> None:
 
 def test_every_architecture_and_size_has_a_tile() -> None:
     for architecture in (*ARCHITECTURES, "sm_87", "sm_103", "sm_110", "sm_121", "sm_130"):
-        for head_dim in (1, 16, 64, 65, 128, 129, 256):
+        for head_dim, head_dim_v, qv in (*((d, 16, 0) for d in (1, 64, 65, 129, 256, 512)), (64, 256, 1), (64, 512, 2)):
             for kind in ("prefill", "unaligned", "draft", *portable_tiles.ROWS):
-                tile = portable_tiles.tile(architecture, head_dim, 16, kind)
+                tile = portable_tiles.tile(architecture, head_dim, head_dim_v, kind, qv)
                 assert tile.block_m >= portable_tiles.ROWS.get(kind, 16)
                 # Rows of keys and values of the stages that are loading, at the least.
-                held = tile.block_n * 2 * 2 * portable_tiles.padded(head_dim) * (tile.num_stages - 1)
+                rows = portable_tiles.padded(head_dim) + portable_tiles.padded(head_dim_v)
+                held = tile.block_n * 2 * rows * (tile.num_stages - 1)
                 assert held <= triton_compiler.shared_limit(architecture)
 
 
@@ -222,8 +238,9 @@ def test_who_is_served() -> None:
     assert isinstance(portable.supports(Target("cuda", "sm_80")), Accepted)
     for target in (Target("cuda", "sm_75"), Target("musa", "mp_31"), device.cpu_target()):
         assert isinstance(portable.supports(target), Rejected)
-    assert portable_kernels.unserved("bf16", 256, 17) is None
-    assert "257" in str(portable_kernels.unserved("fp16", 64, 257))
+    assert portable_kernels.unserved("bf16", 512, 17) is None
+    assert portable_kernels.unserved("e4m3", 64, 64) is None
+    assert "513" in str(portable_kernels.unserved("fp16", 64, 513))
     assert "fp32" in str(portable_kernels.unserved("fp32", 64, 64))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +53,12 @@ def decode_arguments(batch: int = 3, keys: int = 300, page_size: int = 16) -> di
     }
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
 def test_what_no_query_sees_reaches_no_result(dtype: torch.dtype, say: list[str]) -> None:
-    """500 random masks: the bits that zeros give, whatever hidden keys and values and pages without them hold."""
+    """750 random masks: the bits that zeros give, whatever hidden keys, values, scales and pages without them hold."""
     space = cases.Space(
         "hidden", device="cuda:0", dtypes=(dtype,), head_dims=((64, 64), (128, 128), (192, 128)), any_head_dim=0,
-        qv_head_dims=(), features=cases.FEATURES - {"qv", "only_qv", "descale_expanded"}, lengths=(150, 500, 2500),
+        qv_head_dims=((64, 512),), features=cases.FEATURES | cases.FP8_CACHES, lengths=(150, 500, 2500),
     )  # fmt: skip
     functions = {name: getattr(fa3, name) for name in space.functions}
     counts = [hidden.differ(hidden.draw(seed, space), functions) for seed in range(250)]
@@ -138,9 +138,27 @@ def test_random_cases(say: list[str]) -> None:
     say.append(f"portable kernels on {torch.cuda.get_device_name()}: {count} cases, worst row, maximum, lse {worst}")
 
 
-@pytest.mark.parametrize("num_splits", [1, 3])
-def test_a_captured_call_replays_on_new_lengths(num_splits: int) -> None:
-    arguments = decode_arguments() | {"num_splits": num_splits}
+def absorbed_arguments() -> dict[str, Any]:
+    """decode_arguments of absorbed MLA: one head of keys, whose first 512 are the values."""
+    arguments = decode_arguments()
+    rows = normal(*arguments["k_cache"].shape[:2], 1, 576)
+    caches = {"k_cache": rows[..., 512:], "v_cache": rows[..., :512]}
+    return arguments | caches | {"q": normal(3, 1, 16, 64), "qv": normal(3, 1, 16, 512)}
+
+
+def mixed_arguments() -> dict[str, Any]:
+    """decode_arguments over a cache in e4m3, with a scale of each token."""
+    arguments = decode_arguments()
+    caches = {name: arguments[name].to(torch.float8_e4m3fn) for name in ("k_cache", "v_cache")}
+    shape = arguments["k_cache"].shape[:-1]
+    scales = {name: 0.5 + torch.rand(shape, device="cuda") for name in ("k_scale", "v_scale")}
+    return arguments | caches | scales
+
+
+@pytest.mark.parametrize("make", [decode_arguments, absorbed_arguments, mixed_arguments])
+@pytest.mark.parametrize("num_splits", [0, 1, 3])
+def test_a_captured_call_replays_on_new_lengths(num_splits: int, make: Callable[[], dict[str, Any]]) -> None:
+    arguments = make() | {"num_splits": num_splits}
     eager = flash_attn_with_kvcache(**arguments)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -275,12 +293,12 @@ def test_a_warmed_machine_compiles_nothing_and_needs_no_triton(tmp_path: Path) -
 
 def test_what_it_does_not_serve_is_an_error_before_anything_is_written() -> None:
     q = normal(1, 8, 2, 64, dtype=torch.float32)
-    with pytest.raises(NotImplementedError, match="bf16 and fp16"):
+    with pytest.raises(NotImplementedError, match="bf16, fp16 and e4m3"):
         flash_attn_func(q, q, q)
-    wide = normal(1, 8, 2, 264)
-    with pytest.raises(NotImplementedError, match="up to 256"):
+    wide = normal(1, 8, 2, 520)
+    with pytest.raises(NotImplementedError, match="up to 512"):
         flash_attn_func(wide, wide, wide)
-    assert not any("264" in str(event.spec) for event in jit.events())
+    assert not any("520" in str(event.spec) for event in jit.events())
 
 
 @pytest.mark.parametrize("case", large_scores.GPU_CASES, ids=str)

@@ -33,19 +33,18 @@ from jit_kernel.fa3.portable import tiles as portable_tiles  # noqa: E402
 from jit_kernel.fa3.portable.tiles import Tile, padded  # noqa: E402
 from tests.support import case_run, cases, drafts, hidden, large_scores, reference  # noqa: E402
 
-FEATURES = cases.FEATURES - {"qv", "only_qv", "descale_expanded"}
 SPACE = cases.Space(
     "portable-interpreted",
-    dtypes=(torch.bfloat16, torch.float16),
-    any_head_dim=256,
-    features=FEATURES,
+    dtypes=(torch.bfloat16, torch.float16, cases.FP8),
+    features=cases.FEATURES | cases.FP8_CACHES,
+    any_head_dim=512,
     head_dims=((64, 64), (32, 32), (96, 96), (40, 24), (192, 128)),
     lengths=(24, 50, 90),
     max_heads=6,
     max_batch=3,
 )
 # Small, so that a small case has full, masked and partly empty tiles on both sides.
-TILES = {"prefill": Tile(32, 16, 1, 1), "short": Tile(64, 32, 1, 1), "decode": Tile(16, 16, 1, 1)}
+TILES = {"prefill": Tile(32, 16, 1, 1), "short": Tile(64, 32, 1, 1), "decode": Tile(16, 16, 1, 1, lead=4)}
 TILES["unaligned"] = TILES["draft"] = TILES["prefill"]
 FUNCTIONS = {"forward": forward, "combine": combine, "append": append}
 
@@ -56,6 +55,8 @@ class InterpretedKernels:
     target = Target("cuda", "sm_80")
     multiprocessors = 4
 
+    native = True  # whether e4m3 is a type of the device, as from compute capability 8.9 on
+
     def __init__(self) -> None:
         self.plans: dict[object, Any] = {}
         self.launched: list[str] = []
@@ -63,40 +64,54 @@ class InterpretedKernels:
     def handle(self, key: tuple[Any, ...]) -> tuple[str, dict[str, Any]]:
         name, *fields = key
         if name == "forward":
-            _, d, dv, kind, paged, local, softcap, aligned, draft = fields
+            dtype, d, dv, kind, paged, local, softcap, aligned, draft, kv_dtype, qv, token_scales = fields
             tile = TILES[kind]
-            constants = _sizes(d, dv) | {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "PAGED": paged}
-            constants |= {"LOCAL": local, "SOFTCAP": softcap, "DRAFT": draft, "INTERPRETED": True}
+            constants = portable_kernels.forward_constants(dtype, kv_dtype, d, dv, aligned)
+            constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "PAGED": paged, "LOCAL": local}
+            constants |= {"LEAD": tile.lead}
+            constants |= {"SOFTCAP": softcap, "DRAFT": draft, "QV": qv, "TOKEN_SCALES": token_scales}
+            constants |= {"NATIVE": self.native, "INTERPRETED": True}
         elif name == "append":
-            _, d, dv, aligned = fields
-            constants = _sizes(d, dv) | {"BLOCK_M": portable_kernels.APPEND_ROWS}
+            constants = portable_kernels.append_constants(*fields)
         else:
-            _, _, dv, aligned, splits = fields
-            constants = {"HEAD_DIM_V": dv, "HEAD_DIM_V_PADDED": padded(dv)}
-            constants |= {"BLOCK_M": portable_kernels.combine_rows(dv, splits), "BLOCK_SPLITS": min(splits, 4)}
-        return name, constants | {"STRIDE_UNIT": 8 if aligned else 1}
+            _, _, dv, aligned, splits, _ = fields
+            constants = {"HEAD_DIM_V": dv, "HEAD_DIM_V_PADDED": padded(dv), "STRIDE_UNIT": 8 if aligned else 1}
+            constants |= {
+                "BLOCK_M": portable_kernels.combine_rows(dv, splits),
+                "BLOCK_SPLITS": {2: 2, 8: 4, 32: 8}[splits],
+            }
+        return name, constants
 
     def launch(self, handle: tuple[str, dict[str, Any]], grid: int, *arguments: Any) -> None:
         name, constants = handle
         self.launched.append(name)
         # The interpreter has no null pointer; a flag keeps an absent tensor from being read.
         given = [torch.zeros(1, dtype=torch.int32) if value is None else value for value in arguments]
+        if name != "forward" or not self.native:
+            given = [_bytes_of(value) for value in given]
         FUNCTIONS[name][(grid,)](*given, **constants)
 
 
-def _sizes(d: int, dv: int) -> dict[str, int]:
-    return {"HEAD_DIM": d, "HEAD_DIM_V": dv, "HEAD_DIM_PADDED": padded(d), "HEAD_DIM_V_PADDED": padded(dv)}
+def _bytes_of(value: Any) -> Any:
+    is_e4m3 = isinstance(value, torch.Tensor) and value.dtype == cases.FP8
+    return value.view(torch.uint8) if is_e4m3 else value
 
 
 def _mend_interpreter() -> None:
-    """Faults of Triton 3.6's interpreter: it truncates float32 to bf16, where every GPU rounds to nearest; it makes an
-    int of an array of one element, which NumPy 2.4 refuses; its products depend on where a row lies in a tile."""
+    """Faults of Triton 3.6's interpreter: it truncates float32 to bf16, where every GPU rounds to nearest; e4m3's NaN
+    is 480 to it; it makes an int of an array of one element, which NumPy 2.4 refuses; its products depend on where a
+    row lies in a tile."""
     convert, patch = interpreter._convert_float, interpreter._patch_lang_tensor
 
     def rounded(data: Any, source: Any, target: Any, mode: Any) -> Any:
         if str(source) == "fp32" and str(target) == "bf16":
             values = torch.from_numpy(np.ascontiguousarray(data))
             return values.bfloat16().view(torch.int16).numpy().view(np.uint16)
+        if str(source) == "fp8e4nv":
+            wide = torch.from_numpy(np.ascontiguousarray(data)).view(cases.FP8).float()
+            if str(target) == "bf16":
+                return wide.bfloat16().view(torch.int16).numpy().view(np.uint16)
+            return wide.half().numpy() if str(target) == "fp16" else wide.numpy()
         return convert(data, source, target, mode)
 
     def patched(tensor: Any, scope: Any) -> None:
@@ -117,7 +132,7 @@ def install() -> InterpretedKernels:
     _mend_interpreter()
     kernels = InterpretedKernels()
     portable_forward.kernels_of = lambda device: kernels  # type: ignore[assignment, return-value]
-    portable_tiles.tile = lambda architecture, d, dv, kind: TILES[kind]
+    portable_tiles.tile = lambda architecture, d, dv, kind, qv=0: TILES[kind]
     served = dispatch.Dispatcher(Target("cuda", "sm_90a"), (portable,))
     dispatch.dispatcher = lambda device: served  # type: ignore[assignment]
     return kernels
@@ -248,6 +263,7 @@ def main(first: int, count: int) -> None:
     functions = {name: getattr(flash_attention_v3, name) for name in SPACE.functions}
     torch.set_num_threads(1)
     for seed in range(first, first + count):
+        kernels.native = seed % 3 > 0
         shares = case_run.judge(cases.draw(seed, SPACE), functions)
         print(f"case {seed} {shares.row:.4f} {shares.largest:.4f} {shares.lse:.4f}", flush=True)
     counts = [hidden.differ(hidden.draw(seed, SPACE), functions) for seed in range(first, first + count // 4)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch  # noqa: E402
 from jit_kernel import flash_attention_v3  # noqa: E402
 from tests.support import case_run, cases  # noqa: E402
 
-FEATURES = cases.FEATURES - {"qv", "only_qv", "descale_expanded"}
+FEATURES = cases.FEATURES | cases.FP8_CACHES
 # Head sizes are compile-time constants of the kernels: few of them, of every class, odd ones among them.
 SPACES = [
     cases.Space(
@@ -24,23 +25,37 @@ SPACES = [
         dtypes=(dtype,),
         head_dims=head_dims,
         any_head_dim=0,
-        qv_head_dims=(),
-        features=FEATURES,
+        qv_head_dims=qv_head_dims,
+        features=FEATURES if name != "bf16" else cases.FEATURES,
         lengths=(150, 500, 2500),
         max_heads=16,
     )
-    for name, dtype, head_dims in (
-        ("bf16", torch.bfloat16, ((64, 64), (128, 128), (192, 128), (256, 256), (40, 24), (33, 65))),
-        ("fp16", torch.float16, ((64, 64), (128, 128), (96, 96))),
+    for name, dtype, head_dims, qv_head_dims in (
+        ("bf16", torch.bfloat16, ((64, 64), (128, 128), (192, 128), (256, 256), (40, 24), (33, 65)), ((64, 512),)),
+        ("fp16", torch.float16, ((64, 64), (128, 128), (96, 96)), ((64, 256),)),
+        ("caches", torch.bfloat16, ((128, 128), (512, 512), (33, 65)), ((64, 512),)),
+        ("e4m3", torch.float8_e4m3fn, ((64, 64), (128, 128), (192, 128), (40, 24)), ((64, 512),)),
     )
 ]
+ABSORBED = 6  # every so many cases has qv
+
+
+def plan_of(seed: int) -> cases.Plan:
+    """The case of a seed: all spaces in turn, and more with qv than are drawn."""
+    space = SPACES[seed % len(SPACES)]
+    plan = cases.draw(seed, space)
+    if seed % ABSORBED or plan.rotary_dim > 64:
+        return plan
+    d, dv = space.qv_head_dims[0]
+    only = seed % (5 * ABSORBED) == 0 and plan.function != cases.DENSE
+    return dataclasses.replace(plan, d=d, dv=dv, qv=True, only_qv=only)
 
 
 def main(first: int, count: int) -> None:
     functions = {name: getattr(flash_attention_v3, name) for name in SPACES[0].functions}
     torch.set_num_threads(1)
     for seed in range(first, first + count):
-        shares = case_run.judge(cases.draw(seed, SPACES[seed % 3 == 2]), functions)
+        shares = case_run.judge(plan_of(seed), functions)
         print(f"case {seed} {shares.row:.4f} {shares.largest:.4f} {shares.lse:.4f}", flush=True)
 
 

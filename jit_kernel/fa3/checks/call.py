@@ -7,6 +7,7 @@ are the values of index tensors: always on the CPU, elsewhere under JIT_KERNEL_C
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -43,7 +44,10 @@ class Passed(NamedTuple):
     has_odd_numbers: bool  # an argument that is one number is none of Python's own
     extents: tuple[int, ...]  # by tensor, in bytes; 0 where its memory does not matter
     written: tuple[int, ...]  # which of the tensors the call writes
+    number: int  # of no other types and shapes; see Call.layouts
 
+
+_numbers = itertools.count(1)  # one at a time, whichever thread asks
 
 # By the function and the types of all arguments: the places of the tensors among them, and what passed before, by all
 # of these tensors but their numbers.
@@ -70,6 +74,7 @@ def checked(arguments: Arguments) -> Call:
         facts = _looked_at(call, arguments, kinds)
     else:
         facts = passed.facts
+        call.layouts = passed.number
         if passed.has_odd_numbers:
             forms.settle_numbers(call)
         if call.k is None:
@@ -144,7 +149,7 @@ def _remember(call: Call, arguments: Arguments, kinds: tuple[object, ...], facts
         fields = [FIELDS[place] for place in places]
         extents = tuple(0 if name in _NO_MEMORY else extent(arguments[FIELDS.index(name)]) for name in fields)
         written = tuple(at for at, name in enumerate(fields) if name in forms.written_fields(call))
-        passed[key] = Passed(facts, forms.has_odd_numbers(arguments), extents, written)
+        passed[key] = Passed(facts, forms.has_odd_numbers(arguments), extents, written, next(_numbers))
 
 
 def _ranges_meet(starts: list[int], passed: Passed) -> bool:

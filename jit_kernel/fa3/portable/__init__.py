@@ -1,6 +1,6 @@
 """The portable implementation: Triton kernels for every NVIDIA GPU from compute capability 8.0 on.
 
-Everything in the public contract but qv and fp8. Triton compiles in a process of its own into the cache; a warmed
+The whole public contract but fp32. Triton compiles in a process of its own into the cache; a warmed
 machine needs neither Triton nor a compiler.
 """
 
@@ -16,7 +16,7 @@ from jit_kernel.fa3 import call as calls
 from jit_kernel.fa3 import header
 from jit_kernel.fa3.call import Call, MetadataParameters, Result
 from jit_kernel.fa3.decision import Accepted, Decision, Rejected, refusal
-from jit_kernel.fa3.features import Features, asks_for_more, features_of, mixed_dtypes, unclaimed
+from jit_kernel.fa3.features import Features, asks_for_more, features_of, unclaimed
 from jit_kernel.fa3.portable import append, forward, kernels, planning
 from jit_kernel.jit import KernelSpec
 
@@ -30,11 +30,9 @@ CLAIMED = frozenset(
     (
         *("ragged_q", "ragged_k", "page_size", "seqused_q", "seqused_k", "append", "ragged_append", "rotary"),
         *("cache_batch_idx", "cache_leftpad", "causal", "window", "chunk", "softcap", "sinks", "lse", "split"),
-        *("metadata", "draft_mask", "deterministic"),
+        *("metadata", "draft_mask", "deterministic", "qv", "only_qv", "descale", "token_scales"),
     )
 )
-_NO_FP8 = "it has no fp8"
-_WHY = {"qv": "it has no second product for scores", "descale": _NO_FP8, "token_scales": _NO_FP8}
 
 _asks_for_more = asks_for_more(CLAIMED)
 
@@ -49,7 +47,7 @@ def supports(target: Target) -> Decision:
 
 
 def decide(target: Target, features: Features) -> Decision:
-    """bf16 and fp16 with head sizes up to 256, without qv and descales."""
+    """bf16, fp16 and e4m3, the latter also beside queries of 16 bits, with head sizes up to 512."""
     return _decide(features)
 
 
@@ -57,11 +55,7 @@ def _decide(features: Features) -> Decision:
     reason = kernels.unserved(features.dtype, features.head_dim, features.head_dim_v)
     arguments = unclaimed(features, CLAIMED)
     if arguments is not None:
-        why = next((text for feature, text in _WHY.items() if getattr(features, feature)), "its kernels have none")
-        reason = f"{arguments}: {why}"
-    mixed = mixed_dtypes(features)
-    if mixed is not None:
-        reason = f"{mixed}: its kernels take one dtype"
+        reason = f"{arguments}: its kernels have none"
     return Accepted() if reason is None else Rejected(reason, claimed=False)
 
 
@@ -94,6 +88,9 @@ def variant(target: Target, features: Features, call: Call) -> KernelSpec:
         features.softcap,
         features.aligned,
         features.draft_mask,
+        features.kv_dtype,
+        features.qv + features.only_qv,
+        features.token_scales,
     )
 
 
@@ -104,12 +101,14 @@ def canonical(spec: KernelSpec, field: str, value: str) -> str:
 
 def attend(call: Call) -> Result:
     """Attention of a checked call. Raises NotImplementedError for one that `decide` rejects."""
-    if _asks_for_more(call) or call.k.dtype is not call.q.dtype:
+    if _asks_for_more(call):
         raise refusal("this call", [(NAME, _decide(features_of(call)))])
     if call.scheduler_metadata is not None and config.check_indices():
         header.verify(NAME, call)
     if call.k_new is not None:
-        call.q = append.append(call)
+        q = append.append(call)
+        if q is not call.q:
+            call.q, call.layouts = q, 0
     return forward.attend(call)
 
 

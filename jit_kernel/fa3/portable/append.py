@@ -24,7 +24,8 @@ def append(call: Call) -> Tensor:
     rotated = q
     if cos is not None:
         # Rows of a multiple of 16 bytes, so that the attention kernel loads them as wide as q's own.
-        wide = torch.empty((*q.shape[:-1], -(-head_dim // 8) * 8), dtype=q.dtype, device=q.device)
+        piece = 16 // q.element_size()
+        wide = torch.empty((*q.shape[:-1], -(-head_dim // piece) * piece), dtype=q.dtype, device=q.device)
         rotated = wide[..., :head_dim]
     rows = call.max_seqlen_q or 0
     seqlen_new = k_new.shape[0] if ragged_new else k_new.shape[1]
@@ -37,16 +38,16 @@ def append(call: Call) -> Tensor:
     table_width = 0 if page_table is None else page_table.shape[1]
     capacity = k_cache.shape[1] if page_table is None else page_size * table_width
     tensors = (q, rotated, k_new, v_new, k_cache, v_cache)
-    strides = [stride for x in tensors for stride in Layout(x.shape, x.stride()).rows]
-    aligned = not any(x.data_ptr() & 15 for x in tensors) and not any(stride & 7 for stride in strides)
-    if aligned:
-        strides = [stride >> 3 for stride in strides]
+    names = [DTYPE_NAMES[x.dtype] for x in tensors]
+    of_rows = [(Layout(tuple(x.shape), x.stride()).rows, name) for x, name in zip(tensors, names, strict=True)]
+    strides, aligned = planning.in_units(of_rows, not any(x.data_ptr() & 15 for x in tensors))
+    factors = planning.factor_strides(call)[2:]  # but for q's
     kernels = forward.kernels_of(q.device)
     kernels.launch(
-        kernels.handle(("append", DTYPE_NAMES[q.dtype], head_dim, head_dim_v, aligned)), programs,
+        kernels.handle(("append", names[0], head_dim, head_dim_v, aligned, names[4], names[2])), programs,
         *tensors, cos, sin, call.cu_seqlens_q, call.cu_seqlens_k_new,
         call.seqused_k, call.rotary_seqlens, call.cache_batch_idx, page_table,
-        *strides, table_width, *((0, 0) if cos is None or sin is None else (cos.stride(0), sin.stride(0))),
+        call.k_descale, call.v_descale, call.k_scale, call.v_scale, *strides, *factors, table_width, *((0, 0) if cos is None or sin is None else (cos.stride(0), sin.stride(0))),
         q.shape[0] if ragged_q else q.shape[1], seqlen_new, capacity, page_size, heads, kv_heads,
         *((0, 0) if cos is None else (cos.shape[1] * 2, cos.shape[0])), tiles_new, tiles_q, _flags(call),
     )  # fmt: skip
@@ -63,7 +64,7 @@ def _flags(call: Call) -> int:
         "rotary_cos": planning.ROTARY,
         "rotary_seqlens": planning.ROTARY_SEQLENS,
     }
-    flags = sum(bit for name, bit in present.items() if getattr(call, name) is not None)
+    flags = sum(bit for name, bit in present.items() if getattr(call, name) is not None) | planning.factor_flags(call)
     if call.rotary_interleaved:
         flags |= planning.ROTARY_INTERLEAVED
     # Without a mask that follows positions, all query tokens turn by the first one's angle.

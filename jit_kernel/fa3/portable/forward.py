@@ -17,6 +17,7 @@ from jit_kernel.fa3.portable.planning import Layout, Plan
 
 _MOST_PLANS = 4096  # a ragged server never stops making new shapes; the memory of them must not grow without end
 
+
 _devices: dict[int, DeviceKernels] = {}
 
 
@@ -31,42 +32,43 @@ def kernels_of(device: torch.device) -> DeviceKernels:
 
 def attend(call: Call) -> Result:
     """Attention of a checked call, q already rotated."""
-    q, k, v, sinks, draft_mask = call.q, call.k, call.v, call.sinks, call.draft_mask
+    q, k, v, qv, sinks = call.q, call.k, call.v, call.qv, call.sinks
     device = kernels_of(q.device)
-    flags = planning.flags_of(call)
-    batch, longest_q = calls.batch_of(call), call.max_seqlen_q
     result = calls.new_result(call) if call.out is None else call.out
-    lse = calls.new_lse(call)
-    if batch == 0 or longest_q == 0 or q.numel() == 0:
-        return _nothing_to_do(result, lse, call.out is None)
-    page_table, offsets, offsets_new = call.page_table, call.cu_seqlens_q, call.cu_seqlens_k_new
-    settings = (
-        q.dtype, batch, longest_q, call.max_seqlen_k,
-        0 if call.k_new is None or offsets_new is not None else call.k_new.shape[1],
-        0 if page_table is None else page_table.shape[1],
-        calls.mask_bounds(call), call.attention_chunk, call.softcap > 0,
-        (0, 0) if draft_mask is None else (draft_mask.shape[1], draft_mask.stride(0)),
-        calls.splits_of(call), call.pack_gqa, call.sm_margin, flags,
-        (q.data_ptr() | k.data_ptr() | v.data_ptr() | result.data_ptr()) & 15 == 0,
-    )  # fmt: skip
-    key = (q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), result.stride(), settings)
-    made = device.plans.get(key)
+    lse = calls.new_lse(call) if call.return_softmax_lse else None
+    pointers = q.data_ptr() | k.data_ptr() | v.data_ptr() | result.data_ptr()
+    if qv is not None:
+        pointers |= qv.data_ptr()
+    aligned = pointers & 15 == 0
+    key, made = None, None
+    if call.layouts:  # shapes, strides and dtypes in one number: 3 us less than to ask every tensor
+        key = (
+            call.layouts, aligned, call.max_seqlen_q, call.max_seqlen_k, call.causal, call.window_size,
+            call.attention_chunk, call.softcap > 0, call.num_splits, call.deterministic, call.pack_gqa, call.sm_margin,
+            call.only_qv, call.return_softmax_lse,
+        )  # fmt: skip
+        made = device.plans.get(key)
     if made is None:
-        made = _make_plan(device, key, q, k, v, result, settings)
+        if q.numel() == 0 or call.max_seqlen_q == 0 or calls.batch_of(call) == 0:
+            return _nothing_to_do(result, lse, call.out is None)
+        made = _plan_of(device, call, result, aligned)
+        if key is not None:
+            device.plans[key] = made
     out_partial = lse_partial = None
     if made.combine is not None:
         out_partial = torch.empty(made.partial_shape, dtype=torch.float32, device=q.device)
         lse_partial = torch.empty(made.partial_shape[:3], dtype=torch.float32, device=q.device)
     device.launch(
-        made.forward.handle, made.forward.grid, q, k, v, result, lse, out_partial, lse_partial,
-        offsets, call.cu_seqlens_k, offsets_new, call.seqused_q, call.seqused_k,
-        page_table, call.cache_batch_idx, call.cache_leftpad, sinks, draft_mask,
+        made.forward.handle, made.forward.grid, q, k, v, qv, result, lse, out_partial, lse_partial,
+        call.cu_seqlens_q, call.cu_seqlens_k, call.cu_seqlens_k_new, call.seqused_q, call.seqused_k,
+        call.page_table, call.cache_batch_idx, call.cache_leftpad, sinks, call.draft_mask,
+        call.q_descale, call.k_descale, call.v_descale, call.k_scale, call.v_scale,
         *made.forward.scalars, call.softmax_scale, float(call.softcap),
     )  # fmt: skip
     if made.combine is not None:
         device.launch(
             made.combine.handle, made.combine.grid, out_partial, lse_partial, result, lse,
-            offsets, call.seqused_q, sinks, *made.combine.scalars,
+            call.cu_seqlens_q, call.seqused_q, sinks, *made.combine.scalars,
         )  # fmt: skip
     return result if lse is None else (result, lse)
 
@@ -78,14 +80,38 @@ def _nothing_to_do(out: Tensor, lse: Tensor | None, owned: bool) -> Result:
     return out if lse is None else (out, lse.fill_(-math.inf))
 
 
-def _make_plan(
-    kernels: DeviceKernels, key: object, q: Tensor, k: Tensor, v: Tensor, out: Tensor, settings: tuple[object, ...]
-) -> Plan:
-    call = planning.Settings(DTYPE_NAMES[q.dtype], *settings[1:])  # type: ignore[arg-type]
-    made = planning.make(kernels, _layout(q), _layout(k), _layout(v), _layout(out), call)
-    if len(kernels.plans) >= _MOST_PLANS:
-        kernels.plans.clear()
-    kernels.plans[key] = made
+def _plan_of(kernels: DeviceKernels, call: Call, out: Tensor, aligned: bool) -> Plan:
+    """The plan of a call, remembered by all that it is made of."""
+    q, k, v, draft_mask, page_table = call.q, call.k, call.v, call.draft_mask, call.page_table
+    is_e4m3 = k.dtype is torch.float8_e4m3fn
+    settings = planning.Settings(
+        dtype=DTYPE_NAMES[q.dtype],
+        kv_dtype=DTYPE_NAMES[k.dtype],
+        qv=0 if call.qv is None else 1 + call.only_qv,
+        qv_strides=(0, 0, 0) if call.qv is None else _layout(call.qv).rows,
+        factor_strides=planning.factor_strides(call) if is_e4m3 else planning.NO_FACTORS,
+        batch=calls.batch_of(call),
+        max_seqlen_q=call.max_seqlen_q or 0,
+        max_seqlen_k=call.max_seqlen_k or 0,
+        seqlen_k_new=0 if call.k_new is None or call.cu_seqlens_k_new is not None else call.k_new.shape[1],
+        table_width=0 if page_table is None else page_table.shape[1],
+        window=calls.mask_bounds(call),
+        chunk=call.attention_chunk or 0,
+        softcap=call.softcap > 0,
+        draft=(0, 0) if draft_mask is None else (draft_mask.shape[1], draft_mask.stride(0)),
+        num_splits=calls.splits_of(call),
+        pack_gqa=call.pack_gqa,
+        sm_margin=call.sm_margin,
+        flags=planning.flags_of(call) | (planning.factor_flags(call) if is_e4m3 else 0),
+        aligned_pointers=aligned,
+    )
+    key = (q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), out.stride(), settings)
+    made: Plan | None = kernels.plans.get(key)
+    if made is None:
+        made = planning.make(kernels, _layout(q), _layout(k), _layout(v), _layout(out), settings)
+        if len(kernels.plans) >= _MOST_PLANS:
+            kernels.plans.clear()
+        kernels.plans[key] = made
     return made
 
 

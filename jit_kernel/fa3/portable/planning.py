@@ -6,28 +6,62 @@ A plan holds no tensor and depends on no value in one, so it is made once and re
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from jit_kernel.fa3.call import Call
 from jit_kernel.fa3.decision import Rejected, refusal
 from jit_kernel.fa3.portable import tiles as portable_tiles
-from jit_kernel.fa3.portable.kernels import COMBINE_SPLITS, DeviceKernels, combine_rows, unserved
+from jit_kernel.fa3.portable.kernels import COMBINE_SPLITS, DeviceKernels, combine_rows, result_of, unit, unserved
 
 # Bits of the kernels' `flags`, as in kernel_sources/flash_attention_v3/portable/sequence.py.
 CU_SEQLENS_Q, CU_SEQLENS_K, CU_SEQLENS_K_NEW = 1, 2, 4
 SEQUSED_Q, SEQUSED_K, CACHE_BATCH_IDX, CACHE_LEFTPAD = 8, 16, 32, 64
 LSE, SINKS, SINKS_ARE_FLOAT32, PAGE_TABLE = 128, 256, 512, 1024
 ROTARY, ROTARY_INTERLEAVED, ROTARY_SEQLENS, ROTATE_QUERY_BY_TOKEN = 2048, 4096, 8192, 16384
-ZERO_REST = 32768
+ZERO_REST, Q_DESCALE, K_DESCALE, V_DESCALE = 32768, 65536, 131072, 262144
+K_SCALE, V_SCALE = 524288, 1048576
 
 # A wider token stride would overflow the 32-bit offsets inside a tile of at most 128 keys.
 _NARROW = 2**31 // 256
-# Less work than this in a block is less than joining it costs: 1 x 8k in 16 to 32 parts 1200 GB/s, in 64 800.
-_LEAST_KEYS_PER_SPLIT = 256
+# Less work than this in a block is less than joining it costs: 1 x 8k in 32 parts 26.3 us, in 64 23.3.
+_LEAST_KEYS_PER_SPLIT = 128
 
 Strides = tuple[int, ...]
+NO_FACTORS: Strides = (0,) * 12  # without e4m3
+
+
+def factor_flags(call: Call) -> int:
+    """Which factors of e4m3 a call has; those beside other dtypes are taken away before."""
+    return (
+        (Q_DESCALE if call.q_descale is not None else 0)
+        | (K_DESCALE if call.k_descale is not None else 0)
+        | (V_DESCALE if call.v_descale is not None else 0)
+        | (K_SCALE if call.k_scale is not None else 0)
+        | (V_SCALE if call.v_scale is not None else 0)
+    )
+
+
+def factor_strides(call: Call) -> Strides:
+    """Strides of the descales, (batch, head) each, and of the token scales, (batch or page, token, head) each."""
+    return (
+        *_descale_strides(call.q_descale), *_descale_strides(call.k_descale), *_descale_strides(call.v_descale),
+        *_scale_strides(call.k_scale), *_scale_strides(call.v_scale),
+    )  # fmt: skip
+
+
+def _descale_strides(x: Tensor | None) -> Strides:
+    return (0, 0) if x is None else x.stride()
+
+
+def _scale_strides(x: Tensor | None) -> Strides:
+    """A ragged tensor, (tokens, heads), has one batch entry."""
+    if x is None:
+        return 0, 0, 0
+    return x.stride() if x.dim() == 3 else (0, *x.stride())
 
 
 def flags_of(call: Call) -> int:
@@ -65,7 +99,11 @@ class Layout:
 class Settings:
     """The scalars of a call that decide how it is launched; softmax_scale and softcap's value do not."""
 
-    dtype: str
+    dtype: str  # of q
+    kv_dtype: str
+    qv: int  # 1 with qv, 2 with it alone
+    qv_strides: Strides  # of (batch, token, head)
+    factor_strides: Strides  # of q_descale, k_descale, v_descale, k_scale and v_scale; see factor_strides()
     batch: int
     max_seqlen_q: int
     max_seqlen_k: int
@@ -79,7 +117,7 @@ class Settings:
     pack_gqa: bool | None
     sm_margin: int
     flags: int
-    aligned_pointers: bool  # q, k, v and out start at multiples of 16 bytes
+    aligned_pointers: bool  # q, k, v, qv and out start at multiples of 16 bytes
 
 
 @dataclass(frozen=True)
@@ -116,17 +154,18 @@ def make(kernels: DeviceKernels, q: Layout, k: Layout, v: Layout, out: Layout, c
     page_size = k.shape[1] if call.table_width else 1
     capacity = page_size * call.table_width or (k.shape[0] if len(k.shape) == 3 else k.shape[1])
 
-    strides = (*q.rows, *k.rows, *v.rows, *out.rows)
     narrow = max(k.rows[1], v.rows[1]) < _NARROW
-    aligned = call.aligned_pointers and narrow and not any(stride & 7 for stride in strides)
-    if aligned:
-        strides = tuple(stride >> 3 for stride in strides)
+    inputs = ((q.rows, call.dtype), (k.rows, call.kv_dtype), (v.rows, call.kv_dtype), (call.qv_strides, call.dtype))
+    strides, aligned = in_units((*inputs, (out.rows, result_of(call.dtype))), call.aligned_pointers and narrow)
 
     drafted = call.draft[0] > 0
     kind = tile_kind(call.num_splits, call.max_seqlen_q * group, aligned, drafted)
-    tile = portable_tiles.tile(kernels.target.architecture, head_dim, head_dim_v, kind)
+    tile = portable_tiles.tile(kernels.target.architecture, head_dim, head_dim_v, kind, call.qv)
     local = is_local(call.window, call.chunk, drafted)
-    variant = (call.dtype, head_dim, head_dim_v, kind, call.table_width > 0, local, call.softcap, aligned, drafted)
+    variant = (
+        call.dtype, head_dim, head_dim_v, kind, call.table_width > 0, local, call.softcap, aligned, drafted,
+        call.kv_dtype, call.qv, call.flags & (K_SCALE | V_SCALE) != 0,
+    )  # fmt: skip
     packed = group if packs(call.pack_gqa, call.max_seqlen_q, group, tile.block_m, kind) else 1
     row_tiles = -(-call.max_seqlen_q * packed // tile.block_m)
     programs = row_tiles * (heads // packed) * call.batch
@@ -136,8 +175,9 @@ def make(kernels: DeviceKernels, q: Layout, k: Layout, v: Layout, out: Layout, c
         num_splits = best_splits(programs, slots, _longest(call, capacity))
     lse_strides = (0, total_rows) if ragged else (heads * seqlen_q, seqlen_q)
     scalars = (
-        *strides, *lse_strides, call.table_width, total_rows, call.draft[1], seqlen_q, capacity, call.seqlen_k_new,
-        page_size, heads, packed, group, row_tiles, num_splits, *call.window, call.chunk, call.draft[0], call.flags,
+        *strides, *call.factor_strides, *lse_strides, call.table_width, total_rows, call.draft[1],
+        seqlen_q, capacity, call.seqlen_k_new, page_size, heads, packed, group, row_tiles, num_splits,
+        *call.window, call.chunk, call.draft[0], call.flags,
     )  # fmt: skip
     forward = Launch(kernels.handle(("forward", *variant)), programs * num_splits, scalars)
     partial_shape = (num_splits, total_rows, heads, head_dim_v)
@@ -145,12 +185,24 @@ def make(kernels: DeviceKernels, q: Layout, k: Layout, v: Layout, out: Layout, c
         return Plan(forward, None, partial_shape)
     rows = 0 if ragged else seqlen_q
     combine = combine_launch(
-        kernels, "fp32", call.dtype, out.shape, call.aligned_pointers,
+        kernels, "fp32", result_of(call.dtype), out.shape, call.aligned_pointers,
         (total_rows * heads * head_dim_v, rows * heads * head_dim_v, heads * head_dim_v, head_dim_v),
         (total_rows * heads, rows * heads, heads, 1), out.rows, (lse_strides[0], 1, lse_strides[1]),
-        call.batch, seqlen_q, call.max_seqlen_q, num_splits, call.flags,
+        call.batch, seqlen_q, call.max_seqlen_q, num_splits, call.flags, call.dtype,
     )  # fmt: skip
     return Plan(forward, combine, partial_shape)
+
+
+def in_units(rows: Sequence[tuple[Strides, str]], aligned: bool) -> tuple[Strides, bool]:
+    """Strides of tensors, each with its dtype, as a kernel takes them, and whether all are multiples of 16 bytes.
+
+    aligned: whether they may be: where they are, they count in units of 16 bytes.
+    """
+    units = [unit(dtype, True) for _, dtype in rows]
+    aligned = aligned and not any(stride % n for (strides, _), n in zip(rows, units, strict=True) for stride in strides)
+    if not aligned:
+        return tuple(stride for strides, _ in rows for stride in strides), False
+    return tuple(stride // n for (strides, _), n in zip(rows, units, strict=True) for stride in strides), True
 
 
 def tile_kind(num_splits: int, rows: int, aligned: bool, drafted: bool) -> str:
@@ -219,19 +271,23 @@ def combine_launch(
     max_seqlen_q: int,
     num_splits: int,
     flags: int,
+    sinks: str | None = None,
 ) -> Launch:
-    """Joining partials: strides of (split, batch, token, head), for out and lse of (batch, token, head)."""
+    """Joining partials: strides of (split, batch, token, head), for out and lse of (batch, token, head).
+
+    sinks: the dtype of sinks that are not float32, where it is not that of the result.
+    """
     heads, head_dim_v = out_shape[-2:]
     aligned = aligned_pointers and not any(stride & 7 for stride in (*partial, *out))
     if aligned:
         partial, out = tuple(s >> 3 for s in partial), tuple(s >> 3 for s in out)
     # Two long partial results want large tiles: 2 x 16384 x 32 rows took 2.6 ms in tiles of 4 rows.
-    few, many = COMBINE_SPLITS
+    few, some, many = COMBINE_SPLITS
     rows = batch * max_seqlen_q * heads
     fills = rows >= kernels.multiprocessors * combine_rows(head_dim_v, few)
-    splits = few if num_splits <= few and fills else many
+    splits = few if num_splits <= few and fills else some if num_splits <= some else many
     item_tiles = -(-max_seqlen_q * heads // combine_rows(head_dim_v, splits))
     flags &= CU_SEQLENS_Q | SEQUSED_Q | SINKS | SINKS_ARE_FLOAT32 | LSE
     scalars = (*partial, *lse_partial, *out, *lse, seqlen_q, heads, item_tiles, num_splits, flags)
-    handle = kernels.handle(("combine", partial_dtype, dtype, head_dim_v, aligned, splits))
+    handle = kernels.handle(("combine", partial_dtype, dtype, head_dim_v, aligned, splits, sinks or dtype))
     return Launch(handle, item_tiles * batch, scalars)

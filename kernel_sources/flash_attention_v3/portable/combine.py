@@ -24,7 +24,7 @@ SIGNATURE = {
     "lse": "*fp32",
     "cu_seqlens_q": "*i32",
     "seqused_q": "*i32",
-    "sinks": "*element",
+    "sinks": "*sinks",
     "partial_stride_split": "i64",
     "partial_stride_batch": "i64",
     "partial_stride_token": "i64",

@@ -5,6 +5,7 @@ Maxima and sinks are halves of exponents of 2: a logit that float32 holds is an 
 
 import triton
 import triton.language as tl
+from flash_attention_v3.portable.e4m3 import widened
 from flash_attention_v3.portable.mainloop import LARGEST_FLOAT, LN_2, LOG2_E
 from flash_attention_v3.portable.sequence import (
     HAS_CU_SEQLENS_Q,
@@ -21,7 +22,7 @@ def load_sink(sinks, heads, flags):
     as_float32 = (flags & SINKS_ARE_FLOAT32) != 0
     wide = tl.load(sinks.to(tl.pointer_type(tl.float32)) + heads, mask=as_float32, other=0.0)
     narrow = tl.load(sinks + heads, mask=as_float32 == 0, other=0.0)
-    return tl.where(as_float32, wide, narrow.to(tl.float32)) * (0.5 * LOG2_E)
+    return tl.where(as_float32, wide, widened(narrow, tl.float32)) * (0.5 * LOG2_E)
 
 
 @triton.jit

@@ -8,18 +8,23 @@ keys alone, whichever rows share its tile.
 
 import triton
 import triton.language as tl
+from flash_attention_v3.portable.arguments import ALIGNED_POINTERS, SIGNATURE  # noqa: F401  (the compiler's)
+from flash_attention_v3.portable.e4m3 import load_descale, with_sign
 from flash_attention_v3.portable.epilogue import add_sink, fill_rest, half_exponents, normalized
-from flash_attention_v3.portable.mainloop import LARGEST_FLOAT, attend
+from flash_attention_v3.portable.mainloop import LARGEST_FLOAT, attend, operand
 from flash_attention_v3.portable.sequence import (
     HAS_CACHE_BATCH_IDX,
     HAS_CACHE_LEFTPAD,
     HAS_CU_SEQLENS_K,
     HAS_CU_SEQLENS_K_NEW,
     HAS_CU_SEQLENS_Q,
+    HAS_K_DESCALE,
     HAS_LSE,
+    HAS_Q_DESCALE,
     HAS_SEQUSED_K,
     HAS_SEQUSED_Q,
     HAS_SINKS,
+    HAS_V_DESCALE,
     ZERO_REST,
     call_row,
     end_visible_key,
@@ -28,61 +33,27 @@ from flash_attention_v3.portable.sequence import (
     token_range,
 )
 
-# Types of the run-time arguments, in order: the host side passes them in this order, the compiler's side compares it
-# with the function's, the launcher checks number and types. Strides are in elements.
-SIGNATURE = {
-    "q": "*element",
-    "k": "*element",
-    "v": "*element",
-    "out": "*element",
-    "lse": "*fp32",
-    "out_partial": "*fp32",
-    "lse_partial": "*fp32",
-    "cu_seqlens_q": "*i32",
-    "cu_seqlens_k": "*i32",
-    "cu_seqlens_k_new": "*i32",
-    "seqused_q": "*i32",
-    "seqused_k": "*i32",
-    "page_table": "*i32",
-    "cache_batch_idx": "*i32",
-    "cache_leftpad": "*i32",
-    "sinks": "*element",
-    "draft_mask": "*i32",
-    "q_stride_batch": "i64",
-    "q_stride_token": "i64",
-    "q_stride_head": "i64",
-    "k_stride_batch": "i64",
-    "k_stride_token": "i64",
-    "k_stride_head": "i64",
-    "v_stride_batch": "i64",
-    "v_stride_token": "i64",
-    "v_stride_head": "i64",
-    "out_stride_batch": "i64",
-    "out_stride_token": "i64",
-    "out_stride_head": "i64",
-    "lse_stride_batch": "i64",
-    "lse_stride_head": "i64",
-    "page_table_stride": "i64",
-    "total_rows": "i64",
-    "draft_stride": "i64",
-    "seqlen_q": "i32",
-    "capacity_k": "i32",
-    "seqlen_k_new": "i32",
-    "page_size": "i32",
-    "num_heads": "i32",
-    "heads_per_tile": "i32",
-    "group_size": "i32",
-    "row_tiles": "i32",
-    "num_splits": "i32",
-    "window_left": "i32",
-    "window_right": "i32",
-    "attention_chunk": "i32",
-    "draft_words": "i32",
-    "flags": "i32",
-    "softmax_scale": "fp32",
-    "softcap": "fp32",
-}
-ALIGNED_POINTERS = ("q", "k", "v", "out", "out_partial")
+
+@triton.jit
+def load_queries(
+    base,
+    offsets,
+    row_valid,
+    factor,
+    SIZE: tl.constexpr,
+    SIZE_PADDED: tl.constexpr,
+    TURN: tl.constexpr,
+    CONVERT: tl.constexpr,
+    WIDE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """(BLOCK_M, SIZE_PADDED) rows of q or qv, zero past SIZE; with TURN of the other sign for a negative factor."""
+    columns = tl.arange(0, SIZE_PADDED)
+    mask = row_valid[:, None] & (columns < SIZE)[None, :]
+    rows = tl.load(base + offsets[:, None] + columns[None, :], mask=mask, other=0.0)
+    if TURN:
+        rows = with_sign(rows, factor)
+    return operand(rows, CONVERT and rows.dtype.primitive_bitwidth == 8, WIDE, INTERPRETED)
 
 
 @triton.jit
@@ -90,6 +61,7 @@ def forward(
     q,
     k,
     v,
+    qv,
     out,
     lse,
     out_partial,
@@ -104,6 +76,11 @@ def forward(
     cache_leftpad,
     sinks,
     draft_mask,
+    q_descale,
+    k_descale,
+    v_descale,
+    k_scale,
+    v_scale,
     q_stride_batch,
     q_stride_token,
     q_stride_head,
@@ -113,9 +90,24 @@ def forward(
     v_stride_batch,
     v_stride_token,
     v_stride_head,
+    qv_stride_batch,
+    qv_stride_token,
+    qv_stride_head,
     out_stride_batch,
     out_stride_token,
     out_stride_head,
+    q_descale_stride_batch,
+    q_descale_stride_head,
+    k_descale_stride_batch,
+    k_descale_stride_head,
+    v_descale_stride_batch,
+    v_descale_stride_head,
+    k_scale_stride_batch,
+    k_scale_stride_token,
+    k_scale_stride_head,
+    v_scale_stride_batch,
+    v_scale_stride_token,
+    v_scale_stride_head,
     lse_stride_batch,
     lse_stride_head,
     page_table_stride,
@@ -144,17 +136,33 @@ def forward(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PAGED: tl.constexpr,
+    LEAD: tl.constexpr,
     LOCAL: tl.constexpr,
     SOFTCAP: tl.constexpr,
     DRAFT: tl.constexpr,
+    QV: tl.constexpr,
+    QUERY_E4M3: tl.constexpr,
+    CACHE_E4M3: tl.constexpr,
+    TOKEN_SCALES: tl.constexpr,
+    NATIVE: tl.constexpr,
     STRIDE_UNIT: tl.constexpr,
+    QUERY_UNIT: tl.constexpr,
+    CACHE_UNIT: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """Grid: row tiles (last first, the longest under a causal mask) x head tiles x splits x batch.
 
-    The strides of q, k, v and out come in units of STRIDE_UNIT elements: 8 where every row is
-    16-byte aligned, so that the compiler knows it and loads 16 bytes at a time; else 1.
+    The strides of out come in units of STRIDE_UNIT elements, those of q and qv of QUERY_UNIT, of k and v of CACHE_UNIT:
+    16 bytes where every row is 16-byte aligned, so that the compiler knows it and loads 16 bytes at a time; else 1.
+
+    QV: 0 without qv, 1 with it, 2 with it alone: k is not read then. QUERY_E4M3 and CACHE_E4M3 say which of (q, qv) and
+    (k, v) are e4m3, NATIVE that the device multiplies e4m3; where it does not, and where the queries have 16 bits,
+    keys become 16 bits wide first. Values do always before they meet the weights, which so are not rounded to e4m3.
     """
+    CONVERT: tl.constexpr = CACHE_E4M3 and not (QUERY_E4M3 and NATIVE)
+    WIDE: tl.constexpr = tl.float16 if QUERY_E4M3 else q.dtype.element_ty
+    # One factor for all scores of a head belongs to the softmax's scale: no multiplication for each.
+    FOLDED: tl.constexpr = CACHE_E4M3 and QV == 0 and not TOKEN_SCALES
     program = tl.program_id(0)
     row_tile = row_tiles - 1 - program % row_tiles
     program = program // row_tiles
@@ -219,74 +227,101 @@ def forward(
         end_key = tl.where(row_valid, end_key, 0)
     full_end = tl.maximum(tl.minimum(full_end, tile_end), full_begin)
 
+    k_factor, v_factor, v_descale_factor = 1.0, 1.0, 1.0
+    if CACHE_E4M3:
+        q_factor = load_descale(
+            q_descale, batch, kv_head, q_descale_stride_batch, q_descale_stride_head, flags, HAS_Q_DESCALE
+        )
+        k_factor = q_factor * load_descale(
+            k_descale, batch, kv_head, k_descale_stride_batch, k_descale_stride_head, flags, HAS_K_DESCALE
+        )
+        v_descale_factor = load_descale(
+            v_descale, batch, kv_head, v_descale_stride_batch, v_descale_stride_head, flags, HAS_V_DESCALE
+        )
+        v_factor = q_factor * v_descale_factor
+        if FOLDED:
+            softmax_scale = softmax_scale * tl.abs(k_factor)
+
     k_base_row = tl.where((flags & HAS_CU_SEQLENS_K) != 0, k_start.to(tl.int64), 0)
+    k_tile_base = k + kv_head * (k_stride_head * CACHE_UNIT)
+    v_tile_base = v + kv_head * (v_stride_head * CACHE_UNIT)
+    k_scale_base = k_scale + kv_head * k_scale_stride_head
+    v_scale_base = v_scale + kv_head * v_scale_stride_head
+    table_row = page_table
     if PAGED:
-        k_tile_base = k + kv_head * (k_stride_head * STRIDE_UNIT)
-        v_tile_base = v + kv_head * (v_stride_head * STRIDE_UNIT)
-        table_row = page_table + cache_row * page_table_stride
+        table_row += cache_row * page_table_stride
     else:
         k_base_row += leftpad
-        k_tile_base = (
-            k
-            + cache_row * (k_stride_batch * STRIDE_UNIT)
-            + k_base_row * (k_stride_token * STRIDE_UNIT)
-            + kv_head * (k_stride_head * STRIDE_UNIT)
-        )
-        v_tile_base = (
-            v
-            + cache_row * (v_stride_batch * STRIDE_UNIT)
-            + k_base_row * (v_stride_token * STRIDE_UNIT)
-            + kv_head * (v_stride_head * STRIDE_UNIT)
-        )
-        table_row = page_table
+        k_tile_base += cache_row * (k_stride_batch * CACHE_UNIT) + k_base_row * (k_stride_token * CACHE_UNIT)
+        v_tile_base += cache_row * (v_stride_batch * CACHE_UNIT) + k_base_row * (v_stride_token * CACHE_UNIT)
+        k_scale_base += cache_row * k_scale_stride_batch + k_base_row * k_scale_stride_token
+        v_scale_base += cache_row * v_scale_stride_batch + k_base_row * v_scale_stride_token
 
-    columns = tl.arange(0, HEAD_DIM_PADDED)
-    q_rows = (
-        (q_start.to(tl.int64) + tokens) * (q_stride_token * STRIDE_UNIT)
-        + heads * (q_stride_head * STRIDE_UNIT)
-    )  # fmt: skip
-    q_pointers = q + batch * (q_stride_batch * STRIDE_UNIT) + q_rows[:, None] + columns[None, :]
-    q_mask = row_valid[:, None] & (columns < HEAD_DIM)[None, :]
-    q_tile = tl.load(q_pointers, mask=q_mask, other=0.0)
-    if INTERPRETED:
-        q_tile = q_tile.to(tl.float32)
+    q_row = q_start.to(tl.int64) + tokens
+    q_tile, qv_tile = rows, rows
+    if QV < 2:
+        q_offsets = q_row * (q_stride_token * QUERY_UNIT) + heads * (q_stride_head * QUERY_UNIT)
+        q_tile = load_queries(
+            q + batch * (q_stride_batch * QUERY_UNIT), q_offsets, row_valid, k_factor,
+            HEAD_DIM, HEAD_DIM_PADDED, FOLDED, CONVERT, WIDE, INTERPRETED,
+        )  # fmt: skip
+    if QV > 0:
+        qv_offsets = q_row * (qv_stride_token * QUERY_UNIT) + heads * (qv_stride_head * QUERY_UNIT)
+        qv_tile = load_queries(
+            qv + batch * (qv_stride_batch * QUERY_UNIT), qv_offsets, row_valid, k_factor,
+            HEAD_DIM_V, HEAD_DIM_V_PADDED, FOLDED, CONVERT, WIDE, INTERPRETED,
+        )  # fmt: skip
 
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, HEAD_DIM_V_PADDED), tl.float32)
+    v_top = 0.0
     if LOCAL:
-        acc, row_sum, row_max = attend(
-            acc, row_sum, row_max, q_tile, k_tile_base, v_tile_base, table_row,
-            tile_begin, full_begin, first_key, end_key, seen_begin, seen_end, draft_row, draft_begin, draft_words,
-            leftpad, page_size,
-            k_stride_batch * STRIDE_UNIT, k_stride_token * STRIDE_UNIT,
-            v_stride_batch * STRIDE_UNIT, v_stride_token * STRIDE_UNIT, softmax_scale, softcap,
+        acc, row_sum, row_max, v_top = attend(
+            acc, row_sum, row_max, v_top, q_tile, qv_tile, k_tile_base, v_tile_base, k_scale_base, v_scale_base,
+            table_row, tile_begin, full_begin, first_key, end_key, seen_begin, seen_end,
+            draft_row, draft_begin, draft_words, leftpad, page_size,
+            k_stride_batch * CACHE_UNIT, k_stride_token * CACHE_UNIT,
+            v_stride_batch * CACHE_UNIT, v_stride_token * CACHE_UNIT,
+            k_scale_stride_batch, k_scale_stride_token, v_scale_stride_batch, v_scale_stride_token,
+            k_factor, v_factor, flags, softmax_scale, softcap,
             HEAD_DIM, HEAD_DIM_V, HEAD_DIM_PADDED, HEAD_DIM_V_PADDED, BLOCK_N,
-            PAGED, SOFTCAP, DRAFT, STRIDE_UNIT > 1, True, True, INTERPRETED,
+            PAGED, LEAD, SOFTCAP, DRAFT, STRIDE_UNIT > 1, QV, CACHE_E4M3, TOKEN_SCALES, CONVERT, WIDE,
+            True, True, INTERPRETED,
         )  # fmt: skip
-    acc, row_sum, row_max = attend(
-        acc, row_sum, row_max, q_tile, k_tile_base, v_tile_base, table_row,
-        full_begin, full_end, first_key, end_key, 0, seen_end, draft_row, draft_begin, draft_words,
-        leftpad, page_size,
-        k_stride_batch * STRIDE_UNIT, k_stride_token * STRIDE_UNIT,
-        v_stride_batch * STRIDE_UNIT, v_stride_token * STRIDE_UNIT, softmax_scale, softcap,
+    acc, row_sum, row_max, v_top = attend(
+        acc, row_sum, row_max, v_top, q_tile, qv_tile, k_tile_base, v_tile_base, k_scale_base, v_scale_base,
+        table_row, full_begin, full_end, first_key, end_key, 0, seen_end,
+        draft_row, draft_begin, draft_words, leftpad, page_size,
+        k_stride_batch * CACHE_UNIT, k_stride_token * CACHE_UNIT,
+        v_stride_batch * CACHE_UNIT, v_stride_token * CACHE_UNIT,
+        k_scale_stride_batch, k_scale_stride_token, v_scale_stride_batch, v_scale_stride_token,
+        k_factor, v_factor, flags, softmax_scale, softcap,
         HEAD_DIM, HEAD_DIM_V, HEAD_DIM_PADDED, HEAD_DIM_V_PADDED, BLOCK_N,
-        PAGED, SOFTCAP, False, STRIDE_UNIT > 1, False, False, INTERPRETED,
+        PAGED, LEAD, SOFTCAP, False, STRIDE_UNIT > 1, QV, CACHE_E4M3, TOKEN_SCALES, CONVERT, WIDE,
+        False, False, INTERPRETED,
     )  # fmt: skip
-    acc, row_sum, row_max = attend(
-        acc, row_sum, row_max, q_tile, k_tile_base, v_tile_base, table_row,
-        full_end, tile_end, first_key, end_key, 0, seen_end, draft_row, draft_begin, draft_words,
-        leftpad, page_size,
-        k_stride_batch * STRIDE_UNIT, k_stride_token * STRIDE_UNIT,
-        v_stride_batch * STRIDE_UNIT, v_stride_token * STRIDE_UNIT, softmax_scale, softcap,
+    acc, row_sum, row_max, v_top = attend(
+        acc, row_sum, row_max, v_top, q_tile, qv_tile, k_tile_base, v_tile_base, k_scale_base, v_scale_base,
+        table_row, full_end, tile_end, first_key, end_key, 0, seen_end,
+        draft_row, draft_begin, draft_words, leftpad, page_size,
+        k_stride_batch * CACHE_UNIT, k_stride_token * CACHE_UNIT,
+        v_stride_batch * CACHE_UNIT, v_stride_token * CACHE_UNIT,
+        k_scale_stride_batch, k_scale_stride_token, v_scale_stride_batch, v_scale_stride_token,
+        k_factor, v_factor, flags, softmax_scale, softcap,
         HEAD_DIM, HEAD_DIM_V, HEAD_DIM_PADDED, HEAD_DIM_V_PADDED, BLOCK_N,
-        PAGED, SOFTCAP, DRAFT, STRIDE_UNIT > 1, True, False, INTERPRETED,
+        PAGED, LEAD, SOFTCAP, DRAFT, STRIDE_UNIT > 1, QV, CACHE_E4M3, TOKEN_SCALES, CONVERT, WIDE,
+        True, False, INTERPRETED,
     )  # fmt: skip
 
     half_max = half_exponents(row_max, softmax_scale, SOFTCAP)
     if (flags & HAS_SINKS) != 0 and num_splits == 1:
         acc, row_sum, half_max = add_sink(acc, row_sum, half_max, sinks, heads, flags)
     acc, row_lse = normalized(acc, row_sum, half_max)
+    if TOKEN_SCALES:
+        v_descale_factor *= v_top
+    if CACHE_E4M3:
+        acc = acc * v_descale_factor
 
     columns = tl.arange(0, HEAD_DIM_V_PADDED)
     out_mask = row_valid[:, None] & (columns < HEAD_DIM_V)[None, :]

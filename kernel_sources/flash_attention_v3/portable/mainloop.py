@@ -2,78 +2,14 @@
 
 import triton
 import triton.language as tl
-from flash_attention_v3.portable.sequence import is_drafted
+from flash_attention_v3.portable.e4m3 import widened
+from flash_attention_v3.portable.loads import are_seen, load_factors, load_keys, load_pages, moved
+from flash_attention_v3.portable.sequence import HAS_K_SCALE, HAS_V_SCALE, is_drafted
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 LARGEST_FLOAT = tl.constexpr(3.4028234663852886e38)
 LARGEST_SCALE = tl.constexpr(2.358e38)  # whose product with LOG2_E is finite
-
-
-@triton.jit
-def load_pages(
-    table_row, first, seen_begin, seen_end, leftpad, page_size, BLOCK_N: tl.constexpr, INTERPRETED: tl.constexpr
-):
-    """(BLOCK_N,) page numbers of the keys from `first` on, and their places inside these pages."""
-    # Table entries of keys that no row sees may hold anything: those lanes take the first or last key's that is seen.
-    keys = tl.maximum(tl.minimum(first + tl.arange(0, BLOCK_N), seen_end - 1), seen_begin)
-    positions = leftpad + keys
-    entries = table_row + positions // page_size
-    if INTERPRETED:
-        pages = tl.load(entries)
-    else:
-        # Not tl.load: the software pipeline would spend its stages on the table, not on the keys.
-        pages = tl.inline_asm_elementwise(
-            "ld.global.nc.b32 $0, [$1];", "=r,l", [entries.to(tl.int64)], tl.int32, True, 1
-        )
-    return pages, positions % page_size
-
-
-@triton.jit
-def load_keys(
-    base,
-    pages,
-    slots,
-    first,
-    seen_begin,
-    seen_end,
-    drafted,
-    stride_batch,
-    stride_token,
-    SIZE: tl.constexpr,
-    SIZE_PADDED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PAGED: tl.constexpr,
-    NARROW: tl.constexpr,
-    MASKED: tl.constexpr,
-    LEFT_EDGE: tl.constexpr,
-    DRAFT: tl.constexpr,
-):
-    """(BLOCK_N, SIZE_PADDED) keys or values from key `first` on; zero where no row sees the key, and past SIZE."""
-    offsets = tl.arange(0, BLOCK_N)
-    columns = tl.arange(0, SIZE_PADDED)
-    if PAGED:
-        rows = pages.to(tl.int64) * stride_batch + slots * stride_token
-        pointers = base + rows[:, None] + columns[None, :]
-    else:
-        tile = base + first.to(tl.int64) * stride_token
-        if NARROW:
-            stride_token = stride_token.to(tl.int32)
-        pointers = tile + (offsets * stride_token)[:, None] + columns[None, :]
-    if MASKED:
-        # What no row sees may hold anything, and a weight of 0 times NaN is NaN.
-        seen = first + offsets < seen_end
-        if LEFT_EDGE:
-            seen = seen & (first + offsets >= seen_begin)
-        if DRAFT:
-            seen = seen & drafted
-        mask = seen[:, None]
-        if SIZE != SIZE_PADDED:
-            mask = mask & (columns < SIZE)[None, :]
-        return tl.load(pointers, mask=mask, other=0.0)
-    if SIZE != SIZE_PADDED:
-        return tl.load(pointers, mask=(columns < SIZE)[None, :], other=0.0)
-    return tl.load(pointers)
 
 
 @triton.jit
@@ -83,13 +19,54 @@ def is_within(first_key, end_key, keys):
 
 
 @triton.jit
+def operand(x, CONVERT: tl.constexpr, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
+    """A tile of keys or values as the matrix unit takes it; the interpreter multiplies float32."""
+    if INTERPRETED:
+        x = widened(x, tl.float32)
+    elif CONVERT:
+        x = widened(x, DTYPE)
+    return x
+
+
+@triton.jit
+def score(
+    q_tile,
+    qv_tile,
+    k_tile,
+    v_tile,
+    k_factors,
+    v_factors,
+    QV: tl.constexpr,
+    SCALED: tl.constexpr,
+):
+    """(rows, keys): q k^T, qv v^T or both; with SCALED each product times its keys' factors, one or (1, keys)."""
+    if QV > 0:
+        scores = tl.dot(qv_tile, tl.trans(v_tile))
+        if SCALED:
+            scores = scores * v_factors
+            if QV == 1:
+                scores += tl.dot(q_tile, tl.trans(k_tile)) * k_factors
+        elif QV == 1:
+            scores = tl.dot(q_tile, tl.trans(k_tile), scores)
+    else:
+        scores = tl.dot(q_tile, tl.trans(k_tile))
+        if SCALED:
+            scores = scores * k_factors
+    return scores
+
+
+@triton.jit
 def attend(
     acc,
     row_sum,
     row_max,
+    v_top,
     q_tile,
+    qv_tile,
     k,
     v,
+    k_scale,
+    v_scale,
     table_row,
     tile_begin,
     tile_end,
@@ -106,6 +83,13 @@ def attend(
     k_stride_token,
     v_stride_batch,
     v_stride_token,
+    k_scale_stride_batch,
+    k_scale_stride_token,
+    v_scale_stride_batch,
+    v_scale_stride_token,
+    k_factor,
+    v_factor,
+    flags,
     softmax_scale,
     softcap,
     HEAD_DIM: tl.constexpr,
@@ -114,9 +98,15 @@ def attend(
     HEAD_DIM_V_PADDED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PAGED: tl.constexpr,
+    LEAD: tl.constexpr,
     SOFTCAP: tl.constexpr,
     DRAFT: tl.constexpr,
     NARROW: tl.constexpr,
+    QV: tl.constexpr,
+    CACHE_E4M3: tl.constexpr,
+    TOKEN_SCALES: tl.constexpr,
+    CONVERT: tl.constexpr,
+    WIDE: tl.constexpr,
     MASKED: tl.constexpr,
     LEFT_EDGE: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -128,41 +118,82 @@ def attend(
     keys: draft_row holds a pointer to each row's words, draft_begin is the first key with a bit.
 
     The maximum is taken before scaling, one multiplication less per score: the scale is positive.
+
+    CACHE_E4M3: keys and values are e4m3. With CONVERT they become WIDE, of 16 bits, before they meet the queries; else
+    the queries are e4m3 too. The values become WIDE before they meet the weights. k_factor and v_factor are those of
+    products q k^T and qv v^T where softmax_scale has them not: with QV or TOKEN_SCALES.
+    TOKEN_SCALES: one factor more of each key and value. Those of values are taken as shares of the largest so far,
+    v_top, so that weights times shares are not too small for 16 bits; acc is in units of v_top.
     """
+    SCALED: tl.constexpr = TOKEN_SCALES or (CACHE_E4M3 and QV > 0)
     if SOFTCAP:
         # A finite factor: 0 times infinity would be NaN.
-        to_exponent = tl.minimum(2.0 * LOG2_E * softmax_scale / softcap, 1e30)
+        to_exponent = tl.minimum(softmax_scale * (2.0 * LOG2_E) / softcap, 1e30)
         scale = LOG2_E
     else:
         scale = tl.minimum(softmax_scale, LARGEST_SCALE) * LOG2_E
     pages, slots = tile_begin, tile_begin  # without pages nothing reads them
+    begin = tile_begin * BLOCK_N
     if PAGED:
-        pages, slots = load_pages(
-            table_row, tile_begin * BLOCK_N, seen_begin, seen_end, leftpad, page_size, BLOCK_N, INTERPRETED
-        )
+        pages, slots = load_pages(table_row, begin, seen_begin, seen_end, leftpad, page_size, BLOCK_N, INTERPRETED)
+        if LEAD == 4:
+            pages_1, slots_1 = load_pages(
+                table_row, begin + BLOCK_N, seen_begin, seen_end, leftpad, page_size, BLOCK_N, INTERPRETED
+            )
+            pages_2, slots_2 = load_pages(
+                table_row, begin + 2 * BLOCK_N, seen_begin, seen_end, leftpad, page_size, BLOCK_N, INTERPRETED
+            )
+            pages_3, slots_3 = load_pages(
+                table_row, begin + 3 * BLOCK_N, seen_begin, seen_end, leftpad, page_size, BLOCK_N, INTERPRETED
+            )
     for tile in range(tile_begin, tile_end):
         first = tile * BLOCK_N
-        drafted = tile  # without a draft mask nothing reads it
+        drafted, seen = tile, tile  # without a mask nothing reads them
         if DRAFT:
             keys = first + tl.arange(0, BLOCK_N)
             visible = is_within(first_key, end_key, keys) & is_drafted(draft_row, draft_begin, draft_words, keys)
             drafted = tl.max(visible.to(tl.int32), 0) > 0
-        k_tile = load_keys(
-            k, pages, slots, first, seen_begin, seen_end, drafted, k_stride_batch, k_stride_token,
-            HEAD_DIM, HEAD_DIM_PADDED, BLOCK_N, PAGED, NARROW, MASKED, LEFT_EDGE, DRAFT,
-        )  # fmt: skip
+        if MASKED:
+            seen = are_seen(first, seen_begin, seen_end, drafted, BLOCK_N, LEFT_EDGE, DRAFT)
+        k_operand, k_factors, v_factors = tile, k_factor, v_factor
+        if QV < 2:
+            k_tile = load_keys(
+                k, pages, slots, first, seen, k_stride_batch, k_stride_token,
+                HEAD_DIM, HEAD_DIM_PADDED, BLOCK_N, PAGED, NARROW, MASKED,
+            )  # fmt: skip
         v_tile = load_keys(
-            v, pages, slots, first, seen_begin, seen_end, drafted, v_stride_batch, v_stride_token,
-            HEAD_DIM_V, HEAD_DIM_V_PADDED, BLOCK_N, PAGED, NARROW, MASKED, LEFT_EDGE, DRAFT,
+            v, pages, slots, first, seen, v_stride_batch, v_stride_token,
+            HEAD_DIM_V, HEAD_DIM_V_PADDED, BLOCK_N, PAGED, NARROW, MASKED,
         )  # fmt: skip
+        if TOKEN_SCALES:
+            k_scales = load_factors(
+                k_scale, pages, slots, first, seen, (flags & HAS_K_SCALE) != 0,
+                k_scale_stride_batch, k_scale_stride_token, BLOCK_N, PAGED, MASKED,
+            )  # fmt: skip
+            v_scales = load_factors(
+                v_scale, pages, slots, first, seen, (flags & HAS_V_SCALE) != 0,
+                v_scale_stride_batch, v_scale_stride_token, BLOCK_N, PAGED, MASKED,
+            )  # fmt: skip
+            k_factors, v_factors = (k_scales * k_factor)[None, :], (v_scales * v_factor)[None, :]
         if PAGED:
-            # A tile ahead: decoding over pages of 64 takes 4240 GB/s so, 3690 with the lookup in front.
-            pages, slots = load_pages(
-                table_row, first + BLOCK_N, seen_begin, seen_end, leftpad, page_size, BLOCK_N, INTERPRETED
-            )
-        if INTERPRETED:
-            k_tile = k_tile.to(tl.float32)
-        scores = tl.dot(q_tile, tl.trans(k_tile))
+            # Ahead, or the next keys wait for it: 4 tiles ahead decoding over pages of 1 reads 4061 GB/s, 1 tile 2764.
+            if LEAD == 4:
+                pages, slots = moved(pages_1, INTERPRETED), moved(slots_1, INTERPRETED)
+                pages_1, slots_1 = moved(pages_2, INTERPRETED), moved(slots_2, INTERPRETED)
+                pages_2, slots_2 = moved(pages_3, INTERPRETED), moved(slots_3, INTERPRETED)
+                pages_3, slots_3 = load_pages(
+                    table_row, first + 4 * BLOCK_N, seen_begin, seen_end, leftpad, page_size, BLOCK_N, INTERPRETED
+                )
+            else:
+                pages, slots = load_pages(
+                    table_row, first + BLOCK_N, seen_begin, seen_end, leftpad, page_size, BLOCK_N, INTERPRETED
+                )
+        if QV < 2:
+            k_operand = operand(k_tile, CONVERT, WIDE, INTERPRETED)
+        values = operand(v_tile, CACHE_E4M3, WIDE, INTERPRETED)
+        # What meets qv: values as they are where both are e4m3.
+        v_operand = values if CONVERT or not CACHE_E4M3 else operand(v_tile, False, WIDE, INTERPRETED)
+        scores = score(q_tile, qv_tile, k_operand, v_operand, k_factors, v_factors, QV, SCALED)
         if SOFTCAP:
             # tanh(x) = 1 - 2 / (exp(2x) + 1): exact to 1e-7 at both ends, unlike tanh.approx.
             exponent = tl.exp2(scores * to_exponent)
@@ -179,11 +210,16 @@ def attend(
         weights = tl.exp2((scores - top[:, None]) * scale)
         rescale = tl.exp2((row_max - top) * scale)
         row_sum = row_sum * rescale + tl.sum(weights, 1)
+        if TOKEN_SCALES:
+            new_top = tl.maximum(v_top, tl.max(tl.abs(v_scales), 0))
+            to_share = tl.where(new_top > 0.0, 1.0 / new_top, 0.0)
+            weights = weights * (v_scales * to_share)[None, :]
+            rescale = rescale * (v_top * to_share)
+            v_top = new_top
         acc = acc * rescale[:, None]
-        weights = weights.to(v_tile.dtype)
+        weights = weights.to(WIDE)
         if INTERPRETED:
             weights = weights.to(tl.float32)
-            v_tile = v_tile.to(tl.float32)
-        acc = tl.dot(weights, v_tile, acc)
+        acc = tl.dot(weights, values, acc)
         row_max = new_max
-    return acc, row_sum, row_max
+    return acc, row_sum, row_max, v_top

@@ -22,6 +22,11 @@ ROTARY_INTERLEAVED = tl.constexpr(4096)
 HAS_ROTARY_SEQLENS = tl.constexpr(8192)
 ROTATE_QUERY_BY_TOKEN = tl.constexpr(16384)
 ZERO_REST = tl.constexpr(32768)
+HAS_Q_DESCALE = tl.constexpr(65536)
+HAS_K_DESCALE = tl.constexpr(131072)
+HAS_V_DESCALE = tl.constexpr(262144)
+HAS_K_SCALE = tl.constexpr(524288)
+HAS_V_SCALE = tl.constexpr(1048576)
 
 
 @triton.jit

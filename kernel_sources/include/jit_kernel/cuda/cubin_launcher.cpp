@@ -23,7 +23,7 @@ namespace jit_kernel::cuda {
 using tvm::ffi::Bytes;
 using tvm::ffi::String;
 
-constexpr int kMaxArguments = 64;
+constexpr int kMaxArguments = 96;
 constexpr int kFirstArgument = 2;  // after the handle and the grid
 
 // A kernel and the types of its arguments: 'p' pointer, 'l' int64, 'i' int32, 'f' float32.
