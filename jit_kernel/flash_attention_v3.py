@@ -125,6 +125,8 @@ def flash_attn_varlen_func(
     sinks: Tensor | None = None,
     out: Tensor | None = None,
     draft_mask: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over sequences of different lengths: softmax(softmax_scale * q @ k.T) @ v for each.
 
@@ -171,6 +173,7 @@ def flash_attn_varlen_func(
         VARLEN, q, k, v, softmax_scale, causal, window_size, attention_chunk, softcap, num_splits, return_softmax_lse,
         out, sinks, qv, q_descale, k_descale, v_descale, pack_gqa, sm_margin, False, only_qv,
         cu_seqlens_q, max_seqlen_q, seqused_k, page_table, cu_seqlens_k, max_seqlen_k, seqused_q, draft_mask,
+        k_scale, v_scale,
     )  # fmt: skip
     return entry.attend(call)
 
@@ -211,6 +214,8 @@ def flash_attn_with_kvcache(
     out: Tensor | None = None,
     draft_mask: Tensor | None = None,
     deterministic: bool = False,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over a cache of keys and values, to which new ones may be appended first, in place.
 
@@ -246,7 +251,7 @@ def flash_attn_with_kvcache(
         KVCACHE, q, k_cache, v_cache, softmax_scale, causal, window_size, attention_chunk, softcap, num_splits,
         return_softmax_lse, out, sinks, qv, q_descale, k_descale, v_descale, pack_gqa, sm_margin, deterministic,
         only_qv, cu_seqlens_q, max_seqlen_q, cache_seqlens, page_table, None, None, None, draft_mask,
-        k, v, cu_seqlens_k_new, cache_batch_idx, cache_leftpad,
+        k_scale, v_scale, k, v, cu_seqlens_k_new, cache_batch_idx, cache_leftpad,
         rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved, scheduler_metadata,
     )  # fmt: skip
     return entry.attend(call)

@@ -75,6 +75,8 @@ class Call:
     max_seqlen_k: int | None = None
     seqused_q: Tensor | None = None
     draft_mask: Tensor | None = None
+    k_scale: Tensor | None = None  # one number a token and head, beside or instead of the descales
+    v_scale: Tensor | None = None
     k_new: Tensor | None = None  # appended to the cache, then attended to
     v_new: Tensor | None = None
     cu_seqlens_k_new: Tensor | None = None

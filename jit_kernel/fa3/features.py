@@ -47,6 +47,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "qv": ("qv",),
     "only_qv": ("only_qv",),
     "descale": ("q_descale", "k_descale", "v_descale"),
+    "token_scales": ("k_scale", "v_scale"),
     "sinks": ("sinks",),
     "lse": ("return_softmax_lse",),
     "split": ("num_splits",),
@@ -77,7 +78,8 @@ _SHOWN = {
 class Features:
     """What one call asks for. The order of the fields is the order of `plain_features()`."""
 
-    dtype: str  # "fp32", "bf16", "fp16" or "e4m3"
+    dtype: str  # of q: "fp32", "bf16", "fp16" or "e4m3"
+    kv_dtype: str  # of k and v: dtype, or "e4m3" beside a q of 16 bits
     head_dim: int
     head_dim_v: int
     group: int  # query heads per key/value head
@@ -101,6 +103,7 @@ class Features:
     qv: bool = False
     only_qv: bool = False
     descale: bool = False
+    token_scales: bool = False  # k_scale or v_scale
     sinks: bool = False
     lse: bool = False
     split: bool = False  # num_splits other than 1
@@ -109,9 +112,10 @@ class Features:
 
     def used(self) -> str:
         """The fields that differ from a plain dense call, as one line of text."""
-        shape = f"{self.dtype} head_dim={self.head_dim}/{self.head_dim_v} group={self.group}"
+        dtypes = self.dtype if self.kv_dtype == self.dtype else f"{self.dtype} kv_dtype={self.kv_dtype}"
+        shape = f"{dtypes} head_dim={self.head_dim}/{self.head_dim_v} group={self.group}"
         rest = []
-        for each in fields(self)[6:]:
+        for each in fields(self)[7:]:
             value = getattr(self, each.name)
             if value:
                 rest.append(each.name if value is True else f"{each.name}={value}")
@@ -130,6 +134,7 @@ def plain_features(call: Call) -> tuple[object, ...]:
     causal, append = call.causal, call.k_new is not None
     return (
         DTYPE_NAMES[q.dtype],
+        DTYPE_NAMES[k.dtype],
         head_dim,
         head_dim_v,
         q.shape[-2] // k.shape[-2],
@@ -153,6 +158,7 @@ def plain_features(call: Call) -> tuple[object, ...]:
         qv is not None,
         call.only_qv,
         call.q_descale is not None or call.k_descale is not None or call.v_descale is not None,
+        call.k_scale is not None or call.v_scale is not None,
         call.sinks is not None,
         call.return_softmax_lse,
         call.num_splits != 1,
@@ -177,6 +183,7 @@ def planned_features(parameters: MetadataParameters) -> Features:
     append = parameters.max_seqlen_k_new > 0
     return Features(
         dtype=DTYPE_NAMES[parameters.qkv_dtype],
+        kv_dtype=DTYPE_NAMES[parameters.qkv_dtype],
         head_dim=parameters.headdim,
         head_dim_v=parameters.headdim if parameters.headdim_v is None else parameters.headdim_v,
         group=parameters.num_heads_q // parameters.num_heads_kv,
@@ -203,6 +210,13 @@ def unclaimed(features: Features, claimed: frozenset[str]) -> str | None:
         if feature not in claimed and getattr(features, feature):
             return _SHOWN.get(feature, " and ".join(arguments))
     return None
+
+
+def mixed_dtypes(features: Features) -> str | None:
+    """What a refusal calls a q of another dtype than k and v; None where they have one."""
+    if features.kv_dtype == features.dtype:
+        return None
+    return f"q in {features.dtype} with k and v in {features.kv_dtype}"
 
 
 def first_unclaimed(arguments: Mapping[str, Any], claimed: frozenset[str]) -> str | None:

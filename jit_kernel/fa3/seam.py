@@ -119,6 +119,8 @@ def flash_attn_varlen_func(
     sinks: Tensor | None = None,
     out: Tensor | None = None,
     draft_mask: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Result:
     """See `jit_kernel.flash_attention_v3.flash_attn_varlen_func`."""
     return _attend_directly(calls.VARLEN, locals())
@@ -161,6 +163,8 @@ def flash_attn_with_kvcache(
     out: Tensor | None = None,
     draft_mask: Tensor | None = None,
     deterministic: bool = False,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Result:
     """See `jit_kernel.flash_attention_v3.flash_attn_with_kvcache`."""
     return _attend_directly(calls.KVCACHE, locals())

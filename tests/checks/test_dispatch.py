@@ -241,7 +241,7 @@ def test_every_named_implementation_has_its_package():
 def test_cuda_decisions_without_a_gpu(architecture):
     """The real implementations: bf16 is served from sm_80 on, fp32 nowhere, and each says why."""
     target = Target.parse(f"cuda:{architecture}")
-    served = dispatch.choose(target, replace(PLAIN, dtype="bf16"), "flash_attn_func", ask_all=True)
+    served = dispatch.choose(target, replace(PLAIN, dtype="bf16", kv_dtype="bf16"), "flash_attn_func", ask_all=True)
     assert [name for name, _ in served.decisions] == list(config.IMPLEMENTATIONS["cuda"])
     assert (served.name is None) == (architecture == "sm_75")
     refused = dispatch.choose(target, PLAIN, "flash_attn_func")

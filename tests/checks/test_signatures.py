@@ -26,13 +26,15 @@ OURS = {
     "flash_attn_varlen_func": "q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max_seqlen_k=None, "
     "seqused_q=None, seqused_k=None, page_table=None, softmax_scale=None, causal=False, qv=None, q_descale=None, "
     "k_descale=None, v_descale=None, window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, "
-    "pack_gqa=None, only_qv=False, sm_margin=0, return_softmax_lse=False, sinks=None, out=None, draft_mask=None",
+    "pack_gqa=None, only_qv=False, sm_margin=0, return_softmax_lse=False, sinks=None, out=None, draft_mask=None, "
+    "k_scale=None, v_scale=None",
     "flash_attn_with_kvcache": "q, k_cache, v_cache, k=None, v=None, qv=None, rotary_cos=None, rotary_sin=None, "
     "cache_seqlens=None, cache_batch_idx=None, cache_leftpad=None, page_table=None, cu_seqlens_q=None, "
     "cu_seqlens_k_new=None, max_seqlen_q=None, rotary_seqlens=None, q_descale=None, k_descale=None, v_descale=None, "
     "softmax_scale=None, causal=False, window_size=(-1, -1), attention_chunk=0, softcap=0.0, "
     "rotary_interleaved=True, scheduler_metadata=None, num_splits=0, pack_gqa=None, only_qv=False, sm_margin=0, "
-    "return_softmax_lse=False, sinks=None, out=None, draft_mask=None, deterministic=False",
+    "return_softmax_lse=False, sinks=None, out=None, draft_mask=None, deterministic=False, "
+    "k_scale=None, v_scale=None",
     "flash_attn_func": "q, k, v, softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, "
     "v_descale=None, window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, "
     "deterministic=False, sm_margin=0, return_softmax_lse=False, sinks=None, out=None",
@@ -74,6 +76,7 @@ def test_drop_in_for_sglang(name):
     more = [("draft_mask", "None")]
     if name == "flash_attn_with_kvcache":
         more.append(("deterministic", "False"))
+    more += [("k_scale", "None"), ("v_scale", "None")]
     assert parameters(getattr(jit_kernel, name)) == [*theirs, *more]
 
 

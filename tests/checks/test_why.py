@@ -22,7 +22,9 @@ def test_explain_names_the_kernel_that_the_call_takes():
     found = why.explain("flash_attn_func", q, k, v, causal=True)
     assert found.implementation == "cpu"
     assert found.kernel == str(cpu.kernels.forward_spec("bf16"))
-    assert found.features == replace(PLAIN, dtype="bf16", head_dim=32, head_dim_v=32, group=4, causal=True)
+    assert found.features == replace(
+        PLAIN, dtype="bf16", kv_dtype="bf16", head_dim=32, head_dim_v=32, group=4, causal=True
+    )
     assert isinstance(dict(found.decisions)["cpu"], Accepted)
     assert "cpu: serves it, kernel flash_attention_v3/cpu" in str(found)
 

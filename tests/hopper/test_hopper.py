@@ -25,6 +25,7 @@ from tests.support.hopper_variants import NAMED, NAMED_CACHED, TARGET, compile_s
 
 CALL = Features(
     dtype="bf16",
+    kv_dtype="bf16",
     head_dim=128,
     head_dim_v=128,
     group=4,

@@ -100,7 +100,7 @@ def test_results_are_kept_in_shared_memory_where_there_is_room(serving: OnHost) 
         assert shared <= MOST_SHARED
 
 
-DETERMINISTIC = Features("bf16", 128, 128, 4, cache=True, aligned=True, split=True, deterministic=True)
+DETERMINISTIC = Features("bf16", "bf16", 128, 128, 4, cache=True, aligned=True, split=True, deterministic=True)
 
 
 def test_who_serves_such_a_call() -> None:

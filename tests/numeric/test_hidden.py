@@ -22,7 +22,7 @@ NOT_FINITE = [math.nan, math.inf, -math.inf]
 @pytest.mark.parametrize("dtype", cases.CPU.dtypes, ids=str)
 def test_random_masks(dtype: torch.dtype, say: list[str]) -> None:
     share = CASES // len(cases.CPU.dtypes)
-    space = cases.Space("hidden", dtypes=(dtype,), lengths=(60, 150, 700))
+    space = cases.Space("hidden", dtypes=(dtype,), lengths=(60, 150, 700), features=cases.CPU.features)
     counts = [hidden.differ(hidden.draw(seed, space), FUNCTIONS) for seed in range(share)]
     with_some = sum(count > 0 for count in counts)
     assert with_some > share // 2

@@ -43,7 +43,7 @@ def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 
 @pytest.mark.parametrize("dtype", cases.CPU.dtypes, ids=str)
 def test_random_cases_on_another_target(target: Target, dtype: torch.dtype, say: list[str]) -> None:
-    space = cases.Space(f"{target}", dtypes=(dtype,))
+    space = cases.Space(f"{target}", dtypes=(dtype,), features=cases.CPU.features)
     worst = max(case_run.judge(cases.draw(seed, space), FUNCTIONS).worst for seed in range(CASES))
     assert sum(hidden.differ(hidden.draw(seed, space), FUNCTIONS) > 0 for seed in range(CASES // 2)) > CASES // 4
     assert cpu._forwards  # loaded anew, for this target

@@ -52,16 +52,17 @@ def build(plan: Plan) -> Case:
     arguments: dict[str, Any] = {}
     queries, out_rows, lse_rows = _place_queries(maker, arguments)
     keys = _place_keys(maker, arguments)
-    appended, queries = _append(maker, arguments, keys, queries)
+    descales = _descales(maker, arguments)
+    scales = _token_scales(maker, arguments)
+    appended, queries = _append(maker, arguments, keys, queries, scales)
     sinks = None
     if plan.sinks:
         dtype = torch.float32 if plan.sinks == "float32" else plan.dtype
         sinks = arguments["sinks"] = maker.normal(plan.hq, dtype=dtype, factor=2.0)
-    descales = _descales(maker, arguments)
     masks = _draft_masks(maker, arguments, out_rows)
     sequences = [
         reference.Sequence(
-            q=q, k=k, v=v, qv=qv, draft_mask=masks[i], **{name: value[i] for name, value in descales.items()}
+            q=q, k=k, v=v, qv=qv, draft_mask=masks[i], **{name: value[i] for name, value in (descales | scales).items()}
         )
         for i, ((q, qv), (k, v)) in enumerate(zip(queries, keys, strict=True))
     ]
@@ -155,21 +156,21 @@ def _place_keys(maker: Maker, arguments: dict[str, Any]) -> list[tuple[Tensor, T
         arguments["cache_leftpad"] = maker.ints(plan.leftpad)
     keys = []
     for i, (pad, n) in enumerate(zip(skipped, plan.lengths_k, strict=True)):
-        one = maker.normal(n - pad, plan.hk, plan.d), maker.normal(n - pad, plan.hk, plan.dv)
+        one = [maker.normal(n - pad, plan.hk, size, dtype=plan.key_dtype) for size in (plan.d, plan.dv)]
         put(k, maker.slots(i, pad, n), one[0])
         put(v, maker.slots(i, pad, n), one[1])
-        keys.append(one)
+        keys.append((one[0], one[1]))
     return keys
 
 
 def _key_memory(maker: Maker, lead: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     plan = maker.plan
     if plan.strides and plan.d % plan.stride_step == 0 and maker.roll(4) == 0:  # one memory for both
-        both = maker.poisoned(*lead, plan.hk, plan.d + plan.dv)
+        both = maker.poisoned(*lead, plan.hk, plan.d + plan.dv, dtype=plan.key_dtype)
         return both[..., : plan.d], both[..., plan.d :]
     return (
-        maker.poisoned(*lead, plan.hk, plan.d, strided=plan.strides),
-        maker.poisoned(*lead, plan.hk, plan.dv, strided=plan.strides),
+        maker.poisoned(*lead, plan.hk, plan.d, dtype=plan.key_dtype, strided=plan.strides),
+        maker.poisoned(*lead, plan.hk, plan.dv, dtype=plan.key_dtype, strided=plan.strides),
     )
 
 
@@ -195,7 +196,9 @@ def _paged(maker: Maker, arguments: dict[str, Any], rows: int, picked: list[int]
     return pages, size
 
 
-def _append(maker: Maker, arguments: dict[str, Any], keys: list, queries: list) -> tuple[list, list]:
+def _append(
+    maker: Maker, arguments: dict[str, Any], keys: list, queries: list, scales: dict[str, list[Tensor]]
+) -> tuple[list, list]:
     """New tokens, rotated where the plan says so, at the end of each sequence's keys; queries are rotated, too."""
     plan = maker.plan
     if plan.lengths_new is None:
@@ -205,21 +208,27 @@ def _append(maker: Maker, arguments: dict[str, Any], keys: list, queries: list) 
     if ragged:
         arguments["cu_seqlens_k_new"] = maker.ints(starts)
     lead = (starts[-1] + plan.tail,) if ragged else (maker.batch, plan.lengths_new[0])
-    k = arguments["k"] = maker.poisoned(*lead, plan.hk, plan.d, strided=plan.strides)
-    v = arguments["v"] = maker.poisoned(*lead, plan.hk, plan.dv, strided=plan.strides)
+    dtype = plan.key_dtype if plan.stored else plan.dtype
+    k = arguments["k"] = maker.poisoned(*lead, plan.hk, plan.d, dtype=dtype, strided=plan.strides)
+    v = arguments["v"] = maker.poisoned(*lead, plan.hk, plan.dv, dtype=dtype, strided=plan.strides)
     first = _rotary_tables(maker, arguments) if plan.rotary_dim else None
     appended, rotated = [], list(queries)
     for i, n in enumerate(plan.lengths_new):
-        new_k, new_v = maker.normal(n, plan.hk, plan.d), maker.normal(n, plan.hk, plan.dv)
+        new_k, new_v = (maker.normal(n, plan.hk, size, dtype=dtype) for size in (plan.d, plan.dv))
         where = (slice(starts[i], starts[i + 1]),) if ragged else (i,)
         put(k, where, new_k)
         put(v, where, new_v)
         if first is not None:
-            new_k = _rotate(plan, arguments, new_k, first[i] + torch.arange(n))
+            new_k = _rotate(plan, arguments, new_k, first[i] + torch.arange(n), rounded=plan.kv_dtype is None)
             query, qv = queries[i]
             advances = plan.causal or max(plan.window_size) >= 0 or bool(plan.attention_chunk)
             steps = torch.arange(len(query)) if advances else torch.zeros(len(query), dtype=torch.int64)
             rotated[i] = _rotate(plan, arguments, query, first[i] + steps), qv
+        if plan.kv_dtype is not None and not plan.stored:
+            new_k, new_v = (
+                reference.quantised(x, _factors(arguments, scales, letter, i, n, plan.hk))
+                for letter, x in (("k", new_k), ("v", new_v))
+            )
         slots = maker.slots(i, plan.lengths_k[i], plan.lengths_k[i] + n)
         appended += [("k_cache", slots, new_k, first is not None), ("v_cache", slots, new_v, False)]
         keys[i] = _joined(keys[i][0], new_k), _joined(keys[i][1], new_v)
@@ -245,9 +254,21 @@ def _rotary_tables(maker: Maker, arguments: dict[str, Any]) -> list[int]:
     return first
 
 
-def _rotate(plan: Plan, arguments: dict[str, Any], x: Tensor, positions: Tensor) -> Tensor:
-    return reference.rotate(x, arguments["rotary_cos"], arguments["rotary_sin"], positions.to(plan.device),
-                            interleaved=plan.rotary_interleaved)  # fmt: skip
+def _rotate(plan: Plan, arguments: dict[str, Any], x: Tensor, positions: Tensor, *, rounded: bool = True) -> Tensor:
+    rotate = reference.rotate if rounded else reference.turned
+    return rotate(x, arguments["rotary_cos"], arguments["rotary_sin"], positions.to(plan.device),
+                  interleaved=plan.rotary_interleaved)  # fmt: skip
+
+
+def _factors(
+    arguments: dict[str, Any], scales: dict[str, list[Tensor]], letter: str, i: int, new: int, heads: int
+) -> Tensor:
+    """What sequence i's new keys or values are divided by, (new, hk)."""
+    descale, scale = arguments.get(f"{letter}_descale"), scales.get(f"{letter}_scale")
+    factor = torch.ones(new, heads, device=arguments["q"].device)
+    if descale is not None:
+        factor = factor * descale[i]
+    return factor if scale is None else factor * scale[i][len(scale[i]) - new :]
 
 
 def _descales(maker: Maker, arguments: dict[str, Any]) -> dict[str, Tensor]:
@@ -259,6 +280,25 @@ def _descales(maker: Maker, arguments: dict[str, Any]) -> dict[str, Tensor]:
         values = 0.5 + torch.rand(*shape, generator=maker.random)
         made[f"{letter}_descale"] = values.to(plan.device).expand(maker.batch, plan.hk)
     arguments.update(made)
+    return made
+
+
+def _token_scales(maker: Maker, arguments: dict[str, Any]) -> dict[str, list[Tensor]]:
+    """Of each sequence, (sk, hk) float32, new keys included; NaN where there is no token."""
+    plan = maker.plan
+    made: dict[str, list[Tensor]] = {}
+    new, skipped = plan.lengths_new or (0,) * maker.batch, plan.leftpad or (0,) * maker.batch
+    for letter in plan.token_scales:
+        keys = arguments[letter + ("_cache" if plan.function == KVCACHE else "")]
+        scale = maker.poisoned(*keys.shape[:-1], dtype=torch.float32)
+        if plan.strides:  # heads outside of tokens
+            scale = scale.transpose(-1, -2).contiguous().transpose(-1, -2)
+        made[f"{letter}_scale"] = []
+        for i, (pad, n, more) in enumerate(zip(skipped, plan.lengths_k, new, strict=True)):
+            one = 0.5 + torch.rand(n + more - pad, plan.hk, generator=maker.random)
+            put(scale, maker.slots(i, pad, n + more), one.to(plan.device))
+            made[f"{letter}_scale"].append(one.to(plan.device))
+        arguments[f"{letter}_scale"] = scale
     return made
 
 

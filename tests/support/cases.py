@@ -21,6 +21,9 @@ FEATURES = frozenset(
     | {"chunk", "softcap", "sinks", "scale", "splits", "seqused_q", "seqused_k", "out", "strides", "groups", "empty"}
     | {"hot", "lse", "descale_expanded", "odd_head_size", "large", "tail", "draft_mask", "deterministic"}
 )
+# FP8 caches beside a q of 16 bits, scales of tokens, and new keys in the dtype of the cache: of the spaces that say
+# so.
+FP8_CACHES = frozenset({"mixed", "token_scales", "stored"})
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,14 @@ class Plan:
     device: str = "cpu"
     stride_step: int = 1
     deterministic: bool = False
+    kv_dtype: torch.dtype | None = None  # of k and v where it is not dtype
+    token_scales: str = ""  # which of k, v
+    stored: bool = False  # new keys and values come in kv_dtype
+
+    @property
+    def key_dtype(self) -> torch.dtype:
+        """The dtype of the keys and values that are there before the call."""
+        return self.kv_dtype or self.dtype
 
     @property
     def features(self) -> frozenset[str]:
@@ -125,6 +136,9 @@ class Plan:
             "odd_head_size": self.d % 8 != 0 or self.dv % 8 != 0,
             "draft_mask": self.draft_words > 0,
             "deterministic": self.deterministic,
+            "mixed": self.kv_dtype is not None,
+            "token_scales": bool(self.token_scales),
+            "stored": self.stored,
             "large": max((*self.lengths_q, *self.lengths_k)) > 130,
         }
         return frozenset(name for name, is_used in used.items() if is_used)
@@ -138,7 +152,7 @@ class _Dice:
         self.space = space
 
     def has(self, feature: str, probability: float) -> bool:
-        assert feature in FEATURES, feature
+        assert feature in FEATURES | FP8_CACHES, feature
         roll = self.random.random() < probability
         return roll and feature in self.space.features
 
@@ -171,6 +185,7 @@ def draw(seed: int, space: Space) -> Plan:
         settings["draft_words"] = dice.pick(1, 1, 2, 3, 5)
     if function == KVCACHE and dice.has("deterministic", 0.3):
         settings["deterministic"] = True
+    settings |= _fp8_cache(dice, dtype, function, layout)
     return Plan(seed=seed, function=function, dtype=dtype, device=space.device, stride_step=space.stride_step,
                 **heads, **layout, **settings)  # fmt: skip
 
@@ -295,6 +310,19 @@ def _settings(dice: _Dice, dtype: torch.dtype, function: str, longest_k: int) ->
     return made
 
 
+def _fp8_cache(dice: _Dice, dtype: torch.dtype, function: str, layout: dict) -> dict:
+    """What makes keys and values FP8 beside another q, and scales of tokens. The last rolls: they move no others."""
+    made: dict = {}
+    if dice.has("mixed", 0.5) and dtype in (torch.bfloat16, torch.float16):
+        made["kv_dtype"] = FP8
+        made["descales"] = dice.pick("", "kv", "kv", "k", "v", "qkv")
+        made["descale_expanded"] = bool(made["descales"]) and dice.has("descale_expanded", 0.3)
+        made["stored"] = "lengths_new" in layout and "rotary_dim" not in layout and dice.has("stored", 0.75)
+    if function != DENSE and dice.has("token_scales", 0.5) and FP8 in (dtype, made.get("kv_dtype")):
+        made["token_scales"] = dice.pick("kv", "kv", "k", "v")
+    return made
+
+
 def coverage(plans: Iterable[Plan]) -> Counter[str]:
     """How many plans use each feature, dtype, function and kind of layout."""
     counted: Counter[str] = Counter()
@@ -305,4 +333,4 @@ def coverage(plans: Iterable[Plan]) -> Counter[str]:
     return counted
 
 
-CPU = Space("cpu")
+CPU = Space("cpu", features=FEATURES | FP8_CACHES)

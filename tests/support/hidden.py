@@ -49,7 +49,7 @@ def _bad(shape: tuple[int, ...], dtype: torch.dtype, random: torch.Generator) ->
 def _fill(case: Case, name: str, where: tuple, bad: bool, random: torch.Generator) -> int:
     """Zeros, or numbers that are not finite, at some places of one argument; returns how many elements."""
     x = case.arguments[name]
-    shape = (len(where[-1]), *x.shape[-2:])
+    shape = (len(where[-1]), *x.shape[len(where) :])
     what = _bad(shape, x.dtype, random) if bad else torch.zeros(shape).to(x.dtype)
     put(x, tuple(at.to(x.device) for at in where), what.to(x.device))
     return what.numel()
@@ -96,6 +96,10 @@ def _twin(plan: Plan, bad: bool) -> tuple[Case, int]:
         where_new = lead if plan.new_layout == "ragged" else (torch.full_like(hidden_new, i), hidden_new)
         for letter in "kv":
             count += _fill(case, letter + suffix, where, bad, random)
+            if letter in plan.token_scales:
+                gone = (~seen).nonzero().flatten()
+                slots = case.slots(i, leftpad[i], plan.lengths_k[i] + new[i])
+                count += _fill(case, letter + "_scale", tuple(at[gone] for at in slots), bad, random)
             if len(hidden_new):
                 count += _fill(case, letter, where_new, bad, random)
         if bad and plan.page_size:

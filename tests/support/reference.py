@@ -10,20 +10,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
 ROW_SLACK = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-20}
+FP8_MAX = 448.0
 FP8_P_SCALE = 256.0  # P in [0, 1] times this still fits e4m3 (448), and uses its range
 
 
 @dataclass(frozen=True)
 class Sequence:
-    """One sequence: q (sq, hq, d), k (sk, hk, d), v (sk, hk, dv), qv (sq, hq, dv); descales (hk,) float32; draft_mask
-    (sq, words) int32."""
+    """One sequence: q (sq, hq, d), k (sk, hk, d), v (sk, hk, dv), qv (sq, hq, dv); descales (hk,) and token scales
+    (sk, hk) float32; draft_mask (sq, words) int32."""
 
     q: Tensor
     k: Tensor
@@ -33,6 +34,8 @@ class Sequence:
     k_descale: Tensor | None = None
     v_descale: Tensor | None = None
     draft_mask: Tensor | None = None
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -50,19 +53,29 @@ class Problem:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, interleaved: bool) -> Tensor:
-    """Rotary embedding of x (n, h, d) at positions (n,), in float64 and rounded once to x's dtype.
+    """Rotary embedding of x (n, h, d) at positions (n,), in float64 and rounded once to x's dtype."""
+    return turned(x, cos, sin, positions, interleaved=interleaved).to(x.dtype)
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, interleaved: bool) -> Tensor:
+    """The same in float64, not rounded.
 
     cos and sin are (max_pos, r/2): the first r elements of each head turn, in pairs (2i, 2i + 1) when interleaved
     (GPT-J), else (i, i + r/2) (NeoX).
     """
     half = cos.shape[1]
-    turned = x.double()
+    rows = x.double()
     c, s = cos.double()[positions, None, :], sin.double()[positions, None, :]
     first = slice(0, 2 * half, 2) if interleaved else slice(0, half)
     second = slice(1, 2 * half, 2) if interleaved else slice(half, 2 * half)
-    a, b = turned[..., first].clone(), turned[..., second].clone()
-    turned[..., first], turned[..., second] = a * c - b * s, a * s + b * c
-    return turned.to(x.dtype)
+    a, b = rows[..., first].clone(), rows[..., second].clone()
+    rows[..., first], rows[..., second] = a * c - b * s, a * s + b * c
+    return rows
+
+
+def quantised(x: Tensor, factor: Tensor) -> Tensor:
+    """What an e4m3 cache holds of x (n, h, d) with factors (n, h): divided in float32, rounded once, saturated."""
+    return (x.float() / factor[..., None]).clamp(-FP8_MAX, FP8_MAX).to(FP8)
 
 
 def visible(problem: Problem, sq: int, sk: int, device: torch.device) -> Tensor:
@@ -149,17 +162,28 @@ def exact(s: Sequence, problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def _descaled(s: Sequence, dtype: torch.dtype) -> Sequence:
-    if s.q.dtype != FP8:
-        return s
+    """What FP8 tensors stand for, in dtype; a q of another dtype stays as it is."""
     group = s.q.shape[1] // s.k.shape[1]
 
-    def times(x: Tensor, descale: Tensor | None, repeat: int = 1) -> Tensor:
+    def times(x: Tensor, descale: Tensor | None, scale: Tensor | None = None, repeat: int = 1) -> Tensor:
+        if x.dtype != FP8:
+            return x
         x = x.to(dtype)
-        return x if descale is None else x * descale.to(dtype).repeat_interleave(repeat)[None, :, None]
+        if descale is not None:
+            x = x * descale.to(dtype).repeat_interleave(repeat)[None, :, None]
+        return x if scale is None else x * scale.to(dtype)[..., None]
 
-    qv = None if s.qv is None else times(s.qv, s.q_descale, group)
-    k, v = times(s.k, s.k_descale), times(s.v, s.v_descale)
-    return Sequence(times(s.q, s.q_descale, group), k, v, qv, draft_mask=s.draft_mask)
+    qv = None if s.qv is None else times(s.qv, s.q_descale, repeat=group)
+    k, v = times(s.k, s.k_descale, s.k_scale), times(s.v, s.v_descale, s.v_scale)
+    return Sequence(times(s.q, s.q_descale, repeat=group), k, v, qv, draft_mask=s.draft_mask)
+
+
+def as_cached(s: Sequence) -> Sequence:
+    """The same with FP8 keys and values dequantised to a 16-bit q's dtype, in float32 and rounded once."""
+    if s.q.dtype == FP8:
+        return s
+    exact32 = _descaled(s, torch.float32)
+    return replace(s, k=exact32.k.to(s.q.dtype), v=exact32.v.to(s.q.dtype))
 
 
 def emulate_fp8(s: Sequence, problem: Problem) -> Tensor:
@@ -174,7 +198,8 @@ def emulate_fp8(s: Sequence, problem: Problem) -> Tensor:
     if problem.sinks is not None:
         total = total + torch.exp(problem.sinks.float()[:, None, None] - top)
     p8 = (p * FP8_P_SCALE).to(FP8).float()
-    out = (p8 @ _heads(s.v, torch.float32, group)) / (total * FP8_P_SCALE)
+    values = s.v.float() if s.v_scale is None else s.v.float() * s.v_scale[..., None]
+    out = (p8 @ _heads(values, torch.float32, group)) / (total * FP8_P_SCALE)
     out = out.nan_to_num(nan=0.0)
     if s.v_descale is not None:
         out = out * s.v_descale.repeat_interleave(group)[:, None, None]
@@ -220,7 +245,7 @@ def check(outs: Rows[Tensor], lses: Rows[Tensor] | None, problem: Problem) -> Sh
     for index, s in enumerate(problem.sequences):
         ref, ref_lse = exact(s, problem)
         dtype = s.q.dtype
-        base = emulate_fp8(s, problem) if fp8 else attend(s, problem, dtype)[0]
+        base = emulate_fp8(s, problem) if fp8 else attend(as_cached(s), problem, dtype)[0]
         ours_error, base_error = outs[index].to(ref.dtype) - ref, base.to(ref.dtype) - ref
         if ours_error.shape != ref.shape or base_error.shape != ref.shape:
             raise AssertionError(f"sequence {index}: out is {tuple(outs[index].shape)}, must be {tuple(ref.shape)}")

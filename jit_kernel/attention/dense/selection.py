@@ -100,4 +100,5 @@ def _fa_rejection(head_size: int, dtype: torch.dtype, device: torch.device) -> s
 
 def plain_features_of(head_size: int, dtype: torch.dtype) -> Features:
     """The features of a dense call that asks for nothing else."""
-    return Features(DTYPE_NAMES[dtype], head_size, head_size, group=1, cache=False, aligned=head_size % 8 == 0)
+    name = DTYPE_NAMES[dtype]
+    return Features(name, name, head_size, head_size, group=1, cache=False, aligned=head_size % 8 == 0)

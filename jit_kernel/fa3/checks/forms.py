@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from types import NoneType
 
-import torch
 from torch import Tensor
 
 from jit_kernel.fa3.call import FIELDS, KVCACHE, NAME_OF, Arguments, Call
+from jit_kernel.fa3.checks import dtypes
 from jit_kernel.fa3.checks.plain import in_memory
 from jit_kernel.fa3.checks.values import as_kernel_index, need_integer, need_number, need_present
 
@@ -77,8 +77,7 @@ def unread_fields(call: Call) -> tuple[str, ...]:
         unread.append("cu_seqlens_k_new")  # serving engines pass it with every call
     if call.rotary_cos is None:
         unread.append("rotary_seqlens")
-    if call.k.dtype != torch.float8_e4m3fn:
-        unread += ("q_descale", "k_descale", "v_descale")
+    unread += dtypes.unread_descales(call)
     return tuple(name for name in unread if getattr(call, name) is not None)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from jit_kernel.fa3.call import KVCACHE, NAME_OF, Call, batch_of, default_scale, result_dtype
+from jit_kernel.fa3.checks import dtypes
 from jit_kernel.fa3.checks.forms import unread_fields
 from jit_kernel.fa3.checks.values import (
     INPUT_DTYPES,
@@ -64,8 +65,8 @@ def check(call: Call) -> Facts:
     q = need_tensor("q", call.q)
     k, v = need_tensor(k_name, call.k), need_tensor(v_name, call.v)
     need_dtype("q", q, INPUT_DTYPES)
+    dtypes.check_keys(q, k, v, k_name, v_name)
     for name, tensor in ((k_name, k), (v_name, v)):
-        need_dtype(name, tensor, (q.dtype,), ", the dtype of q")
         need_device(name, tensor, q.device)
     batch = _check_queries(call, q)
     _check_heads(q, k, v, k_name, v_name)
@@ -204,8 +205,8 @@ def _check_append(call: Call, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch
     need_present("cache_seqlens", call.seqused_k, "with k: it says where new keys are appended")
     k, v = need_tensor("k", call.k_new), need_tensor("v", call.v_new)
     form = "(b, s_new, hk, {})" if offsets is None else "(total_new, hk, {})"
+    dtypes.check_new(q, k_cache, k, v)
     for name, new, cache, size in (("k", k, k_cache, "d"), ("v", v, v_cache, "dv")):
-        need_dtype(name, new, (q.dtype,), ", the dtype of q")
         need_device(name, new, q.device)
         need_dims(name, new, form.format(size))
         lead = new.shape[:1] if offsets is not None else (batch, new.shape[1])
@@ -225,6 +226,7 @@ def _check_rotary(call: Call, q: Tensor) -> int:
         return 0
     need_present("rotary_sin", call.rotary_sin, "with rotary_cos")
     need_present("k", call.k_new, "with rotary_cos: the rotation applies to q and to new keys")
+    need_dtype("k", need_tensor("k", call.k_new), (q.dtype,), ", the dtype of q, with rotary_cos")
     cos, sin = need_tensor("rotary_cos", call.rotary_cos), need_tensor("rotary_sin", call.rotary_sin)
     for name, table in (("rotary_cos", cos), ("rotary_sin", sin)):
         need_dtype(name, table, (q.dtype,), ", the dtype of q")
@@ -257,14 +259,8 @@ def _check_qv(call: Call, q: Tensor, v: Tensor) -> None:
 
 
 def _check_extras(call: Call, q: Tensor, k: Tensor, v: Tensor, batch: int) -> None:
-    """Descales, sinks, draft_mask, scheduler_metadata and out."""
-    for name in ("q_descale", "k_descale", "v_descale"):
-        scale = getattr(call, name)
-        if scale is not None and not (isinstance(scale, Tensor) and k.dtype is not torch.float8_e4m3fn):  # else unread
-            descale = need_tensor(name, scale)
-            need_dtype(name, descale, (torch.float32,))
-            need_device(name, descale, q.device)
-            need_shape(name, descale, (batch, k.shape[-2]), "(b, hk)")
+    """Scales, sinks, draft_mask, scheduler_metadata and out."""
+    dtypes.check_scales(call, q, k, batch)
     if call.sinks is not None:
         sinks = need_tensor("sinks", call.sinks)
         need_dtype("sinks", sinks, (torch.float32, q.dtype))

@@ -23,7 +23,7 @@ FUNCTIONS = (calls.VARLEN, calls.KVCACHE, calls.DENSE)
 REFUSES = True
 try_unchecked = known.try_unchecked
 
-_forwards: dict[tuple[torch.dtype, int, int], Callable[..., None]] = {}
+_forwards: dict[tuple[torch.dtype, torch.dtype, int, int], Callable[..., None]] = {}
 _combines: dict[str, Callable[..., None]] = {}
 
 
@@ -57,7 +57,7 @@ def all_variants(target: Target) -> list[KernelSpec]:
 
 def variant(target: Target, features: Features, call: Call) -> KernelSpec:
     """The library that serves a call."""
-    return kernels.forward_spec(features.dtype)
+    return kernels.forward_spec(features.dtype, features.kv_dtype)
 
 
 def canonical(spec: KernelSpec, field: str, value: str) -> str:
@@ -68,15 +68,16 @@ def canonical(spec: KernelSpec, field: str, value: str) -> str:
 
 
 def _forward(q: Tensor, v: Tensor) -> Callable[..., None]:
-    key = (q.dtype, q.shape[-1], v.shape[-1])
+    key = (q.dtype, v.dtype, q.shape[-1], v.shape[-1])
     forward = _forwards.get(key)
     if forward is None:
-        decision = _decide_sizes(key[1], key[2])
+        decision = _decide_sizes(*key[2:])
         if isinstance(decision, Rejected):
-            raise refusal(f"head sizes {key[1]}/{key[2]} on {cpu_target()}", [(NAME, decision)])
-        library = jit.load(kernels.forward_spec(DTYPE_NAMES[q.dtype]), cpu_target())
+            raise refusal(f"head sizes {key[2]}/{key[3]} on {cpu_target()}", [(NAME, decision)])
+        library = jit.load(kernels.forward_spec(DTYPE_NAMES[q.dtype], DTYPE_NAMES[v.dtype]), cpu_target())
         forward = _forwards[key] = library.forward
-        known.serve(q.dtype, library)
+        if v.dtype is q.dtype:  # the library of another dtype of keys serves no plain calls
+            known.serve(q.dtype, library)
     return forward
 
 
@@ -106,8 +107,9 @@ def attend(call: Call) -> Result:
         q, call.k, v, out, lse, call.qv, call.k_new, call.v_new, call.page_table, offsets, call.cu_seqlens_k,
         call.cu_seqlens_k_new, call.seqused_q, call.seqused_k, call.cache_batch_idx, call.cache_leftpad,
         call.rotary_cos, call.rotary_sin, call.rotary_seqlens, call.q_descale, call.k_descale, call.v_descale,
-        call.sinks, call.draft_mask, call.softmax_scale, call.causal, *call.window_size, call.attention_chunk,
-        call.softcap, call.rotary_interleaved, call.only_qv, calls.splits_of(call), torch.get_num_threads(),
+        call.k_scale, call.v_scale, call.sinks, call.draft_mask, call.softmax_scale, call.causal, *call.window_size,
+        call.attention_chunk, call.softcap, call.rotary_interleaved, call.only_qv, calls.splits_of(call),
+        torch.get_num_threads(),
     )  # fmt: skip
     return out if lse is None else (out, lse)
 

@@ -1,4 +1,4 @@
-"""The CPU libraries as things to compile and to load: one for each dtype, and one that combines results.
+"""The CPU libraries as things to compile and to load: one for each dtype, or pair of dtypes, and one that combines.
 
 They take every head size up to 512 and every argument at run time (kernel_sources/flash_attention_v3/cpu).
 """
@@ -17,10 +17,14 @@ _ELEMENTS = {"fp32": "f32", "bf16": "bf16", "fp16": "fp16", "e4m3": "e4m3"}
 _FLAGS = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-pthread", "-Wl,-z,nodelete")
 
 
-def forward_spec(dtype: str) -> KernelSpec:
-    """The library that attends in one dtype."""
-    unit = f'#include "{_KERNEL}/entry/forward.h"\nJIT_KERNEL_EXPORT_FORWARD({_ELEMENTS[dtype]})\n'
-    variant = (("function", "forward"), ("dtype", dtype), ("head_dim", "any"))
+def forward_spec(dtype: str, kv_dtype: str | None = None) -> KernelSpec:
+    """The library that attends in one dtype, or with queries of one over keys and values of another, e4m3."""
+    export = f"JIT_KERNEL_EXPORT_FORWARD({_ELEMENTS[dtype]})"
+    keys: tuple[tuple[str, str], ...] = ()
+    if kv_dtype not in (None, dtype):
+        export, keys = f"JIT_KERNEL_EXPORT_CHECKED_FORWARD({dtype}_over_{kv_dtype})", (("kv_dtype", str(kv_dtype)),)
+    unit = f'#include "{_KERNEL}/entry/forward.h"\n{export}\n'
+    variant = (("function", "forward"), ("dtype", dtype), *keys, ("head_dim", "any"))
     return KernelSpec(_KERNEL, unit, "host", variant, _FLAGS)
 
 
@@ -34,4 +38,6 @@ def all_specs() -> Iterator[KernelSpec]:
     """What warm-up compiles."""
     for dtype in _ELEMENTS:
         yield forward_spec(dtype)
+    for dtype in ("bf16", "fp16"):
+        yield forward_spec(dtype, "e4m3")
     yield combine_spec()

@@ -81,7 +81,7 @@ def try_unchecked(arguments: Arguments) -> Result | None:
         (
             _, q, k, v, scale, causal, window, chunk, softcap, num_splits, with_lse,
             out, _, _, _, _, _, pack_gqa, sm_margin, _, _,
-            offsets_q, longest_q, used_k, table, offsets_k, longest_k, _, _,
+            offsets_q, longest_q, used_k, table, offsets_k, longest_k, _, _, _, _,
             _, _, _, _, _, _, _, _, rotary_interleaved, _,
         ) = arguments  # fmt: skip
         declined = _asks_for_more(arguments) or rotary_interleaved.__class__ is not bool

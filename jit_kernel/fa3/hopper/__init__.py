@@ -16,7 +16,7 @@ from jit_kernel.fa3 import call as calls
 from jit_kernel.fa3 import header
 from jit_kernel.fa3.call import Call, MetadataParameters, Result
 from jit_kernel.fa3.decision import Accepted, Decision, Rejected
-from jit_kernel.fa3.features import Features, asks_for_more, has_cache, unclaimed
+from jit_kernel.fa3.features import Features, asks_for_more, has_cache, mixed_dtypes, unclaimed
 from jit_kernel.fa3.hopper import append, cached, decode, kernels, known, prefill
 from jit_kernel.jit import KernelSpec
 
@@ -54,6 +54,9 @@ def decide(target: Target, features: Features) -> Decision:
     """bf16 and fp16, head sizes that are multiples of 8 up to 256, rows that the copy engine can reach."""
     if features.dtype not in kernels.DTYPES:
         return Rejected(f"dtype {features.dtype}: it computes in bf16 and fp16", claimed=False)
+    mixed = mixed_dtypes(features)
+    if mixed is not None:
+        return Rejected(f"{mixed}: its kernels take one dtype", claimed=False)
     arguments = unclaimed(features, CLAIMED_WITH_CACHE if features.cache else CLAIMED)
     if arguments is not None:
         where = "over a cache" if features.cache else "without a cache"
@@ -107,6 +110,8 @@ def try_known(call: Call) -> Result | None:
     What `decide` looks at takes 5 us to gather; here a loaded kernel's key answers for dtype and head sizes, the
     launcher for addresses and strides, and the arguments that ask for an unclaimed feature must be absent.
     """
+    if call.k.dtype is not call.q.dtype:
+        return None
     if has_cache(call):
         return None if _cache_asks_for_more(call) else _attend_cache(call, only_known=True)
     return None if _asks_for_more(call) else prefill.attend(call, only_known=True)

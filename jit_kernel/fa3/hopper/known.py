@@ -64,7 +64,7 @@ def try_unchecked(arguments: Arguments) -> Result | None:
     (
         _, q, k, v, scale, causal, window, chunk, softcap, num_splits, with_lse,
         out, sinks, _, _, _, _, pack_gqa, sm_margin, deterministic, _,
-        offsets_q, longest_q, used_k, table, _, _, _, _,
+        offsets_q, longest_q, used_k, table, _, _, _, _, _, _,
         _, _, offsets_new, _, _, _, _, _, rotary_interleaved, metadata,
     ) = arguments  # fmt: skip
     kinds = (

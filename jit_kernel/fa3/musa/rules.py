@@ -6,7 +6,7 @@ MATE asserts, ignores or misreads what it does not serve; each rule says which. 
 from __future__ import annotations
 
 from jit_kernel import moore_threads
-from jit_kernel.fa3.features import Features, unclaimed
+from jit_kernel.fa3.features import Features, mixed_dtypes, unclaimed
 
 HEAD_SIZES = (64, 128, 192, 256, 384, 512)
 HEAD_PAIRS = ((64, 64), (128, 128), (192, 128), (192, 192), (256, 256), (384, 384), (512, 512))
@@ -28,6 +28,9 @@ def rejection(version: tuple[int, ...], call: Features) -> str | None:
     """Why a call of these features is not served by this version of MATE."""
     if call.dtype not in ("bf16", "fp16"):
         return f"dtype {call.dtype}: MATE computes in bf16 and fp16 only"
+    mixed = mixed_dtypes(call)
+    if mixed is not None:
+        return f"{mixed}: MATE takes one dtype, it has no fp8"
     if call.descale:
         return "q_descale, k_descale and v_descale: MATE ignores them, it has no fp8"
     if call.only_qv:

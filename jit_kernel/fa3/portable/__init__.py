@@ -16,7 +16,7 @@ from jit_kernel.fa3 import call as calls
 from jit_kernel.fa3 import header
 from jit_kernel.fa3.call import Call, MetadataParameters, Result
 from jit_kernel.fa3.decision import Accepted, Decision, Rejected, refusal
-from jit_kernel.fa3.features import Features, asks_for_more, features_of, unclaimed
+from jit_kernel.fa3.features import Features, asks_for_more, features_of, mixed_dtypes, unclaimed
 from jit_kernel.fa3.portable import append, forward, kernels, planning
 from jit_kernel.jit import KernelSpec
 
@@ -33,7 +33,8 @@ CLAIMED = frozenset(
         *("metadata", "draft_mask", "deterministic"),
     )
 )
-_WHY = {"qv": "it has no second product for scores", "descale": "it has no fp8"}
+_NO_FP8 = "it has no fp8"
+_WHY = {"qv": "it has no second product for scores", "descale": _NO_FP8, "token_scales": _NO_FP8}
 
 _asks_for_more = asks_for_more(CLAIMED)
 
@@ -58,6 +59,9 @@ def _decide(features: Features) -> Decision:
     if arguments is not None:
         why = next((text for feature, text in _WHY.items() if getattr(features, feature)), "its kernels have none")
         reason = f"{arguments}: {why}"
+    mixed = mixed_dtypes(features)
+    if mixed is not None:
+        reason = f"{mixed}: its kernels take one dtype"
     return Accepted() if reason is None else Rejected(reason, claimed=False)
 
 
@@ -100,7 +104,7 @@ def canonical(spec: KernelSpec, field: str, value: str) -> str:
 
 def attend(call: Call) -> Result:
     """Attention of a checked call. Raises NotImplementedError for one that `decide` rejects."""
-    if _asks_for_more(call):
+    if _asks_for_more(call) or call.k.dtype is not call.q.dtype:
         raise refusal("this call", [(NAME, _decide(features_of(call)))])
     if call.scheduler_metadata is not None and config.check_indices():
         header.verify(NAME, call)

@@ -13,9 +13,9 @@ namespace jit_kernel {
 // What products are made of: pairs of bf16 where there is an instruction for them, else float.
 #ifdef JIT_KERNEL_BF16_DOT
 template <class Element>
-using MathOf =
-    std::conditional_t<std::is_same<Element, bf16>::value || std::is_same<Element, e4m3>::value,
-                       bf16, float>;
+using MathOf = std::conditional_t<std::is_same<QueryOf<Element>, bf16>::value ||
+                                      std::is_same<QueryOf<Element>, e4m3>::value,
+                                  bf16, float>;
 #else
 template <class Element>
 using MathOf = float;

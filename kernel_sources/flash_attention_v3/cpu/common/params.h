@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "flash_attention_v3/cpu/common/mask.h"
 #include "jit_kernel/cpu/element.h"
@@ -31,11 +32,16 @@ struct Descale {
 
 template <class Element>
 struct ForwardParams {
+  using Query = QueryOf<Element>;
+  using Key = KeyOf<Element>;
   using Output = typename OutputOf<Element>::type;
+  static constexpr bool kHasFactors = std::is_same<Key, e4m3>::value;
 
-  Rows<const Element> q, qv, k_new, v_new, rotary_cos,
-      rotary_sin;      // rotary tables: row stride only
-  Rows<Element> k, v;  // written when tokens are appended
+  Rows<const Query> q, qv, k_new, v_new, rotary_cos,
+      rotary_sin;                      // rotary tables: row stride only
+  Rows<const Key> k_stored, v_stored;  // new ones that are what a cache of another type holds
+  Rows<Key> k, v;                      // written when tokens are appended
+  Rows<const float> k_scale, v_scale;  // a factor for each token and head, where there are some
   Rows<Output> out;
   Rows<float> lse;  // null when not asked for
 
@@ -56,6 +62,7 @@ struct ForwardParams {
   bool stream_out = false;  // whether out is written past the caches: its lines are whole ones
   int64_t num_splits = 1, num_threads = 1;
 
+  bool has_new() const { return k_new || k_stored; }
   // Whether the keys that a query sees depend on its place; then rotary positions go by token.
   bool is_masked() const { return window_left >= 0 || window_right >= 0 || attention_chunk > 0; }
 };
@@ -85,7 +92,7 @@ inline Sequence sequence_of(const Params& p, int64_t b) {
   int64_t present = p.seqused_k      ? p.seqused_k[b]
                     : p.cu_seqlens_k ? p.cu_seqlens_k[b + 1] - first
                                      : p.rows_k;
-  if (p.k_new) {
+  if (p.has_new()) {
     s.new_begin = p.cu_seqlens_k_new ? p.cu_seqlens_k_new[b] : 0;
     s.new_batch = p.cu_seqlens_k_new ? 0 : b;
     s.new_tokens = p.cu_seqlens_k_new ? p.cu_seqlens_k_new[b + 1] - s.new_begin : p.rows_new;
@@ -104,6 +111,13 @@ inline Element* key_row(const Params& p, const Rows<Element>& rows, const Sequen
   if (!p.page_size) return rows.at(s.k_batch, at, head);
   int64_t page = p.page_table[s.k_batch * p.table_width + at / p.page_size];
   return rows.at(page, at % p.page_size, head);
+}
+
+// The factor of key j of one key/value head; 1 where tokens have none.
+template <class Params>
+inline float key_factor(const Params& p, const Rows<const float>& factors, const Sequence& s,
+                        int64_t j, int64_t head) {
+  return factors ? *key_row(p, factors, s, j, head) : 1.0f;
 }
 
 // Query row r of a sequence and key/value head: token r / group of head r % group, so that the

@@ -21,6 +21,7 @@ template <class Element, class Math>
 struct DecodeInOrder : DecodeState<Element, Math> {
   using State = DecodeState<Element, Math>;
   using Block = typename State::Block;
+  using Key = typename State::Key;
   using State::blocks, State::kBlocks, State::sum_columns, State::head_begin, State::steps;
   using State::sizes, State::heads, State::rows, State::seen, State::in_place;
   static_assert(kBlocks == 3, "a block and two to come: open_pages()");
@@ -83,24 +84,27 @@ struct DecodeInOrder : DecodeState<Element, Math> {
   // One head's keys and values; those that no row sees become zeros.
   template <class Params>
   Heads convert_head(const Params& params, const Block& block, int64_t head) {
+    const int64_t at = head_begin + head;
     for (int64_t j = 0; j < kDecodeBlock; ++j) {
       Math *k = keys + j * sizes.qk, *v = values + j * value_stride;
       const bool is_seen = j >= block.from && j < block.to;
       near[j] = near[2 * kDecodeBlock + j] = k;
       near[kDecodeBlock + j] = v;
       if (!params.only_qv) {
-        const Element* from = block.k[j] + (head_begin + head) * params.k.head;
-        convert_row<Math>(from, k, is_seen ? params.d : 0, sizes.qk);
+        const Key* from = block.k[j] + at * params.k.head;
+        convert_row<Math>(from, k, is_seen ? params.d : 0, sizes.qk,
+                          is_seen ? this->k_factor(params, block, j, at) : 1.0f);
       }
-      const Element* from = block.v[j] + (head_begin + head) * params.v.head;
-      convert_row<Math>(from, v, is_seen ? params.dv : 0, value_stride);
+      const Key* from = block.v[j] + at * params.v.head;
+      convert_row<Math>(from, v, is_seen ? params.dv : 0, value_stride,
+                        is_seen ? this->v_factor(params, block, j, at) : 1.0f);
     }
     return {head, head + 1, 0, 0, 0, 0};
   }
 
   template <class Params>
   void look_ahead_in_order(const Params& params) {
-    constexpr int64_t kSize = sizeof(Element);
+    constexpr int64_t kSize = sizeof(Key);
     const int64_t k = params.k.head * kSize, v = params.v.head * kSize;
     key_bytes = params.only_qv ? 0 : params.d * kSize;
     value_bytes = params.dv * kSize;
@@ -158,7 +162,7 @@ struct DecodeInOrder : DecodeState<Element, Math> {
                   &next = blocks[std::min(count - 1, b + 1) % kBlocks];
       const bool is_edge = !this->all_see(block);
       if (in_place && this->is_whole(block) && !is_edge) {
-        kernel.template attend_heads<Element>(block, find_heads(params, block, next));
+        kernel.template attend_heads<Key>(block, find_heads(params, block, next));
         continue;
       }
       for (int64_t h = 0; h < heads; ++h) {

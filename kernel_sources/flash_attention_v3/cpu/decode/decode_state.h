@@ -21,14 +21,19 @@ template <class Element, class Math>
 struct DecodeState {
   static_assert(kDecodeBlock == DraftMask::kKeys,
                 "a word holds the keys of a block that a row sees");
+  using Query = QueryOf<Element>;
+  using Key = KeyOf<Element>;
   // e4m3 has no loads that are cheap enough to repeat for every row.
-  static constexpr bool kHasLoads = !std::is_same<Element, e4m3>::value;
+  static constexpr bool kHasLoads = !std::is_same<Key, e4m3>::value;
   static constexpr int64_t kBlocks = kStepsAhead + 1;  // located at once
+
+  static constexpr int64_t kFactors = kHasLoads ? 1 : kDecodeBlock;
 
   // The row pointers of a block of keys: those of head 0, which the offsets of other heads are
   // added to.
   struct Block {
-    const Element *k[kDecodeBlock], *v[kDecodeBlock];
+    const Key *k[kDecodeBlock], *v[kDecodeBlock];
+    const float *k_factors[kFactors], *v_factors[kFactors];  // the same, where tokens have factors
     int64_t k_steps[2], v_steps[2];  // between rows of the first and second half, 0 where uneven
     int64_t first;                   // the key of row 0
     int64_t from, to;                // rows that are keys to be seen; the others repeat one of them
@@ -44,7 +49,7 @@ struct DecodeState {
   bool in_place;        // whether whole vectors of keys and values can be read where they are
   Math* q;              // head after head
   float *sums, *spare_row;
-  Element* turned;
+  Query* turned;
   float *maxima, *row_sums;  // RowStates: kDecodeRows a head
   Head* head_settings;
   Block* blocks;  // a ring
@@ -100,8 +105,7 @@ struct DecodeState {
     for (int64_t i = 0; i < rows; ++i) keys |= seen_of(b, i);
     for (int64_t j = b.from; j < b.to; ++j) {
       if (keys >> j & 1) continue;
-      key_rows(params, params.v, s, shown, 1, 0, b.v + j);
-      if (!params.only_qv) key_rows(params, params.k, s, shown, 1, 0, b.k + j);
+      locate_rows(params, s, shown, 1, j, b);
     }
   }
 
@@ -190,7 +194,7 @@ struct DecodeState {
   // pages of 16 tokens.
   template <class Params>
   void open_pages(const Params& params, const Block& b, int64_t first, int64_t count) const {
-    auto page = [](const Element* row) { return reinterpret_cast<uintptr_t>(row) / kPageBytes; };
+    auto page = [](const Key* row) { return reinterpret_cast<uintptr_t>(row) / kPageBytes; };
     for (int64_t j = first; j < std::min(kDecodeBlock, first + count); ++j) {
       if (j > 0 && page(b.v[j]) == page(b.v[j - 1])) continue;
       __builtin_prefetch(b.v[j] + head_begin * params.v.head, 0, 2);
@@ -207,6 +211,36 @@ struct DecodeState {
     }
   }
 
+  // Row pointers of keys key .. key + count - 1, to places of a block from `at` on.
+  template <class Params>
+  void locate_rows(const Params& params, const Sequence& s, int64_t key, int64_t count, int64_t at,
+                   Block& b) const {
+    key_rows(params, params.v, s, key, count, 0, b.v + at);
+    if (!params.only_qv) key_rows(params, params.k, s, key, count, 0, b.k + at);
+    if constexpr (!kHasLoads) {
+      if (params.k_scale)
+        key_rows<const float>(params, params.k_scale, s, key, count, 0, b.k_factors + at);
+      if (params.v_scale)
+        key_rows<const float>(params, params.v_scale, s, key, count, 0, b.v_factors + at);
+    }
+  }
+
+  // The factors of a block's key and value in place j of a head, 1 where tokens have none.
+  template <class Params>
+  float k_factor(const Params& params, const Block& b, int64_t j, int64_t head) const {
+    if constexpr (!kHasLoads) {
+      if (params.k_scale) return b.k_factors[j][head * params.k_scale.head];
+    }
+    return 1.0f;
+  }
+  template <class Params>
+  float v_factor(const Params& params, const Block& b, int64_t j, int64_t head) const {
+    if constexpr (!kHasLoads) {
+      if (params.v_scale) return b.v_factors[j][head * params.v_scale.head];
+    }
+    return 1.0f;
+  }
+
   // Row pointers of keys first + from .. first + to - 1.
   template <class Params>
   void locate(const Params& params, const Sequence& s, int64_t first, int64_t from, int64_t to,
@@ -215,13 +249,16 @@ struct DecodeState {
     block.from = from;
     block.to = to;
     int64_t key = first + from, count = to - from;
-    key_rows(params, params.v, s, key, count, 0, block.v + from);
-    if (!params.only_qv) key_rows(params, params.k, s, key, count, 0, block.k + from);
+    locate_rows(params, s, key, count, from, block);
     if (draft.covers(first + to)) skip_hidden(params, s, block);
     for (int64_t j = 0; j < kDecodeBlock; ++j) {  // masked keys point at one that may be read
       if (j >= from && j < to) continue;
       block.k[j] = params.only_qv ? nullptr : block.k[from];
       block.v[j] = block.v[from];
+      if constexpr (!kHasLoads) {
+        block.k_factors[j] = block.k_factors[from];
+        block.v_factors[j] = block.v_factors[from];
+      }
     }
     for (int half = 0; half < 2; ++half) {
       constexpr int64_t kHalf = kDecodeBlock / 2;
@@ -231,7 +268,7 @@ struct DecodeState {
   }
 
   // Elements from each row to the next, or 0 where that is not the same for all.
-  static int64_t even_step(const Element* const* rows, int64_t count) {
+  static int64_t even_step(const Key* const* rows, int64_t count) {
     int64_t step = rows[1] - rows[0];
     bool even = step > 0;
     for (int64_t j = 2; j < count; ++j) even &= rows[j] - rows[j - 1] == step;

@@ -19,6 +19,7 @@ template <class Element, class Math>
 struct DecodeTiles : DecodeState<Element, Math> {
   using State = DecodeState<Element, Math>;
   using Block = typename State::Block;
+  using Key = typename State::Key;
   using State::maxima, State::row_sums, State::head_settings, State::seen, State::steps;
   using State::sizes, State::rows, State::heads, State::in_place, State::q, State::sums;
   using State::sum_columns;
@@ -90,9 +91,9 @@ struct DecodeTiles : DecodeState<Element, Math> {
       this->open_pages(params, this->blocks[next % State::kBlocks], step % heads * rows_of_step,
                        rows_of_step);
     }
-    constexpr int64_t kSize = sizeof(Element);
+    constexpr int64_t kSize = sizeof(Key);
     const Block& b = block_of(ahead);
-    auto at = [](const Element* const* p) { return reinterpret_cast<const void* const*>(p); };
+    auto at = [](const Key* const* p) { return reinterpret_cast<const void* const*>(p); };
     return {params.only_qv ? nullptr : at(b.k),
             offset(params.k.head, ahead) * kSize,
             params.d * kSize,
@@ -161,17 +162,18 @@ struct DecodeTiles : DecodeState<Element, Math> {
   }
 
   // A step's rows of one kind in halves: where they are, or converted to rows of `padded` elements.
-  // `n` of them count.
-  Halves halves_of(const Element* const* rows, const int64_t (&row_steps)[2], int64_t offset,
-                   int64_t n, int64_t padded, Math* converted) {
-    if constexpr (std::is_same<Element, Math>::value) {
+  // `n` of them count; factor(j) is the factor of row j.
+  template <class Factor>
+  Halves halves_of(const Key* const* rows, const int64_t (&row_steps)[2], int64_t offset, int64_t n,
+                   int64_t padded, Math* converted, Factor&& factor) {
+    if constexpr (std::is_same<Key, Math>::value) {
       if (in_place) {
         return {tile_rows(rows, row_steps[0], offset, n, copies),
                 tile_rows(rows + kHalf, row_steps[1], offset, n, copies + kHalf * n)};
       }
     }
     for (int64_t j = 0; j < kDecodeBlock; ++j) {
-      convert_row<Math>(rows[j] + offset, converted + j * padded, n, padded);
+      convert_row<Math>(rows[j] + offset, converted + j * padded, n, padded, factor(j));
     }
     const int64_t bytes = padded * int64_t{sizeof(Math)};
     return {{converted, bytes}, {converted + kHalf * padded, bytes}};
@@ -180,14 +182,17 @@ struct DecodeTiles : DecodeState<Element, Math> {
   template <class Params>
   Halves keys_of(const Params& params, int64_t step) {
     const Block& block = block_of(step);
-    return halves_of(block.k, block.k_steps, offset(params.k.head, step), params.d, sizes.qk, keys);
+    const int64_t head = this->head_begin + step % heads;
+    return halves_of(block.k, block.k_steps, offset(params.k.head, step), params.d, sizes.qk, keys,
+                     [&](int64_t j) { return this->k_factor(params, block, j, head); });
   }
 
   template <class Params>
   Halves values_of(const Params& params, int64_t step) {
     const Block& block = block_of(step);
+    const int64_t head = this->head_begin + step % heads;
     return halves_of(block.v, block.v_steps, offset(params.v.head, step), params.dv, value_stride,
-                     values);
+                     values, [&](int64_t j) { return this->v_factor(params, block, j, head); });
   }
 
   template <class Params>

@@ -36,10 +36,10 @@ struct DecodePairs : DecodeInOrder<Element, bf16> {
   template <class Params>
   DecodePairs(const Params& params, const Item& item, Scratch& scratch)
       : State(params, item, kPanel), groups((this->rows + kGroupRows - 1) / kGroupRows) {
-    in_place = in_place && std::is_same<Element, bf16>::value;
+    in_place = in_place && std::is_same<KeyOf<Element>, bf16>::value;
     scratch.take_all([&](auto&& f) { each_array(f); });
     const int64_t passes = rows / kGroupRows + rows % kGroupRows, panels = sum_columns / kPanel;
-    const int64_t bytes = kValueKeys * params.dv * int64_t{sizeof(Element)};
+    const int64_t bytes = kValueKeys * params.dv * int64_t{sizeof(KeyOf<Element>)};
     value_share = (bytes + passes * panels - 1) / (passes * panels);
   }
 

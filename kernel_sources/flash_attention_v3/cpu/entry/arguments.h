@@ -28,7 +28,7 @@ struct CallTensors {
 
 // What forward() takes: a call that Python has checked.
 struct ForwardArguments : CallTensors {
-  static constexpr int32_t kCount = 34;
+  static constexpr int32_t kCount = 36;
   using CallTensors::CallTensors;
 
   MaybeTensor qv = from.maybe_tensor();
@@ -48,6 +48,8 @@ struct ForwardArguments : CallTensors {
   MaybeTensor q_descale = from.maybe_tensor();
   MaybeTensor k_descale = from.maybe_tensor();
   MaybeTensor v_descale = from.maybe_tensor();
+  MaybeTensor k_scale = from.maybe_tensor();
+  MaybeTensor v_scale = from.maybe_tensor();
   MaybeTensor sinks = from.maybe_tensor();
   MaybeTensor draft_mask = from.maybe_tensor();
   double softmax_scale = from.number();

@@ -55,8 +55,9 @@ struct Attention {
       cost += static_cast<double>(s.new_tokens * p.heads_k * (p.d + p.dv));
     }
     parallel(p, p.batch * p.heads_k, cost, [&](int64_t i) {
-      scratch().reserve(Scratch::size<float>(p.d));
-      append_tokens(p, plan.sequences[i / p.heads_k], i % p.heads_k, scratch().take<float>(p.d));
+      const int64_t batch = i / p.heads_k, room = std::max(p.d, p.dv);
+      scratch().reserve(Scratch::size<float>(room));
+      append_tokens(p, plan.sequences[batch], batch, i % p.heads_k, scratch().take<float>(room));
     });
   }
 
@@ -84,9 +85,9 @@ struct Attention {
   static void prefill(const Params& p, const Sequence& s, const Item& item, const Partials& parts,
                       RowQueue& rows) {
 #ifdef JIT_KERNEL_AMX
-    if constexpr (std::is_same<Element, fp16>::value) {
+    if constexpr (std::is_same<QueryOf<Element>, fp16>::value) {
       if (amx_fp16_allowed()) {
-        return Prefill<fp16, fp16>(p, item, scratch()).run(p, s, item, parts, rows);
+        return Prefill<Element, fp16>(p, item, scratch()).run(p, s, item, parts, rows);
       }
     }
 #endif
@@ -102,7 +103,7 @@ struct Attention {
 
   static void decode(const Params& p, const Sequence& s, const Item& item, const Partials& parts) {
 #ifdef JIT_KERNEL_AMX
-    constexpr bool kIsHalf = std::is_same<Element, fp16>::value;
+    constexpr bool kIsHalf = std::is_same<QueryOf<Element>, fp16>::value;
     if constexpr (!std::is_same<Element, f32>::value) {
       if (kIsHalf ? amx_fp16_allowed() : amx_allowed()) {
         using TileMath = std::conditional_t<kIsHalf, fp16, bf16>;
@@ -156,7 +157,7 @@ struct Attention {
       parts.sums = part_memory.take<float>(plan.part_rows * sizes.dv);
       parts.states = part_memory.take<RowState>(plan.part_rows);
     }
-    if (p.k_new) append(p, plan);
+    if (p.has_new()) append(p, plan);
     attend_items(p, plan, parts);
     combine(p, plan, parts, sizes.dv);
   }

@@ -75,11 +75,15 @@ inline bool plain_forward(FfiArguments& from) {
 
 }  // namespace jit_kernel
 
+// Of bf16_over_e4m3 or fp16_over_e4m3: plain calls have one type.
+#define JIT_KERNEL_EXPORT_CHECKED_FORWARD(element)                   \
+  JIT_KERNEL_EXPORT(forward, ::jit_kernel::ForwardArguments::kCount, \
+                    ::jit_kernel::forward<::jit_kernel::element>)
+
 // The element type by its name in jit_kernel: f32, bf16, fp16 or e4m3. A name with a comma stands
 // in parentheses, or it would be two arguments.
 #define JIT_KERNEL_EXPORT_FORWARD(element)                                                 \
-  JIT_KERNEL_EXPORT(forward, ::jit_kernel::ForwardArguments::kCount,                       \
-                    ::jit_kernel::forward<::jit_kernel::element>)                          \
+  JIT_KERNEL_EXPORT_CHECKED_FORWARD(element)                                               \
   JIT_KERNEL_EXPORT_QUESTION(                                                              \
       plain_forward, ::jit_kernel::PlainArguments::kCount,                                 \
       (::jit_kernel::plain_forward<::jit_kernel::element, ::jit_kernel::kSureAddress>))    \

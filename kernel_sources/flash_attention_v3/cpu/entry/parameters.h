@@ -55,6 +55,29 @@ inline Descale descale_of(const MaybeTensor& t) {
   return {data_of<const float>(*t), t->stride(0), t->stride(1)};
 }
 
+// (batch, rows, heads), or ragged (rows, heads): a factor each.
+inline Rows<const float> factors_of(const MaybeTensor& t) {
+  if (!t.has_value()) return {};
+  int32_t n = t->ndim();
+  return {data_of<const float>(*t), n == 3 ? t->stride(0) : 0, t->stride(n - 2), t->stride(n - 1)};
+}
+
+// New keys or values: in the queries' type, or in the cache's where that is another one.
+template <class Params>
+inline void set_new(const ForwardArguments& a, Params& p) {
+  using Query = typename Params::Query;
+  using Key = typename Params::Key;
+  if (!a.k_new.has_value()) return;
+  p.rows_new = a.k_new->size(a.k_new->ndim() - 3);
+  if (a.k_new->dtype().bits == 8 * sizeof(Query)) {
+    p.k_new = rows_of<const Query>(*a.k_new);
+    p.v_new = rows_of<const Query>(*a.v_new);
+  } else {
+    p.k_stored = rows_of<const Key>(*a.k_new);
+    p.v_stored = rows_of<const Key>(*a.v_new);
+  }
+}
+
 // Sinks come as float32 or in the inputs' dtype.
 template <class Element>
 inline const float* sinks_as_float(const MaybeTensor& sinks, std::vector<float>& storage) {
@@ -89,9 +112,9 @@ inline bool is_streamed(const TensorView& out, const Rows<Output>& rows) {
 // What the tensors of both entries say.
 template <class Element>
 inline void set_tensors(const CallTensors& a, ForwardParams<Element>& p) {
-  p.q = rows_of<const Element>(a.q);
-  p.k = rows_of<Element>(a.k);
-  p.v = rows_of<Element>(a.v);
+  p.q = rows_of<const QueryOf<Element>>(a.q);
+  p.k = rows_of<KeyOf<Element>>(a.k);
+  p.v = rows_of<KeyOf<Element>>(a.v);
   p.out = rows_of<typename OutputOf<Element>::type>(a.out);
   p.stream_out = is_streamed(a.out, p.out);
   p.lse = lse_or_null(a.lse);
@@ -130,23 +153,24 @@ inline ForwardParams<Element> forward_params(const ForwardArguments& a,
   ForwardParams<Element> p;
   set_tensors(a, p);
   set_common(a, p);
-  p.qv = rows_or_null<Element>(a.qv);
-  p.k_new = rows_or_null<Element>(a.k_new);
-  p.v_new = rows_or_null<Element>(a.v_new);
-  p.rows_new = a.k_new.has_value() ? a.k_new->size(a.k_new->ndim() - 3) : 0;
+  using Query = QueryOf<Element>;
+  p.qv = rows_or_null<Query>(a.qv);
+  set_new(a, p);
   p.cu_seqlens_k_new = indices_or_null(a.cu_seqlens_k_new);
   p.seqused_q = indices_or_null(a.seqused_q);
   p.cache_batch_idx = indices_or_null(a.cache_batch_idx);
   p.cache_leftpad = indices_or_null(a.cache_leftpad);
-  p.rotary_cos = table_or_null<Element>(a.rotary_cos);
-  p.rotary_sin = table_or_null<Element>(a.rotary_sin);
+  p.rotary_cos = table_or_null<Query>(a.rotary_cos);
+  p.rotary_sin = table_or_null<Query>(a.rotary_sin);
   p.rotary_dim = a.rotary_cos.has_value() ? 2 * a.rotary_cos->size(1) : 0;
   p.rotary_seqlens = indices_or_null(a.rotary_seqlens);
   p.rotary_interleaved = a.rotary_interleaved;
   p.q_descale = descale_of(a.q_descale);
   p.k_descale = descale_of(a.k_descale);
   p.v_descale = descale_of(a.v_descale);
-  p.sinks = sinks_as_float<Element>(a.sinks, sink_memory);
+  p.k_scale = factors_of(a.k_scale);
+  p.v_scale = factors_of(a.v_scale);
+  p.sinks = sinks_as_float<Query>(a.sinks, sink_memory);
   if (a.draft_mask.has_value()) {
     p.draft_mask.rows = data_of<const int32_t>(*a.draft_mask);
     p.draft_mask.words = a.draft_mask->size(1);

@@ -18,6 +18,7 @@ namespace jit_kernel {
 template <class Element, class Math = MathOf<Element>>
 struct Prefill : PrefillState<Element, Math> {
   using State = PrefillState<Element, Math>;
+  using Key = typename State::Key;
   using State::keys, State::key_pointers, State::value_pointers, State::packed, State::hidden;
   using State::kI16, State::kTileRows, State::kTiles;
   using State::sizes, State::tiles, State::once, State::scores, State::begins, State::ends;
@@ -53,13 +54,22 @@ struct Prefill : PrefillState<Element, Math> {
             int64_t seen) {
     packed = count;
     hidden = std::min(std::max<int64_t>(0, seen - first), count);
-    const auto find = [&](const Rows<Element>& rows, const Element** pointers) {
+    const auto find = [&](const Rows<Key>& rows, const Key** pointers) {
       key_rows(params, rows, s, first + hidden, count - hidden, head_k, pointers + hidden);
       // What is asked for ahead is one of the others.
       std::fill_n(pointers, hidden, hidden < count ? pointers[hidden] : nullptr);
     };
     if (!params.only_qv) find(params.k, key_pointers);
     find(params.v, value_pointers);
+    if constexpr (State::kHasFactors) {
+      const auto find_factors = [&](const Rows<const float>& rows, float* factors) {
+        for (int64_t j = hidden; rows && j < count; ++j) {
+          factors[j] = *key_row(params, rows, s, first + j, head_k);
+        }
+      };
+      if (!params.only_qv) find_factors(params.k_scale, this->key_factors);
+      find_factors(params.v_scale, this->value_factors);
+    }
     for (int64_t at = 0; at < count; at += tiles.block) {
       if constexpr (kI16) {
         if (integers.on) {

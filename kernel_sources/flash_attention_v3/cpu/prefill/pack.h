@@ -34,8 +34,15 @@ inline void transpose_panel(const Math* const* rows, int64_t padded, Math* out, 
 // for.
 struct PackedRows {
   int64_t hidden, count, known;
+  const float* factors = nullptr;  // of the rows, where they have some
 
   bool holds(int64_t row) const { return row >= hidden && row < count; }
+
+  // Of a row of Elements; the types that have no factors are not asked.
+  template <class Element>
+  float factor(int64_t row) const {
+    return std::is_same<Element, e4m3>::value && factors ? factors[row] : 1.0f;
+  }
 };
 
 // Keys to panels: panel after panel (`panel` elements apart) of kLanes keys.
@@ -57,7 +64,8 @@ inline void pack_keys(const Element* const* rows, const PackedRows& which, int64
       } else if (in_place) {
         lanes[j] = reinterpret_cast<const Math*>(rows[first + j]);
       } else {
-        convert_row<Math>(rows[first + j], spare + j * padded, d, padded);
+        convert_row<Math>(rows[first + j], spare + j * padded, d, padded,
+                          which.factor<Element>(first + j));
       }
     }
     transpose_panel(lanes, padded, out, [&](int64_t n) { ahead.until(first + simd::kLanes + n); });
@@ -92,7 +100,7 @@ inline void pack_values(const Element* const* rows, const PackedRows& which, int
       } else if (in_place) {
         row[i] = reinterpret_cast<const Math*>(rows[key]);
       } else {
-        convert_row<Math>(rows[key], spare + i * padded, dv, padded);
+        convert_row<Math>(rows[key], spare + i * padded, dv, padded, which.factor<Element>(key));
       }
     }
     Math* to = out + step * kTogether * simd::kLanes;

@@ -33,6 +33,9 @@ constexpr int64_t score_piece(int64_t depth) {
 // integers (prefill_i16.h), work on this and know nothing of the mainloop.
 template <class Element, class Math>
 struct PrefillState {
+  using Query = QueryOf<Element>;
+  using Key = KeyOf<Element>;
+  static constexpr bool kHasFactors = std::is_same<Key, e4m3>::value;
   static constexpr int64_t kTileRows = kTileRowsOf<Math>;
   static constexpr bool kI16 = kPacksIntegers<Element, Math>;
 
@@ -54,8 +57,10 @@ struct PrefillState {
   int64_t q_rows, sum_rows;
   Math *q, *keys, *values, *p, *spare;
   float *scores, *sums, *spare_row;
-  Element* turned;
-  const Element **key_pointers, **value_pointers;
+  Query* turned;
+  const Key **key_pointers, **value_pointers;
+  float *key_factors, *value_factors;  // of each packed key, where tokens have some
+  bool has_key_factors, has_value_factors;
   float *maxima, *row_sums;          // each row's RowState
   int64_t *begins, *ends;            // each row's visible keys
   DraftMask draft;                   // which of them it hides
@@ -101,6 +106,8 @@ struct PrefillState {
     f(turned, sizes.depth);
     f(key_pointers, packed_keys());
     f(value_pointers, packed_keys());
+    f(key_factors, kHasFactors ? packed_keys() : 0);
+    f(value_factors, kHasFactors ? packed_keys() : 0);
     f(finite, packed_keys() / kDepth);
   }
 
@@ -110,6 +117,8 @@ struct PrefillState {
   PrefillState(const Params& params, const Item& item)
       : sizes(head_sizes<Math>(params)),
         tiles(prefill_tiles<std::conditional_t<kI16, i16, Math>>(sizes)),
+        has_key_factors(params.k_scale),
+        has_value_factors(params.v_scale),
         d(params.only_qv ? 0 : params.d),
         dv(params.dv) {
     int64_t rows = item.row_end - item.row_begin;
@@ -174,10 +183,10 @@ struct PrefillState {
     if (row < 0) return;
     const int64_t rows = std::min(kTileRows, item.row_end - item.row_begin - row);
     asked = kTileRows - rows;
-    query_bytes = params.d * static_cast<int64_t>(sizeof(Element));
+    query_bytes = params.d * static_cast<int64_t>(sizeof(Query));
     QueryRow at(params, item.head_begin, item.row_begin + row);
     for (int64_t i = asked; i < kTileRows; ++i, at.next()) {
-      const Element* q = params.q.at(s.q_batch, s.q_begin + at.token, at.head);
+      const Query* q = params.q.at(s.q_batch, s.q_begin + at.token, at.head);
       next_queries[i] = reinterpret_cast<const char*>(q);
     }
   }
@@ -217,7 +226,8 @@ struct PrefillState {
 
   // The block that begins `at` keys after the first of those that are packed.
   void pack_block(int64_t at) {
-    const PackedRows which = rows_of_block(at);
+    const PackedRows which = rows_of_block(at, has_key_factors ? key_factors : nullptr);
+    const PackedRows of_values = rows_of_block(at, has_value_factors ? value_factors : nullptr);
     const int64_t count = which.count, padded = round_up(count, kDepth);
     const int64_t panel = simd::kLanes * sizes.depth;
     Math *to_keys = keys + at * sizes.depth, *to_values = values + at * sizes.dv;
@@ -227,18 +237,19 @@ struct PrefillState {
     }
     if (sizes.qv) {
       Math* after = to_keys + simd::kLanes * sizes.qk;
-      pack_keys(value_pointers + at, which, dv, sizes.qv, after, panel, spare);
+      pack_keys(value_pointers + at, of_values, dv, sizes.qv, after, panel, spare);
       fill_panels(count, padded, sizes.qv, after, panel);
     }
-    pack_values(value_pointers + at, which, padded, dv, sizes.dv, to_values,
+    pack_values(value_pointers + at, of_values, padded, dv, sizes.dv, to_values,
                 simd::kLanes * tiles.block, spare);
     std::fill_n(finite + at / kDepth, padded / kDepth, Finite::kUnknown);
   }
 
   // The rows of the block that begins `at` keys after the first of those that are packed.
-  PackedRows rows_of_block(int64_t at) const {
+  PackedRows rows_of_block(int64_t at, const float* factors = nullptr) const {
     const int64_t left = packed - at;
-    return {std::max<int64_t>(0, hidden - at), std::min(tiles.block, left), left};
+    return {std::max<int64_t>(0, hidden - at), std::min(tiles.block, left), left,
+            factors ? factors + at : nullptr};
   }
 
   // Zeros in the panels that hold no key.

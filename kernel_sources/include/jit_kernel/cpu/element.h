@@ -21,6 +21,28 @@ struct i16 {
   int16_t value;
 };
 
+// Inputs of two types: queries in one, keys and values in e4m3. No tensor has it: it has no size.
+template <class Queries>
+struct OverE4m3;
+using bf16_over_e4m3 = OverE4m3<bf16>;
+using fp16_over_e4m3 = OverE4m3<fp16>;
+
+// The types of the queries, and of the keys and values, of inputs of a type.
+template <class Element>
+struct InputsOf {
+  using Query = Element;
+  using Key = Element;
+};
+template <class Queries>
+struct InputsOf<OverE4m3<Queries>> {
+  using Query = Queries;
+  using Key = e4m3;
+};
+template <class Element>
+using QueryOf = typename InputsOf<Element>::Query;
+template <class Element>
+using KeyOf = typename InputsOf<Element>::Key;
+
 template <class To, class From>
 inline To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
@@ -119,10 +141,10 @@ inline bool are_finite(const Element* x, int64_t n) {
   return largest != kExponentOfOnes<Element>;
 }
 
-// What attention of these inputs gives: the inputs' dtype, and bf16 for e4m3.
+// What attention of these inputs gives: the queries' dtype, and bf16 for e4m3.
 template <class Element>
 struct OutputOf {
-  using type = Element;
+  using type = QueryOf<Element>;
 };
 template <>
 struct OutputOf<e4m3> {
