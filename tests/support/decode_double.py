@@ -46,11 +46,12 @@ class OnHost:
         self.parameters = library["parameters"]
         self.set_capturing = library["set_capturing"]
         self.handles = {
-            (dtype, size, rows): library["load_decode"](b"", dtype is torch.bfloat16, size, rows, 0)
+            (dtype, size, rows, mixed): library["load_decode"](b"", dtype is torch.bfloat16, mixed, size, rows, 0)
             for dtype in DTYPES
             for size, most in kernels.DECODE_MOST_ROWS.items()
             for rows in kernels.DECODE_ROWS
             if rows <= most
+            for mixed in (False, True)
         }
 
 

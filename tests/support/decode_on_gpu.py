@@ -1,7 +1,8 @@
 """Calls that the Hopper decode kernels serve: random plans, and paged caches as a serving engine has them.
 
-As a program, `python -m tests.support.decode_on_gpu judge|hidden FIRST COUNT FREE`, it makes the calls of COUNT plans
-with FREE multiprocessors left free, and prints a line for each. A call that no decode kernel served is a failure.
+As a program, `python -m tests.support.decode_on_gpu KIND FIRST COUNT FREE`, it makes the calls of COUNT plans with FREE
+multiprocessors left free, and prints a line for each. KIND is judge or hidden, or mixed-judge or mixed-hidden for a
+cache in e4m3 beside queries of 16 bits. A call that no decode kernel served is a failure.
 """
 
 from __future__ import annotations
@@ -44,6 +45,14 @@ SPACE = cases.Space(
 )
 # For two implementations, one of which compiles every head size.
 SHARED_SPACE = dataclasses.replace(SPACE, head_dims=((64, 64), (128, 128)), any_head_dim=0)
+# Any number of query rows, with and without splits.
+MIXED_SPACE = dataclasses.replace(
+    SPACE,
+    name="mixed",
+    features=(SPACE.features | cases.FP8_CACHES) - ({"append", "rotary", "stored"} - hopper.CLAIMED_MIXED),
+    head_dim_step=16,
+    stride_step=16,
+)
 MOST_SPARE = 5  # rows that a plan with seqused_q has more of a sequence than queries, at most
 
 
@@ -69,6 +78,20 @@ def plans(
         plan = draw(seed, space)
         if plan.function == cases.KVCACHE or plan.page_size > 0:
             found.append(few_rows(plan))
+        seed += 1
+    return found
+
+
+def mixed_plans(
+    first: int, count: int, draw: Callable[[int, cases.Space], Plan] = cases.draw, space: cases.Space = MIXED_SPACE
+) -> list[Plan]:
+    """The next plans with a cache in e4m3 beside queries of 16 bits, from a seed on; half of them have few rows."""
+    found: list[Plan] = []
+    seed = first
+    while len(found) < count:
+        plan = draw(seed, space)
+        if plan.kv_dtype is not None and (plan.function == cases.KVCACHE or plan.page_size > 0):
+            found.append(few_rows(plan) if seed % 2 else plan)
         seed += 1
     return found
 
@@ -163,15 +186,16 @@ class Paged:
 def main(kind: str, first: int, count: int, free: int) -> None:
     torch.set_num_threads(1)
     launched, made = count_launches(), functions(free)
-    draw = hidden.draw if kind == "hidden" else cases.draw
-    for plan in plans(first, count, draw=draw):
+    hides = kind.endswith("hidden")
+    draw_plans = mixed_plans if kind.startswith("mixed-") else plans
+    for plan in draw_plans(first, count, draw=hidden.draw if hides else cases.draw):
         before = len(launched)
-        if kind == "hidden":
+        if hides:
             print(f"hidden {plan.seed} {hidden.differ(plan, made)}", flush=True)
         else:
             print(f"case {plan.seed} {case_run.judge(plan, made).worst:.4f}", flush=True)
         calls = len(launched) - before
-        expected = (2 if kind == "hidden" else 1) * (sum(plan.lengths_q) > 0 or plan.seqused_q)
+        expected = (2 if hides else 1) * (sum(plan.lengths_q) > 0 or plan.seqused_q)
         if calls < expected:
             raise AssertionError(f"{calls} launches of decode kernels, not {expected}: {plan!r}")
 

@@ -146,6 +146,7 @@ inline tvm::ffi::Bytes items_of(tvm::ffi::Bytes lengths, int64_t len_q, int64_t 
   std::memcpy(used.data(), bytes.data(), bytes.size());
   params = {};
   params.batch = static_cast<int>(used.size());
+  params.all_tiles = params.batch;
   params.seqused_k = used.data();
   params.rows_k = 1 << 30;
   params.seqlen_q = static_cast<int>(len_q);
@@ -157,7 +158,7 @@ inline tvm::ffi::Bytes items_of(tvm::ffi::Bytes lengths, int64_t len_q, int64_t 
   found.clear();
   if (in_clusters) {
     threadIdx = {0, 0, 0};
-    for (int batch = 0; batch < params.batch; ++batch) {
+    for (int batch = 0; batch < params.all_tiles; ++batch) {
       DecodeItem item = {};
       if (item_of_cluster(params, batch, static_cast<int>(part), item)) keep(item);
     }

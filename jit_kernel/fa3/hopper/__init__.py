@@ -1,8 +1,8 @@
 """The Hopper implementation: kernels for sm_90a in CUDA C++ with raw PTX.
 
 bf16 and fp16, head sizes up to 256 that are multiples of 8. Dense and ragged prefill; over caches, in pages or dense,
-prefill and decode, with new keys appended first, and with draft masks. qv and fp8 are not claimed: the portable kernels
-say what they do.
+prefill and decode, with new keys appended first, and with draft masks; a cache in e4m3 beside such queries. qv and
+queries in fp8 are not claimed: the portable kernels say what they do.
 """
 
 from __future__ import annotations
@@ -36,11 +36,15 @@ CLAIMED_WITH_CACHE = CLAIMED - {"ragged_k"} | frozenset(
         *("split", "metadata", "draft_mask"),
     )
 )
+# Of a cache in e4m3 beside queries of 16 bits.
+_SCALES = frozenset(("descale", "token_scales"))
+CLAIMED_MIXED = (CLAIMED_WITH_CACHE | _SCALES) - {"append", "ragged_append", "rotary"}
 # What a faster way takes of these: an append is a launch that must not be lost where the next one is declined.
 _KNOWN_WITH_CACHE = CLAIMED_WITH_CACHE - {"append", "ragged_append", "rotary", "metadata"}
 
 _asks_for_more = asks_for_more(CLAIMED)
 _cache_asks_for_more = asks_for_more(_KNOWN_WITH_CACHE)
+_mixed_asks_for_more = asks_for_more(_KNOWN_WITH_CACHE | _SCALES)
 
 
 def supports(target: Target) -> Decision:
@@ -55,9 +59,9 @@ def decide(target: Target, features: Features) -> Decision:
     if features.dtype not in kernels.DTYPES:
         return Rejected(f"dtype {features.dtype}: it computes in bf16 and fp16", claimed=False)
     mixed = mixed_dtypes(features)
-    if mixed is not None:
-        return Rejected(f"{mixed}: its kernels take one dtype", claimed=False)
-    arguments = unclaimed(features, CLAIMED_WITH_CACHE if features.cache else CLAIMED)
+    if mixed is not None and not features.cache:
+        return Rejected(f"{mixed}: its kernels take one dtype without a cache", claimed=False)
+    arguments = unclaimed(features, _claimed(features))
     if arguments is not None:
         where = "over a cache" if features.cache else "without a cache"
         return Rejected(f"{arguments}: its kernels have none {where}", claimed=False)
@@ -66,16 +70,30 @@ def decide(target: Target, features: Features) -> Decision:
         return Rejected(f"{sizes}: the copy engine moves multiples of 8", claimed=False)
     if kernels.padded(features.head_dim, features.head_dim_v) is None:
         return Rejected(f"{sizes}: it serves head sizes up to 256", claimed=False)
+    if mixed is not None:
+        if features.head_dim % 16 or features.head_dim_v % 16:
+            return Rejected(f"{mixed}, {sizes}: the copy engine moves multiples of 16 bytes", claimed=False)
+        most = decode.most_group(features.head_dim, features.head_dim_v)
+        if features.group > most:
+            text = f"{mixed}, {features.group} query heads for a key head: its tiles have {most} at {sizes}"
+            return Rejected(text, claimed=False)
     if not features.aligned:
         return Rejected("strides or addresses that are no multiple of the copy engine's 16 bytes", claimed=False)
     return Accepted()
 
 
+def _claimed(features: Features) -> frozenset[str]:
+    if not features.cache:
+        return CLAIMED
+    return CLAIMED_WITH_CACHE if features.kv_dtype == features.dtype else CLAIMED_MIXED
+
+
 def prepare(device: str) -> None:
     """Compile or load the launcher."""
-    global _asks_for_more, _cache_asks_for_more
+    global _asks_for_more, _cache_asks_for_more, _mixed_asks_for_more
     _asks_for_more = asks_for_more(CLAIMED)
     _cache_asks_for_more = asks_for_more(_KNOWN_WITH_CACHE)
+    _mixed_asks_for_more = asks_for_more(_KNOWN_WITH_CACHE | _SCALES)
     kernels.kernels_of(torch.device(device))
 
 
@@ -111,7 +129,8 @@ def try_known(call: Call) -> Result | None:
     launcher for addresses and strides, and the arguments that ask for an unclaimed feature must be absent.
     """
     if call.k.dtype is not call.q.dtype:
-        return None
+        asks_for_more = _mixed_asks_for_more(call) or not has_cache(call)
+        return None if asks_for_more else _attend_cache(call, only_known=True)
     if has_cache(call):
         return None if _cache_asks_for_more(call) else _attend_cache(call, only_known=True)
     return None if _asks_for_more(call) else prefill.attend(call, only_known=True)
@@ -136,6 +155,8 @@ def _attend_cache(call: Call, *, only_known: bool) -> Result | None:
     key = decode.key_of(call)
     if key is not None:
         return decode.attend(call, key, only_known=only_known)
+    if decode.is_mixed(call):
+        return None
     return cached.try_attend(call, only_known=only_known)
 
 

@@ -1,4 +1,7 @@
-"""Few query rows over a cache: the host side of the decode kernels. Nothing here synchronises."""
+"""Few query rows over a cache, or any number over one in e4m3: the host side of the decode kernels.
+
+Nothing here synchronises.
+"""
 
 from __future__ import annotations
 
@@ -15,36 +18,65 @@ from jit_kernel.fa3.hopper import arguments, kernels
 from jit_kernel.fa3.hopper.kernels import DECODE_HEAD_DIMS, DECODE_MOST_ROWS, DECODE_ROWS, DeviceKernels
 from jit_kernel.jit import KernelSpec
 
-Key = tuple[torch.dtype, int, int]  # dtype, head size, rows
+Key = tuple[torch.dtype, int, int, bool]  # q's dtype, head size, rows, whether the cache is in e4m3
 # What the launcher's `decode` answers, as it has them.
 _LAUNCHED, _NEEDS_ROOM = 1, 2
+_NO_SCALES = (None,) * 4
 
 
 def key_of(call: Call) -> Key | None:
     """The variant that serves a call over a cache; None where it has more query rows than any serves.
 
-    Without splits a sequence's bits must not depend on the others' lengths, so it is prefill's whatever they are.
+    Without splits a sequence's bits must not depend on the others' lengths, so it is prefill's whatever they are. A
+    cache in e4m3 has no other kernels: of more rows than a tile has a sequence is several.
     """
-    if call.num_splits == 1:
-        return None
     q = call.q
+    mixed = is_mixed(call)
+    if call.num_splits == 1 and not mixed:
+        return None
     *_, heads, d = q.shape
     *_, heads_k, dv = call.v.shape
-    tile = _tile_of(max(d, dv), (call.max_seqlen_q or 0) * (heads // heads_k))
-    return None if tile is None else (q.dtype, *tile)
+    group = heads // heads_k
+    tile = _tile_of(max(d, dv), (call.max_seqlen_q or 0) * group, group if mixed else 0)
+    return None if tile is None else (q.dtype, *tile, mixed)
+
+
+def is_mixed(call: Call) -> bool:
+    """Whether q has 16 bits and the cache is in e4m3."""
+    return call.k.dtype is not call.q.dtype
+
+
+def most_group(head_dim: int, head_dim_v: int) -> int:
+    """How many query heads a key head may have: a tile has all of them."""
+    size = max(head_dim, head_dim_v)
+    return DECODE_MOST_ROWS[next(each for each in DECODE_HEAD_DIMS if size <= each)]
 
 
 @functools.lru_cache(maxsize=1024)  # 3 us a call
-def _tile_of(size: int, rows: int) -> tuple[int, int] | None:
+def _tile_of(size: int, rows: int, cut: int) -> tuple[int, int] | None:
+    """The padded head size and the rows of a tile. cut: 0, or the query heads that a token's cut must leave together.
+
+    None where a tile does not have all rows, or, where they may be cut, those of one token.
+    """
     head_dim = next(each for each in DECODE_HEAD_DIMS if size <= each)
-    if rows > DECODE_MOST_ROWS[head_dim]:
+    most = DECODE_MOST_ROWS[head_dim]
+    if (cut or rows) > most:
         return None
-    return head_dim, next(each for each in DECODE_ROWS if rows <= each)
+    return head_dim, next(each for each in DECODE_ROWS if min(rows, most) <= each)
+
+
+def _tiles_of(call: Call, key: Key) -> int:
+    """How many tiles the query tokens of the longest sequence take."""
+    if not key[3]:
+        return 1
+    tokens = key[2] // (call.q.shape[-2] // call.k.shape[-2])
+    return max(1, -(-(call.max_seqlen_q or 0) // tokens))
 
 
 def spec_of(key: Key) -> KernelSpec:
     """What to compile for a variant."""
-    return kernels.decode_spec(DTYPE_NAMES[key[0]], *key[1:])
+    dtype, head_dim, rows, mixed = key
+    return kernels.decode_spec(DTYPE_NAMES[dtype], head_dim, rows, mixed)
 
 
 def attend(call: Call, key: Key, *, only_known: bool) -> Result | None:
@@ -65,16 +97,17 @@ def attend(call: Call, key: Key, *, only_known: bool) -> Result | None:
         return result if lse is None else (result, lse.fill_(-math.inf))
     if handle is None:
         handle = device.load(key, spec_of(key))
-    launched = _launch(device, handle, call, result, lse, None, only_known)
+    tiles = _tiles_of(call, key)
+    launched = _launch(device, handle, call, result, lse, None, tiles, only_known)
     if launched == _NEEDS_ROOM:
         # The stream is being captured: room comes from torch's allocator, which knows.
         k, table = call.k, call.page_table
         rows_k = k.shape[1] * (1 if table is None else table.shape[1])
         room = device.partial_floats(
-            handle, k.shape[-2], calls.batch_of(call), rows_k, call.sm_margin, calls.is_deterministic(call)
+            handle, k.shape[-2], calls.batch_of(call) * tiles, rows_k, call.sm_margin, _has_fixed_ranges(call)
         )
         partials = torch.empty(room, dtype=torch.float32, device=q.device)
-        launched = _launch(device, handle, call, result, lse, partials, only_known)
+        launched = _launch(device, handle, call, result, lse, partials, tiles, only_known)
     if launched != _LAUNCHED:
         return None
     return result if lse is None else (result, lse)
@@ -87,10 +120,16 @@ def _launch(
     result: Tensor,
     lse: Tensor | None,
     partials: Tensor | None,
+    tiles: int,
     if_aligned: bool,
 ) -> int:
-    fixed_ranges = calls.is_deterministic(call)
+    scales = (call.k_descale, call.v_descale, call.k_scale, call.v_scale) if is_mixed(call) else _NO_SCALES
     return device.decode(
-        handle, *arguments.cache_tensors(call, result, lse), partials, arguments.new_rows(call),
-        *arguments.scalars(call, *calls.mask_bounds(call)), fixed_ranges, if_aligned,
+        handle, *arguments.cache_tensors(call, result, lse), *scales, partials, arguments.new_rows(call),
+        *arguments.scalars(call, *calls.mask_bounds(call)), _has_fixed_ranges(call), tiles, if_aligned,
     )  # fmt: skip
+
+
+def _has_fixed_ranges(call: Call) -> bool:
+    """Whether a sequence's keys are cut by itself alone. Without splits they are as well: its bits are the same."""
+    return calls.is_deterministic(call) or call.num_splits == 1

@@ -63,13 +63,17 @@ def append_spec(dtype: str) -> KernelSpec:
     return KernelSpec(FOLDER, unit, "cuda", variant, _FLAGS)
 
 
-def decode_spec(dtype: str, head_dim: int, rows: int) -> KernelSpec:
-    """The kernel for at most `rows` packed query rows, tokens x group, of a sequence."""
+def decode_spec(dtype: str, head_dim: int, rows: int, mixed: bool = False) -> KernelSpec:
+    """The kernel for tiles of at most `rows` packed query rows, tokens x group, of a sequence.
+
+    mixed: over a cache in e4m3, of which a sequence may have several tiles; else one.
+    """
     unit = (
         '#include "flash_attention_v3/hopper/decode/decode.cuh"\n'
-        f"JIT_KERNEL_EXPORT_DECODE({dtype}, {head_dim}, {rows})\n"
+        f"JIT_KERNEL_EXPORT_DECODE({dtype}, {head_dim}, {rows}, {str(mixed).lower()})\n"
     )
-    variant = (("function", "decode"), ("dtype", dtype), ("head_dim", head_dim), ("rows", rows))
+    cache = (("cache", "e4m3"),) if mixed else ()
+    variant = (("function", "decode"), ("dtype", dtype), *cache, ("head_dim", head_dim), ("rows", rows))
     return KernelSpec(FOLDER, unit, "cuda", variant, _FLAGS)
 
 
@@ -97,6 +101,7 @@ def all_specs() -> Iterator[KernelSpec]:
             for rows in DECODE_ROWS:
                 if rows <= DECODE_MOST_ROWS[head_dim]:
                     yield decode_spec(dtype, head_dim, rows)
+                    yield decode_spec(dtype, head_dim, rows, mixed=True)
 
 
 def _is_plain(spec: KernelSpec) -> bool:
@@ -134,11 +139,11 @@ class DeviceKernels(cubin.DeviceKernels):
         return int(self._launcher()["decode"](*arguments))
 
     def partial_floats(
-        self, handle: int, heads_k: int, batch: int, rows_k: int, sm_margin: int, fixed_ranges: bool
+        self, handle: int, heads_k: int, tiles: int, rows_k: int, sm_margin: int, fixed_ranges: bool
     ) -> int:
         """How many numbers a launch of a decode kernel needs for the partial results of cut sequences."""
         partial_floats = self._launcher()["partial_floats"]
-        return int(partial_floats(handle, self._index, heads_k, batch, rows_k, sm_margin, fixed_ranges))
+        return int(partial_floats(handle, self._index, heads_k, tiles, rows_k, sm_margin, fixed_ranges))
 
     def _load_function(self, spec: KernelSpec) -> str:
         if _is_plain(spec):
@@ -150,7 +155,7 @@ class DeviceKernels(cubin.DeviceKernels):
         if _is_plain(spec):
             return fields["function"], fields["threads"], fields["shared_bytes"]
         if fields["function"] == "decode":
-            return fields["dtype"] == "bf16", fields["head_dim"], fields["rows"], self._index
+            return fields["dtype"] == "bf16", "cache" in fields, fields["head_dim"], fields["rows"], self._index
         cached = fields["function"] == CACHED
         return fields["head_dim"], fields["head_dim_v"], cached or fields["masked"], cached
 

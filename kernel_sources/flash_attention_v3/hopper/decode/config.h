@@ -20,6 +20,7 @@ constexpr int kRowsOfNarrowRange = 32, kBlocksOfWideRange = 16;
 struct DecodeItem {
   int batch;  // -1 ends them
   int len_q, offset_q;
+  int first_token, tokens;  // the query tokens of this tile
   int len_k, leftpad;  // key j is row leftpad + j of the cache
   int low, high;       // rows of the cache that some query sees
   // Blocks of kDecodeKeys rows of the cache, of each of two streams of one head: every second one,
@@ -45,18 +46,26 @@ struct alignas(16) DecodeQuery {
 
 // A thread block has one or two streams, a consumer warpgroup each: two neighbouring key heads,
 // whose rows lie beside each other in memory, or one key head whose blocks they take in turns.
-template <class Element_, int kHeadDim_, int kRows_>
+template <class Element_, int kHeadDim_, int kRows_, bool kMixed_ = false>
 struct DecodeConfig {
-  using Element = Element_;
+  using Element = Element_;               // of queries and of the result
+  static constexpr bool kMixed = kMixed_;  // keys and values in e4m3, which are computed in fp16
+  static constexpr int kCacheBytes = kMixed ? 1 : 2;
   static constexpr int kHeadDim = kHeadDim_;  // of queries, keys and values, padded
   static constexpr int kRows = kRows_;  // packed query rows: tokens x group, no more in a sequence
-  static constexpr int kStreams = kHeadDim > 128 ? 1 : 2;
+  static constexpr int kStreams = kHeadDim * kCacheBytes > 256 ? 1 : 2;
   static constexpr int kThreads = 128 + 128 * kStreams;  // four producer warps
   // setmaxnreg: the producer's warps leave registers to the consumers. With 88 of their own they
-  // spill beside 64 rows of head size 64.
-  static constexpr int kProducerRegisters = 104, kConsumerRegisters = 200;
-  static constexpr int kPanels = kHeadDim / kDecodePanel;
-  static constexpr int kBytesOfStream = kDecodeKeys * kHeadDim * 2;  // keys, or values, of a stage
+  // spill beside 64 rows of head size 64; scales of tokens take more.
+  static constexpr bool kMany = !kMixed || kRows * kHeadDim > 4096;
+  static constexpr int kProducerRegisters = kMany ? 104 : 112;
+  static constexpr int kConsumerRegisters = kMany ? 200 : 192;
+  static constexpr int kPanels = kHeadDim / kDecodePanel;  // of queries and of the result
+  // Of keys and values: 128 bytes, the widest swizzle, or a row where it is shorter.
+  static constexpr int kCachePanel = kMixed && kHeadDim > 64 ? 128 : 64;  // columns
+  static constexpr int kCachePanels = kHeadDim / kCachePanel;
+  static constexpr int kPanelBytes = kCachePanel * kCacheBytes;  // of a row
+  static constexpr int kBytesOfStream = kDecodeKeys * kHeadDim * kCacheBytes;  // of a stage
   static constexpr int kBytesTile = kStreams * kBytesOfStream;
   static constexpr int kBytesQ = kRows * kHeadDim * 2;  // of a stream
   static constexpr int kBytesP = kRows * kDecodeKeys * 2;
@@ -69,10 +78,13 @@ struct DecodeConfig {
   static constexpr int kFitting = kRoom / kBytesTile;
   static constexpr int kStages = kFitting > 10 ? 10 : kFitting;
   static constexpr int kOffsetStatistics = kOffsetTiles + kStages * kBytesTile;
-  static constexpr int kBytesStatistics = 7 * kRows * 4;
-  static constexpr int kOffsetQueries = kOffsetStatistics + kStreams * kBytesStatistics;
+  static constexpr int kBytesStatistics = (kMixed ? 8 : 7) * kRows * 4;
+  // Of an e4m3 cache with a scale of each token and head: those of a stage's keys, or values.
+  static constexpr int kOffsetScales = kOffsetStatistics + kStreams * kBytesStatistics;
+  static constexpr int kBytesScales = kMixed ? kStreams * kDecodeKeys * 4 : 0;
+  static constexpr int kOffsetQueries = kOffsetScales + kStages * kBytesScales;
   static constexpr int kOffsetItem = kOffsetQueries + kStreams * kRows * 16;
-  static constexpr int kBytesItem = 64;
+  static constexpr int kBytesItem = 80;
   static constexpr int kOffsetBarriers = kOffsetItem + kDecodeItemSlots * kBytesItem;
   static constexpr int kBarriers = 2 * kStages + 2 * kDecodeItemSlots + 1;
   static constexpr int kOffsetBehind = (kOffsetBarriers + kBarriers * 8 + 15) / 16 * 16;
@@ -103,6 +115,12 @@ struct DecodeConfig {
   static constexpr int kSharedBytes =
       kOffsetBehind + (kBytesBehind[0] > kBytesBehind[1] ? kBytesBehind[0] : kBytesBehind[1]);
   static constexpr int kPartialFloats = kRows * (kHeadDim + 2);
+
+  // Which columns of the result a thread has: of each panel two, kHalfStep apart. Of 16 bits a
+  // panel's are the panel's rows in the second product; of e4m3 those whose bytes a thread loads
+  // side by side, in steps of a warp and of four lanes.
+  static constexpr int kPanelStep = kMixed ? 2 : 64, kHalfStep = kMixed ? 1 : 8;
+  static constexpr int kWarpStep = kMixed ? kHeadDim / 4 : 16, kLaneStep = kMixed ? kHeadDim / 32 : 1;
 
   static_assert(kStreams == 1 ||
                     kProducerRegisters + 2 * kConsumerRegisters <= 3 * (65536 / 384 / 8 * 8),

@@ -5,6 +5,7 @@
 // an eighth of what a 64-row tile of queries would.
 #pragma once
 
+#include "flash_attention_v3/hopper/decode/e4m3.cuh"
 #include "flash_attention_v3/hopper/decode/merge.cuh"
 #include "flash_attention_v3/hopper/decode/schedule.cuh"
 
@@ -25,6 +26,8 @@ struct DecodeConsumer {
   float scores[C::kRows / 2];
   float output[C::kPanels][C::kRows / 2];
   int buffer = 0;  // of probabilities
+  // Of e4m3 with a scale of each token: the exponent of the largest one of values so far.
+  int value_exponent = 0;
 
   __device__ __forceinline__ void release(u32 barrier) {
     mbarrier_arrive_if(barrier, threadIdx.x % 32 == 0);
@@ -45,13 +48,13 @@ struct DecodeConsumer {
   __device__ __forceinline__ void find_queries(const DecodeItem& item) {
     const int thread = threadIdx.x % 128;
     if (thread < C::kRows) {
-      const int token = divide(thread, params.group_multiplier, params.group_shift);
-      const bool exists = token < item.len_q;
-      const KeyInterval sees =
-          visible_keys<true>(params, exists ? token : item.len_q - 1, item.len_q, item.len_k);
+      const int in_tile = divide(thread, params.group_multiplier, params.group_shift);
+      const bool exists = in_tile < item.tokens;
+      const int token = item.first_token + (exists ? in_tile : item.tokens - 1);
+      const KeyInterval sees = visible_keys<true>(params, token, item.len_q, item.len_k);
       *shared.query(stream, thread) = {item.leftpad + max(0, sees.low), item.leftpad + sees.high,
                                        exists ? token : -1,
-                                       head * params.group + thread - token * params.group};
+                                       head * params.group + thread - in_tile * params.group};
     }
     stream_sync(stream);
   }
@@ -73,6 +76,10 @@ struct DecodeConsumer {
         words = *reinterpret_cast<const uint4*>(q + query.token * params.q_row_stride +
                                                 query.head * params.q_head_stride);
       }
+      if constexpr (C::kMixed) {
+        store_scaled_query(item, index, piece, {words.x, words.y, words.z, words.w});
+        continue;
+      }
       const u32 address = shared.q(stream) + piece / 8 * C::kRows * 128 + index * 128 +
                           ((piece % 8) ^ (index % 8)) * 16;
       asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(words.x),
@@ -81,6 +88,24 @@ struct DecodeConsumer {
     }
     proxy_fence();
     stream_sync(stream);
+  }
+
+  // In fp16, and what the scores are multiplied by.
+  __device__ __forceinline__ void store_scaled_query(const DecodeItem& item, int index, int piece,
+                                                     const uint4& loaded) {
+    u32 words[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
+    float factor = 1.f;
+    if constexpr (kIsBf16<Element>) factor = scale_to_fp16<C::kHeadDim / 8>(words);
+    store_query<C>(shared.q(stream), index, piece, words);
+    if (piece == 0) {
+      shared.score_factors(stream)[index] = factor * descale_of(params.k, item, head);
+    }
+  }
+
+  __device__ __forceinline__ float descale_of(const DecodeRows& rows, const DecodeItem& item,
+                                              int head) const {
+    if (rows.descale == nullptr) return 1.f;
+    return rows.descale[item.batch * rows.descale_batch_stride + head * rows.descale_head_stride];
   }
 
   __device__ __forceinline__ void multiply_scores() {
@@ -124,9 +149,16 @@ struct DecodeConsumer {
     release_tile();
   }
 
+  // Of a block: the first of the thread's two keys, the other is the eighth behind.
+  __device__ __forceinline__ int first_key() const {
+    if constexpr (!C::kMixed) return accumulator_row(0);
+    const int thread = thread_of_block();
+    return thread / 32 * 16 + key_of_row(thread % 32 / 4);
+  }
+
   // -inf for keys that a query does not see. `row`: the cache's row of the block's first key.
   __device__ __forceinline__ void mask_scores_of(const DecodeItem& item, int row) {
-    const int key = accumulator_row(row);
+    const int key = row + first_key();
 #pragma unroll
     for (int i = 0; i < kQueries; ++i) {
       const DecodeQuery query = *shared.query(stream, i / 2 * 8 + threadIdx.x % 4 * 2 + i % 2);
@@ -159,9 +191,9 @@ struct DecodeConsumer {
     const int below = min(max(item.low - row, 0), kDecodeKeys);
     const int above = min(max(item.high - row, 0), kDecodeKeys);
 #pragma unroll 1
-    for (int i = threadIdx.x % 128; i < kDecodeKeys * C::kPanels * 8; i += 128) {
-      const int in_panel = i % (kDecodeKeys * 8);
-      const int key = in_panel / 8;
+    for (int i = threadIdx.x % 128; i < C::kBytesOfStream / 16; i += 128) {
+      const int in_panel = i % (kDecodeKeys * C::kPanelBytes / 16);
+      const int key = in_panel / (C::kPanelBytes / 16);
       if (key < below || key >= above) store_zeros(v + i * 16);
     }
   }
@@ -175,9 +207,10 @@ struct DecodeConsumer {
   // Whether some query sees the key of a row of the cache. Of most keys the last one does.
   __device__ __forceinline__ bool is_seen(const DecodeItem& item, int row) const {
 #pragma unroll 1
-    for (int token = item.len_q - 1; token >= 0; --token) {
+    for (int token = item.tokens - 1; token >= 0; --token) {
       const DecodeQuery query = *shared.query(stream, token * params.group);
-      if (row >= query.low && row < query.high && sees_draft(item, token, row - item.leftpad)) {
+      if (row >= query.low && row < query.high &&
+          sees_draft(item, query.token, row - item.leftpad)) {
         return true;
       }
     }
@@ -189,9 +222,12 @@ struct DecodeConsumer {
     const int key = threadIdx.x % 128;
     if (key >= kDecodeKeys || is_seen(item, row + key)) return;
 #pragma unroll 1
-    for (int piece = 0; piece < C::kPanels * 8; ++piece) {
-      store_zeros(my_tile() + (piece / 8 * kDecodeKeys + key) * 128 + piece % 8 * 16);
+    for (int piece = 0; piece < C::kHeadDim * C::kCacheBytes / 16; ++piece) {
+      constexpr int kPieces = C::kPanelBytes / 16;
+      store_zeros(my_tile() + (piece / kPieces * kDecodeKeys + key) * C::kPanelBytes +
+                  piece % kPieces * 16);
     }
+    if constexpr (C::kMixed) shared.scales(at.stage(), stream)[key] = 0.f;
   }
 
   // Whether every query sees all keys of a block. Looked up for each, since registers are scarce,
@@ -205,9 +241,15 @@ struct DecodeConsumer {
   __device__ __forceinline__ void run_block(const DecodeItem& item, int block, bool is_first) {
     const int row = block * kDecodeKeys;
     const bool masks = !all_see(item, row);
+    float of_keys[2] = {1.f, 1.f};      // of e4m3: what probabilities are multiplied by
+    [[maybe_unused]] Fragments values;  // of e4m3 as well, where there are registers for all
     wait_tile();
-    if (params.box_rows == 0) proxy_fence();
-    multiply_scores();
+    if constexpr (C::kMixed) {
+      multiply_scores_mixed(item, row, of_keys, values);
+    } else {
+      if (params.box_rows == 0) proxy_fence();
+      multiply_scores();
+    }
     if (params.softcap_scale != 0.f) {
 #pragma unroll
       for (float& score : scores) score = tanh_fast(score * params.softcap_scale);
@@ -217,12 +259,12 @@ struct DecodeConsumer {
     // Finite: a first key is above a reference of -inf by any threshold but an infinite one.
     const float threshold = fminf(kRescaleThreshold / scale, kLargestFloat);
     float sums[kQueries];
-    bool waits = true, raises = is_first;
+    bool waits = !C::kMixed, raises = is_first;
 #pragma unroll 1
     while (true) {  // once, or again with references that were raised
       if (raises) raise(threshold);
       u32 packed[C::kRows / 4];
-      const bool grew = exponentiate<C>(scores, softmax, scale, threshold, sums, packed);
+      const bool grew = exponentiate<C>(scores, softmax, scale, threshold, of_keys, sums, packed);
       store_probabilities<C>(shared.p(stream, buffer), packed);
       if (waits) {
         wait_tile();
@@ -236,8 +278,133 @@ struct DecodeConsumer {
     }
 #pragma unroll
     for (int i = 0; i < kQueries; ++i) softmax.sum[i] += sums[i];
-    multiply_values();
+    if constexpr (C::kMixed) {
+      multiply_values_mixed(values);
+    } else {
+      multiply_values();
+    }
     buffer ^= 1;
+  }
+
+  // Of e4m3 the values wait in registers for their probabilities, or are loaded step by step.
+  static constexpr bool kEarlyValues = C::kMixed && C::kRows * C::kPanels <= 64;
+  struct Fragments {
+    u32 of_steps[kDecodeKeys / 16][C::kPanels][4];
+  };
+
+  // Keys and values of a block have come before the first product begins: no branch goes beside it.
+  // The stage of the values is the position's when this ends, or free already.
+  __device__ __forceinline__ void multiply_scores_mixed(const DecodeItem& item, int row,
+                                                        float (&of_keys)[2], Fragments& values) {
+    float of_scores[2] = {1.f, 1.f};
+    const bool k_scaled = params.k.scales != nullptr, v_scaled = params.v.scales != nullptr;
+    u32 keys[C::kHeadDim / 16][4];
+    load_keys<C>(my_tile(), keys);
+    if (k_scaled) {
+      const float* const scales = shared.scales(at.stage(), stream) + first_key();
+      of_scores[0] = scales[0];
+      of_scores[1] = scales[8];
+    }
+    release_tile();
+    wait_tile();
+    const bool hides = row < item.low || row + kDecodeKeys > item.high;
+    if (hides || has_drafts(item, row)) clear_values(item, row);
+    if (v_scaled) scale_values(of_keys);
+    const u32 q = wgmma_descriptor_low(shared.q(stream), 16);
+    pin_registers(scores);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < C::kHeadDim / 16; ++i) {
+      const u32 at_step = i / 4 * C::kRows * 128 + i % 4 * 32;
+      wgmma_rs<fp16, false>(scores, keys[i][0], keys[i][1], keys[i][2], keys[i][3],
+                            wgmma_descriptor<128>(q + (at_step >> 4)), i != 0);
+    }
+    wgmma_commit();
+    if constexpr (kEarlyValues) {
+      const ValuePlaces places = value_places<C>(my_tile());
+#pragma unroll
+      for (int i = 0; i < kDecodeKeys / 16; ++i) load_values<C>(places, i, values.of_steps[i]);
+      release_tile();
+    }
+    wgmma_wait<0>();
+    pin_registers(scores);
+#pragma unroll
+    for (int i = 0; i < kQueries; i += 2) {
+      const float2 factor = *reinterpret_cast<const float2*>(
+          shared.score_factors(stream) + i / 2 * 8 + threadIdx.x % 4 * 2);
+      scores[2 * i] *= factor.x;
+      scores[2 * i + 1] *= factor.y;
+      scores[2 * i + 2] *= factor.x;
+      scores[2 * i + 3] *= factor.y;
+    }
+    if (!k_scaled) return;
+#pragma unroll
+    for (int i = 0; i < C::kRows / 2; ++i) scores[i] *= of_scores[i / 2 % 2];
+  }
+
+  // Values, and their scales, that no query sees become 0 for all threads.
+  __device__ __forceinline__ void clear_values(const DecodeItem& item, int row) {
+    clear_hidden_values(item, row);
+    if (has_drafts(item, row)) clear_unseen_values(item, row);
+    proxy_fence();  // the copy engine overwrites them
+    stream_sync(stream);
+  }
+
+  // What the probabilities of the thread's keys are multiplied by. The unit is the stream's: all
+  // its threads find the same one.
+  __device__ __forceinline__ void scale_values(float (&of_keys)[2]) {
+    const float* const scales = shared.scales(at.stage(), stream);
+    const int exponent = largest_exponent(scales);
+    if (exponent > value_exponent) {
+      const int growth = exponent - value_exponent;
+      const float factor = growth > 126 ? 0.f : __int_as_float((127 - growth) << 23);
+#pragma unroll
+      for (int panel = 0; panel < C::kPanels; ++panel) {
+#pragma unroll
+        for (float& value : output[panel]) value *= factor;
+      }
+      value_exponent = exponent;
+    }
+    const float unit = to_unit_of_values(value_exponent);
+    of_keys[0] = scales[first_key()] * unit;
+    of_keys[1] = scales[first_key() + 8] * unit;
+  }
+
+  __device__ __forceinline__ void multiply_values_mixed(Fragments& values) {
+    const u32 p = wgmma_descriptor_low(shared.p(stream, buffer), 16);
+    const ValuePlaces places = value_places<C>(my_tile());
+#pragma unroll
+    for (int panel = 0; panel < C::kPanels; ++panel) pin_registers(output[panel]);
+#pragma unroll
+    for (int i = 0; i < kDecodeKeys / 16; ++i) {
+      u32(&of_step)[C::kPanels][4] = values.of_steps[i];
+      if constexpr (!kEarlyValues) load_values<C>(places, i, of_step);
+      wgmma_fence();
+#pragma unroll
+      for (int panel = 0; panel < C::kPanels; ++panel) {
+        wgmma_rs<fp16, false>(output[panel], of_step[panel][0], of_step[panel][1],
+                              of_step[panel][2], of_step[panel][3],
+                              wgmma_descriptor<128>(p + (i * 32 >> 4)), 1);
+      }
+      wgmma_commit();
+    }
+    wgmma_wait<0>();
+#pragma unroll
+    for (int panel = 0; panel < C::kPanels; ++panel) pin_registers(output[panel]);
+    if constexpr (!kEarlyValues) release_tile();
+  }
+
+  // The scales of values that a whole item has in common.
+  __device__ __forceinline__ void descale_output(const DecodeItem& item) {
+    float factor = descale_of(params.v, item, head);
+    if (params.v.scales != nullptr && value_exponent > 0) {
+      factor *= from_unit_of_values(value_exponent);
+    }
+#pragma unroll
+    for (int panel = 0; panel < C::kPanels; ++panel) {
+#pragma unroll
+      for (float& value : output[panel]) value *= factor;
+    }
   }
 
   __device__ __forceinline__ void raise(float threshold) {
@@ -271,6 +438,7 @@ struct DecodeConsumer {
       load_queries(item);
     }
     start_queries<C>(softmax);
+    value_exponent = 0;
 #pragma unroll
     for (int panel = 0; panel < C::kPanels; ++panel) {
 #pragma unroll
@@ -286,6 +454,7 @@ struct DecodeConsumer {
       is_first = false;
     }
     if (in_turns) pass_blocks(item, block, step);
+    if constexpr (C::kMixed) descale_output(item);
     gather_statistics<C>(shared, stream, softmax, params.scale_log2);
     if (params.in_clusters) {
       merge_in_cluster<C>(params, item, shared, stream, part, output);

@@ -10,13 +10,14 @@
 
 namespace jit_kernel::hopper {
 
-// A thread each: tiles become full and empty, then items; what the cluster sends is here.
+// A thread each: tiles become full, by so many arrivals, and empty, then items; what the cluster
+// sends is here.
 template <class C>
 __device__ __forceinline__ void initialise_barrier(const DecodeShared<C>& shared, int index,
-                                                   bool by_boxes) {
+                                                   int fillers) {
   constexpr int kItems = 2 * C::kStages, kIncoming = C::kBarriers - 1;
   if (index >= C::kBarriers) return;
-  const int arrivals = index < C::kStages                  ? (by_boxes ? 1 : 128)
+  const int arrivals = index < C::kStages                  ? fillers
                        : index < kItems                    ? 4 * C::kStreams
                        : index < kItems + kDecodeItemSlots ? 1
                        : index < kIncoming                 ? 128 * C::kStreams
@@ -33,13 +34,15 @@ __device__ __forceinline__ void decode(const DecodeParams& params, char* base) {
   const int head = (params.in_clusters ? blockIdx.y : blockIdx.x) * params.heads_of_block;
   const bool by_boxes = params.box_rows > 0, consumes = threadIdx.x >= 128;
   if (consumes) {
-    initialise_barrier<C>(shared, threadIdx.x - 128, by_boxes);
+    // One thread expects the copies, and two warps load the scales of e4m3.
+    const int fillers = !by_boxes ? 128 : C::kMixed && has_scales(params) ? 1 + kThreadsOfScales : 1;
+    initialise_barrier<C>(shared, threadIdx.x - 128, fillers);
   } else if (by_boxes && threadIdx.x < 2) {
     tma_prefetch_descriptor(threadIdx.x == 0 ? &params.k.map : &params.v.map);
   }
   if (params.in_clusters) {
     cluster_arrive();
-    if (threadIdx.x / 32 == 3) prefetch_places(params, blockIdx.z, part);
+    if (threadIdx.x / 32 == 3) prefetch_places(params, sequence_of(params, blockIdx.z), part);
   }
   // All that another kernel writes is read behind this, lengths before the barriers are made.
   wait_for_previous_kernel();
@@ -49,7 +52,7 @@ __device__ __forceinline__ void decode(const DecodeParams& params, char* base) {
   DecodeItem item;
   bool found = false;
   if (!consumes) {
-    if (params.in_clusters && by_boxes) early.ask(params, blockIdx.z);
+    if (params.in_clusters && by_boxes) early.ask(params, sequence_of(params, blockIdx.z));
     if (__builtin_expect(params.in_clusters, 1)) {
       found = item_of_cluster(params, blockIdx.z, part, item);
     } else {
@@ -67,7 +70,8 @@ __device__ __forceinline__ void decode(const DecodeParams& params, char* base) {
     return;
   }
   if constexpr (C::kStreams == 2) lower_registers<C::kProducerRegisters>();
-  if (!by_boxes || static_cast<int>(threadIdx.x) < 32 * max(2, params.copy_warps)) {
+  const int least_warps = C::kMixed && has_scales(params) ? 4 : 2;
+  if (!by_boxes || static_cast<int>(threadIdx.x) < 32 * max(least_warps, params.copy_warps)) {
     produce_items<C>(params, shared, schedule, item, found, head, early);
   }
   // Behind the loads, in the kernel's code as well: instructions come from memory, too.
@@ -78,8 +82,8 @@ __device__ __forceinline__ void decode(const DecodeParams& params, char* base) {
 }  // namespace jit_kernel::hopper
 
 // The kernel of a variant.
-#define JIT_KERNEL_EXPORT_DECODE(element, head_dim, rows)                                \
-  using Variant = jit_kernel::hopper::DecodeConfig<jit_kernel::element, head_dim, rows>; \
+#define JIT_KERNEL_EXPORT_DECODE(element, head_dim, rows, mixed)                                \
+  using Variant = jit_kernel::hopper::DecodeConfig<jit_kernel::element, head_dim, rows, mixed>; \
   extern "C" __global__ void __launch_bounds__(Variant::kThreads, 1)                     \
       decode(const __grid_constant__ jit_kernel::hopper::DecodeParams params) {          \
     extern __shared__ __align__(1024) char shared_memory[];                              \

@@ -61,12 +61,35 @@ __device__ __forceinline__ float sum_of(const DecodeShared<C>& shared, int strea
   return of_warps[0] + of_warps[C::kRows] + (of_warps[2 * C::kRows] + of_warps[3 * C::kRows]);
 }
 
+// The first of the columns of the result that a thread has.
+template <class C>
+__device__ __forceinline__ int first_column() {
+  return threadIdx.x % 128 / 32 * C::kWarpStep + threadIdx.x % 32 / 4 * C::kLaneStep;
+}
+
 // Where a thread's part of query `i` lies in kRows x kHeadDim numbers.
 template <class C>
 __device__ __forceinline__ int place_in_output(int i) {
-  const int thread = threadIdx.x % 128;
-  const int query = i / 2 * 8 + thread % 4 * 2 + i % 2;
-  return query * C::kHeadDim + thread / 32 * 16 + thread % 32 / 4;
+  const int query = i / 2 * 8 + threadIdx.x % 4 * 2 + i % 2;
+  return query * C::kHeadDim + first_column<C>();
+}
+
+// The numbers of query `i` that a thread has, to a place that place_in_output has found.
+template <class C>
+__device__ __forceinline__ void store_columns(float* at, int i,
+                                              const float (&output)[C::kPanels][C::kRows / 2]) {
+#pragma unroll
+  for (int panel = 0; panel < C::kPanels; ++panel) {
+    float* const of_panel = at + C::kPanelStep * panel;
+    const float first = output[panel][i / 2 * 4 + i % 2];
+    const float second = output[panel][i / 2 * 4 + 2 + i % 2];
+    if constexpr (C::kHalfStep == 1) {
+      *reinterpret_cast<float2*>(of_panel) = {first, second};
+    } else {
+      of_panel[0] = first;
+      of_panel[C::kHalfStep] = second;
+    }
+  }
 }
 
 // Two streams of one head: the second one's result joins the first one's. All threads of both.
@@ -78,12 +101,7 @@ __device__ __forceinline__ void join_streams(const DecodeShared<C>& shared, int 
   if (stream == 1) {
 #pragma unroll
     for (int i = 0; i < kQueries; ++i) {
-      float* const at = shared.exchange() + place_in_output<C>(i);
-#pragma unroll
-      for (int panel = 0; panel < C::kPanels; ++panel) {
-        at[64 * panel] = output[panel][i / 2 * 4 + i % 2];
-        at[64 * panel + 8] = output[panel][i / 2 * 4 + 2 + i % 2];
-      }
+      store_columns<C>(shared.exchange() + place_in_output<C>(i), i, output);
     }
   }
   named_barrier_sync(kStreamsBarrier, 256);
@@ -101,8 +119,9 @@ __device__ __forceinline__ void join_streams(const DecodeShared<C>& shared, int 
     for (int panel = 0; panel < C::kPanels; ++panel) {
       float& a = output[panel][i / 2 * 4 + i % 2];
       float& b = output[panel][i / 2 * 4 + 2 + i % 2];
-      a = fmaf(a, of_first, at[64 * panel] * of_second);
-      b = fmaf(b, of_first, at[64 * panel + 8] * of_second);
+      const float* const of_panel = at + C::kPanelStep * panel;
+      a = fmaf(a, of_first, of_panel[0] * of_second);
+      b = fmaf(b, of_first, of_panel[C::kHalfStep] * of_second);
     }
   }
   stream_sync(0);  // every thread has read the references
@@ -116,6 +135,43 @@ __device__ __forceinline__ void join_streams(const DecodeShared<C>& shared, int 
     shared.references(0)[thread] = higher;
 #pragma unroll
     for (int warp = 1; warp < 4; ++warp) shared.statistics(0, warp)[thread] = 0.f;
+  }
+}
+
+// A stream's result in elements, where its queries lay and laid out as they were.
+template <class C>
+__device__ __forceinline__ void pack_rows(const DecodeShared<C>& shared, int stream,
+                                          const float (&output)[C::kPanels][C::kRows / 2]) {
+  if constexpr (C::kMixed) {
+    const int column = first_column<C>();
+#pragma unroll
+    for (int i = 0; i < DecodeSoftmax<C>::kQueries; ++i) {
+      const int query = i / 2 * 8 + threadIdx.x % 4 * 2 + i % 2;
+      const float factor = shared.factors(stream)[query];
+      const u32 address = shared.q(stream) + column / 64 * C::kRows * 128 + query * 128 +
+                          ((column % 64 / 8) ^ (query % 8)) * 16 + column % 8 * 2;
+#pragma unroll
+      for (int panel = 0; panel < C::kPanels; ++panel) {  // two columns each
+        const float* const at = output[panel] + i / 2 * 4 + i % 2;
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(address + 4 * panel),
+                     "r"(pack<typename C::Element>(at[0] * factor, at[2] * factor))
+                     : "memory");
+      }
+    }
+  } else {
+#pragma unroll
+    for (int panel = 0; panel < C::kPanels; ++panel) {
+      u32 packed[C::kRows / 4];
+#pragma unroll
+      for (int j = 0; j < C::kRows / 8; ++j) {
+        const float a = shared.factors(stream)[8 * j + threadIdx.x % 4 * 2];
+        const float b = shared.factors(stream)[8 * j + threadIdx.x % 4 * 2 + 1];
+        const float* const at = output[panel] + 4 * j;
+        packed[2 * j] = pack<typename C::Element>(at[0] * a, at[1] * b);
+        packed[2 * j + 1] = pack<typename C::Element>(at[2] * a, at[3] * b);
+      }
+      store_probabilities<C>(shared.q(stream) + panel * C::kRows * 128, packed);
+    }
   }
 }
 
@@ -135,19 +191,7 @@ __device__ __forceinline__ void store_rows(const DecodeParams& params, const Dec
     if (exists) store_lse(params, item, query, result.lse);
   }
   stream_sync(stream);
-#pragma unroll
-  for (int panel = 0; panel < C::kPanels; ++panel) {
-    u32 packed[C::kRows / 4];
-#pragma unroll
-    for (int j = 0; j < C::kRows / 8; ++j) {
-      const float a = shared.factors(stream)[8 * j + thread % 4 * 2];
-      const float b = shared.factors(stream)[8 * j + thread % 4 * 2 + 1];
-      const float* const at = output[panel] + 4 * j;
-      packed[2 * j] = pack<typename C::Element>(at[0] * a, at[1] * b);
-      packed[2 * j + 1] = pack<typename C::Element>(at[2] * a, at[3] * b);
-    }
-    store_probabilities<C>(shared.q(stream) + panel * C::kRows * 128, packed);
-  }
+  pack_rows<C>(shared, stream, output);
   stream_sync(stream);
   constexpr int kPieces = C::kHeadDim / 8;
   const int piece = thread % kPieces;

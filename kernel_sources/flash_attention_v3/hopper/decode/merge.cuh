@@ -21,12 +21,7 @@ __device__ __forceinline__ void store_partial(const DecodeShared<C>& shared, int
   const int thread = threadIdx.x % 128;
 #pragma unroll
   for (int i = 0; i < DecodeSoftmax<C>::kQueries; ++i) {
-    float* const at = partial + place_in_output<C>(i);
-#pragma unroll
-    for (int panel = 0; panel < C::kPanels; ++panel) {
-      at[64 * panel] = output[panel][i / 2 * 4 + i % 2];
-      at[64 * panel + 8] = output[panel][i / 2 * 4 + 2 + i % 2];
-    }
+    store_columns<C>(partial + place_in_output<C>(i), i, output);
   }
   if (thread < C::kRows) {
     float* const end = partial + C::kRows * C::kHeadDim + 2 * thread;
@@ -143,7 +138,7 @@ __device__ __forceinline__ void merge_parts(const DecodeParams& params, const De
                                             const DecodeShared<C>& shared, int stream, int head) {
   constexpr int kQuads = C::kHeadDim / 4;
   constexpr int kAtOnce = C::kRows <= 16 ? 8 : 4;  // loads on their way
-  const int rows = min(C::kRows, item.len_q * params.group);
+  const int rows = min(C::kRows, item.tokens * params.group);
   const bool of_ranges = item.ranges > 0;
   const float* const first = of_ranges ? range_of<C>(params, item, item.merge_from, head)
                                        : partial_of<C>(params, item.first_part, head, false);
@@ -266,12 +261,7 @@ __device__ __forceinline__ void merge_in_cluster(const DecodeParams& params, con
   float* const results = reinterpret_cast<float*>(shared.base + C::kOffsetTiles);
 #pragma unroll
   for (int i = 0; i < DecodeSoftmax<C>::kQueries; ++i) {
-    float* const at = results + stream * kResults + place_in_output<C>(i);
-#pragma unroll
-    for (int panel = 0; panel < C::kPanels; ++panel) {
-      at[64 * panel] = output[panel][i / 2 * 4 + i % 2];
-      at[64 * panel + 8] = output[panel][i / 2 * 4 + 2 + i % 2];
-    }
+    store_columns<C>(results + stream * kResults + place_in_output<C>(i), i, output);
   }
   int thread = threadIdx.x % 128;
   // What follows from it is not worked out in front of the loop over items, for which it would take
@@ -283,7 +273,7 @@ __device__ __forceinline__ void merge_in_cluster(const DecodeParams& params, con
     reinterpret_cast<float2*>(shared.base)[stream * C::kRows + thread] = {
         shared.references(stream)[thread], sum_of(shared, stream, thread)};
   }
-  const int quads = min(C::kRows, item.len_q * params.group) * kQuads;
+  const int quads = min(C::kRows, item.tokens * params.group) * kQuads;
   const int slots = C::kRoomForRanges && item.ranges > 0 ? item.ranges : kClusterParts;
   if (of_all == 0) {
     mbarrier_arrive_expect(shared.incoming_full(), quads / kClusterParts * slots * C::kBytesOfQuad);

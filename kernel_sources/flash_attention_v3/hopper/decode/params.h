@@ -11,6 +11,11 @@ struct DecodeRows {
   TensorMap map;     // (column, row, panel, head, place), where the copy engine loads
   const void* data;  // where threads load, strides in elements
   long long place_stride, row_stride, head_stride;
+  // Of e4m3: a scale of each token and head, and one of each sequence and head; null for 1.
+  const float* scales;
+  const float* descale;
+  long long scales_place_stride, scales_row_stride, scales_head_stride;
+  long long descale_batch_stride, descale_head_stride;
 };
 
 // All strides in elements.
@@ -35,6 +40,10 @@ struct DecodeParams {
   long long lse_batch_stride, lse_head_stride;
   long long page_table_stride, draft_mask_stride;
   int batch, heads_k, group;
+  int tiles;        // that a sequence's query tokens are cut into; 1: all are in one
+  int all_tiles;    // of all sequences
+  int tile_tokens;  // where there are several
+  unsigned tiles_multiplier, tiles_shift;
   int seqlen_q;  // of dense queries; of ragged ones all their rows
   int rows_k;    // rows of a cache entry, where no length is given
   int new_rows;

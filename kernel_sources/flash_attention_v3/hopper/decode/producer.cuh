@@ -74,6 +74,13 @@ struct EarlyPlaces {
   }
 };
 
+// Of an e4m3 cache with a scale of each token and head. Where boxes come by the copy engine the
+// threads from this one on load the scales, beside no more than two warps that ask for boxes.
+constexpr int kFirstOfScales = 64, kThreadsOfScales = 64;
+__device__ __forceinline__ bool has_scales(const DecodeParams& params) {
+  return params.k.scales != nullptr || params.v.scales != nullptr;
+}
+
 template <class C>
 struct DecodeProducer {
   const DecodeParams& params;
@@ -116,12 +123,13 @@ struct DecodeProducer {
     const int boxes = 1 << params.boxes_log2;  // 1 to 16
     const int copy = lane * params.copy_warps + threadIdx.x / 32;
     const int box = copy & (boxes - 1), panel = (copy >> params.boxes_log2) * params.box_panels;
-    const int bytes = params.box_rows * params.box_panels * kDecodePanel * 2;
+    const int bytes = params.box_rows * params.box_panels * C::kPanelBytes;
     // Of a stage: block by block, panel by panel.
     const int offset = box * params.box_rows / kDecodeKeys * C::kBytesOfStream +
-                       panel * kDecodeKeys * kDecodePanel * 2 +
-                       box * params.box_rows % kDecodeKeys * kDecodePanel * 2;
-    const int column = panel % C::kPanels * kDecodePanel, of_head = head + panel / C::kPanels;
+                       panel * kDecodeKeys * C::kPanelBytes +
+                       box * params.box_rows % kDecodeKeys * C::kPanelBytes;
+    const int column = panel % C::kCachePanels * C::kCachePanel;
+    const int of_head = head + panel / C::kCachePanels;
     const CachePlaces places(params, item.batch);
     const int step = step_of(item);
     // Rows behind a stage's first one: of this lane's copy, and of the box whose place it knows.
@@ -150,8 +158,9 @@ struct DecodeProducer {
       const int in_place = loads ? places.row_in_place(row) : 0;
 #pragma unroll 1
       for (int i = 0; i < 2; ++i) {
-        load_tile(i == 0 ? params.k : params.v, loads, expected, offset, column, in_place, of_head,
-                  here);
+        const DecodeRows& rows = i == 0 ? params.k : params.v;
+        load_tile(rows, loads, expected, offset, column, in_place, of_head, here);
+        at.advance();
       }
       ahead -= boxes;
     }
@@ -167,17 +176,79 @@ struct DecodeProducer {
     __syncwarp();
     if (loads) {
       // One box over the panels of two heads begins at the first one's panel.
-      const bool joined = params.box_panels > C::kPanels;
+      const bool joined = params.box_panels > C::kCachePanels;
       tma_load(shared.tile(at.stage()) + offset, &rows.map, full, params.policy, column, row,
-               joined ? of_head * C::kPanels : 0, joined ? 0 : of_head, place);
+               joined ? of_head * C::kCachePanels : 0, joined ? 0 : of_head, place);
     }
     __syncwarp();
-    at.advance();
+  }
+
+  // The scales of the rows that boxes have, a thread a key of each stream. Those of rows that are
+  // not seen become 0.
+  __device__ __forceinline__ void load_scales(const DecodeItem& item) {
+    constexpr int kSlots = C::kStreams * kDecodeKeys / kThreadsOfScales;
+    const int thread = threadIdx.x % kThreadsOfScales;
+    const CachePlaces places(params, item.batch);
+    const int step = step_of(item), high = min(item.high, item.end[1] * kDecodeKeys);
+    const auto row_of = [&](int block, int slot) {
+      const bool in_turns = params.heads_of_block == 1;
+      const int in_stage = slot * kThreadsOfScales + thread;
+      return block * kDecodeKeys +
+             (in_turns ? row_behind(item, in_stage) : in_stage % kDecodeKeys);
+    };
+    const auto find = [&](int block, int (&found)[kSlots]) {
+#pragma unroll
+      for (int i = 0; i < kSlots; ++i) {
+        const int row = row_of(block, i);
+        found[i] = row >= item.low && row < high ? places.place(row) : -1;
+      }
+    };
+    int place[kSlots], next[kSlots];
+    find(item.begin[0], next);
+#pragma unroll 1
+    for (int block = item.begin[0]; block < item.end[0]; block += step) {
+#pragma unroll
+      for (int i = 0; i < kSlots; ++i) place[i] = next[i];
+      find(block + step, next);
+#pragma unroll 1
+      for (int tile = 0; tile < 2; ++tile) {
+        const DecodeRows& rows = tile == 0 ? params.k : params.v;
+        mbarrier_wait(shared.empty(at.stage()), at.parity() ^ 1);
+        if (rows.scales != nullptr) {
+#pragma unroll
+          for (int i = 0; i < kSlots; ++i) {
+            load_scale(rows, i * kThreadsOfScales + thread, place[i],
+                       places.row_in_place(row_of(block, i)), place[i] >= 0);
+          }
+        }
+        arrive_behind_loads();
+        at.advance();
+      }
+    }
+  }
+
+  __device__ __forceinline__ void load_scale(const DecodeRows& rows, int slot, int place,
+                                             int in_place, bool seen) {
+    const int of_head = head + (params.heads_of_block == 1 ? 0 : slot / kDecodeKeys);
+    const float* const scale = rows.scales + place * rows.scales_place_stride +
+                               in_place * rows.scales_row_stride +
+                               of_head * rows.scales_head_stride;
+    const u32 there = shared_address(shared.scales(at.stage(), 0) + slot);
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(there),
+                 "l"(seen ? scale : rows.scales), "r"(seen ? 4 : 0)
+                 : "memory");
+  }
+
+  // This thread arrives when all that it has asked for is there.
+  __device__ __forceinline__ void arrive_behind_loads() {
+    asm volatile(
+        "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared.full(at.stage()))
+        : "memory");
   }
 
   // All producer threads: kThreadsOfRow of them a row, 16 bytes each. A warp has kRowsOfWarp rows
   // of a stage, whose places its lanes know.
-  static constexpr int kThreadsOfRow = C::kHeadDim / 8;
+  static constexpr int kThreadsOfRow = C::kHeadDim * C::kCacheBytes / 16;
   static constexpr int kRowsAtOnce = 32 / kThreadsOfRow;  // of a warp
   static constexpr int kRowsOfWarp = C::kStreams * kDecodeKeys / 4;
   static constexpr int kPasses = kRowsOfWarp / kRowsAtOnce;
@@ -202,29 +273,28 @@ struct DecodeProducer {
                                             bool seen) {
     const int lane = threadIdx.x % 32, piece = lane % kThreadsOfRow;
     const u32 all_seen = __ballot_sync(0xffffffffu, seen);
-    const bool filled = piece * 8 < columns;
+    const bool filled = piece * 16 < columns * C::kCacheBytes;
     const char* const data = static_cast<const char*>(rows.data) + (filled ? piece * 16 : 0);
     const int of_lane = lane / kThreadsOfRow;  // of the rows of a pass
-    const u32 full = shared.full(at.stage());
+    constexpr int kPieces = C::kPanelBytes / 16;
     const u32 first_row = threadIdx.x / 32 * kRowsOfWarp + of_lane;
-    const u32 tile = shared.tile(at.stage()) + piece / 8 * (kDecodeKeys * kDecodePanel * 2) +
+    const u32 tile = shared.tile(at.stage()) + piece / kPieces * (kDecodeKeys * C::kPanelBytes) +
                      first_row / kDecodeKeys * C::kBytesOfStream +
-                     first_row % kDecodeKeys * (kDecodePanel * 2);
+                     first_row % kDecodeKeys * C::kPanelBytes;
     mbarrier_wait(shared.empty(at.stage()), at.parity() ^ 1);
 #pragma unroll 8
     for (int pass = 0; pass < kPasses; ++pass) {
       const int row = pass * kRowsAtOnce + of_lane;  // of this warp
       const u64 begins = __shfl_sync(0xffffffffu, offset, row);
       const u32 destination =
-          tile + pass * kRowsAtOnce * (kDecodePanel * 2) + ((piece ^ row) & 7) * 16;
+          tile + pass * kRowsAtOnce * C::kPanelBytes +
+          ((piece ^ (kPieces == 8 ? row : row / 2)) & (kPieces - 1)) * 16;
       asm volatile(
           "{\n.reg .pred p;\nsetp.ne.u32 p, %3, 0;\n"
           "@p cp.async.cg.shared.global [%0], [%1], 16, %2;\n}" ::"r"(destination),
           "l"(data + begins), "r"(filled ? 16 : 0), "r"(all_seen >> row & 1)
           : "memory");
     }
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(full) : "memory");
-    at.advance();
   }
 
   // Where this lane's row begins, in bytes: a page of all layers' keys may be 64 GiB from another.
@@ -235,7 +305,7 @@ struct DecodeProducer {
                     : (threadIdx.x / 32 * kRowsOfWarp + threadIdx.x % 32) / kDecodeKeys);
     return static_cast<u64>(place * rows.place_stride + in_place * rows.row_stride +
                             of_head * rows.head_stride) *
-           2;
+           C::kCacheBytes;
   }
 
   // The rows of two stages are found ahead.
@@ -253,6 +323,14 @@ struct DecodeProducer {
         const DecodeRows& rows = i == 0 ? params.k : params.v;
         load_rows(rows, i == 0 ? params.head_dim : params.head_dim_v,
                   offset_of(rows, place, in_place), place >= 0);
+        if constexpr (C::kMixed) {
+          const int slot = threadIdx.x / 32 * kRowsOfWarp + threadIdx.x % 32;
+          if (rows.scales != nullptr && threadIdx.x % 32 < kRowsOfWarp) {
+            load_scale(rows, slot, place, in_place, place >= 0);
+          }
+        }
+        arrive_behind_loads();
+        at.advance();
       }
       place = next;
       next = after;
@@ -283,7 +361,11 @@ __device__ __forceinline__ void produce_items(const DecodeParams& params,
     }
     if (!found) return;
     if (__builtin_expect(params.box_rows > 0, 1)) {
-      if (static_cast<int>(threadIdx.x) < 32 * params.copy_warps) producer.load_boxes(item);
+      if (static_cast<int>(threadIdx.x) < 32 * params.copy_warps) {
+        producer.load_boxes(item);
+      } else if (C::kMixed && threadIdx.x >= kFirstOfScales && has_scales(params)) {
+        producer.load_scales(item);
+      }
     } else {
       producer.load_each_row(item);
     }

@@ -93,7 +93,7 @@ __device__ __forceinline__ float* kept_of(const DecodeParams& params, const Deco
                                           int stream, int part, int head) {
   if constexpr (C::kKeepsInShared) return shared.kept(stream);
   const long long slots =
-      static_cast<long long>(min(params.batch, params.parts)) * params.range_slots + part;
+      static_cast<long long>(min(params.all_tiles, params.parts)) * params.range_slots + part;
   return params.partials + (slots * params.heads_k + head) * C::kPartialFloats;
 }
 

@@ -23,6 +23,20 @@ struct DecodeLengths {
   int len_q, len_k, leftpad;
 };
 
+__device__ __forceinline__ int sequence_of(const DecodeParams& params, int tile) {
+  return params.tiles <= 1 ? tile : divide(tile, params.tiles_multiplier, params.tiles_shift);
+}
+
+// The query tokens of a tile: a sequence of more than it has is several.
+struct TileTokens {
+  int first, count;
+};
+__device__ __forceinline__ TileTokens tokens_of(const DecodeParams& params, int tile, int len_q) {
+  if (params.tiles <= 1) return {0, len_q};
+  const int first = (tile - sequence_of(params, tile) * params.tiles) * params.tile_tokens;
+  return {first, min(len_q - first, params.tile_tokens)};
+}
+
 __device__ __forceinline__ DecodeLengths lengths_of(const DecodeParams& params, int batch) {
   DecodeLengths of;
   of.len_q = params.seqlen_q;
@@ -41,22 +55,24 @@ __device__ __forceinline__ DecodeLengths lengths_of(const DecodeParams& params, 
   return of;
 }
 
-// What a sequence's queries see: rows of the cache, and how many blocks that is. A sequence that
+// What a tile's queries see: rows of the cache, and how many blocks that is. A sequence that
 // sees no key is work, too: its rows become 0.
 struct SeenRows {
   int low, high;
   unsigned cost;
 };
 
-__device__ __forceinline__ SeenRows seen_rows(const DecodeParams& params, const DecodeLengths& of) {
-  const int low = max(0, visible_keys<true>(params, 0, of.len_q, of.len_k).low);
-  const int high = visible_keys<true>(params, of.len_q - 1, of.len_q, of.len_k).high;
+__device__ __forceinline__ SeenRows seen_rows(const DecodeParams& params, const DecodeLengths& of,
+                                              const TileTokens& tokens) {
+  const int last = tokens.first + tokens.count - 1;
+  const int low = max(0, visible_keys<true>(params, tokens.first, of.len_q, of.len_k).low);
+  const int high = visible_keys<true>(params, last, of.len_q, of.len_k).high;
   SeenRows seen;
   seen.low = of.leftpad + low;
   seen.high = of.leftpad + max(low, high);
   const int blocks = (seen.high + kDecodeKeys - 1) / kDecodeKeys - seen.low / kDecodeKeys;
   seen.cost = high > low ? blocks : 1;
-  if (of.len_q <= 0) seen.cost = 0;
+  if (tokens.count <= 0) seen.cost = 0;
   return seen;
 }
 
@@ -72,15 +88,18 @@ __device__ __forceinline__ unsigned blocks_of_range(const DecodeParams& params, 
 }
 
 // The only item of a block of a cluster; false where the sequence has no query.
-__device__ __forceinline__ bool item_of_cluster(const DecodeParams& params, int batch, int part,
+__device__ __forceinline__ bool item_of_cluster(const DecodeParams& params, int tile, int part,
                                                 DecodeItem& item) {
-  const DecodeLengths of = lengths_of(params, batch);
-  const SeenRows seen = seen_rows(params, of);
-  item.batch = batch;
+  item.batch = sequence_of(params, tile);
+  const DecodeLengths of = lengths_of(params, item.batch);
+  const TileTokens tokens = tokens_of(params, tile, of.len_q);
+  const SeenRows seen = seen_rows(params, of, tokens);
   item.len_q = of.len_q;
+  item.first_token = tokens.first;
+  item.tokens = tokens.count;
   item.len_k = of.len_k;
   item.leftpad = of.leftpad;
-  item.offset_q = params.cu_seqlens_q != nullptr ? params.cu_seqlens_q[batch] : 0;
+  item.offset_q = params.cu_seqlens_q != nullptr ? params.cu_seqlens_q[item.batch] : 0;
   item.low = seen.low;
   item.high = seen.high;
   const int first = seen.low / kDecodeKeys;
@@ -111,7 +130,7 @@ class DecodeSchedule {
   __device__ __forceinline__ void start(unsigned part) {
     total_ = 0;
 #pragma unroll 1
-    for (int first = 0; first < params_.batch; first += 32) {
+    for (int first = 0; first < params_.all_tiles; first += 32) {
       open(first);
       total_ += __reduce_add_sync(0xffffffffu, seen_.cost);
     }
@@ -120,7 +139,7 @@ class DecodeSchedule {
     longer_ = total_ - run_ * params_.parts;
     at_ = begin_of(part);
     end_ = at_ + run_ + (part < longer_);
-    if (params_.batch > 32) open(0);
+    if (params_.all_tiles > 32) open(0);
   }
 
   // The next item of this part; false when there are no more.
@@ -144,9 +163,13 @@ class DecodeSchedule {
       const int source = __popc(__ballot_sync(0xffffffffu, up_to <= at_ - base_));
       const unsigned end = base_ + __shfl_sync(0xffffffffu, up_to, source);
       const unsigned start = end - __shfl_sync(0xffffffffu, seen_.cost, source);
-      item.batch = first_ + source;
+      tile_ = first_ + source;
+      item.batch = sequence_of(params_, tile_);
       item.len_q = __shfl_sync(0xffffffffu, of_.len_q, source);
       item.len_k = __shfl_sync(0xffffffffu, of_.len_k, source);
+      const TileTokens tokens = tokens_of(params_, tile_, item.len_q);
+      item.first_token = tokens.first;
+      item.tokens = tokens.count;
       item.leftpad = __shfl_sync(0xffffffffu, of_.leftpad, source);
       item.low = __shfl_sync(0xffffffffu, seen_.low, source);
       item.high = __shfl_sync(0xffffffffu, seen_.high, source);
@@ -210,7 +233,7 @@ class DecodeSchedule {
     if (behind - first < ranges) {
       const unsigned first_part = part_of(min(start + size / 2, end - 1));
       item.parts = 2;  // or more
-      item.first_part = params_.batch < params_.parts ? item.batch : static_cast<int>(first_part);
+      item.first_part = params_.all_tiles < params_.parts ? tile_ : static_cast<int>(first_part);
       item.merge_from = static_cast<short>(ranges_before(begin_of(first_part + 1)) - 1);
     }
     at_ = start + range * size;
@@ -229,21 +252,21 @@ class DecodeSchedule {
     return (longer ? 0 : longer_) + (block - (longer ? 0 : in_longer)) / (run_ + longer);
   }
 
-  // This lane's sequence of the 32 from `first` on.
+  // This lane's tile of the 32 from `first` on.
   __device__ __forceinline__ void open(int first) {
     first_ = first;
-    const int batch = first + threadIdx.x % 32;
+    const int tile = first + threadIdx.x % 32;
     seen_ = {0, 0, 0};
-    if (batch >= params_.batch) return;
-    of_ = lengths_of(params_, batch);
-    seen_ = seen_rows(params_, of_);
+    if (tile >= params_.all_tiles) return;
+    of_ = lengths_of(params_, sequence_of(params_, tile));
+    seen_ = seen_rows(params_, of_, tokens_of(params_, tile, of_.len_q));
   }
 
   const DecodeParams& params_;
   unsigned total_, at_, end_;  // in blocks, over all sequences
   unsigned run_, longer_;      // blocks of a part; so many parts have one more
   unsigned base_ = 0;          // where the 32 sequences begin
-  int first_;
+  int first_, tile_;
   DecodeLengths of_ = {0, 0, 0};
   SeenRows seen_ = {0, 0, 0};
 };

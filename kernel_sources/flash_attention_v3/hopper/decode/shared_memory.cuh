@@ -28,6 +28,12 @@ struct DecodeShared {
   // Of the ranges before: the factors' place, which their sequence's end alone needs, and one more.
   __device__ float* kept_references(int stream) const { return statistics(stream, 5); }
   __device__ float* kept_sums(int stream) const { return statistics(stream, 6); }
+  // Of queries in fp16 and keys in e4m3: what scores are multiplied by.
+  __device__ float* score_factors(int stream) const { return statistics(stream, 7); }
+  __device__ float* scales(int stage, int stream) const {
+    return reinterpret_cast<float*>(base + C::kOffsetScales + stage * C::kBytesScales) +
+           stream * kDecodeKeys;
+  }
   __device__ float* kept(int stream) const {
     return reinterpret_cast<float*>(base + C::kOffsetBehind + stream * C::kBytesKept);
   }

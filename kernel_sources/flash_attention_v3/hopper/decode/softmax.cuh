@@ -33,6 +33,18 @@ __device__ __forceinline__ bool stream_any(int stream, bool value) {
   return any != 0;
 }
 
+// What the products are made in: of keys and values in e4m3, fp16, which holds them exactly.
+template <class Element, bool kMixed>
+struct ComputedIn {
+  using Type = Element;
+};
+template <class Element>
+struct ComputedIn<Element, true> {
+  using Type = fp16;
+};
+template <class C>
+using Computed = typename ComputedIn<typename C::Element, C::kMixed>::Type;
+
 // The queries of a thread are 8 j + 2 t + c for c in {0, 1}: index 2 j + c here. Scores of query
 // (j, c): 4 j + c of the thread's first key, 4 j + 2 + c of its second.
 template <class C>
@@ -60,12 +72,14 @@ __device__ __forceinline__ float base_of(float reference) {
   return reference == minus_infinity() ? 0.f : reference;
 }
 
-// Packed probabilities of this block, and their sums added to `sums`. Returns whether some query's
-// reference is too low.
+// Packed probabilities of this block, and their sums to `sums`. Returns whether some query's
+// reference is too low. of_keys: of an e4m3 cache, what the values of the thread's two keys are
+// multiplied by, which goes before the rounding of the probabilities and not into the sums.
 template <class C>
 __device__ __forceinline__ bool exponentiate(const float (&scores)[C::kRows / 2],
                                              const DecodeSoftmax<C>& state, float scale,
                                              float threshold,
+                                             const float (&of_keys)[2],
                                              float (&sums)[DecodeSoftmax<C>::kQueries],
                                              u32 (&packed)[C::kRows / 4]) {
   bool grew = false;
@@ -81,9 +95,13 @@ __device__ __forceinline__ bool exponentiate(const float (&scores)[C::kRows / 2]
       values[c] = probability(first, base, scale);
       values[2 + c] = probability(second, base, scale);
       sums[2 * j + c] = values[c] + values[2 + c];
+      if constexpr (C::kMixed) {
+        values[c] *= of_keys[0];
+        values[2 + c] *= of_keys[1];
+      }
     }
-    packed[2 * j] = pack<typename C::Element>(values[0], values[1]);
-    packed[2 * j + 1] = pack<typename C::Element>(values[2], values[3]);
+    packed[2 * j] = pack<Computed<C>>(values[0], values[1]);
+    packed[2 * j + 1] = pack<Computed<C>>(values[2], values[3]);
   }
   return grew;
 }

@@ -1,8 +1,8 @@
 // The host side of the decode kernels.
 //
-//   load_decode(image, is_bf16, head_dim, rows, device) -> handle
-//   partial_floats(handle, device, heads_k, batch, rows_k, sm_margin, fixed_ranges) -> room for
-//   partial results
+//   load_decode(image, is_bf16, mixed, head_dim, rows, device) -> handle; mixed: of an e4m3 cache
+//   partial_floats(handle, device, heads_k, tiles, rows_k, sm_margin, fixed_ranges) -> room for
+//   partial results; tiles: of all sequences
 //   decode(handle, tensors..., scalars...) -> kLaunched, or why it was not
 #pragma once
 
@@ -39,20 +39,24 @@ constexpr unsigned long long kReadNormally = 0x1000000000000000ull;
 
 // What the host must know of a variant.
 struct DecodeShape {
-  int head_dim, rows, streams, threads, shared_bytes, partial_floats;
+  int head_dim, rows;
+  bool mixed;  // of an e4m3 cache
+  int streams, threads, shared_bytes, partial_floats;
+  int panels, panel_columns, panel_bytes;  // of a row of the cache
   bool keeps_in_shared, room_for_ranges;
 };
 
+template <int kHeadDim, int kRows, bool kMixed>
+constexpr DecodeShape shape_of_decode() {
+  using C = DecodeConfig<void, kHeadDim, kRows, kMixed>;
+  return {kHeadDim,          kRows,           kMixed,          C::kStreams,
+          C::kThreads,       C::kSharedBytes, C::kPartialFloats, C::kCachePanels,
+          C::kCachePanel,    C::kPanelBytes,  C::kKeepsInShared, C::kRoomForRanges};
+}
+
 constexpr DecodeShape kDecodeShapes[] = {
-#define JIT_KERNEL_DECODE_SHAPE(head_dim, rows)        \
-  {head_dim,                                           \
-   rows,                                               \
-   DecodeConfig<void, head_dim, rows>::kStreams,       \
-   DecodeConfig<void, head_dim, rows>::kThreads,       \
-   DecodeConfig<void, head_dim, rows>::kSharedBytes,   \
-   DecodeConfig<void, head_dim, rows>::kPartialFloats, \
-   DecodeConfig<void, head_dim, rows>::kKeepsInShared, \
-   DecodeConfig<void, head_dim, rows>::kRoomForRanges},
+#define JIT_KERNEL_DECODE_SHAPE(head_dim, rows) \
+  shape_of_decode<head_dim, rows, false>(), shape_of_decode<head_dim, rows, true>(),
     JIT_KERNEL_DECODE_TILES(JIT_KERNEL_DECODE_SHAPE)
 #undef JIT_KERNEL_DECODE_SHAPE
 };
@@ -80,10 +84,10 @@ class LoadedDecodes {
   static constexpr size_t kShapes = std::size(kDecodeShapes);
 };
 
-inline int64_t load_decode(tvm::ffi::Bytes image, bool is_bf16, int64_t head_dim, int64_t rows,
-                           int64_t device) {
+inline int64_t load_decode(tvm::ffi::Bytes image, bool is_bf16, bool mixed, int64_t head_dim,
+                           int64_t rows, int64_t device) {
   for (const DecodeShape& shape : kDecodeShapes) {
-    if (shape.head_dim == head_dim && shape.rows == rows) {
+    if (shape.head_dim == head_dim && shape.rows == rows && shape.mixed == mixed) {
       auto variant = std::make_unique<DecodeVariant>(shape, std::string(image));
       DecodeVariant* const known = variant.get();
       const int64_t handle = cuda::KernelTable<DecodeVariant>::get().add(std::move(variant));
@@ -181,14 +185,14 @@ inline int64_t partials_of_head(const DecodeShape& shape, int64_t parts, int64_t
   return std::min(batch, parts) * range_slots + (shape.keeps_in_shared ? 0 : parts);
 }
 
-inline int64_t partial_floats(int64_t handle, int64_t device, int64_t heads_k, int64_t batch,
+inline int64_t partial_floats(int64_t handle, int64_t device, int64_t heads_k, int64_t tiles,
                               int64_t rows_k, int64_t sm_margin, bool fixed_ranges) {
   const DecodeShape& shape = cuda::KernelTable<DecodeVariant>::get().at(handle).shape;
   const DecodeGrid grid =
-      decode_grid(shape, static_cast<int>(device), heads_k, batch, rows_k, sm_margin, fixed_ranges);
+      decode_grid(shape, static_cast<int>(device), heads_k, tiles, rows_k, sm_margin, fixed_ranges);
   const int64_t slots =
       fixed_ranges ? DecodeRanges(shape, heads_k).slots(std::min(rows_k, kMostRows)) : 0;
-  return partials_of_head(shape, grid.parts, batch, slots) * heads_k * shape.partial_floats;
+  return partials_of_head(shape, grid.parts, tiles, slots) * heads_k * shape.partial_floats;
 }
 
 // Rows that the copy engine takes at a time: the most that divide a page and a block, at least the
@@ -203,14 +207,14 @@ inline int box_rows_of(int64_t place_rows, bool paged) {
 // is a block and the head size is whole panels.
 inline int box_panels_of(const TensorView& x, const DecodeShape& shape, int box_rows,
                          int heads_of_block) {
-  const int panels = shape.head_dim / kDecodePanel;
   if (box_rows != kDecodeKeys || x.size(3) != shape.head_dim) return 1;
-  return heads_of_block == 2 && x.stride(2) == shape.head_dim ? 2 * panels : panels;
+  const bool both = heads_of_block == 2 && x.stride(2) == shape.head_dim;
+  return both ? 2 * shape.panels : shape.panels;
 }
 
 // Keys or values of a cache (place, row, head, column).
 inline void set_cache_rows(DecodeRows& rows, const TensorView& x, int box_rows, int box_panels,
-                           int panels) {
+                           const DecodeShape& shape) {
   rows.data = cuda::data_of(x);
   rows.place_stride = x.stride(0);
   rows.row_stride = x.stride(1);
@@ -218,21 +222,23 @@ inline void set_cache_rows(DecodeRows& rows, const TensorView& x, int box_rows, 
   if (box_rows == 0) return;
   static EncodeTiled* const encode = cuda::driver_function<EncodeTiled>("cuTensorMapEncodeTiled");
   const ByteStrides strides(x);
-  const bool whole = box_panels > 1, joined = box_panels > panels;
+  const bool whole = box_panels > 1, joined = box_panels > shape.panels;
   const uint64_t columns = static_cast<uint64_t>(x.size(3)),
                  heads = static_cast<uint64_t>(x.size(2));
-  const uint64_t of_head = whole ? static_cast<uint64_t>(panels) : 1;
-  const uint64_t sizes[kRank] = {whole ? kDecodePanel : columns, static_cast<uint64_t>(x.size(1)),
+  const uint64_t of_head = whole ? static_cast<uint64_t>(shape.panels) : 1;
+  const uint64_t of_panel = static_cast<uint64_t>(shape.panel_columns);
+  const uint64_t sizes[kRank] = {whole ? of_panel : columns, static_cast<uint64_t>(x.size(1)),
                                  joined ? of_head * heads : of_head, joined ? 1 : heads,
                                  static_cast<uint64_t>(x.size(0))};
-  const uint64_t steps[kRank - 1] = {static_cast<uint64_t>(strides.row), kDecodePanel * 2,
-                                     static_cast<uint64_t>(strides.head),
-                                     static_cast<uint64_t>(strides.batch)};
-  const uint32_t box[kRank] = {kDecodePanel, static_cast<uint32_t>(box_rows),
+  const uint64_t steps[kRank - 1] = {
+      static_cast<uint64_t>(strides.row), static_cast<uint64_t>(shape.panel_bytes),
+      static_cast<uint64_t>(strides.head), static_cast<uint64_t>(strides.batch)};
+  const uint32_t box[kRank] = {static_cast<uint32_t>(of_panel), static_cast<uint32_t>(box_rows),
                                static_cast<uint32_t>(box_panels), 1, 1};
   const uint32_t every[kRank] = {1, 1, 1, 1, 1};
-  cuda::check(encode(&rows.map, x.dtype().code == kDLBfloat ? kBfloat16 : kFloat16, kRank,
-                     cuda::data_of(x), sizes, steps, box, every, 0, kSwizzle128, kPromote128, 0),
+  const int type = shape.mixed ? kUint8 : x.dtype().code == kDLBfloat ? kBfloat16 : kFloat16;
+  cuda::check(encode(&rows.map, type, kRank, cuda::data_of(x), sizes, steps, box, every, 0,
+                     shape.panel_bytes == 128 ? kSwizzle128 : kSwizzle64, kPromote128, 0),
               "cuTensorMapEncodeTiled");
 }
 
@@ -263,15 +269,15 @@ inline void set_decode_tensors(DecodeParams& params, const DecodeShape& shape, c
   // One number for both: a head size is padded in both or in neither, or panel by panel.
   params.box_panels = std::min(box_panels_of(k, shape, params.box_rows, params.heads_of_block),
                                box_panels_of(v, shape, params.box_rows, params.heads_of_block));
-  const int panels = shape.head_dim / kDecodePanel;
   if (params.box_rows > 0) {
     const int blocks = params.heads_of_block == 1 ? shape.streams : 1;
     while (params.box_rows << params.boxes_log2 < blocks * kDecodeKeys) ++params.boxes_log2;
-    params.copies = (panels * params.heads_of_block / params.box_panels) << params.boxes_log2;
-    params.copy_warps = params.copies > 4 ? 4 : 1;
+    params.copies = (shape.panels * params.heads_of_block / params.box_panels) << params.boxes_log2;
+    // Scales of tokens take two of the producer's four warps.
+    params.copy_warps = params.copies <= 4 ? 1 : params.k.scales || params.v.scales ? 2 : 4;
   }
-  set_cache_rows(params.k, k, params.box_rows, params.box_panels, panels);
-  set_cache_rows(params.v, v, params.box_rows, params.box_panels, panels);
+  set_cache_rows(params.k, k, params.box_rows, params.box_panels, shape);
+  set_cache_rows(params.v, v, params.box_rows, params.box_panels, shape);
 }
 
 // An infinite factor would make no number of a difference of 0.
@@ -303,10 +309,12 @@ struct DecodeCall {
   TensorView q, k, v, out;
   Optional<TensorView> lse, cu_seqlens_q, seqused_q, seqused_k, cu_seqlens_k_new, page_table,
       cache_batch_idx, cache_leftpad, draft_mask, sinks, partials;
+  Optional<TensorView> k_descale, v_descale, k_scale, v_scale;  // of an e4m3 cache
   int64_t new_rows;
   double softmax_scale, softcap;
   int64_t left, right, chunk, sm_margin;
   bool clear_rest, fixed_ranges;
+  int64_t tiles;  // of query tokens that a sequence is cut into
 
   bool is_aligned() const {
     return hopper::is_aligned(q) && hopper::is_aligned(k) && hopper::is_aligned(v) &&
@@ -318,6 +326,13 @@ inline void set_decode_grid(DecodeParams& params, const DecodeShape& shape, cons
                             int device) {
   const bool ragged = call.cu_seqlens_q.has_value();
   params.batch = static_cast<int>(ragged ? call.cu_seqlens_q.value().size(0) - 1 : call.q.size(0));
+  params.tiles = static_cast<int>(call.tiles);
+  params.all_tiles = params.batch * params.tiles;
+  const int64_t group = call.q.size(call.q.ndim() - 2) / call.k.size(2);
+  params.tile_tokens = static_cast<int>(shape.rows / std::max<int64_t>(1, group));
+  const Division tiles(params.tiles);
+  params.tiles_multiplier = tiles.multiplier;
+  params.tiles_shift = tiles.shift;
   int64_t rows_k = call.k.size(1);
   if (call.page_table.has_value()) {
     params.page_table_stride = call.page_table.value().stride(0);
@@ -325,7 +340,7 @@ inline void set_decode_grid(DecodeParams& params, const DecodeShape& shape, cons
   }
   params.rows_k = static_cast<int>(std::min(rows_k, kMostRows));
   const int64_t heads_k = call.k.size(2);
-  const DecodeGrid grid = decode_grid(shape, device, heads_k, params.batch, params.rows_k,
+  const DecodeGrid grid = decode_grid(shape, device, heads_k, params.all_tiles, params.rows_k,
                                       call.sm_margin, call.fixed_ranges);
   params.heads_of_block = grid.heads_of_block;
   params.parts = grid.parts;
@@ -369,12 +384,28 @@ inline void set_decode_indices(DecodeParams& params, const DecodeCall& call) {
   params.clear_rest = call.clear_rest;
 }
 
+inline void set_scales(DecodeRows& rows, const Optional<TensorView>& descale,
+                       const Optional<TensorView>& scales) {
+  rows.descale = cuda::data_of<float>(descale);
+  if (descale.has_value()) {
+    rows.descale_batch_stride = descale.value().stride(0);
+    rows.descale_head_stride = descale.value().stride(1);
+  }
+  rows.scales = cuda::data_of<float>(scales);
+  if (!scales.has_value()) return;
+  rows.scales_place_stride = scales.value().stride(0);
+  rows.scales_row_stride = scales.value().stride(1);
+  rows.scales_head_stride = scales.value().stride(2);
+}
+
 // kLaunched or kNeedsRoom.
 inline int64_t launch_decode(DecodeVariant& variant, const DecodeCall& call) {
   const int device = cuda::checked_device(call.q.device().device_id);
   const cuda::ContextGuard context(device);
   DecodeParams params = {};
   set_decode_grid(params, variant.shape, call, device);
+  set_scales(params.k, call.k_descale, call.k_scale);
+  set_scales(params.v, call.v_descale, call.v_scale);
   set_decode_tensors(params, variant.shape, call.q, call.k, call.v, call.out,
                      call.cu_seqlens_q.has_value(), call.page_table.has_value());
   set_decode_scores(params, call.softmax_scale, call.softcap, call.left, call.right, call.chunk);
@@ -383,7 +414,7 @@ inline int64_t launch_decode(DecodeVariant& variant, const DecodeCall& call) {
   if ((params.parts > 1 || keeps) && !params.in_clusters) {
     const int counters = params.parts * params.heads_k;
     const int64_t floats =
-        partials_of_head(variant.shape, params.parts, params.batch, params.range_slots) *
+        partials_of_head(variant.shape, params.parts, params.all_tiles, params.range_slots) *
         params.heads_k * variant.shape.partial_floats;
     const Workspace::Memory memory = Workspace::of(device).memory(
         cuda::current_stream(device), counters, floats, call.partials.has_value());
@@ -396,7 +427,7 @@ inline int64_t launch_decode(DecodeVariant& variant, const DecodeCall& call) {
   const unsigned groups = static_cast<unsigned>(params.heads_k / params.heads_of_block);
   const unsigned parts_of_head = static_cast<unsigned>(params.parts);
   const cuda::Grid grid =
-      params.in_clusters ? cuda::Grid{parts_of_head, groups, static_cast<unsigned>(params.batch)}
+      params.in_clusters ? cuda::Grid{parts_of_head, groups, static_cast<unsigned>(params.all_tiles)}
                          : cuda::Grid{groups, parts_of_head};
   variant.kernel.launch_overlapped(device, grid, params.in_clusters ? kClusterParts : 1u,
                                    arguments);
@@ -410,9 +441,11 @@ inline int64_t decode(int64_t handle, TensorView q, TensorView k, TensorView v, 
                       Optional<TensorView> cu_seqlens_k_new, Optional<TensorView> page_table,
                       Optional<TensorView> cache_batch_idx, Optional<TensorView> cache_leftpad,
                       Optional<TensorView> sinks, Optional<TensorView> draft_mask,
+                      Optional<TensorView> k_descale, Optional<TensorView> v_descale,
+                      Optional<TensorView> k_scale, Optional<TensorView> v_scale,
                       Optional<TensorView> partials, int64_t new_rows, double softmax_scale,
                       double softcap, int64_t left, int64_t right, int64_t chunk, int64_t sm_margin,
-                      bool clear_rest, bool fixed_ranges, bool if_aligned) {
+                      bool clear_rest, bool fixed_ranges, int64_t tiles, bool if_aligned) {
   const DecodeCall call = {q,
                            k,
                            v,
@@ -428,6 +461,10 @@ inline int64_t decode(int64_t handle, TensorView q, TensorView k, TensorView v, 
                            draft_mask,
                            sinks,
                            partials,
+                           k_descale,
+                           v_descale,
+                           k_scale,
+                           v_scale,
                            new_rows,
                            softmax_scale,
                            softcap,
@@ -436,7 +473,8 @@ inline int64_t decode(int64_t handle, TensorView q, TensorView k, TensorView v, 
                            chunk,
                            sm_margin,
                            clear_rest,
-                           fixed_ranges};
+                           fixed_ranges,
+                           tiles};
   if (if_aligned && !call.is_aligned()) return kUnaligned;
   return launch_decode(cuda::KernelTable<DecodeVariant>::get().at(handle), call);
 }

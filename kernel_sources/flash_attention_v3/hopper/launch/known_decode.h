@@ -153,7 +153,7 @@ inline DecodeVariant* kernel_of(const KnownDecodeArguments& a) {
   const int64_t size = std::max(a.q.size(dims - 1), a.v.size(3));
   int head_dim = 0;  // the least that holds the call's
   for (const DecodeShape& shape : kDecodeShapes) {
-    if (shape.head_dim < size) continue;
+    if (shape.head_dim < size || shape.mixed) continue;
     if (head_dim == 0) head_dim = shape.head_dim;
     if (shape.head_dim != head_dim) return nullptr;
     if (rows > shape.rows) continue;
@@ -184,7 +184,11 @@ inline DecodeCall decode_call_of(const KnownDecodeArguments& a) {
           none,  // draft_mask
           optional_of(a.sinks),
           none,  // partials
-          0,     // new_rows
+          none,  // k_descale and the other scales of an e4m3 cache
+          none,
+          none,
+          none,
+          0,  // new_rows
           a.scale(),
           a.softcap,
           a.window_left,
@@ -192,7 +196,8 @@ inline DecodeCall decode_call_of(const KnownDecodeArguments& a) {
           a.attention_chunk.value_or(0),
           a.sm_margin,
           a.clear_rest,
-          a.fixed_ranges};
+          a.fixed_ranges,
+          1};
 }
 
 // `kind`: of the devices whose memory the kernels reach. The shape of lse is Python's own.

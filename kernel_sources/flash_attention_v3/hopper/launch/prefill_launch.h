@@ -168,7 +168,8 @@ inline unsigned grid_of(const ForwardParams& params, const Shape& shape, int pac
 // Every row starts at a multiple of the copy engine's 16 bytes.
 inline bool is_aligned(const TensorView& x) {
   uint64_t bits = reinterpret_cast<uint64_t>(data_of(x));
-  for (int i = 0; i + 1 < x.ndim(); ++i) bits |= static_cast<uint64_t>(x.stride(i)) * 2;
+  const uint64_t bytes = x.dtype().bits / 8;
+  for (int i = 0; i + 1 < x.ndim(); ++i) bits |= static_cast<uint64_t>(x.stride(i)) * bytes;
   return bits % 16 == 0;
 }
 
