@@ -76,15 +76,19 @@ def forward_spec(
     kv_dtype: str | None = None,
     qv: int = 0,
     token_scales: bool = False,
+    whole: bool = False,
 ) -> KernelSpec:
-    """The attention kernel of one variant; `kind` names its tile, `qv` is 1 with qv and 2 with it alone."""
-    tile = portable_tiles.tile(architecture, head_dim, head_dim_v, kind, qv)
+    """The attention kernel of one variant; `kind` names its tile, `qv` is 1 with qv and 2 with it alone.
+
+    whole: pages hold a whole number of tiles, and there is no left padding.
+    """
     kv_dtype, native = kv_dtype or dtype, is_native(architecture)
+    tile = portable_tiles.tile(architecture, head_dim, head_dim_v, kind, qv, kv_dtype)
     constants = {
         **forward_constants(dtype, kv_dtype, head_dim, head_dim_v, aligned),
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
-        "PAGED": paged,
+        "PAGED": paged + whole,
         "LEAD": tile.lead,
         "LOCAL": local,
         "SOFTCAP": softcap,
@@ -92,6 +96,7 @@ def forward_spec(
         "QV": qv,
         "TOKEN_SCALES": token_scales,
         "NATIVE": native,
+        "STAGED": native and not portable_tiles.has_tensor_memory(architecture),
         "INTERPRETED": False,
     }
     variant: dict[str, Scalar] = {
@@ -108,6 +113,7 @@ def forward_spec(
         "draft": draft,
         "qv": qv,
         "token_scales": token_scales,
+        "whole": whole,
     }
     e4m3 = "fp8e4nv" if native else "u8"
     types = {name: e4m3 if each == "e4m3" else each for name, each in (("query", dtype), ("cache", kv_dtype))}

@@ -160,11 +160,12 @@ def make(kernels: DeviceKernels, q: Layout, k: Layout, v: Layout, out: Layout, c
 
     drafted = call.draft[0] > 0
     kind = tile_kind(call.num_splits, call.max_seqlen_q * group, aligned, drafted)
-    tile = portable_tiles.tile(kernels.target.architecture, head_dim, head_dim_v, kind, call.qv)
+    tile = portable_tiles.tile(kernels.target.architecture, head_dim, head_dim_v, kind, call.qv, call.kv_dtype)
     local = is_local(call.window, call.chunk, drafted)
     variant = (
         call.dtype, head_dim, head_dim_v, kind, call.table_width > 0, local, call.softcap, aligned, drafted,
         call.kv_dtype, call.qv, call.flags & (K_SCALE | V_SCALE) != 0,
+        has_whole_tiles(call.qv, page_size if call.table_width else 0, tile, call.flags & CACHE_LEFTPAD != 0),
     )  # fmt: skip
     packed = group if packs(call.pack_gqa, call.max_seqlen_q, group, tile.block_m, kind) else 1
     row_tiles = -(-call.max_seqlen_q * packed // tile.block_m)
@@ -214,6 +215,12 @@ def tile_kind(num_splits: int, rows: int, aligned: bool, drafted: bool) -> str:
     if drafted:
         return "draft"
     return "short" if num_splits != 1 and rows <= portable_tiles.ROWS["short"] else "prefill"
+
+
+def has_whole_tiles(qv: int, page_size: int, tile: portable_tiles.Tile, leftpad: bool) -> bool:
+    """Whether each tile of keys lies in one page, which is worth a kernel of its own with qv: one lookup a tile for wide
+    rows, whose addresses fill the registers otherwise."""
+    return qv > 0 and page_size > 0 and page_size % tile.block_n == 0 and not leftpad
 
 
 def is_local(window: tuple[int, int], chunk: int, drafted: bool) -> bool:
