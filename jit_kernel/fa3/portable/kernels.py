@@ -249,6 +249,22 @@ def all_specs(target: Target) -> Iterator[KernelSpec]:
             for splits in COMBINE_SPLITS:
                 yield combine_spec("fp32", dtype, head_dim_v, True, splits)
             yield combine_spec(dtype, dtype, head_dim_v, True, COMBINE_SPLITS[0])  # merge_state's
+    yield from _serving_specs(target.architecture)
+
+
+def _serving_specs(architecture: str) -> Iterator[KernelSpec]:
+    """Absorbed MLA in bf16 over pages, e4m3 of head size 128, and a cache of it beside bf16; without a window."""
+    plain, paged = (False, False, False, True), (True, False, False, True)
+    for kind in ("prefill", *portable_tiles.ROWS):
+        yield forward_spec(architecture, "bf16", 64, 512, kind, *paged, qv=1, whole=True)
+        for dtype in ("e4m3", "bf16"):
+            yield forward_spec(architecture, dtype, 128, 128, kind, *paged, kv_dtype="e4m3")
+    yield forward_spec(architecture, "e4m3", 128, 128, "prefill", *plain)
+    for splits in COMBINE_SPLITS:
+        yield combine_spec("fp32", "bf16", 512, True, splits)
+        yield combine_spec("fp32", "bf16", 128, True, splits, "e4m3")
+    yield append_spec("bf16", 64, 512, True)
+    yield append_spec("bf16", 128, 128, True, "e4m3", "bf16")
 
 
 class DeviceKernels(cubin.DeviceKernels):

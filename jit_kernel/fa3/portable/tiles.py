@@ -47,8 +47,9 @@ _DRAFT: _Table = {
     ("draft", "qv 512"): Tile(16, 32, 4, 2),
 }
 
-# Head sizes are classed by the larger padded one, apart where there is qv. Measured on an H200, bf16, in TFLOP/s (prefill: 16,384 tokens, hidden
-# size 2048, 4k and 16k, without and with causal mask) and GB/s (decode: 64 x 8k, 32/8 heads, pages of 64):
+# Head sizes are classed by the larger padded one, apart where there is qv. Measured on an H200, bf16, in TFLOP/s
+# (prefill: 16,384 tokens, hidden size 2048, 4k and 16k, without and with causal mask) and GB/s (decode: 64 x 8k, 32/8
+# heads, pages of 64):
 # prefill 64: 418 356 431 412; of 8 warps and 128 keys 340 294 362 355.
 # prefill 128: 457 382 488 487; 64 keys 442 382 466 465; 2 stages 437 361 434 428.
 # prefill 256: 469 386 (4k); 64 keys and 2 stages 478 404, but see below; 64 rows 271 242.
@@ -56,7 +57,7 @@ _DRAFT: _Table = {
 # decode 64: 3985; 128 keys and 4 warps 3134. decode 256: 4137; 4 warps and 64 keys 3343.
 # short 128 (32 x 8k, 4 tokens, 64/8 heads): 3291; 128 keys 1863; 32 rows 2895.
 # prefill 128 of e4m3 (16k): 469 459; 3 stages 454 438; 64 keys 416 416.
-# decode qv 512 (64 x 8k, 16 heads): 2161; 64 keys and 3 stages 1528. prefill qv 512 (128 heads), TFLOP/s: 164; e4m3 275.
+# decode qv 512 (64 x 8k, 16 heads): 2161; 64 keys and 3 stages 1528. prefill qv 512 (128 heads): 164; e4m3 275.
 # No 2 stages where wgmma works (64 rows and 4 warps upwards): with one buffer the matrix descriptors do not change in
 # the loop, and ptxas 12.8 makes them of an unset uniform register where many are live. Seen in the unaligned variant of
 # head sizes 40/24; "unaligned" tiles, whose loads cannot be pipelined at all, have 32 rows and so use mma.sync.
@@ -145,7 +146,7 @@ def family(architecture: str) -> str:
 
 
 def has_tensor_memory(architecture: str) -> bool:
-    """Whether products accumulate in tensor memory, for which Triton's pipeline takes no operation with side effects."""
+    """Whether products accumulate in tensor memory: there Triton's pipeline takes no operation with side effects."""
     return family(architecture) == "sm_100"
 
 
