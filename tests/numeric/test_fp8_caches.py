@@ -292,3 +292,18 @@ def test_factors_must_not_share_bytes_with_keys_that_are_written() -> None:
         with pytest.raises(ValueError, match="k_cache shares its memory with k_scale"):
             attend(q, memory[..., :D].view(FP8), v, k=new, v=new, cache_seqlens=3, k_scale=scale)
         attend(q, memory[..., :D].view(FP8), v, cache_seqlens=3, k_scale=scale)
+
+
+@each_dtype
+@pytest.mark.parametrize("tokens", [1, 4, 40])
+@pytest.mark.parametrize("start", [0, 1, 8, 13])
+def test_every_number_of_e4m3_is_read_as_it_is(dtype: torch.dtype, tokens: int, start: int) -> None:
+    """A row of one key is its value: all 256 codes, at every place of a vector, times a power of two."""
+    q, k = normal(1, tokens, 2, 64, dtype=dtype), torch.ones(1, 1, 1, 64).to(FP8)
+    codes = torch.arange(start, start + 256, dtype=torch.uint8)
+    v = codes.view(FP8).view(1, 1, 1, 256)
+    for factor in (1.0, 0.25):
+        out, _ = attend(q, k, v, v_scale=torch.full((1, 1, 1), factor))
+        expected = (v.float() * factor).to(dtype).expand_as(out)
+        torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+        assert int(out[0, 0, 0].isnan().sum()) == 2
