@@ -217,7 +217,7 @@ def portable() -> None:
             bound=copy,
         )
         for x in lines
-        if x["case"] == "decode"
+        if x["case"] == "decode" and x.get("cache", "bfloat16") == "bfloat16"
     ]
     bound = f"a copy of 2 GiB, read and written, same run: {copy:.0f} GB/s" if copy else ""
     panels.append(Panel("Paged decode: keys and values read", "GB/s", rows, bound=bound))

@@ -2,8 +2,10 @@
 
     python benchmarks/portable.py [--folder results]
 
-Prefill in TFLOP/s (4 * b * hq * sq * sk * d, half with a causal mask); decode in GB/s of keys and values read, replayed
-from a captured graph; the host's share of a warm call; a first call with an empty and with a filled store.
+Prefill in TFLOP/s (4 * b * hq * sq * sk * d, half with a causal mask), also of e4m3; decode in GB/s of keys and values
+read, replayed from a captured graph, also of e4m3 caches beside bf16, and of absorbed MLA, where a key's 576 numbers count
+once as bytes and 2 * 1088 operations for each head; the host's share of a warm call; a first call with an empty and with
+a filled store.
 """
 
 from __future__ import annotations
@@ -42,6 +44,17 @@ DECODE = (  # batch, keys, tokens, query heads, key/value heads, head size, page
     (128, 4096, 1, 32, 8, 128, 64),
     (32, 8192, 1, 64, 8, 128, 64),
     (32, 8192, 4, 64, 8, 128, 64),
+)
+E4M3 = torch.float8_e4m3fn
+MIXED = (  # as DECODE, of a cache in e4m3
+    (64, 32768, 1, 32, 8, 128, 64),
+    (64, 32768, 1, 32, 8, 128, 1),
+    (16, 8192, 1, 32, 8, 128, 64),
+)
+ABSORBED = (  # batch, keys, query heads, dtype
+    (64, 8192, 16, torch.bfloat16),
+    (64, 8192, 128, torch.bfloat16),
+    (64, 8192, 128, E4M3),
 )
 
 
@@ -94,15 +107,62 @@ def copy_rate() -> float:
     return 4 * source.numel() / median_ms(lambda: target.copy_(source), 20) / 1e6
 
 
+def replayed_ms(calls: Callable[[], object]) -> float:
+    """Median time of calls that are captured into a graph, after one that warms up."""
+    calls()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        calls()
+    return median_ms(graph.replay, 20)
+
+
+def e4m3_prefill() -> list[Line]:
+    """16,384 tokens of one sequence, 16 heads of 128, beside bf16."""
+    lines = []
+    for causal in (False, True):
+        billions = 4 * 16 * TOKENS**2 * 128 * (0.5 if causal else 1) / 1e9
+        for dtype in (torch.bfloat16, E4M3):
+            q, k, v = (normal(1, TOKENS, 16, 128).to(dtype) for _ in range(3))
+            ms = median_ms(lambda q=q, k=k, v=v, causal=causal: flash_attn_func(q, k, v, causal=causal), 12)
+            lines.append(
+                {"case": "prefill of one sequence", "dtype": str(dtype)[6:], "head_dim": 128, "heads": 16,
+                 "seqlen": TOKENS, "causal": causal, "tflops": round(billions / ms, 1)}
+            )  # fmt: skip
+    return lines
+
+
+def absorbed() -> list[Line]:
+    """Decode of absorbed MLA over pages of 64: keys of 64 behind values of 512, one head of both."""
+    lines = []
+    for batch, keys, heads, dtype in ABSORBED:
+        q, qv = normal(batch, 1, heads, 64).to(dtype), normal(batch, 1, heads, 512).to(dtype)
+        rows = normal(batch * keys // 64, 64, 1, 576).to(dtype)
+        table = torch.randperm(len(rows), device="cuda").int().view(batch, -1)
+        options = {"cache_seqlens": torch.full((batch,), keys, dtype=torch.int32, device="cuda"), "page_table": table}
+
+        def call(q=q, qv=qv, rows=rows, options=options) -> object:
+            return flash_attn_with_kvcache(q, rows[..., 512:], rows[..., :512], qv=qv, causal=True, **options)
+
+        ms = replayed_ms(call)
+        lines.append(
+            {"case": "absorbed", "batch": batch, "keys": keys, "heads": heads, "dtype": str(dtype)[6:],
+             "ms": round(ms, 4), "tflops": round(2 * batch * keys * heads * 1088 / ms / 1e9, 1),
+             "gbytes_per_s": round(rows.numel() * rows.element_size() / ms / 1e6)}
+        )  # fmt: skip
+    return lines
+
+
 def decode() -> list[Line]:
     copied = copy_rate()
     lines = [{"case": "copy", "gbytes_per_s": round(copied)}]
-    for batch, keys, tokens, heads, kv_heads, head_dim, page_size in DECODE:
-        bytes_read = batch * keys * kv_heads * head_dim * 4
+    for dtype, case in [*((torch.bfloat16, each) for each in DECODE), *((E4M3, each) for each in MIXED)]:
+        batch, keys, tokens, heads, kv_heads, head_dim, page_size = case
+        bytes_read = batch * keys * kv_heads * head_dim * 2 * dtype.itemsize
         inputs = []
         for _ in range(max(1, min(8, int(4e8 // bytes_read)))):  # together well past the L2 cache
             pages = batch * keys // page_size
-            k_cache, v_cache = (normal(pages, page_size, kv_heads, head_dim) for _ in range(2))
+            k_cache, v_cache = (normal(pages, page_size, kv_heads, head_dim).to(dtype) for _ in range(2))
             inputs.append((k_cache, v_cache, torch.randperm(pages, device="cuda").int().view(batch, -1)))
         q = normal(batch, tokens, heads, head_dim)
         lengths = torch.full((batch,), keys, dtype=torch.int32, device="cuda")
@@ -111,17 +171,12 @@ def decode() -> list[Line]:
             for k_cache, v_cache, table in inputs:
                 flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=lengths, page_table=table, causal=True)
 
-        calls()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            calls()
-        ms = median_ms(graph.replay, 20) / len(inputs)
+        ms = replayed_ms(calls) / len(inputs)
         rate = bytes_read / ms / 1e6
         lines.append(
-            {"case": "decode", "batch": batch, "keys": keys, "tokens": tokens, "heads": heads, "kv_heads": kv_heads,
-             "head_dim": head_dim, "page_size": page_size, "ms": round(ms, 4), "gbytes_per_s": round(rate),
-             "share_of_copy": round(rate / copied, 3)}
+            {"case": "decode", "cache": str(dtype)[6:], "batch": batch, "keys": keys, "tokens": tokens,
+             "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "page_size": page_size, "ms": round(ms, 4),
+             "gbytes_per_s": round(rate), "share_of_copy": round(rate / copied, 3)}
         )  # fmt: skip
     return lines
 
@@ -186,7 +241,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=record.RESULTS)
     folder = parser.parse_args().folder
-    lines = [line for part in (first_call, host, prefill, decode) for line in part()]
+    lines = [line for part in (first_call, host, prefill, e4m3_prefill, decode, absorbed) for line in part()]
     for line in lines:
         print(" ".join(f"{name}={value}" for name, value in line.items()))
     print(record.write("portable", lines, "cuda:0", folder))

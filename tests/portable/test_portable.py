@@ -78,7 +78,7 @@ PLAIN, EVERY = (False, False, False, True), (True, True, True, True)
 PAGED = (True, False, False, True)
 AHEAD = [
     *((architecture, "bf16", 256, 256, "prefill", PLAIN, {}) for architecture in ARCHITECTURES),
-    *((architecture, "bf16", 64, 512, "prefill", PAGED, {"qv": 1}) for architecture in ARCHITECTURES),
+    *((architecture, "bf16", 64, 512, "prefill", PAGED, {"qv": 1, "whole": True}) for architecture in ARCHITECTURES),
     ("sm_80", "bf16", 128, 128, "prefill", EVERY, {}),
     ("sm_86", "bf16", 256, 256, "decode", EVERY, {}),
     ("sm_90a", "bf16", 128, 128, "prefill", EVERY, {}),
@@ -120,8 +120,9 @@ def ahead() -> Iterator[list[tuple[bytes, dict[str, Any]]]]:
 @pytest.mark.parametrize("index", range(len(AHEAD)), ids=[str(what) for what in AHEAD])
 def test_compiled_ahead_within_the_architecture(index: int, ahead: Any, tmp_path: Path) -> None:
     image, metadata = ahead[index]
-    architecture, _, head_dim, head_dim_v, kind, _, more = AHEAD[index]
-    tile = portable_tiles.tile(architecture, head_dim, head_dim_v, kind, more.get("qv", 0))
+    architecture, dtype, head_dim, head_dim_v, kind, _, more = AHEAD[index]
+    qv, kv_dtype = more.get("qv", 0), more.get("kv_dtype", dtype)
+    tile = portable_tiles.tile(architecture, head_dim, head_dim_v, kind, qv, kv_dtype)
     assert 0 < metadata["shared"] <= triton_compiler.shared_limit(architecture)
     assert metadata["threads"] == 32 * tile.num_warps
     assert len(metadata["types"]) == len(metadata["arguments"])
@@ -193,6 +194,7 @@ def test_every_architecture_and_size_has_a_tile() -> None:
         for head_dim, head_dim_v, qv in (*((d, 16, 0) for d in (1, 64, 65, 129, 256, 512)), (64, 256, 1), (64, 512, 2)):
             for kind in ("prefill", "unaligned", "draft", *portable_tiles.ROWS):
                 tile = portable_tiles.tile(architecture, head_dim, head_dim_v, kind, qv)
+                assert portable_tiles.tile(architecture, head_dim, head_dim_v, kind, qv, "e4m3").block_m >= 16
                 assert tile.block_m >= portable_tiles.ROWS.get(kind, 16)
                 # Rows of keys and values of the stages that are loading, at the least.
                 rows = portable_tiles.padded(head_dim) + portable_tiles.padded(head_dim_v)

@@ -64,13 +64,13 @@ class InterpretedKernels:
     def handle(self, key: tuple[Any, ...]) -> tuple[str, dict[str, Any]]:
         name, *fields = key
         if name == "forward":
-            dtype, d, dv, kind, paged, local, softcap, aligned, draft, kv_dtype, qv, token_scales = fields
+            dtype, d, dv, kind, paged, local, softcap, aligned, draft, kv_dtype, qv, token_scales, whole = fields
             tile = TILES[kind]
             constants = portable_kernels.forward_constants(dtype, kv_dtype, d, dv, aligned)
-            constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "PAGED": paged, "LOCAL": local}
-            constants |= {"LEAD": tile.lead}
+            constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "PAGED": paged + whole}
+            constants |= {"LEAD": tile.lead, "LOCAL": local}
             constants |= {"SOFTCAP": softcap, "DRAFT": draft, "QV": qv, "TOKEN_SCALES": token_scales}
-            constants |= {"NATIVE": self.native, "INTERPRETED": True}
+            constants |= {"NATIVE": self.native, "STAGED": False, "INTERPRETED": True}
         elif name == "append":
             constants = portable_kernels.append_constants(*fields)
         else:
@@ -132,7 +132,7 @@ def install() -> InterpretedKernels:
     _mend_interpreter()
     kernels = InterpretedKernels()
     portable_forward.kernels_of = lambda device: kernels  # type: ignore[assignment, return-value]
-    portable_tiles.tile = lambda architecture, d, dv, kind, qv=0: TILES[kind]
+    portable_tiles.tile = lambda architecture, d, dv, kind, qv=0, kv_dtype=None: TILES[kind]
     served = dispatch.Dispatcher(Target("cuda", "sm_90a"), (portable,))
     dispatch.dispatcher = lambda device: served  # type: ignore[assignment]
     return kernels

@@ -17,7 +17,7 @@ from jit_kernel.fa3 import header
 from jit_kernel.fa3.call import Call, MetadataParameters, Result
 from jit_kernel.fa3.decision import Accepted, Decision, Rejected, refusal
 from jit_kernel.fa3.features import Features, asks_for_more, features_of, unclaimed
-from jit_kernel.fa3.portable import append, forward, kernels, planning
+from jit_kernel.fa3.portable import append, forward, kernels, planning, tiles
 from jit_kernel.jit import KernelSpec
 
 NAME = "portable"
@@ -77,6 +77,8 @@ def variant(target: Target, features: Features, call: Call) -> KernelSpec:
     longest = q.shape[1] if q.ndim == 4 else call.max_seqlen_q or q.shape[0]
     kind = planning.tile_kind(calls.splits_of(call), longest * features.group, features.aligned, features.draft_mask)
     local = planning.is_local(call.window_size, call.attention_chunk or 0, features.draft_mask)
+    qv = features.qv + features.only_qv
+    tile = tiles.tile(target.architecture, features.head_dim, features.head_dim_v, kind, qv, features.kv_dtype)
     return kernels.forward_spec(
         target.architecture,
         features.dtype,
@@ -89,8 +91,9 @@ def variant(target: Target, features: Features, call: Call) -> KernelSpec:
         features.aligned,
         features.draft_mask,
         features.kv_dtype,
-        features.qv + features.only_qv,
+        qv,
         features.token_scales,
+        planning.has_whole_tiles(qv, features.page_size, tile, features.cache_leftpad),
     )
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from jit_kernel.fa3.call import Call, batch_of
 from jit_kernel.fa3.features import DTYPE_NAMES
-from jit_kernel.fa3.portable import forward, planning
+from jit_kernel.fa3.portable import factors, forward, planning
 from jit_kernel.fa3.portable.kernels import APPEND_ROWS
 from jit_kernel.fa3.portable.planning import Layout
 
@@ -41,13 +41,14 @@ def append(call: Call) -> Tensor:
     names = [DTYPE_NAMES[x.dtype] for x in tensors]
     of_rows = [(Layout(tuple(x.shape), x.stride()).rows, name) for x, name in zip(tensors, names, strict=True)]
     strides, aligned = planning.in_units(of_rows, not any(x.data_ptr() & 15 for x in tensors))
-    factors = planning.factor_strides(call)[2:]  # but for q's
+    factor_strides = factors.strides(call)[2:]  # but for q's
     kernels = forward.kernels_of(q.device)
     kernels.launch(
         kernels.handle(("append", names[0], head_dim, head_dim_v, aligned, names[4], names[2])), programs,
         *tensors, cos, sin, call.cu_seqlens_q, call.cu_seqlens_k_new,
         call.seqused_k, call.rotary_seqlens, call.cache_batch_idx, page_table,
-        call.k_descale, call.v_descale, call.k_scale, call.v_scale, *strides, *factors, table_width, *((0, 0) if cos is None or sin is None else (cos.stride(0), sin.stride(0))),
+        *factors.of_keys(call), *strides, *factor_strides, table_width,
+        *((0, 0) if cos is None or sin is None else (cos.stride(0), sin.stride(0))),
         q.shape[0] if ragged_q else q.shape[1], seqlen_new, capacity, page_size, heads, kv_heads,
         *((0, 0) if cos is None else (cos.shape[1] * 2, cos.shape[0])), tiles_new, tiles_q, _flags(call),
     )  # fmt: skip
@@ -64,7 +65,7 @@ def _flags(call: Call) -> int:
         "rotary_cos": planning.ROTARY,
         "rotary_seqlens": planning.ROTARY_SEQLENS,
     }
-    flags = sum(bit for name, bit in present.items() if getattr(call, name) is not None) | planning.factor_flags(call)
+    flags = sum(bit for name, bit in present.items() if getattr(call, name) is not None) | factors.flags(call)
     if call.rotary_interleaved:
         flags |= planning.ROTARY_INTERLEAVED
     # Without a mask that follows positions, all query tokens turn by the first one's angle.

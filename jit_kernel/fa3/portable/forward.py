@@ -11,7 +11,7 @@ from jit_kernel.device import device_target
 from jit_kernel.fa3 import call as calls
 from jit_kernel.fa3.call import Call, Result
 from jit_kernel.fa3.features import DTYPE_NAMES
-from jit_kernel.fa3.portable import planning
+from jit_kernel.fa3.portable import factors, planning
 from jit_kernel.fa3.portable.kernels import DeviceKernels
 from jit_kernel.fa3.portable.planning import Layout, Plan
 
@@ -43,9 +43,8 @@ def attend(call: Call) -> Result:
     key, made = None, None
     if call.layouts:  # shapes, strides and dtypes in one number: 3 us less than to ask every tensor
         key = (
-            call.layouts, aligned, call.max_seqlen_q, call.max_seqlen_k, call.causal, call.window_size,
-            call.attention_chunk, call.softcap > 0, call.num_splits, call.deterministic, call.pack_gqa, call.sm_margin,
-            call.only_qv, call.return_softmax_lse,
+            call.layouts, aligned, call.max_seqlen_q, call.max_seqlen_k, calls.mask_bounds(call), call.attention_chunk,
+            call.softcap > 0, calls.splits_of(call), call.pack_gqa, call.sm_margin, call.only_qv, lse is None,
         )  # fmt: skip
         made = device.plans.get(key)
     if made is None:
@@ -89,7 +88,7 @@ def _plan_of(kernels: DeviceKernels, call: Call, out: Tensor, aligned: bool) -> 
         kv_dtype=DTYPE_NAMES[k.dtype],
         qv=0 if call.qv is None else 1 + call.only_qv,
         qv_strides=(0, 0, 0) if call.qv is None else _layout(call.qv).rows,
-        factor_strides=planning.factor_strides(call) if is_e4m3 else planning.NO_FACTORS,
+        factor_strides=factors.strides(call) if is_e4m3 else factors.NONE,
         batch=calls.batch_of(call),
         max_seqlen_q=call.max_seqlen_q or 0,
         max_seqlen_k=call.max_seqlen_k or 0,
@@ -102,7 +101,7 @@ def _plan_of(kernels: DeviceKernels, call: Call, out: Tensor, aligned: bool) -> 
         num_splits=calls.splits_of(call),
         pack_gqa=call.pack_gqa,
         sm_margin=call.sm_margin,
-        flags=planning.flags_of(call) | (planning.factor_flags(call) if is_e4m3 else 0),
+        flags=planning.flags_of(call) | (factors.flags(call) if is_e4m3 else 0),
         aligned_pointers=aligned,
     )
     key = (q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), out.stride(), settings)

@@ -76,15 +76,19 @@ def forward_spec(
     kv_dtype: str | None = None,
     qv: int = 0,
     token_scales: bool = False,
+    whole: bool = False,
 ) -> KernelSpec:
-    """The attention kernel of one variant; `kind` names its tile, `qv` is 1 with qv and 2 with it alone."""
-    tile = portable_tiles.tile(architecture, head_dim, head_dim_v, kind, qv)
+    """The attention kernel of one variant; `kind` names its tile, `qv` is 1 with qv and 2 with it alone.
+
+    whole: pages hold a whole number of tiles, and there is no left padding.
+    """
     kv_dtype, native = kv_dtype or dtype, is_native(architecture)
+    tile = portable_tiles.tile(architecture, head_dim, head_dim_v, kind, qv, kv_dtype)
     constants = {
         **forward_constants(dtype, kv_dtype, head_dim, head_dim_v, aligned),
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
-        "PAGED": paged,
+        "PAGED": paged + whole,
         "LEAD": tile.lead,
         "LOCAL": local,
         "SOFTCAP": softcap,
@@ -92,6 +96,7 @@ def forward_spec(
         "QV": qv,
         "TOKEN_SCALES": token_scales,
         "NATIVE": native,
+        "STAGED": native and not portable_tiles.has_tensor_memory(architecture),
         "INTERPRETED": False,
     }
     variant: dict[str, Scalar] = {
@@ -108,6 +113,7 @@ def forward_spec(
         "draft": draft,
         "qv": qv,
         "token_scales": token_scales,
+        "whole": whole,
     }
     e4m3 = "fp8e4nv" if native else "u8"
     types = {name: e4m3 if each == "e4m3" else each for name, each in (("query", dtype), ("cache", kv_dtype))}
@@ -243,6 +249,22 @@ def all_specs(target: Target) -> Iterator[KernelSpec]:
             for splits in COMBINE_SPLITS:
                 yield combine_spec("fp32", dtype, head_dim_v, True, splits)
             yield combine_spec(dtype, dtype, head_dim_v, True, COMBINE_SPLITS[0])  # merge_state's
+    yield from _serving_specs(target.architecture)
+
+
+def _serving_specs(architecture: str) -> Iterator[KernelSpec]:
+    """Absorbed MLA in bf16 over pages, e4m3 of head size 128, and a cache of it beside bf16; without a window."""
+    plain, paged = (False, False, False, True), (True, False, False, True)
+    for kind in ("prefill", *portable_tiles.ROWS):
+        yield forward_spec(architecture, "bf16", 64, 512, kind, *paged, qv=1, whole=True)
+        for dtype in ("e4m3", "bf16"):
+            yield forward_spec(architecture, dtype, 128, 128, kind, *paged, kv_dtype="e4m3")
+    yield forward_spec(architecture, "e4m3", 128, 128, "prefill", *plain)
+    for splits in COMBINE_SPLITS:
+        yield combine_spec("fp32", "bf16", 512, True, splits)
+        yield combine_spec("fp32", "bf16", 128, True, splits, "e4m3")
+    yield append_spec("bf16", 64, 512, True)
+    yield append_spec("bf16", 128, 128, True, "e4m3", "bf16")
 
 
 class DeviceKernels(cubin.DeviceKernels):

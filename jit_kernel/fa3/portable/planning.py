@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from jit_kernel.fa3.call import Call
 from jit_kernel.fa3.decision import Rejected, refusal
@@ -31,37 +30,6 @@ _NARROW = 2**31 // 256
 _LEAST_KEYS_PER_SPLIT = 128
 
 Strides = tuple[int, ...]
-NO_FACTORS: Strides = (0,) * 12  # without e4m3
-
-
-def factor_flags(call: Call) -> int:
-    """Which factors of e4m3 a call has; those beside other dtypes are taken away before."""
-    return (
-        (Q_DESCALE if call.q_descale is not None else 0)
-        | (K_DESCALE if call.k_descale is not None else 0)
-        | (V_DESCALE if call.v_descale is not None else 0)
-        | (K_SCALE if call.k_scale is not None else 0)
-        | (V_SCALE if call.v_scale is not None else 0)
-    )
-
-
-def factor_strides(call: Call) -> Strides:
-    """Strides of the descales, (batch, head) each, and of the token scales, (batch or page, token, head) each."""
-    return (
-        *_descale_strides(call.q_descale), *_descale_strides(call.k_descale), *_descale_strides(call.v_descale),
-        *_scale_strides(call.k_scale), *_scale_strides(call.v_scale),
-    )  # fmt: skip
-
-
-def _descale_strides(x: Tensor | None) -> Strides:
-    return (0, 0) if x is None else x.stride()
-
-
-def _scale_strides(x: Tensor | None) -> Strides:
-    """A ragged tensor, (tokens, heads), has one batch entry."""
-    if x is None:
-        return 0, 0, 0
-    return x.stride() if x.dim() == 3 else (0, *x.stride())
 
 
 def flags_of(call: Call) -> int:
@@ -103,7 +71,7 @@ class Settings:
     kv_dtype: str
     qv: int  # 1 with qv, 2 with it alone
     qv_strides: Strides  # of (batch, token, head)
-    factor_strides: Strides  # of q_descale, k_descale, v_descale, k_scale and v_scale; see factor_strides()
+    factor_strides: Strides  # of q_descale, k_descale, v_descale, k_scale and v_scale; see factors.strides()
     batch: int
     max_seqlen_q: int
     max_seqlen_k: int
@@ -160,11 +128,12 @@ def make(kernels: DeviceKernels, q: Layout, k: Layout, v: Layout, out: Layout, c
 
     drafted = call.draft[0] > 0
     kind = tile_kind(call.num_splits, call.max_seqlen_q * group, aligned, drafted)
-    tile = portable_tiles.tile(kernels.target.architecture, head_dim, head_dim_v, kind, call.qv)
+    tile = portable_tiles.tile(kernels.target.architecture, head_dim, head_dim_v, kind, call.qv, call.kv_dtype)
     local = is_local(call.window, call.chunk, drafted)
     variant = (
         call.dtype, head_dim, head_dim_v, kind, call.table_width > 0, local, call.softcap, aligned, drafted,
         call.kv_dtype, call.qv, call.flags & (K_SCALE | V_SCALE) != 0,
+        has_whole_tiles(call.qv, page_size if call.table_width else 0, tile, call.flags & CACHE_LEFTPAD != 0),
     )  # fmt: skip
     packed = group if packs(call.pack_gqa, call.max_seqlen_q, group, tile.block_m, kind) else 1
     row_tiles = -(-call.max_seqlen_q * packed // tile.block_m)
@@ -214,6 +183,11 @@ def tile_kind(num_splits: int, rows: int, aligned: bool, drafted: bool) -> str:
     if drafted:
         return "draft"
     return "short" if num_splits != 1 and rows <= portable_tiles.ROWS["short"] else "prefill"
+
+
+def has_whole_tiles(qv: int, page_size: int, tile: portable_tiles.Tile, leftpad: bool) -> bool:
+    """Whether each tile of keys lies in one page: with qv, whose wide rows' addresses fill the registers otherwise."""
+    return qv > 0 and page_size > 0 and page_size % tile.block_n == 0 and not leftpad
 
 
 def is_local(window: tuple[int, int], chunk: int, drafted: bool) -> bool:

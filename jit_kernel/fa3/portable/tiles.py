@@ -47,14 +47,17 @@ _DRAFT: _Table = {
     ("draft", "qv 512"): Tile(16, 32, 4, 2),
 }
 
-# Head sizes are classed by the larger padded one. Measured on an H200, bf16, in TFLOP/s (prefill: 16,384 tokens, hidden
-# size 2048, 4k and 16k, without and with causal mask) and GB/s (decode: 64 x 8k, 32/8 heads, pages of 64):
+# Head sizes are classed by the larger padded one, apart where there is qv. Measured on an H200, bf16, in TFLOP/s
+# (prefill: 16,384 tokens, hidden size 2048, 4k and 16k, without and with causal mask) and GB/s (decode: 64 x 8k, 32/8
+# heads, pages of 64):
 # prefill 64: 418 356 431 412; of 8 warps and 128 keys 340 294 362 355.
 # prefill 128: 457 382 488 487; 64 keys 442 382 466 465; 2 stages 437 361 434 428.
 # prefill 256: 469 386 (4k); 64 keys and 2 stages 478 404, but see below; 64 rows 271 242.
 # decode 128: 4226 of 4270 that a copy reaches; 64 keys and 4 warps 3250: small blocks keep more loads in flight.
 # decode 64: 3985; 128 keys and 4 warps 3134. decode 256: 4137; 4 warps and 64 keys 3343.
 # short 128 (32 x 8k, 4 tokens, 64/8 heads): 3291; 128 keys 1863; 32 rows 2895.
+# prefill 128 of e4m3 (16k): 469 459; 3 stages 454 438; 64 keys 416 416.
+# decode qv 512 (64 x 8k, 16 heads): 2161; 64 keys and 3 stages 1528. prefill qv 512 (128 heads): 164; e4m3 275.
 # No 2 stages where wgmma works (64 rows and 4 warps upwards): with one buffer the matrix descriptors do not change in
 # the loop, and ptxas 12.8 makes them of an unset uniform register where many are live. Seen in the unaligned variant of
 # head sizes 40/24; "unaligned" tiles, whose loads cannot be pipelined at all, have 32 rows and so use mma.sync.
@@ -77,6 +80,9 @@ _SM_90: _Table = {
     ("prefill", "qv 512"): Tile(64, 32, 8, 3),
     ("short", "qv 512"): Tile(64, 32, 8, 3),
     ("decode", "qv 512"): Tile(16, 32, 4, 3, residents=2),
+    ("prefill", "128 e4m3"): Tile(128, 128, 8, 4),
+    ("prefill", "qv 512 e4m3"): Tile(64, 64, 8, 3),
+    ("short", "qv 512 e4m3"): Tile(64, 64, 8, 3),
     **_UNALIGNED,
     **_DRAFT,
 }
@@ -101,6 +107,8 @@ _SM_80: _Table = {
     ("prefill", "qv 512"): Tile(32, 32, 8, 2),
     ("short", "qv 512"): Tile(32, 32, 8, 2),
     ("decode", "qv 512"): Tile(16, 32, 4, 2, residents=2),
+    ("prefill", "128 e4m3"): Tile(128, 32, 8, 3),
+    ("prefill", "256 e4m3"): Tile(64, 16, 4, 2),
     **_UNALIGNED,
     **_DRAFT,
 }
@@ -114,12 +122,16 @@ _SMALL: _Table = _SM_80 | {
     ("decode", 128): Tile(16, 32, 2, 3, residents=2, lead=4),
     ("decode", 256): Tile(16, 32, 2, 2, residents=2),
 }
-# tcgen05 wants 128 rows as wgmma does, and shared memory is the same.
+# tcgen05 wants 128 rows as wgmma does, and shared memory is the same; rows of 512 need more of it. Not measured.
+_SM_100: _Table = _SM_90 | {
+    ("prefill", "qv 512"): Tile(64, 16, 8, 3),
+    ("short", "qv 512"): Tile(64, 16, 8, 3),
+}
 TILES: dict[str, _Table] = {
     "sm_80": _SM_80,
     "small": _SMALL,
     "sm_90": _SM_90,
-    "sm_100": _SM_90,
+    "sm_100": _SM_100,
 }
 
 
@@ -133,14 +145,26 @@ def family(architecture: str) -> str:
     return "sm_80" if capability in (80, 87) else "small"
 
 
+def has_tensor_memory(architecture: str) -> bool:
+    """Whether products accumulate in tensor memory: there Triton's pipeline takes no operation with side effects."""
+    return family(architecture) == "sm_100"
+
+
 def padded(head_dim: int) -> int:
     """The power of two, at least 16, that a head size is padded to inside a kernel."""
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def tile(architecture: str, head_dim: int, head_dim_v: int, kind: str, qv: int = 0) -> Tile:
-    """The tile of a kind (a key of the tables, and "unaligned", "draft") for an architecture and sizes up to 512."""
+def tile(
+    architecture: str, head_dim: int, head_dim_v: int, kind: str, qv: int = 0, kv_dtype: str | None = None
+) -> Tile:
+    """The tile of a kind (a key of the tables, and "unaligned", "draft") for an architecture and sizes up to 512.
+
+    qv: whether there is one; kv_dtype: that of keys and values. A class of e4m3 stands in the tables where it differs.
+    """
     size: int | str = max(64, padded(head_dim), padded(head_dim_v))
     if qv:  # d is 64: scores and values share a tile of values
         size = f"qv {max(256, padded(head_dim_v))}"
-    return TILES[family(architecture)][kind, size]
+    table = TILES[family(architecture)]
+    own = table.get((kind, f"{size} e4m3")) if kv_dtype == "e4m3" else None
+    return own or table[kind, size]

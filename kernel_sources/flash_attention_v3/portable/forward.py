@@ -53,7 +53,7 @@ def load_queries(
     rows = tl.load(base + offsets[:, None] + columns[None, :], mask=mask, other=0.0)
     if TURN:
         rows = with_sign(rows, factor)
-    return operand(rows, CONVERT and rows.dtype.primitive_bitwidth == 8, WIDE, INTERPRETED)
+    return operand(rows, CONVERT and rows.dtype.primitive_bitwidth == 8, True, WIDE, INTERPRETED)
 
 
 @triton.jit
@@ -145,6 +145,7 @@ def forward(
     CACHE_E4M3: tl.constexpr,
     TOKEN_SCALES: tl.constexpr,
     NATIVE: tl.constexpr,
+    STAGED: tl.constexpr,
     STRIDE_UNIT: tl.constexpr,
     QUERY_UNIT: tl.constexpr,
     CACHE_UNIT: tl.constexpr,
@@ -156,8 +157,9 @@ def forward(
     16 bytes where every row is 16-byte aligned, so that the compiler knows it and loads 16 bytes at a time; else 1.
 
     QV: 0 without qv, 1 with it, 2 with it alone: k is not read then. QUERY_E4M3 and CACHE_E4M3 say which of (q, qv) and
-    (k, v) are e4m3, NATIVE that the device multiplies e4m3; where it does not, and where the queries have 16 bits,
-    keys become 16 bits wide first. Values do always before they meet the weights, which so are not rounded to e4m3.
+    (k, v) are e4m3, NATIVE that the device multiplies e4m3; where it does not, and where the queries have 16 bits, keys
+    become 16 bits wide first. Values always do before they meet the weights (STAGED: see attend), which so are not
+    rounded to e4m3.
     """
     CONVERT: tl.constexpr = CACHE_E4M3 and not (QUERY_E4M3 and NATIVE)
     WIDE: tl.constexpr = tl.float16 if QUERY_E4M3 else q.dtype.element_ty
@@ -286,7 +288,7 @@ def forward(
             k_scale_stride_batch, k_scale_stride_token, v_scale_stride_batch, v_scale_stride_token,
             k_factor, v_factor, flags, softmax_scale, softcap,
             HEAD_DIM, HEAD_DIM_V, HEAD_DIM_PADDED, HEAD_DIM_V_PADDED, BLOCK_N,
-            PAGED, LEAD, SOFTCAP, DRAFT, STRIDE_UNIT > 1, QV, CACHE_E4M3, TOKEN_SCALES, CONVERT, WIDE,
+            PAGED, LEAD, SOFTCAP, DRAFT, STRIDE_UNIT > 1, QV, CACHE_E4M3, TOKEN_SCALES, CONVERT, STAGED, WIDE,
             True, True, INTERPRETED,
         )  # fmt: skip
     acc, row_sum, row_max, v_top = attend(
@@ -298,7 +300,7 @@ def forward(
         k_scale_stride_batch, k_scale_stride_token, v_scale_stride_batch, v_scale_stride_token,
         k_factor, v_factor, flags, softmax_scale, softcap,
         HEAD_DIM, HEAD_DIM_V, HEAD_DIM_PADDED, HEAD_DIM_V_PADDED, BLOCK_N,
-        PAGED, LEAD, SOFTCAP, False, STRIDE_UNIT > 1, QV, CACHE_E4M3, TOKEN_SCALES, CONVERT, WIDE,
+        PAGED, LEAD, SOFTCAP, False, STRIDE_UNIT > 1, QV, CACHE_E4M3, TOKEN_SCALES, CONVERT, STAGED, WIDE,
         False, False, INTERPRETED,
     )  # fmt: skip
     acc, row_sum, row_max, v_top = attend(
@@ -310,7 +312,7 @@ def forward(
         k_scale_stride_batch, k_scale_stride_token, v_scale_stride_batch, v_scale_stride_token,
         k_factor, v_factor, flags, softmax_scale, softcap,
         HEAD_DIM, HEAD_DIM_V, HEAD_DIM_PADDED, HEAD_DIM_V_PADDED, BLOCK_N,
-        PAGED, LEAD, SOFTCAP, DRAFT, STRIDE_UNIT > 1, QV, CACHE_E4M3, TOKEN_SCALES, CONVERT, WIDE,
+        PAGED, LEAD, SOFTCAP, DRAFT, STRIDE_UNIT > 1, QV, CACHE_E4M3, TOKEN_SCALES, CONVERT, STAGED, WIDE,
         True, False, INTERPRETED,
     )  # fmt: skip
 

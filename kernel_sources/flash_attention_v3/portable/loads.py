@@ -6,19 +6,30 @@ import triton.language as tl
 
 @triton.jit
 def load_pages(
-    table_row, first, seen_begin, seen_end, leftpad, page_size, BLOCK_N: tl.constexpr, INTERPRETED: tl.constexpr
+    table_row,
+    first,
+    seen_begin,
+    seen_end,
+    leftpad,
+    page_size,
+    BLOCK_N: tl.constexpr,
+    WHOLE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
-    """(BLOCK_N,) page numbers of the keys from `first` on, and their places inside these pages."""
+    """(BLOCK_N,) page numbers of the keys from `first` on, and their places in these pages; with WHOLE one for all."""
     # Table entries of keys that no row sees may hold anything: those lanes take the first or last key's that is seen.
-    keys = tl.maximum(tl.minimum(first + tl.arange(0, BLOCK_N), seen_end - 1), seen_begin)
-    positions = leftpad + keys
-    entries = table_row + positions // page_size
+    if WHOLE:
+        positions = first
+        entries = tl.minimum(first, seen_end - 1) // page_size
+    else:
+        positions = leftpad + tl.maximum(tl.minimum(first + tl.arange(0, BLOCK_N), seen_end - 1), seen_begin)
+        entries = positions // page_size
     if INTERPRETED:
-        pages = tl.load(entries)
+        pages = tl.load(table_row + entries)
     else:
         # Not tl.load: the software pipeline would spend its stages on the table, not on the keys.
         pages = tl.inline_asm_elementwise(
-            "ld.global.nc.b32 $0, [$1];", "=r,l", [entries.to(tl.int64)], tl.int32, True, 1
+            "ld.global.nc.b32 $0, [$1];", "=r,l", [(table_row + entries).to(tl.int64)], tl.int32, True, 1
         )
     return pages, positions % page_size
 
@@ -61,11 +72,14 @@ def load_keys(
 ):
     """(BLOCK_N, SIZE_PADDED) keys or values from key `first` on; zero where no row sees the key, and past SIZE."""
     columns = tl.arange(0, SIZE_PADDED)
-    if PAGED:
+    if PAGED == 1:
         rows = pages.to(tl.int64) * stride_batch + slots * stride_token
         pointers = base + rows[:, None] + columns[None, :]
     else:
-        tile = base + first.to(tl.int64) * stride_token
+        if PAGED == 2:
+            tile = base + pages.to(tl.int64) * stride_batch + slots * stride_token
+        else:
+            tile = base + first.to(tl.int64) * stride_token
         if NARROW:
             stride_token = stride_token.to(tl.int32)
         pointers = tile + (tl.arange(0, BLOCK_N) * stride_token)[:, None] + columns[None, :]
@@ -95,8 +109,10 @@ def load_factors(
     MASKED: tl.constexpr,
 ):
     """(BLOCK_N,) one float32 factor of each key from `first` on: 1 without the tensor, 0 where no row sees the key."""
-    if PAGED:
+    if PAGED == 1:
         places = pages.to(tl.int64) * stride_batch + slots * stride_token
+    elif PAGED == 2:
+        places = pages.to(tl.int64) * stride_batch + (slots + tl.arange(0, BLOCK_N)) * stride_token
     else:
         places = (first + tl.arange(0, BLOCK_N)).to(tl.int64) * stride_token
     if MASKED:

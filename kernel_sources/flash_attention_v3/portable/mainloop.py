@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from flash_attention_v3.portable.e4m3 import widened
+from flash_attention_v3.portable.e4m3 import widened, widened_by_fours
 from flash_attention_v3.portable.loads import are_seen, load_factors, load_keys, load_pages, moved
 from flash_attention_v3.portable.sequence import HAS_K_SCALE, HAS_V_SCALE, is_drafted
 
@@ -19,12 +19,12 @@ def is_within(first_key, end_key, keys):
 
 
 @triton.jit
-def operand(x, CONVERT: tl.constexpr, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
-    """A tile of keys or values as the matrix unit takes it; the interpreter multiplies float32."""
+def operand(x, CONVERT: tl.constexpr, PURE: tl.constexpr, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
+    """A tile of queries, keys or values as the matrix unit takes it; the interpreter multiplies float32."""
     if INTERPRETED:
         x = widened(x, tl.float32)
     elif CONVERT:
-        x = widened(x, DTYPE)
+        x = widened(x, DTYPE) if x.dtype == tl.uint8 else widened_by_fours(x, DTYPE, PURE)
     return x
 
 
@@ -106,6 +106,7 @@ def attend(
     CACHE_E4M3: tl.constexpr,
     TOKEN_SCALES: tl.constexpr,
     CONVERT: tl.constexpr,
+    STAGED: tl.constexpr,
     WIDE: tl.constexpr,
     MASKED: tl.constexpr,
     LEFT_EDGE: tl.constexpr,
@@ -119,8 +120,11 @@ def attend(
 
     The maximum is taken before scaling, one multiplication less per score: the scale is positive.
 
+    PAGED: 0 without pages, 1 with, 2 where a page holds a whole number of tiles: a tile's keys lie in one page then.
+
     CACHE_E4M3: keys and values are e4m3. With CONVERT they become WIDE, of 16 bits, before they meet the queries; else
-    the queries are e4m3 too. The values become WIDE before they meet the weights. k_factor and v_factor are those of
+    the queries are e4m3 too. The values become WIDE before they meet the weights, with STAGED before they change their
+    layout for it. k_factor and v_factor are those of
     products q k^T and qv v^T where softmax_scale has them not: with QV or TOKEN_SCALES.
     TOKEN_SCALES: one factor more of each key and value. Those of values are taken as shares of the largest so far,
     v_top, so that weights times shares are not too small for 16 bits; acc is in units of v_top.
@@ -134,17 +138,35 @@ def attend(
         scale = tl.minimum(softmax_scale, LARGEST_SCALE) * LOG2_E
     pages, slots = tile_begin, tile_begin  # without pages nothing reads them
     begin = tile_begin * BLOCK_N
-    if PAGED:
-        pages, slots = load_pages(table_row, begin, seen_begin, seen_end, leftpad, page_size, BLOCK_N, INTERPRETED)
+    if PAGED == 1:
+        pages, slots = load_pages(
+            table_row, begin, seen_begin, seen_end, leftpad, page_size, BLOCK_N, False, INTERPRETED
+        )
         if LEAD == 4:
             pages_1, slots_1 = load_pages(
-                table_row, begin + BLOCK_N, seen_begin, seen_end, leftpad, page_size, BLOCK_N, INTERPRETED
+                table_row, begin + BLOCK_N, seen_begin, seen_end, leftpad, page_size, BLOCK_N, False, INTERPRETED
             )
             pages_2, slots_2 = load_pages(
-                table_row, begin + 2 * BLOCK_N, seen_begin, seen_end, leftpad, page_size, BLOCK_N, INTERPRETED
+                table_row,
+                begin + 2 * BLOCK_N,
+                seen_begin,
+                seen_end,
+                leftpad,
+                page_size,
+                BLOCK_N,
+                PAGED == 2,
+                INTERPRETED,
             )
             pages_3, slots_3 = load_pages(
-                table_row, begin + 3 * BLOCK_N, seen_begin, seen_end, leftpad, page_size, BLOCK_N, INTERPRETED
+                table_row,
+                begin + 3 * BLOCK_N,
+                seen_begin,
+                seen_end,
+                leftpad,
+                page_size,
+                BLOCK_N,
+                PAGED == 2,
+                INTERPRETED,
             )
     for tile in range(tile_begin, tile_end):
         first = tile * BLOCK_N
@@ -155,6 +177,10 @@ def attend(
             drafted = tl.max(visible.to(tl.int32), 0) > 0
         if MASKED:
             seen = are_seen(first, seen_begin, seen_end, drafted, BLOCK_N, LEFT_EDGE, DRAFT)
+        if PAGED == 2:
+            pages, slots = load_pages(
+                table_row, first, seen_begin, seen_end, leftpad, page_size, BLOCK_N, True, INTERPRETED
+            )
         k_operand, k_factors, v_factors = tile, k_factor, v_factor
         if QV < 2:
             k_tile = load_keys(
@@ -175,24 +201,40 @@ def attend(
                 v_scale_stride_batch, v_scale_stride_token, BLOCK_N, PAGED, MASKED,
             )  # fmt: skip
             k_factors, v_factors = (k_scales * k_factor)[None, :], (v_scales * v_factor)[None, :]
-        if PAGED:
+        if PAGED == 1:
             # Ahead, or the next keys wait for it: 4 tiles ahead decoding over pages of 1 reads 4061 GB/s, 1 tile 2764.
             if LEAD == 4:
                 pages, slots = moved(pages_1, INTERPRETED), moved(slots_1, INTERPRETED)
                 pages_1, slots_1 = moved(pages_2, INTERPRETED), moved(slots_2, INTERPRETED)
                 pages_2, slots_2 = moved(pages_3, INTERPRETED), moved(slots_3, INTERPRETED)
                 pages_3, slots_3 = load_pages(
-                    table_row, first + 4 * BLOCK_N, seen_begin, seen_end, leftpad, page_size, BLOCK_N, INTERPRETED
+                    table_row,
+                    first + 4 * BLOCK_N,
+                    seen_begin,
+                    seen_end,
+                    leftpad,
+                    page_size,
+                    BLOCK_N,
+                    PAGED == 2,
+                    INTERPRETED,
                 )
             else:
                 pages, slots = load_pages(
-                    table_row, first + BLOCK_N, seen_begin, seen_end, leftpad, page_size, BLOCK_N, INTERPRETED
+                    table_row,
+                    first + BLOCK_N,
+                    seen_begin,
+                    seen_end,
+                    leftpad,
+                    page_size,
+                    BLOCK_N,
+                    PAGED == 2,
+                    INTERPRETED,
                 )
         if QV < 2:
-            k_operand = operand(k_tile, CONVERT, WIDE, INTERPRETED)
-        values = operand(v_tile, CACHE_E4M3, WIDE, INTERPRETED)
+            k_operand = operand(k_tile, CONVERT, True, WIDE, INTERPRETED)
+        values = operand(v_tile, CACHE_E4M3, not STAGED, WIDE, INTERPRETED)
         # What meets qv: values as they are where both are e4m3.
-        v_operand = values if CONVERT or not CACHE_E4M3 else operand(v_tile, False, WIDE, INTERPRETED)
+        v_operand = values if CONVERT or not CACHE_E4M3 else operand(v_tile, False, True, WIDE, INTERPRETED)
         scores = score(q_tile, qv_tile, k_operand, v_operand, k_factors, v_factors, QV, SCALED)
         if SOFTCAP:
             # tanh(x) = 1 - 2 / (exp(2x) + 1): exact to 1e-7 at both ends, unlike tanh.approx.
