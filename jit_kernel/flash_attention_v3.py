@@ -134,7 +134,8 @@ def flash_attn_varlen_func(
     k, v: (total_k, hk, d or dv) with cu_seqlens_k (b + 1,); (b, sk, hk, d or dv); or (pages, page_size, hk, d or dv)
         with page_table (b, max_pages), which needs seqused_k. Entries of pages without a key that some query sees may
         hold anything: they are not read; but on MUSA every entry up to a sequence's length must name a page. With
-        only_qv k is not read and may be None.
+        only_qv k is not read and may be None. In q's dtype; beside a q of bf16 or fp16 also float8_e4m3fn, an FP8
+        cache: the result is as if they were dequantised to q's dtype.
     max_seqlen_q, max_seqlen_k: at least the longest lengths; None finds them, or a bound on a GPU.
     seqused_q, seqused_k: (b,), only the first so many tokens of each sequence count.
     softmax_scale: default 1/sqrt(d); 1/sqrt(d + dv) with qv; 1/sqrt(dv) with only_qv.
@@ -142,8 +143,8 @@ def flash_attn_varlen_func(
     window_size: (left, right), i + sk - sq - left <= j <= i + sk - sq + right; -1 is unbounded, and so is None, in
         the pair or for it. A list or a CPU tensor of two integers is a pair, too.
     qv: q's shape with dv last, with d = 64 and dv 256 or 512: adds qv @ v.T to q @ k.T; only_qv drops q @ k.T.
-    q_descale, k_descale, v_descale: (b, hk) float32, factors of float8_e4m3fn inputs; beside others not read, as in
-        FlashAttention-3.
+    q_descale, k_descale, v_descale: (b, hk) float32, factors of what is float8_e4m3fn; of what is not they are not
+        read, as in FlashAttention-3.
     softcap: scores become softcap * tanh(scores / softcap); 0 is off.
     num_splits: ways to split the keys; 1 never splits (bitwise the same in any batch), 0 chooses.
     pack_gqa, sm_margin: hints, None and 0 by default, that no result depends on.
@@ -154,6 +155,9 @@ def flash_attn_varlen_func(
         included: key sk - 32 * words + j; where that is negative the bit has no key. Older keys are seen; causal,
         window_size and attention_chunk hold besides. Rows lie as q's do, b * sq of them for a q of (b, sq, hq, d).
         Page table entries of keys that it alone hides must name a page.
+    k_scale, v_scale: of float8_e4m3fn keys and values, float32, (pages, page_size, hk), (b, sk, hk) or (total_k, hk) as
+        k lies, any strides: a factor of each token and head, beside k_descale and v_descale or without them. Those of
+        tokens that no query sees may hold anything.
 
     Returns out, q's shape with dv last, in q's dtype (bf16 for float8_e4m3fn), 0 in rows that see no key or hold no
     query; with return_softmax_lse also lse, float32, natural logarithm, (hq, total_q) or (b, hq, sq). Formulas:
@@ -167,7 +171,7 @@ def flash_attn_varlen_func(
     Gradients: on a CPU and on CUDA q, k and v may require grad, in fp32, bf16 or fp16, dense or ragged, with causal and
     window_size. torch's own backward operators give the gradients, with this out and lse, which has none itself, as
     in FlashAttention-3. NotImplementedError, by name, beside softcap, sinks, attention_chunk, qv, page_table, seqused_q
-    and seqused_k, descales, draft_mask or out, and when they are differentiated again.
+    and seqused_k, descales, k_scale and v_scale, draft_mask or out, and when they are differentiated again.
     """
     call = (
         VARLEN, q, k, v, softmax_scale, causal, window_size, attention_chunk, softcap, num_splits, return_softmax_lse,
@@ -225,6 +229,11 @@ def flash_attn_with_kvcache(
         MUSA every entry up to a sequence's length must name a page. k_cache may be None with only_qv and without k.
     k, v: (b, s_new, hk, d or dv), or (total_new, hk, d or dv) with cu_seqlens_k_new (b + 1,): written to the cache
         behind cache_seqlens, then attended to. cu_seqlens_k_new without k has no meaning and no effect, as in FA3.
+        In q's dtype. An FP8 cache beside a q of 16 bits holds them quantised: turned first, divided by
+        k_descale * k_scale (v by v_descale * v_scale; 1 where one is None), clamped to +-448 and rounded to nearest,
+        ties to even, all in float32 and once. Factors must be positive; k_scale and v_scale hold those of the new
+        tokens before the call. New keys and values that are float8_e4m3fn themselves are stored as they are, without
+        rotary_cos.
     rotary_cos, rotary_sin: (max_pos, rotary_dim / 2) in q's dtype, rotary_dim a multiple of 16 and at most d: turn q
         and k from position rotary_seqlens (b,), else cache_seqlens, on; pairs (2i, 2i + 1) if rotary_interleaved,
         else (i, i + rotary_dim / 2). q's positions advance by token with causal, window or chunk only. Without
@@ -315,8 +324,9 @@ def get_scheduler_metadata(
 ) -> Tensor:
     """What a `flash_attn_with_kvcache` call with these parameters may reuse, for as long as they hold.
 
-    Arguments as in that call; batch_size is b, headdim is d, headdim_v is dv, page_size None without page_table,
-    max_seqlen_k any bound of the cache's lengths, max_seqlen_k_new the new keys, which a call may do without.
+    Arguments as in that call; batch_size is b, headdim is d, headdim_v is dv, qkv_dtype q's dtype or the cache's,
+    page_size None without page_table, max_seqlen_k any bound of the cache's lengths, max_seqlen_k_new the new keys,
+    which a call may do without.
     Returns an int32 tensor on cache_seqlens's device of FlashAttention-3's length, 1 + 4 numbers for each sequence of b
     rounded up to 4 (24 + 8 b on MUSA), so it may be copied into a static buffer for graph replay. It serves the
     implementation that made it, and the call verifies the parameters that it opens with: on the CPU, elsewhere under

@@ -30,7 +30,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -174,9 +174,18 @@ class Dispatcher:
         if self._alone:
             module = self.modules[0]
         else:
-            module = resolve(self.target, planned_features(parameters), "get_scheduler_metadata")
+            module = resolve(self.target, self._planned(parameters), "get_scheduler_metadata")
         made: torch.Tensor = module.plan(parameters)
         return made
+
+    def _planned(self, parameters: MetadataParameters) -> Features:
+        """What the calls that metadata is for ask for: with qkv_dtype e4m3, q in e4m3 or else in 16 bits."""
+        features = planned_features(parameters)
+        if features.kv_dtype == "e4m3" and choose(self.target, features, "get_scheduler_metadata").name is None:
+            mixed = replace(features, dtype="bf16")
+            if choose(self.target, mixed, "get_scheduler_metadata").name is not None:
+                return mixed
+        return features
 
     def first_with(self, function: str) -> Callable[..., None]:
         """`combine` or `merge` of the best implementation that has it, by its public function's name."""

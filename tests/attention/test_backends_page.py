@@ -90,9 +90,11 @@ def test_the_table_of_mates_versions_is_the_codes() -> None:
             {"cache_leftpad": True},
         ],
         "attention_chunk": [{"chunk": True}],
-        "fp32, fp8, descales, only_qv, draft_mask": [
-            {"dtype": "fp32"},
-            {"dtype": "e4m3"},
+        "fp32, fp8, q in 16 bit over an fp8 cache, descales, k_scale and v_scale, only_qv, draft_mask": [
+            {"dtype": "fp32", "kv_dtype": "fp32"},
+            {"dtype": "e4m3", "kv_dtype": "e4m3"},
+            {"kv_dtype": "e4m3"},
+            {"token_scales": True},
             {"descale": True},
             {"only_qv": True},
             {"draft_mask": True},

@@ -22,6 +22,7 @@ from jit_kernel.device import Target
 from jit_kernel.engine import progress
 from jit_kernel.fa3 import call as calls
 from jit_kernel.fa3 import cpu, dispatch
+from jit_kernel.fa3.call import MetadataParameters
 from jit_kernel.fa3.checks.call import checked
 from jit_kernel.fa3.decision import Accepted, Rejected
 from tests.support.inputs import tensors
@@ -250,6 +251,22 @@ def test_cuda_decisions_without_a_gpu(architecture):
     with pytest.raises(NotImplementedError) as caught:
         dispatch.resolve(target, PLAIN, "flash_attn_func")
     assert all(f"{name}: " in str(caught.value) for name in config.IMPLEMENTATIONS["cuda"])
+
+
+@pytest.mark.parametrize("served", [{"e4m3"}, {"bf16"}, {"e4m3", "bf16"}, set()], ids=str)
+def test_metadata_for_e4m3_is_for_a_q_of_either_kind(served, monkeypatch):
+    """Engines name the cache's dtype; where nothing takes q in e4m3, it is for q in 16 bits over e4m3."""
+    parameters = MetadataParameters(1, 1, 8, 4, 2, 64, torch.ones(1, dtype=torch.int32), torch.float8_e4m3fn)
+    asked = []
+
+    def choose(target, features, function):
+        asked.append(function)
+        return dispatch.Choice("one" if features.dtype in served else None, ())
+
+    monkeypatch.setattr(dispatch, "choose", choose)
+    found = dispatch.Dispatcher(Target.parse("cpu:generic"), (cpu, cpu))._planned(parameters)
+    assert (found.dtype, found.kv_dtype) == ("bf16" if served == {"bf16"} else "e4m3", "e4m3")
+    assert set(asked) == {"get_scheduler_metadata"}
 
 
 def test_devices():

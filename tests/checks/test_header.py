@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -9,6 +10,10 @@ import torch
 from torch import Tensor
 
 import jit_kernel
+from jit_kernel.fa3 import call as calls
+from jit_kernel.fa3 import header
+from jit_kernel.fa3.call import MetadataParameters
+from jit_kernel.fa3.checks.call import checked
 from tests.support.valid_calls import ints
 
 B, SQ, SK, HQ, HK, D = 3, 5, 24, 4, 2, 64
@@ -99,3 +104,25 @@ def test_every_parameter_comes_back_from_the_header():
     for name, (value, made, wanted) in shared.items():
         with pytest.raises(ValueError, match=f"made with {name} = {made}; this call has {wanted}"):
             attend(plan(**{name: value}), (-1, -1))
+
+
+@pytest.mark.parametrize("keys", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_metadata_of_another_implementation_serves_where_q_and_keys_differ(keys):
+    """Metadata has one dtype: whoever serves that one made it, not whoever serves q in 16 bit over e4m3."""
+    q, lengths = torch.zeros(B, SQ, HQ, D).bfloat16(), ints(4, 19, 11)
+    caches = {f"{name}_cache": torch.zeros(B, SK, HK, D).to(keys) for name in "kv"}
+    parameters = {
+        name: p.default for name, p in inspect.signature(jit_kernel.flash_attn_with_kvcache).parameters.items()
+    }
+    given = parameters | caches | {"q": q, "cache_seqlens": lengths}
+    made = {}
+    for maker in ("portable", "hopper", "cpu"):
+        made[maker] = header.make(maker, MetadataParameters(B, SQ, SK, HQ, HK, D, lengths))
+    call = checked(calls.of(calls.KVCACHE, given | {"scheduler_metadata": made["hopper"]}))
+    assert header.verify("hopper", call)["batch_size"] == B
+    for maker, served in (("portable", keys != q.dtype), ("cpu", False)):
+        if served:
+            assert header.verify(maker, call)["batch_size"] == B
+            continue
+        with pytest.raises(ValueError, match=f"must come from get_scheduler_metadata of the {maker} implementation"):
+            header.verify(maker, call)

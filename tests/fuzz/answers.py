@@ -153,7 +153,11 @@ def _loosely(s: reference.Sequence, problem: reference.Problem, out: Tensor, lse
         require(one.worst <= 1.0, text)
         return
     dtype = s.q.dtype
-    base = reference.emulate_fp8(s, problem) if dtype == FP8 else reference.attend(s, problem, dtype)[0]
+    base = (
+        reference.emulate_fp8(s, problem)
+        if dtype == FP8
+        else reference.attend(reference.as_cached(s), problem, dtype)[0]
+    )
     base_error = float((base.double() - ref).abs().nan_to_num(0, 0, 0).amax())
     v = float(reference._descaled(s, ref.dtype).v.abs().amax()) if s.v.numel() else 0.0
     if v > 3e38:

@@ -113,7 +113,19 @@ def _edge(random: Random) -> tuple[str, Call]:
         call["cache_seqlens"] = (call["cache_seqlens"] - new).clamp(0) if room >= new else call["cache_seqlens"]
         if room >= new:
             call |= {"k": _normal(batch, new, hk, d, dtype=dtype), "v": _normal(batch, new, hk, dv, dtype=dtype)}
-    return function, call
+    return function, _over_fp8(random, call) if dtype in DTYPES[1:3] and random.random() < 0.4 else call
+
+
+def _over_fp8(random: Random, call: Call) -> Call:
+    """The same call of a cache, of 16 bits, with the cache in e4m3, and factors of each kind or none."""
+    caches = {name: call[name].to(torch.float8_e4m3fn) for name in ("k_cache", "v_cache")}
+    shape, factors = call["k_cache"].shape[:-1], {}
+    for letter in "kv":
+        if random.random() < 0.5:
+            factors[f"{letter}_scale"] = 0.25 + torch.rand(*shape)
+        if random.random() < 0.5:
+            factors[f"{letter}_descale"] = 0.25 + torch.rand(len(call["cache_seqlens"]), shape[-1])
+    return call | caches | factors
 
 
 def _lead(random: Random) -> list[int]:

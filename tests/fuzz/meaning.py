@@ -188,7 +188,7 @@ class _Reader:
             if work > MOST_WORK:
                 raise UnjudgedError("too large")
             k, v, bad = self._keys(i, appended)
-            s = reference.Sequence(q, k, v, qv, draft_mask=masks[i], **self._descales(i))
+            s = reference.Sequence(q, k, v, qv, draft_mask=masks[i], **self._descales(i), **self._token_scales(i))
             clean, taint = _cleaned(s, problem, bad)
             sequences.append(clean)
             tainted.append(taint)
@@ -207,7 +207,7 @@ class _Reader:
         dims = 3 if self.ragged_k else 4
         dtypes = (q.dtype,) if q.dtype in (FP8, torch.float32) else (q.dtype, FP8)
         k = self.k = dense(self.k_name, self.get(self.k_name), dims, dtypes)
-        v = self.v = dense(self.v_name, self.get(self.v_name), dims, dtypes)
+        v = self.v = dense(self.v_name, self.get(self.v_name), dims, (k.dtype,))
         need(k.shape[:-1] == v.shape[:-1], "k and v differ")
         self.hq, self.d, self.hk, self.dv = q.shape[-2], q.shape[-1], k.shape[-2], v.shape[-1]
         need(min(self.hq, self.d, self.hk, self.dv) > 0, "no heads or no head size")
@@ -309,8 +309,10 @@ class _Reader:
             return [], queries
         need(new_v is not None and self.get(self.used_name) is not None, "k without v or without cache_seqlens")
         ragged = self.get("cu_seqlens_k_new") is not None
+        mixed, turns = self.k.dtype != self.q.dtype, self.get("rotary_cos") is not None
+        dense("k", new_k, None, (self.q.dtype,) if turns else (self.k.dtype, self.q.dtype))
         for name, new, size in (("k", new_k, self.d), ("v", new_v, self.dv)):
-            dense(name, new, 3 if ragged else 4, (self.k.dtype, self.q.dtype))
+            dense(name, new, 3 if ragged else 4, (new_k.dtype,))
             need(new.shape[-2:] == (self.hk, size) and (ragged or new.shape[0] == self.batch), f"{name}'s shape")
         need(new_k.shape[:-1] == new_v.shape[:-1], "new k and v differ")
         if ragged:
@@ -328,11 +330,19 @@ class _Reader:
             if turn is not None:
                 keys = turn(keys, i, n, True)
                 rotated[i] = turn(queries[i][0], i, len(queries[i][0]), False), queries[i][1]
-            slots = self.slots(i, torch.arange(self.old[i], self.old[i] + n))
+            at = torch.arange(self.old[i], self.old[i] + n)
+            slots = self.slots(i, at)
             need(all(bool(((at >= 0) & (at < size)).all()) for at, size in zip(slots, self.k.shape, strict=False)),
                  "new keys go to a page that is none")  # fmt: skip
+            if mixed and new_k.dtype != FP8:
+                keys, worth = (
+                    reference.quantised(x, self._factors(letter, i, at))
+                    for letter, x in zip("kv", (keys, worth), strict=True)
+                )
             written += list(zip(*(at.tolist() for at in slots), strict=True))
-            appended += [("k_cache", slots, keys, turn is not None), ("v_cache", slots, worth, False)]
+            # A quotient that is no number has any sign, and one next to a tie may round the other way.
+            near = mixed and new_k.dtype != FP8
+            appended += [("k_cache", slots, keys, near or turn is not None), ("v_cache", slots, worth, near)]
         if len(set(written)) != len(written):
             raise UnjudgedError("two sequences append to one place")
         self.written = set(written)
@@ -357,7 +367,8 @@ class _Reader:
             steps = torch.arange(n) if is_key or masked else torch.zeros(n, dtype=torch.int64)
             last = starts[i] + (int(steps[-1]) if n else 0)
             need(starts[i] >= 0 and (n == 0 or last < cos.shape[0]), f"position {last} of {cos.shape[0]}")
-            return reference.rotate(x, cos, sin, steps + starts[i], interleaved=interleaved)
+            rotate = reference.turned if is_key and self.k.dtype != self.q.dtype else reference.rotate
+            return rotate(x, cos, sin, steps + starts[i], interleaved=interleaved)
 
         return turn
 
@@ -385,11 +396,43 @@ class _Reader:
         for name in ("q_descale", "k_descale", "v_descale"):
             value = self.get(name)
             if value is not None:
-                if self.q.dtype != FP8:
+                if (self.q if name == "q_descale" else self.k).dtype != FP8:
                     continue  # not read
                 tensor = dense(name, value, 2, (torch.float32,))
                 need(tuple(tensor.shape) == (self.batch, self.hk), f"{name} has shape {tuple(tensor.shape)}")
                 found[name] = tensor[i]
+        return found
+
+    def _token_scale(self, letter: str) -> Tensor | None:
+        value = None if self.function == DENSE else self.get(f"{letter}_scale")
+        if value is None:
+            return None
+        need(self.k.dtype == FP8, f"{letter}_scale beside {self.k.dtype}")
+        scale = dense(f"{letter}_scale", value, self.k.dim() - 1, (torch.float32,))
+        need(scale.shape == self.k.shape[:-1], f"{letter}_scale has shape {tuple(scale.shape)}")
+        return scale
+
+    def _factors(self, letter: str, i: int, at: Tensor) -> Tensor:
+        """What new keys or values are divided by, (n, hk)."""
+        factor, scale = torch.ones(len(at), self.hk), self._token_scale(letter)
+        descale = self._descales(i).get(f"{letter}_descale")
+        factor = factor if descale is None else factor * descale
+        return factor if scale is None else factor * scale[self.slots(i, at)]
+
+    def _token_scales(self, i: int) -> dict[str, Tensor]:
+        """Of every key of a sequence; 1 where it lies in a page that is none."""
+        found = {}
+        for letter in "kv":
+            scale = self._token_scale(letter)
+            if scale is not None:
+                at = torch.arange(self.pads[i], self.k_lengths[i])
+                places, bad = self.slots(i, at), torch.zeros(len(at), dtype=torch.bool)
+                for place, size in zip(places, scale.shape, strict=False):
+                    bad |= (place < 0) | (place >= size)
+                picked = scale[tuple(place.masked_fill(bad, 0) for place in places)] if scale.numel() else None
+                found[f"{letter}_scale"] = (
+                    torch.ones(len(at), self.hk) if picked is None else picked.masked_fill(bad[:, None], 1.0)
+                )
         return found
 
     def _draft_masks(self, rows: list[tuple]) -> list[Tensor | None]:
@@ -410,10 +453,14 @@ class _Reader:
     def _shared_memory(self) -> None:
         """What is written must be memory of its own."""
         out, appends = self.get("out"), self.function == KVCACHE and self.get("k") is not None
-        inputs = ["q", "qv", "draft_mask", self.k_name, self.v_name] + (["k", "v"] if appends else [])
+        inputs = ["q", "qv", "draft_mask", "k_scale", "v_scale", self.k_name, self.v_name]
+        inputs += ["k", "v"] if appends else []
         pairs = [("out", name) for name in inputs] if out is not None else []
         if appends:
-            pairs += [("k_cache", "v_cache"), *itertools.product(("k_cache", "v_cache"), ("k", "v", "q", "qv"))]
+            pairs += [
+                ("k_cache", "v_cache"),
+                *itertools.product(("k_cache", "v_cache"), ("k", "v", "q", "qv", "k_scale", "v_scale")),
+            ]
         for written in {name for name, _ in pairs}:
             need(not overlaps_itself(self.get(written)), f"{written} overlaps itself")
         for written, other in pairs:
@@ -432,6 +479,10 @@ def _cleaned(s: reference.Sequence, problem: reference.Problem, bad: Tensor) -> 
         return x.float().isfinite().all(-1)
 
     keys = ~(finite(s.k) & finite(s.v)).T  # (hk, sk)
+    for scale in (s.k_scale, s.v_scale):
+        if scale is not None:
+            keys = keys | ~scale.isfinite().T
+    _need_room(s)
     rows = ~finite(s.q).T  # (hq, sq)
     if s.qv is not None:
         rows = rows | ~finite(s.qv).T
@@ -449,4 +500,21 @@ def _cleaned(s: reference.Sequence, problem: reference.Problem, bad: Tensor) -> 
     def clean(x: Tensor) -> Tensor:
         return x.float().nan_to_num(0.0, 0.0, 0.0).to(x.dtype)
 
-    return replace(s, q=clean(s.q), k=clean(s.k), v=clean(s.v), qv=None if s.qv is None else clean(s.qv)), taint
+    scales = {name: value.nan_to_num(1.0, 1.0, 1.0) for name in ("k_scale", "v_scale")
+              if (value := getattr(s, name)) is not None}  # fmt: skip
+    return replace(
+        s, **scales, q=clean(s.q), k=clean(s.k), v=clean(s.v), qv=None if s.qv is None else clean(s.qv)
+    ), taint
+
+
+def _need_room(s: reference.Sequence) -> None:
+    """Keys and values that q's dtype has no room for, once they are dequantised, are as unlike them as it likes."""
+    if s.k.dtype == FP8 and s.q.dtype != FP8:
+        both = [x.float().nan_to_num(0.0, 0.0, 0.0) for x in (s.k, s.v)]
+        clean = replace(s, k=both[0].to(FP8), v=both[1].to(FP8))
+        cached = reference.as_cached(clean)
+        largest = torch.finfo(s.q.dtype).max
+        for x, scale in ((cached.k, s.k_scale), (cached.v, s.v_scale)):
+            kept = x if scale is None else x[scale.isfinite()]
+            if not bool((kept.float().abs() <= largest).all()):
+                raise UnjudgedError("a dequantised number overflows")

@@ -16,6 +16,7 @@ from tests.support.valid_calls import (
     cache,
     dense,
     fp8,
+    fp8_cache,
     ints,
     metadata,
     mla,
@@ -83,7 +84,7 @@ def of_tensors() -> Iterator[Malformed]:
             wrong = torch.int16 if value.dtype == torch.int32 else torch.float64
             yield Malformed(base, name, put(name, lambda t, wrong=wrong: t.to(wrong)), ValueError, "dtype")
             yield Malformed(base, name, put(name, lambda t: t[None]), ValueError, "shape")
-            if "lse" not in name and "descale" not in name:
+            if "lse" not in name and not name.endswith("scale"):
                 yield Malformed(base, name, put(name, strided), ValueError, "stride")
 
 
@@ -184,11 +185,49 @@ def of_shapes() -> Iterator[Malformed]:
         yield wrong_shape(cache, "draft_mask", "words between 1 and 1048576", draft_mask=mask)
     yield wrong_shape(cache, "draft_mask", "whose 32 bits are keys", draft_mask=torch.zeros(4, 1).long())
     yield wrong_shape(fp8, "k_descale", "(b, hk)", k_descale=torch.ones(2, 4))
+    yield from _of_fp8_caches()
     yield wrong_shape(fp8, "out", "bfloat16", out=torch.randn(2, 4, 4, 32).half())
     yield wrong_shape(mla, "qv", "with only_qv", qv=None)
     yield wrong_shape(mla, "qv", "dv in the last place", qv=torch.randn(1, 2, 4, 512).bfloat16())
     small = torch.randn(1, 2, 4, 32).bfloat16()
     yield wrong_shape(mla, "qv", "d = 32", q=small, k=torch.randn(1, 8, 1, 32).bfloat16())
+
+
+def _of_fp8_caches() -> Iterator[Malformed]:
+    """dtypes that do not go together, and token scales that belong to other keys."""
+    codes = torch.randn(6, 4, 2, 32).to(torch.float8_e4m3fn)
+    half, other = codes.bfloat16(), codes.half()
+    both = "it must be bfloat16 or float8_e4m3fn, the dtype of q or the one of an FP8 cache"
+    yield wrong_shape(fp8_cache, "k_cache", f"dtype float16; {both}", k_cache=other)
+    yield wrong_shape(fp8_cache, "v_cache", "must be float8_e4m3fn, the dtype of k_cache", v_cache=half)
+    yield wrong_shape(fp8_cache, "v_cache", "must be bfloat16, the dtype of q and k_cache", k_cache=half)
+    yield wrong_shape(fp8_cache, "k_cache", "must be float32, the dtype of q", q=torch.randn(2, 3, 4, 32))
+    q8 = torch.randn(2, 3, 4, 32).to(torch.float8_e4m3fn)
+    yield wrong_shape(fp8_cache, "k_cache", "must be float8_e4m3fn, the dtype of q", q=q8, k_cache=half)
+    yield wrong_shape(fp8_cache, "k", "must be float8_e4m3fn, the dtype of q", q=q8)
+    new = torch.randn(2, 2, 2, 32)
+    for wrong in (new, new.half()):
+        yield wrong_shape(fp8_cache, "k", "bfloat16 or float8_e4m3fn, the dtype of q or of k_cache", k=wrong, v=wrong)
+    stored = new.to(torch.float8_e4m3fn)
+    yield wrong_shape(fp8_cache, "v", "must be bfloat16, the dtype of k", v=stored)
+    yield wrong_shape(fp8_cache, "v", "must be float8_e4m3fn, the dtype of k", k=stored)
+    table = torch.randn(20, 8).bfloat16()
+    turned = {"rotary_cos": table, "rotary_sin": table}
+    yield wrong_shape(fp8_cache, "k", "the dtype of q, with rotary_cos", k=stored, v=stored, **turned)
+    scale = torch.ones(6, 4, 2)
+    codes3 = {name: torch.randn(3, 16, 2, 32).to(torch.float8_e4m3fn) for name in ("k_cache", "v_cache")}
+    dense3 = codes3 | {"page_table": None, "cache_batch_idx": ints(2, 0), "k_scale": None}
+    for name in ("k_scale", "v_scale"):
+        for shape in ((6, 4, 1), (5, 4, 2), (2, 12, 2)):
+            yield wrong_shape(fp8_cache, name, "(pages, page_size, hk)", **{name: torch.ones(shape)})
+        alone = {"k_scale": None, "k_cache": half, "v_cache": half} | {name: scale}
+        yield wrong_shape(fp8_cache, name, "must be None unless they are float8_e4m3fn", **alone)
+        yield wrong_shape(cache, name, "must be None unless they are float8_e4m3fn", **{name: torch.ones(3, 16, 2)})
+        yield wrong_shape(fp8_cache, name, "(b_cache, sk, hk)", **(dense3 | {name: torch.ones(2, 16, 2)}))
+    rows = {name: torch.randn(12, 2, 32).to(torch.float8_e4m3fn) for name in "kv"}
+    ragged = rows | {"q": torch.randn(9, 4, 32).half(), "out": None}
+    yield wrong_shape(varlen, "v_scale", "(total_k, hk) = (12, 2)", **ragged, v_scale=torch.ones(2, 12))
+    yield wrong_shape(fp8_cache, "k_descale", "(b, hk)", k_descale=torch.ones(2, 4))
 
 
 def sharing(call: Call, name: str) -> Call:

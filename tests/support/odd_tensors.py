@@ -97,7 +97,7 @@ def _moved(device: str, name: str, value: Any) -> Any:
 
 
 BASES = [base for base in FUNCTIONS if base not in (valid_calls.wide, valid_calls.planned)]
-SERVED_BY_GPUS = [base for base in BASES if base not in (valid_calls.fp8, valid_calls.mla)]
+SERVED_BY_GPUS = [base for base in BASES if base not in (valid_calls.fp8, valid_calls.fp8_cache, valid_calls.mla)]
 
 
 def places() -> Iterator[tuple[Callable[[], Call], str]]:
@@ -110,5 +110,5 @@ def places() -> Iterator[tuple[Callable[[], Call], str]]:
 
 def written(base: Callable[[], Call], name: str) -> bool:
     """Whether the call writes this argument."""
-    appends = base in (valid_calls.cache, valid_calls.paged_cache)
+    appends = base in (valid_calls.cache, valid_calls.paged_cache, valid_calls.fp8_cache)
     return name == "out" or (appends and name in ("k_cache", "v_cache"))

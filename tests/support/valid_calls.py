@@ -89,6 +89,16 @@ def fp8() -> Call:
     return {"q": q, "k": k, "v": v, **scales, "out": torch.randn(2, 4, 4, 32).bfloat16()}
 
 
+def fp8_cache() -> Call:
+    """q in 16 bit over e4m3 pages with both kinds of factors, new keys quantised."""
+    q, k, v = torch.randn(2, 3, 4, 32).bfloat16(), *(torch.randn(2, 2, 2, 32).bfloat16() for _ in "kv")
+    pages = {f"{name}_cache": torch.randn(6, 4, 2, 32).to(torch.float8_e4m3fn) for name in "kv"}
+    scales = {f"{name}_descale": 0.5 + torch.rand(2, 2) for name in "kv"}
+    scales |= {f"{name}_scale": 0.5 + torch.rand(6, 4, 2) for name in "kv"}
+    where = {"cache_seqlens": ints(7, 5), "page_table": ints(1, 2, 5, 3, 4, 0).reshape(2, 3)}
+    return {"q": q, "k": k, "v": v, **pages, **scales, **where, "out": torch.randn(2, 3, 4, 32).bfloat16()}
+
+
 def mla() -> Call:
     q, qv = torch.randn(1, 2, 4, 64).bfloat16(), torch.randn(1, 2, 4, 256).bfloat16()
     k, v = torch.randn(1, 8, 1, 64).bfloat16(), torch.randn(1, 8, 1, 256).bfloat16()
@@ -148,4 +158,5 @@ FUNCTIONS: dict[Callable[[], Call], Callable[..., Any]] = {
     plain_varlen: jit_kernel.flash_attn_varlen_func,
     plain_cache: jit_kernel.flash_attn_with_kvcache,
     plain_paged_cache: jit_kernel.flash_attn_with_kvcache,
+    fp8_cache: jit_kernel.flash_attn_with_kvcache,
 }

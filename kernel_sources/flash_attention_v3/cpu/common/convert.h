@@ -25,6 +25,13 @@ inline void convert_row(const Element* from, Math* to, int64_t n, int64_t padded
     }
     i = n;
   }
+#ifdef JIT_KERNEL_CONVERTS_TWO
+  if constexpr (std::is_same<Math, float>::value && std::is_same<Element, e4m3>::value) {
+    for (; i + 2 * simd::kLanes <= n; i += 2 * simd::kLanes) {
+      simd::convert_two(from + i, to + i, factor);
+    }
+  }
+#endif
   for (; i + simd::kLanes <= n; i += simd::kLanes) {
     simd::store_as(to + i, simd::load_as_float(from + i) * simd::set1(factor));
   }

@@ -40,9 +40,8 @@ inline void copy_row(const Element* from, Element* to, int64_t n) {
 }
 
 // n floats divided by a factor, rounded once; what is too large becomes the largest number.
-inline void quantise_row(float* from, e4m3* to, int64_t n, float factor) {
-  for (int64_t i = 0; i < n; ++i) from[i] /= factor;
-  simd::convert_from_float(from, to, n, 1.0f);
+inline void quantise_row(const float* from, e4m3* to, int64_t n, float factor) {
+  for (int64_t i = 0; i < n; ++i) to[i] = from_float<e4m3>(from[i] / factor);
 }
 
 // Copies the new tokens of sequence s of one key/value head into the caches, keys rotated, and

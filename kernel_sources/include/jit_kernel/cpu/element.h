@@ -102,15 +102,17 @@ inline fp16 from_float<fp16>(float x) {  // round to nearest, ties to even
 
 template <>
 inline e4m3 from_float<e4m3>(float x) {  // saturates; round to nearest, ties to even
-  uint32_t bits = bit_cast<uint32_t>(x), sign = bits >> 24 & 0x80u, magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return e4m3{static_cast<uint8_t>(sign | 0x7fu)};
-  if (magnitude >= 0x43e80000u) return e4m3{static_cast<uint8_t>(sign | 0x7eu)};
-  if (magnitude < 0x3c800000u) {  // subnormal: the sum's last bit is worth 2^-9
-    float shifted = bit_cast<float>(magnitude) + 16384.0f;
-    return e4m3{static_cast<uint8_t>(sign | (bit_cast<uint32_t>(shifted) - 0x46800000u))};
-  }
-  uint32_t rounded = magnitude + 0x7ffffu + (magnitude >> 20 & 1u) - 0x3c000000u;
-  return e4m3{static_cast<uint8_t>(sign | rounded >> 20)};
+  // Without a branch: the compiler makes vectors of a loop of it.
+  const uint32_t bits = bit_cast<uint32_t>(x), sign = bits >> 24 & 0x80u,
+                 magnitude = bits & 0x7fffffffu;
+  const uint32_t normal = (magnitude + 0x7ffffu + (magnitude >> 20 & 1u) - 0x3c000000u) >> 20;
+  // The last bit of the sum is worth 2^-9.
+  const uint32_t subnormal =
+      bit_cast<uint32_t>(bit_cast<float>(magnitude) + 16384.0f) - 0x46800000u;
+  uint32_t code = magnitude < 0x3c800000u ? subnormal : normal;
+  code = magnitude >= 0x43e80000u ? 0x7eu : code;
+  code = magnitude > 0x7f800000u ? 0x7fu : code;
+  return e4m3{static_cast<uint8_t>(sign | code)};
 }
 
 // The bits of a number's exponent, all of them ones where it is infinite or NaN.

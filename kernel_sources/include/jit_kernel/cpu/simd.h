@@ -10,6 +10,7 @@
 #define JIT_KERNEL_AVX512 1
 #include "jit_kernel/cpu/simd_avx512.h"
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define JIT_KERNEL_CONVERTS_TWO 1
 #include "jit_kernel/cpu/simd_avx2.h"
 #else
 #include "jit_kernel/cpu/simd_generic.h"

@@ -64,18 +64,27 @@ inline Vec load_as_float(const bf16* p) {
 inline Vec load_as_float(const fp16* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
+// e4m3 numbers, extended to 16 bits, as fp16 numbers of a 256th: the bits of one, shifted, are
+// those of the other, subnormal numbers included.
+inline __m256i as_halves(__m256i x) {
+  __m256i h = _mm256_and_si256(_mm256_slli_epi16(x, 7), _mm256_set1_epi16(int16_t(0xbf80)));
+  __m256i magnitude = _mm256_and_si256(h, _mm256_set1_epi16(0x3f80));
+  __m256i nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x3f80));
+  return _mm256_or_si256(h, _mm256_srli_epi16(nan, 1));
+}
 inline Vec load_as_float(const e4m3* p) {
-  __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-  __m256i magnitude = _mm256_and_si256(x, _mm256_set1_epi32(0x7f));
-  __m256i sign = _mm256_slli_epi32(_mm256_sub_epi32(x, magnitude), 24);
-  __m256i normal =
-      _mm256_add_epi32(_mm256_slli_epi32(magnitude, 20), _mm256_set1_epi32(0x3c000000));
-  Vec subnormal = _mm256_mul_ps(_mm256_cvtepi32_ps(magnitude), set1(0x1p-9f));
-  __m256i small = _mm256_cmpgt_epi32(_mm256_set1_epi32(8), magnitude);
-  __m256i nan = _mm256_cmpeq_epi32(magnitude, _mm256_set1_epi32(0x7f));
-  __m256i y = _mm256_blendv_epi8(normal, _mm256_castps_si256(subnormal), small);
-  y = _mm256_blendv_epi8(y, _mm256_set1_epi32(0x7fc00000), nan);
-  return _mm256_castsi256_ps(_mm256_or_si256(y, sign));
+  __m128i x = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  __m128i h = _mm256_castsi256_si128(as_halves(_mm256_castsi128_si256(x)));
+  return _mm256_mul_ps(_mm256_cvtph_ps(h), set1(256.0f));
+}
+
+// to[i] = from[i] * factor of 2 kLanes numbers: together they take two thirds of the time.
+inline void convert_two(const e4m3* from, float* to, float factor) {
+  __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  __m256i h = as_halves(_mm256_cvtepi8_epi16(x));
+  Vec by = set1(256.0f * factor);
+  store(to, _mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(h)), by));
+  store(to + kLanes, _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(h, 1)), by));
 }
 
 inline void store_as(f32* p, Vec x) { store(p, x); }
