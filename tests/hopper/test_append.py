@@ -17,6 +17,8 @@ from tests.support import appends, case_run, cases, shared_numbers
 from tests.support.hopper_variants import compile_spec
 
 SPACE, ANYWHERE = appends.space("append", 8), appends.space("append anywhere", 1)
+MIXED = appends.mixed_space("mixed append", 16)
+MIXED_ANYWHERE = appends.mixed_space("mixed append anywhere", 1)
 
 # Names that the host side has for what the launcher calls otherwise.
 SAME = {
@@ -37,9 +39,10 @@ def on_host() -> appends.OnHost:
     return appends.OnHost()
 
 
+@pytest.mark.parametrize("quantises", [False, True])
 @pytest.mark.parametrize("dtype", hopper_kernels.DTYPES)
-def test_the_kernel_compiles_without_spills(dtype: str) -> None:
-    image, log = compile_spec(hopper_kernels.append_spec(dtype))
+def test_the_kernel_compiles_without_spills(dtype: str, quantises: bool) -> None:
+    image, log = compile_spec(hopper_kernels.append_spec(dtype, quantises))
     assert image[:4] == b"\x7fELF"
     assert re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log) == [("0", "0")]
 
@@ -50,6 +53,20 @@ def test_random_appends_are_the_cpus_byte_by_byte(on_host: appends.OnHost) -> No
     counted = cases.coverage(plans)
     for feature in ("paged", "new_ragged", "rotary", "batch_idx", "leftpad", "ragged", "strides", "tail"):
         assert counted[feature] > 10, feature
+
+
+def test_random_appends_to_an_e4m3_cache_are_the_cpus_byte_by_byte(on_host: appends.OnHost) -> None:
+    """Quantised by factors of sequences and of tokens, or stored as they come."""
+    plans = [plan for plan in appends.with_append(MIXED, 500) if plan.kv_dtype is not None]
+    assert all(appends.compare(plan, on_host) for plan in plans)
+    counted = cases.coverage(plans)
+    for feature in ("paged", "new_ragged", "rotary", "batch_idx", "leftpad", "strides", "token_scales", "stored"):
+        assert counted[feature] > 10, feature
+    launched = Counter(
+        appends.compare(plan, on_host) for plan in appends.with_append(MIXED_ANYWHERE, 200) if plan.kv_dtype is not None
+    )
+    assert min(launched.values()) > 10
+    assert set(launched) == {True, False}
 
 
 def test_rows_that_begin_anywhere_are_read_and_never_written(on_host: appends.OnHost) -> None:

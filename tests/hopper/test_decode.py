@@ -77,7 +77,7 @@ def test_few_rows_over_a_cache_have_a_decode_kernel(
     rows: int, sizes: tuple[int, int], given: dict[str, Any], key: tuple[int, int] | None
 ) -> None:
     found = hopper.decode.key_of(call_of(rows, *sizes, **given))
-    assert found == (None if key is None else (torch.bfloat16, *key))
+    assert found == (None if key is None else (torch.bfloat16, *key, False))
     if found is not None:
         assert hopper.decode.spec_of(found) in set(hopper_kernels.all_specs())
 
@@ -86,7 +86,7 @@ class KernelsDouble:
     """Stands for a GPU's loaded kernels: what the launcher's `decode` answers, one call after the other."""
 
     def __init__(self, *answers: int) -> None:
-        self.handles: dict[object, int] = {(torch.bfloat16, 128, 8): 7}
+        self.handles: dict[object, int] = {(torch.bfloat16, 128, 8, False): 7}
         self.answers = list(answers)
         self.launched: list[tuple[Any, ...]] = []
 
@@ -156,7 +156,7 @@ def test_without_a_query_row_nothing_is_launched(monkeypatch: pytest.MonkeyPatch
     out, lse = hopper.attend(call_of(0, dtype=torch.float16, return_softmax_lse=True))
     assert out.shape == (2, 0, 8, 128)
     assert lse.shape == (2, 8, 0)
-    assert double.handles.keys() == {(torch.bfloat16, 128, 8)}
+    assert double.handles.keys() == {(torch.bfloat16, 128, 8, False)}
 
 
 def test_the_answers_are_the_launchers() -> None:

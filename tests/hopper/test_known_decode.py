@@ -17,9 +17,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+from jit_kernel.device import Target
 from jit_kernel.engine import compiler
+from jit_kernel.fa3 import hopper
 from jit_kernel.fa3.checks import call as checks
 from jit_kernel.fa3.checks import shapes
+from jit_kernel.fa3.decision import Rejected
+from jit_kernel.fa3.features import features_of
 from jit_kernel.fa3.hopper import decode, known
 from tests.support import case_tensors, cases, decode_double, odd_tensors
 from tests.support.decode_double import OnHost, fields, halved
@@ -27,6 +31,7 @@ from tests.support.malformed_calls import CASES, Malformed
 from tests.support.valid_calls import FUNCTIONS, Call, ints, plain_cache, plain_paged_cache
 
 SPACE = decode_double.space("known decode")
+TARGET = Target("cuda", "sm_90a")
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +106,8 @@ def test_random_calls_are_launched_as_by_the_checked_way(on_host: OnHost, monkey
         key = decode.key_of(call)
         if key is None or isinstance(arguments.get("cache_seqlens"), int) or 0 in call.q.shape or not plan.lengths_q:
             continue
+        if plan.kv_dtype is not None and isinstance(hopper.decide(TARGET, features_of(call)), Rejected):
+            continue  # rows of e4m3 that begin at no multiple of 16 bytes
         out = torch.empty(*call.q.shape[:-1], call.v.shape[-1], dtype=call.q.dtype)
         lse = torch.empty(call.q.shape[:-1])
         lse = lse.transpose(-1, -2).contiguous()

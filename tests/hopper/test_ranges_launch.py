@@ -83,7 +83,7 @@ def test_a_launch_asks_for_the_models_room(double: OnHost, tile: tuple[int, int]
     d, rows = tile
     streams = Tile(d, rows).streams
     keeps, has_room = tile not in ((64, 64), (128, 64)), tile not in ((64, 64), (128, 32), (128, 64))
-    handle = double.handles[torch.bfloat16, d, rows]
+    handle = double.handles[torch.bfloat16, d, rows, False]
     for heads_k in (1, 2, 4, 8):
         for batch in (1, 7, 64, 300):
             for rows_k in (0, 100, 8192, 8193, 131_072):

@@ -1,5 +1,6 @@
 // The Hopper append kernel and its launcher, compiled for the CPU: names that nvcc and the driver
 // give, then the sources as they are. A launch runs every thread of every block, one by one.
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -18,6 +19,7 @@ inline To same_bits(From from) {
 struct uint2 {
   unsigned x, y;
 };
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
@@ -47,7 +49,7 @@ struct Grid {
   unsigned x;
 };
 struct Kernel {
-  bool is_bf16;
+  bool is_bf16, quantises;
   void launch_overlapped(int device, Grid grid, unsigned cluster, void** params);
 };
 }  // namespace jit_kernel::cuda
@@ -68,6 +70,31 @@ inline u32 pack<host_bf16>(float low, float high) {
     return x != x ? 0x7fffu : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   };
   return rounded(low) | rounded(high) << 16;
+}
+// To nearest even: what e4m3 holds are 127 numbers of each sign, in the order of their codes.
+inline u32 e4m3_of(float x) {
+  const u32 sign = same_bits<u32>(x) >> 31 << 7;
+  const float size = x < 0 ? -x : x;
+  if (size != size) return 0x7f;
+  const auto value = [](u32 code) {
+    const int exponent = code >> 3 ? static_cast<int>(code >> 3) - 7 : -6;
+    const float fraction = static_cast<float>((code & 7) + (code >> 3 ? 8 : 0)) / 8;
+    return std::ldexp(fraction, exponent);
+  };
+  if (size >= value(0x7e)) return sign | 0x7e;
+  u32 below = 0;
+  while (value(below + 1) <= size) ++below;
+  const float to_below = size - value(below), to_above = value(below + 1) - size;
+  const bool up = to_above < to_below || (to_above == to_below && below % 2 == 1);
+  return sign | (below + up);
+}
+template <>
+inline u32 pack_e4m3<host_bf16>(float low, float high) {
+  return e4m3_of(low) | e4m3_of(high) << 8;
+}
+template <>
+inline u32 pack_e4m3<host_fp16>(float low, float high) {
+  return pack_e4m3<host_bf16>(low, high);
 }
 template <>
 inline u32 pack<host_fp16>(float low, float high) {
@@ -92,19 +119,21 @@ inline void jit_kernel::cuda::Kernel::launch_overlapped(int, Grid grid, unsigned
   const auto& params = *static_cast<const hopper::AppendParams*>(arguments[0]);
   for (unsigned block = 0; block < grid.x; ++block) {
     for (unsigned thread = 0; thread < hopper::kAppendThreads; ++thread) {
-      if (is_bf16) {
-        hopper::append_rows<host_bf16>(params, block, thread);
+      if (quantises) {
+        is_bf16 ? hopper::append_rows<host_bf16, true>(params, block, thread)
+                : hopper::append_rows<host_fp16, true>(params, block, thread);
       } else {
-        hopper::append_rows<host_fp16>(params, block, thread);
+        is_bf16 ? hopper::append_rows<host_bf16, false>(params, block, thread)
+                : hopper::append_rows<host_fp16, false>(params, block, thread);
       }
     }
   }
 }
 
-inline int64_t load(bool is_bf16) {
+inline int64_t load(bool is_bf16, bool quantises) {
   using jit_kernel::cuda::Kernel;
   return jit_kernel::cuda::KernelTable<Kernel>::get().add(
-      std::make_unique<Kernel>(Kernel{is_bf16}));
+      std::make_unique<Kernel>(Kernel{is_bf16, quantises}));
 }
 
 inline int64_t quotient(int64_t number, int64_t divisor) {

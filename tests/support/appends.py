@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import itertools
 import math
@@ -32,6 +33,12 @@ def space(name: str, stride_step: int) -> cases.Space:
     )  # fmt: skip
 
 
+def mixed_space(name: str, stride_step: int) -> cases.Space:
+    """The same over a cache in e4m3, quantised by factors of sequences and tokens or stored as they come."""
+    plain = space(name, stride_step)
+    return dataclasses.replace(plain, features=FEATURES | cases.FP8_CACHES, head_dim_step=16)
+
+
 def with_append(space: cases.Space, count: int) -> list[cases.Plan]:
     """The first plans of a space that append."""
     plans = (cases.draw(seed, space) for seed in itertools.count())
@@ -48,8 +55,8 @@ class OnHost:
                            device.cpu_target())  # fmt: skip
         self.quotient = library["quotient"]
         self.append = library["append"]
-        self.handles = {("append", dtype): library["load"](dtype is torch.bfloat16)
-                        for dtype in (torch.bfloat16, torch.float16)}  # fmt: skip
+        self.handles = {("append", dtype, quantises): library["load"](dtype is torch.bfloat16, quantises)
+                        for dtype in (torch.bfloat16, torch.float16) for quantises in (False, True)}  # fmt: skip
 
 
 def moved(arguments: dict[str, Any], where: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 # What try_unchecked serves, and what cases of it have besides.
 FEATURES = frozenset(
     {"ragged", "paged", "causal", "window", "chunk", "softcap", "sinks", "scale", "splits", "seqused_k", "out"}
-    | {"strides", "groups", "hot", "lse", "tail", "large", "deterministic"}
+    | {"strides", "groups", "hot", "lse", "tail", "large", "deterministic", "mixed", "token_scales"}
 )
 
 

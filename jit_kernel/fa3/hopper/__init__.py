@@ -38,7 +38,7 @@ CLAIMED_WITH_CACHE = CLAIMED - {"ragged_k"} | frozenset(
 )
 # Of a cache in e4m3 beside queries of 16 bits.
 _SCALES = frozenset(("descale", "token_scales"))
-CLAIMED_MIXED = (CLAIMED_WITH_CACHE | _SCALES) - {"append", "ragged_append", "rotary"}
+CLAIMED_MIXED = CLAIMED_WITH_CACHE | _SCALES
 # What a faster way takes of these: an append is a launch that must not be lost where the next one is declined.
 _KNOWN_WITH_CACHE = CLAIMED_WITH_CACHE - {"append", "ragged_append", "rotary", "metadata"}
 

@@ -23,12 +23,18 @@ def append(
     q, k_new, v_new, cos = call.q, call.k_new, call.v_new, call.rotary_cos
     if k_new is None or v_new is None:
         return q
-    key = ("append", q.dtype)
+    k, v = call.k, call.v
+    quantises = k.dtype is not k_new.dtype
+    if k_new.element_size() == 1:  # they are the cache's bytes already, which move two by two
+        if not (_is_aligned(k) and _is_aligned(v)):
+            return None
+        k_new, v_new, k, v = (x.view(torch.int16) for x in (_aligned(k_new), _aligned(v_new), k, v))
+    key = ("append", q.dtype, quantises)
     handle = device.handles.get(key)
     if handle is None:
         if only_known:
             return None
-        handle = device.load(key, append_spec(DTYPE_NAMES[q.dtype]))
+        handle = device.load(key, append_spec(DTYPE_NAMES[q.dtype], quantises))
     if cos is None:
         rotated = None
     elif rotated is None:
@@ -36,10 +42,23 @@ def append(
     # Without a mask that follows positions, all query tokens turn by the first one's angle.
     by_token = call.causal or max(call.window_size) >= 0 or bool(call.attention_chunk)
     launched = device.append(
-        handle, q, rotated, k_new, v_new, call.k, call.v, cos, call.rotary_sin, call.cu_seqlens_q,
+        handle, q, rotated, k_new, v_new, k, v, cos, call.rotary_sin, call.cu_seqlens_q,
         call.cu_seqlens_k_new, call.seqused_k, call.rotary_seqlens, call.cache_batch_idx, call.page_table,
-        call.rotary_interleaved, by_token,
+        call.k_descale, call.v_descale, call.k_scale, call.v_scale, call.rotary_interleaved, by_token,
     )  # fmt: skip
     if not launched:
         return None
     return q if rotated is None else rotated
+
+
+def _is_aligned(x: Tensor) -> bool:
+    """Whether every row of a tensor in e4m3 begins at a multiple of 16 bytes."""
+    bits = x.data_ptr()
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        bits |= stride if size > 1 else 0
+    return bits % 16 == 0
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """New keys in e4m3 whose rows begin so, as a copy where they do not."""
+    return x if _is_aligned(x) else x.clone(memory_format=torch.contiguous_format)

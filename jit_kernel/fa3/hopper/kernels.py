@@ -53,13 +53,17 @@ def forward_spec(dtype: str, head_dim: int, head_dim_v: int, masked: bool, softc
     return KernelSpec(FOLDER, unit, "cuda", variant, _FLAGS)
 
 
-def append_spec(dtype: str) -> KernelSpec:
-    """The kernel that puts new keys and values into a cache and rotates: every head size and layout."""
+def append_spec(dtype: str, quantises: bool = False) -> KernelSpec:
+    """The kernel that puts new keys and values into a cache and rotates: every head size and layout.
+
+    quantises: the cache is in e4m3.
+    """
     unit = (
         '#include "flash_attention_v3/hopper/append/append.cuh"\n'
-        f"JIT_KERNEL_EXPORT_APPEND({dtype}, {_APPEND_THREADS})\n"
+        f"JIT_KERNEL_EXPORT_APPEND({dtype}, {str(quantises).lower()}, {_APPEND_THREADS})\n"
     )
-    variant = (("function", "append"), ("dtype", dtype), ("threads", _APPEND_THREADS), ("shared_bytes", 0))
+    cache = (("cache", "e4m3"),) if quantises else ()
+    variant = (("function", "append"), ("dtype", dtype), *cache, ("threads", _APPEND_THREADS), ("shared_bytes", 0))
     return KernelSpec(FOLDER, unit, "cuda", variant, _FLAGS)
 
 
@@ -92,6 +96,7 @@ def all_specs() -> Iterator[KernelSpec]:
     yield LAUNCHER
     for dtype in DTYPES:
         yield append_spec(dtype)
+        yield append_spec(dtype, quantises=True)
         for head_dim, head_dim_v in HEAD_DIMS:
             for masked in (False, True):
                 for softcap in (False, True):

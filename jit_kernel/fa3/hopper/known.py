@@ -25,7 +25,7 @@ from jit_kernel.fa3.features import fields_ask_for_more
 # features.ARGUMENTS. cu_seqlens_k_new has no meaning without new keys; metadata is read under CHECK_INDICES alone.
 CLAIMED = frozenset(
     ("ragged_q", "page_size", "seqused_k", "ragged_append", "causal", "window", "chunk", "softcap", "sinks", "lse",
-     "split", "metadata", "deterministic")
+     "split", "metadata", "deterministic", "descale", "token_scales")
 )  # fmt: skip
 # What the launcher answers, as it has them.
 _LAUNCHED, _UNSURE = 1, 2
@@ -64,8 +64,8 @@ def try_unchecked(arguments: Arguments) -> Result | None:
         return None
     (
         _, q, k, v, scale, causal, window, chunk, softcap, num_splits, with_lse,
-        out, sinks, _, _, _, _, pack_gqa, sm_margin, deterministic, _,
-        offsets_q, longest_q, used_k, table, _, _, _, _, _, _,
+        out, sinks, _, q_descale, k_descale, v_descale, pack_gqa, sm_margin, deterministic, _,
+        offsets_q, longest_q, used_k, table, _, _, _, _, k_scale, v_scale,
         _, _, offsets_new, _, _, _, _, _, rotary_interleaved, metadata,
     ) = arguments  # fmt: skip
     kinds = (
@@ -88,6 +88,12 @@ def try_unchecked(arguments: Arguments) -> Result | None:
         or (out is not None and out.requires_grad) or (sinks is not None and sinks.requires_grad)
     ):  # fmt: skip
         return None
+    if not (
+        (q_descale is None or q_descale.__class__ is Tensor)  # it is not read beside a q of 16 bits
+        and (k_descale is None or _is_plain(k_descale)) and (v_descale is None or _is_plain(v_descale))
+        and (k_scale is None or _is_plain(k_scale)) and (v_scale is None or _is_plain(v_scale))
+    ):  # fmt: skip
+        return None
     left, right = window if window is UNBOUNDED else need_window(window)
     try:
         is_ours = out is None
@@ -97,7 +103,8 @@ def try_unchecked(arguments: Arguments) -> Result | None:
         if lse is not None and not is_ours and offsets_q is not None:
             lse.fill_(-inf)  # as arguments.new_lse
         call = (
-            q, k, v, out, lse, used_k, table, offsets_q, offsets_new, sinks, metadata, longest_q, scale, causal,
+            q, k, v, out, lse, used_k, table, offsets_q, offsets_new, sinks, metadata, k_descale, v_descale,
+            k_scale, v_scale, longest_q, scale, causal,
             left, right, chunk, softcap, num_splits, sm_margin, deterministic, is_ours and offsets_q is not None,
         )  # fmt: skip
         answer = _UNSURE if _asks_first else _decode(*call, False)
@@ -109,3 +116,8 @@ def try_unchecked(arguments: Arguments) -> Result | None:
     if answer != _LAUNCHED:
         return None
     return out if lse is None else (out, lse)
+
+
+def _is_plain(scale: Tensor) -> bool:
+    """Whether factors of an e4m3 cache are a tensor in which no sign and no derivative waits."""
+    return scale.__class__ is Tensor and not (scale.is_neg() or (scale.requires_grad and is_grad_enabled()))

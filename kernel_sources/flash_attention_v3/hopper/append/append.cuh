@@ -1,5 +1,5 @@
 // New keys and values into the cache, the keys rotated, and rotated queries beside them: one launch
-// of blocks that each move rows of one of the three.
+// of blocks that each move rows of one of the three. A cache in e4m3 takes them quantised.
 #pragma once
 
 #include "flash_attention_v3/hopper/append/place.cuh"
@@ -26,10 +26,10 @@ __device__ __forceinline__ void load_own(Pieces& pieces) {
   }
 }
 
+// What the pieces of all rows need to be turned.
 template <class Element, bool kWide>
-__device__ __forceinline__ void rotate(const AppendParams& params, Pieces& pieces) {
-  if (pieces.chunk >= params.rotary_chunks) return;
-  Turn turns[kAppendRows];
+__device__ __forceinline__ void load_turns(const AppendParams& params, const Pieces& pieces,
+                                           Turn (&turns)[kAppendRows]) {
 #pragma unroll
   for (int r = 0; r < kAppendRows; ++r) {
     turns[r] = {};
@@ -43,7 +43,6 @@ __device__ __forceinline__ void rotate(const AppendParams& params, Pieces& piece
 #pragma unroll
   for (int r = 0; r < kAppendRows; ++r) {
     turns[r].other = signed_partners(params, pieces.own[r], turns[r].other, pieces.chunk);
-    pieces.own[r] = turned<Element>(pieces.own[r], turns[r]);
   }
 }
 
@@ -51,7 +50,14 @@ template <class Element, bool kWide>
 __device__ __forceinline__ void move(const AppendParams& params, const AppendPart& part,
                                      Pieces& pieces) {
   load_own<kWide>(pieces);
-  if (part.rotates) rotate<Element, kWide>(params, pieces);
+  if (part.rotates && pieces.chunk < params.rotary_chunks) {
+    Turn turns[kAppendRows];
+    load_turns<Element, kWide>(params, pieces, turns);
+#pragma unroll
+    for (int r = 0; r < kAppendRows; ++r) {
+      pieces.own[r] = turned<Element>(pieces.own[r], turns[r]);
+    }
+  }
 #pragma unroll
   for (int r = 0; r < kAppendRows; ++r) {
     char* const row = pieces.places[r].destination;
@@ -62,7 +68,33 @@ __device__ __forceinline__ void move(const AppendParams& params, const AppendPar
   }
 }
 
-template <class Element>
+// To a cache in e4m3: turned and divided in float32, rounded once.
+template <class Element, bool kWide>
+__device__ __forceinline__ void move_quantised(const AppendParams& params, const AppendPart& part,
+                                               Pieces& pieces) {
+  load_own<kWide>(pieces);
+  const bool turns_piece = part.rotates && pieces.chunk < params.rotary_chunks;
+  Turn turns[kAppendRows];
+  if (turns_piece) load_turns<Element, kWide>(params, pieces, turns);
+#pragma unroll
+  for (int r = 0; r < kAppendRows; ++r) {
+    const Place& place = pieces.places[r];
+    if (place.destination == nullptr) continue;
+    u32 words[2] = {0, 0};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const u32 x = pieces.own[r].words[i];
+      TwoFloats pair = {low_of<Element>(x), high_of<Element>(x)};
+      if (turns_piece) pair = turned_pair<Element>(x, turns[r], i);
+      words[i / 2] |= pack_e4m3<Element>(pair.low / place.factor, pair.high / place.factor)
+                      << i % 2 * 16;
+    }
+    *reinterpret_cast<uint2*>(place.destination + pieces.chunk * kChunkElements) =
+        make_uint2(words[0], words[1]);
+  }
+}
+
+template <class Element, bool kQuantises>
 __device__ __forceinline__ void append_rows(const AppendParams& params, unsigned block,
                                             unsigned thread) {
   const int kind = (block >= params.parts[kNewValues].first_block) +
@@ -75,8 +107,14 @@ __device__ __forceinline__ void append_rows(const AppendParams& params, unsigned
   const unsigned rows = kAppendThreads >> part.lanes_shift;
   const unsigned first =
       (block - part.first_block) * kAppendRows * rows + (thread >> part.lanes_shift);
-  find_places(params, part, kind == kQueries, first, rows, pieces.places);
-  if (part.wide) {
+  find_places<kQuantises>(params, part, kind == kQueries, first, rows, pieces.places);
+  if (kQuantises && kind != kQueries) {
+    if (part.wide) {
+      move_quantised<Element, true>(params, part, pieces);
+    } else {
+      move_quantised<Element, false>(params, part, pieces);
+    }
+  } else if (part.wide) {
     move<Element, true>(params, part, pieces);
   } else {
     move<Element, false>(params, part, pieces);
@@ -86,11 +124,12 @@ __device__ __forceinline__ void append_rows(const AppendParams& params, unsigned
 }  // namespace jit_kernel::hopper
 
 // The kernel of a variant.
-#define JIT_KERNEL_EXPORT_APPEND(element, threads)                                             \
+#define JIT_KERNEL_EXPORT_APPEND(element, quantises, threads)                                  \
   static_assert(threads == jit_kernel::hopper::kAppendThreads, "what the launcher counts on"); \
   extern "C" __global__ void __launch_bounds__(threads)                                        \
       append(const __grid_constant__ jit_kernel::hopper::AppendParams params) {                \
     jit_kernel::wait_for_previous_kernel();                                                    \
     jit_kernel::let_next_kernel_start();                                                       \
-    jit_kernel::hopper::append_rows<jit_kernel::element>(params, blockIdx.x, threadIdx.x);     \
+    jit_kernel::hopper::append_rows<jit_kernel::element, quantises>(params, blockIdx.x,        \
+                                                                    threadIdx.x);              \
   }

@@ -22,6 +22,11 @@ struct AppendPart {
   long long source_batch, source_token, source_head;
   long long destination_batch, destination_token, destination_head;
   const int* cu_seqlens;  // null for a dense tensor
+  // Of a cache in e4m3, whose rows are divided by both: of a sequence and head, of a token and
+  // head. Each null for 1; strides in elements.
+  const float *descale, *scales;
+  long long descale_batch, descale_head;
+  long long scales_batch, scales_token, scales_head;
   unsigned items;
   unsigned first_block;
   Divisor heads;

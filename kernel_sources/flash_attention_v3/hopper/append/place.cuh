@@ -17,6 +17,7 @@ struct Place {
   const char* source;
   char* destination;  // null where nothing is to be written
   int position;       // in the rotary tables
+  float factor;       // of a cache in e4m3: what the row is divided by
 };
 
 __device__ __forceinline__ unsigned divide(unsigned n, const Divisor& by) {
@@ -66,8 +67,21 @@ __device__ __forceinline__ int load_index(const int* indices, const Row& row, in
   return indices != nullptr && row.valid ? indices[row.batch] : otherwise;
 }
 
+// Of a row that goes to a place of a cache in e4m3.
+__device__ __forceinline__ float factor_of(const AppendPart& part, const Row& row, int block,
+                                           unsigned slot) {
+  float factor = 1.f;
+  if (part.descale != nullptr) {
+    factor = part.descale[row.batch * part.descale_batch + row.head * part.descale_head];
+  }
+  if (part.scales == nullptr) return factor;
+  return factor * part.scales[block * part.scales_batch + slot * part.scales_token +
+                              row.head * part.scales_head];
+}
+
 // The rows of new tokens in the cache. All rows take each step before the next one, so that their
 // loads wait for memory together.
+template <bool kQuantises>
 __device__ __forceinline__ void find_cache_rows(const AppendParams& params, const AppendPart& part,
                                                 const Row (&rows)[kAppendRows],
                                                 const int (&cached)[kAppendRows],
@@ -98,10 +112,14 @@ __device__ __forceinline__ void find_cache_rows(const AppendParams& params, cons
                                            slots[r] * part.destination_token +
                                            rows[r].head * part.destination_head
                                      : nullptr;
+    if constexpr (kQuantises) {
+      places[r].factor = valid[r] ? factor_of(part, rows[r], blocks[r], slots[r]) : 1.f;
+    }
   }
 }
 
 // The places of items `first`, `first + step` and so on.
+template <bool kQuantises>
 __device__ __forceinline__ void find_places(const AppendParams& params, const AppendPart& part,
                                             bool is_query, unsigned first, unsigned step,
                                             Place (&places)[kAppendRows]) {
@@ -126,7 +144,7 @@ __device__ __forceinline__ void find_places(const AppendParams& params, const Ap
     if (!row.valid) places[r].destination = nullptr;
     if (!is_query || params.by_token) places[r].position += row.token;
   }
-  if (!is_query) find_cache_rows(params, part, rows, cached, places);
+  if (!is_query) find_cache_rows<kQuantises>(params, part, rows, cached, places);
 }
 
 }  // namespace jit_kernel::hopper

@@ -110,16 +110,25 @@ __device__ __forceinline__ Chunk signed_partners(const AppendParams& params, con
   return result;
 }
 
+// Two neighbours of a piece, turned.
+struct TwoFloats {
+  float low, high;
+};
+template <class Element>
+__device__ __forceinline__ TwoFloats turned_pair(u32 x, const Turn& turn, int i) {
+  const u32 y = turn.other.words[i], cos = turn.cos.words[i], sin = turn.sin.words[i];
+  return {
+      low_of<Element>(x) * low_of<Element>(cos) + low_of<Element>(y) * low_of<Element>(sin),
+      high_of<Element>(x) * high_of<Element>(cos) + high_of<Element>(y) * high_of<Element>(sin)};
+}
+
 template <class Element>
 __device__ __forceinline__ Chunk turned(const Chunk& own, const Turn& turn) {
   Chunk result;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const u32 x = own.words[i], y = turn.other.words[i];
-    const u32 cos = turn.cos.words[i], sin = turn.sin.words[i];
-    result.words[i] = pack<Element>(
-        low_of<Element>(x) * low_of<Element>(cos) + low_of<Element>(y) * low_of<Element>(sin),
-        high_of<Element>(x) * high_of<Element>(cos) + high_of<Element>(y) * high_of<Element>(sin));
+    const TwoFloats pair = turned_pair<Element>(own.words[i], turn, i);
+    result.words[i] = pack<Element>(pair.low, pair.high);
   }
   return result;
 }

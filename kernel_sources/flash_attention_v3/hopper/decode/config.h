@@ -20,21 +20,23 @@ constexpr int kRowsOfNarrowRange = 32, kBlocksOfWideRange = 16;
 struct DecodeItem {
   int batch;  // -1 ends them
   int len_q, offset_q;
-  int first_token, tokens;  // the query tokens of this tile
+  int first_token;     // of this tile's
   int len_k, leftpad;  // key j is row leftpad + j of the cache
   int low, high;       // rows of the cache that some query sees
   // Blocks of kDecodeKeys rows of the cache, of each of two streams of one head: every second one,
   // or a range. Of two heads, or of one stream, the first numbers hold; the last end is the item's.
   int begin[2], end[2];
-  int first_part, parts;  // the parts that share the item; 1: it is whole
-  short is_first;         // of a shared item: whether it begins in this part
+  int first_part;          // the parts that share the item
+  short parts;             // 1: it is whole
+  unsigned char is_first;  // of a shared item: whether it begins in this part
   // An item of a call with fixed ranges is one range of a sequence, or a cluster's part of them.
   // first_part: where the ranges of a sequence meet that several parts share; is_first: whether
   // the first one is this part's.
-  short range, ranges;  // which one it is, of how many; no ranges: the call's splits are free
-  short before;         // how many of the sequence's ranges this part has had
-  short arrivals;       // of this part's last range of the sequence: how many it has, else 0
-  short merge_from;     // the last range of the first part, whose result is that of all up to it
+  unsigned char range;  // which one it is, of so many; no ranges: the call's splits are free
+  short ranges;
+  short before;      // how many of the sequence's ranges this part has had
+  short arrivals;    // of this part's last range of the sequence: how many it has, else 0
+  short merge_from;  // the last range of the first part, whose result is that of all up to it
 };
 
 // A packed query row: which query it is and the rows of the cache that it sees.
@@ -48,7 +50,7 @@ struct alignas(16) DecodeQuery {
 // whose rows lie beside each other in memory, or one key head whose blocks they take in turns.
 template <class Element_, int kHeadDim_, int kRows_, bool kMixed_ = false>
 struct DecodeConfig {
-  using Element = Element_;               // of queries and of the result
+  using Element = Element_;                // of queries and of the result
   static constexpr bool kMixed = kMixed_;  // keys and values in e4m3, which are computed in fp16
   static constexpr int kCacheBytes = kMixed ? 1 : 2;
   static constexpr int kHeadDim = kHeadDim_;  // of queries, keys and values, padded
@@ -56,22 +58,25 @@ struct DecodeConfig {
   static constexpr int kStreams = kHeadDim * kCacheBytes > 256 ? 1 : 2;
   static constexpr int kThreads = 128 + 128 * kStreams;  // four producer warps
   // setmaxnreg: the producer's warps leave registers to the consumers. With 88 of their own they
-  // spill beside 64 rows of head size 64; scales of tokens take more.
-  static constexpr bool kMany = !kMixed || kRows * kHeadDim > 4096;
-  static constexpr int kProducerRegisters = kMany ? 104 : 112;
-  static constexpr int kConsumerRegisters = kMany ? 200 : 192;
+  // spill beside 64 rows of head size 64.
+  static constexpr int kProducerRegisters = 104, kConsumerRegisters = 200;
   static constexpr int kPanels = kHeadDim / kDecodePanel;  // of queries and of the result
   // Of keys and values: 128 bytes, the widest swizzle, or a row where it is shorter.
   static constexpr int kCachePanel = kMixed && kHeadDim > 64 ? 128 : 64;  // columns
   static constexpr int kCachePanels = kHeadDim / kCachePanel;
-  static constexpr int kPanelBytes = kCachePanel * kCacheBytes;  // of a row
+  static constexpr int kPanelBytes = kCachePanel * kCacheBytes;                // of a row
   static constexpr int kBytesOfStream = kDecodeKeys * kHeadDim * kCacheBytes;  // of a stage
   static constexpr int kBytesTile = kStreams * kBytesOfStream;
   static constexpr int kBytesQ = kRows * kHeadDim * 2;  // of a stream
   static constexpr int kBytesP = kRows * kDecodeKeys * 2;
+  // Blocks that a stream of e4m3 computes side by side, where there are registers for them.
+  // When values of e4m3 are loaded: while the first product runs, behind it, or behind the second
+  // operand of their own.
+  static constexpr bool kEarlyValues = kRows * kHeadDim <= 4096;
+  static constexpr int kBlocksAtOnce = kMixed && kHeadDim <= 128 && kRows <= 32 ? 2 : 1;
 
   static constexpr int kOffsetP = kStreams * kBytesQ;
-  static constexpr int kOffsetTiles = kOffsetP + kStreams * 2 * kBytesP;
+  static constexpr int kOffsetTiles = kOffsetP + kStreams * 2 * kBlocksAtOnce * kBytesP;
   // Keys and values take turns. 64 KB in flight a multiprocessor reach 99.6 % of the memory's rate,
   // 128 KB all of it, more only delays.
   static constexpr int kRoom = 200 * 1024 - kOffsetTiles;
@@ -84,7 +89,7 @@ struct DecodeConfig {
   static constexpr int kBytesScales = kMixed ? kStreams * kDecodeKeys * 4 : 0;
   static constexpr int kOffsetQueries = kOffsetScales + kStages * kBytesScales;
   static constexpr int kOffsetItem = kOffsetQueries + kStreams * kRows * 16;
-  static constexpr int kBytesItem = 80;
+  static constexpr int kBytesItem = 64;
   static constexpr int kOffsetBarriers = kOffsetItem + kDecodeItemSlots * kBytesItem;
   static constexpr int kBarriers = 2 * kStages + 2 * kDecodeItemSlots + 1;
   static constexpr int kOffsetBehind = (kOffsetBarriers + kBarriers * 8 + 15) / 16 * 16;
@@ -120,7 +125,8 @@ struct DecodeConfig {
   // panel's are the panel's rows in the second product; of e4m3 those whose bytes a thread loads
   // side by side, in steps of a warp and of four lanes.
   static constexpr int kPanelStep = kMixed ? 2 : 64, kHalfStep = kMixed ? 1 : 8;
-  static constexpr int kWarpStep = kMixed ? kHeadDim / 4 : 16, kLaneStep = kMixed ? kHeadDim / 32 : 1;
+  static constexpr int kWarpStep = kMixed ? kHeadDim / 4 : 16,
+                       kLaneStep = kMixed ? kHeadDim / 32 : 1;
 
   static_assert(kStreams == 1 ||
                     kProducerRegisters + 2 * kConsumerRegisters <= 3 * (65536 / 384 / 8 * 8),

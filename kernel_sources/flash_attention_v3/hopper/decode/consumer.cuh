@@ -19,23 +19,27 @@ struct DecodeConsumer {
   const DecodeParams& params;
   const DecodeShared<C> shared;
   const int stream;
-  const int head, part;
   RingPosition<C::kStages> at;
-  RingPosition<kDecodeItemSlots> item_at;
   DecodeSoftmax<C> softmax;
   float scores[C::kRows / 2];
   float output[C::kPanels][C::kRows / 2];
-  int buffer = 0;  // of probabilities
-  // Of e4m3 with a scale of each token: the exponent of the largest one of values so far.
-  int value_exponent = 0;
+  u32 turns = 0;  // items so far, times 2, and which buffer of probabilities is next: one register
+  int value_exponent = 0;  // of e4m3 with scales of tokens: of the largest of values so far
+
+  // Worked out where they are needed: registers are scarce.
+  __device__ __forceinline__ int my_part() const { return part_of_block(params); }
+  __device__ __forceinline__ int my_head() const {
+    return first_head_of_block(params) + (params.heads_of_block == 2 ? stream : 0);
+  }
 
   __device__ __forceinline__ void release(u32 barrier) {
     mbarrier_arrive_if(barrier, threadIdx.x % 32 == 0);
   }
 
-  __device__ __forceinline__ u32 my_tile() const {
-    return shared.tile(at.stage()) + stream * C::kBytesOfStream;
+  __device__ __forceinline__ u32 tile_of(int stage) const {
+    return shared.tile(stage) + stream * C::kBytesOfStream;
   }
+  __device__ __forceinline__ u32 my_tile() const { return tile_of(at.stage()); }
   __device__ __forceinline__ void wait_tile() {
     mbarrier_wait(shared.full(at.stage()), at.parity());
   }
@@ -49,12 +53,13 @@ struct DecodeConsumer {
     const int thread = threadIdx.x % 128;
     if (thread < C::kRows) {
       const int in_tile = divide(thread, params.group_multiplier, params.group_shift);
-      const bool exists = in_tile < item.tokens;
-      const int token = item.first_token + (exists ? in_tile : item.tokens - 1);
+      const int tokens = tokens_of(params, item);
+      const bool exists = in_tile < tokens;
+      const int token = item.first_token + (exists ? in_tile : tokens - 1);
       const KeyInterval sees = visible_keys<true>(params, token, item.len_q, item.len_k);
       *shared.query(stream, thread) = {item.leftpad + max(0, sees.low), item.leftpad + sees.high,
                                        exists ? token : -1,
-                                       head * params.group + thread - in_tile * params.group};
+                                       my_head() * params.group + thread - in_tile * params.group};
     }
     stream_sync(stream);
   }
@@ -98,14 +103,15 @@ struct DecodeConsumer {
     if constexpr (kIsBf16<Element>) factor = scale_to_fp16<C::kHeadDim / 8>(words);
     store_query<C>(shared.q(stream), index, piece, words);
     if (piece == 0) {
-      shared.score_factors(stream)[index] = factor * descale_of(params.k, item, head);
+      shared.score_factors(stream)[index] = factor * descale_of(params.k, item);
     }
   }
 
-  __device__ __forceinline__ float descale_of(const DecodeRows& rows, const DecodeItem& item,
-                                              int head) const {
+  __device__ __forceinline__ float descale_of(const DecodeRows& rows,
+                                              const DecodeItem& item) const {
     if (rows.descale == nullptr) return 1.f;
-    return rows.descale[item.batch * rows.descale_batch_stride + head * rows.descale_head_stride];
+    return rows
+        .descale[item.batch * rows.descale_batch_stride + my_head() * rows.descale_head_stride];
   }
 
   __device__ __forceinline__ void multiply_scores() {
@@ -128,7 +134,7 @@ struct DecodeConsumer {
 
   __device__ __forceinline__ void multiply_values() {
     const u32 v = wgmma_descriptor_low(my_tile(), 16);
-    const u32 p = wgmma_descriptor_low(shared.p(stream, buffer), 16);
+    const u32 p = wgmma_descriptor_low(shared.p(stream, turns & 1), 16);
 #pragma unroll
     for (int panel = 0; panel < C::kPanels; ++panel) pin_registers(output[panel]);
     wgmma_fence();
@@ -157,7 +163,8 @@ struct DecodeConsumer {
   }
 
   // -inf for keys that a query does not see. `row`: the cache's row of the block's first key.
-  __device__ __forceinline__ void mask_scores_of(const DecodeItem& item, int row) {
+  __device__ __forceinline__ void mask_scores_of(const DecodeItem& item, int row,
+                                                 float (&scores)[C::kRows / 2]) {
     const int key = row + first_key();
 #pragma unroll
     for (int i = 0; i < kQueries; ++i) {
@@ -186,8 +193,7 @@ struct DecodeConsumer {
   }
 
   // Zeros for values that no query sees: they may hold anything, and 0 times NaN is NaN.
-  __device__ __forceinline__ void clear_hidden_values(const DecodeItem& item, int row) {
-    const u32 v = my_tile();
+  __device__ __forceinline__ void clear_hidden_values(const DecodeItem& item, int row, u32 v) {
     const int below = min(max(item.low - row, 0), kDecodeKeys);
     const int above = min(max(item.high - row, 0), kDecodeKeys);
 #pragma unroll 1
@@ -207,7 +213,7 @@ struct DecodeConsumer {
   // Whether some query sees the key of a row of the cache. Of most keys the last one does.
   __device__ __forceinline__ bool is_seen(const DecodeItem& item, int row) const {
 #pragma unroll 1
-    for (int token = item.tokens - 1; token >= 0; --token) {
+    for (int token = tokens_of(params, item) - 1; token >= 0; --token) {
       const DecodeQuery query = *shared.query(stream, token * params.group);
       if (row >= query.low && row < query.high &&
           sees_draft(item, query.token, row - item.leftpad)) {
@@ -218,16 +224,15 @@ struct DecodeConsumer {
   }
 
   // As clear_hidden_values, of the keys that the draft mask hides from every query, a thread each.
-  __device__ __forceinline__ void clear_unseen_values(const DecodeItem& item, int row) {
+  __device__ __forceinline__ void clear_unseen_values(const DecodeItem& item, int row, u32 v) {
     const int key = threadIdx.x % 128;
     if (key >= kDecodeKeys || is_seen(item, row + key)) return;
 #pragma unroll 1
     for (int piece = 0; piece < C::kHeadDim * C::kCacheBytes / 16; ++piece) {
       constexpr int kPieces = C::kPanelBytes / 16;
-      store_zeros(my_tile() + (piece / kPieces * kDecodeKeys + key) * C::kPanelBytes +
+      store_zeros(v + (piece / kPieces * kDecodeKeys + key) * C::kPanelBytes +
                   piece % kPieces * 16);
     }
-    if constexpr (C::kMixed) shared.scales(at.stage(), stream)[key] = 0.f;
   }
 
   // Whether every query sees all keys of a block. Looked up for each, since registers are scarce,
@@ -241,35 +246,31 @@ struct DecodeConsumer {
   __device__ __forceinline__ void run_block(const DecodeItem& item, int block, bool is_first) {
     const int row = block * kDecodeKeys;
     const bool masks = !all_see(item, row);
-    float of_keys[2] = {1.f, 1.f};      // of e4m3: what probabilities are multiplied by
-    [[maybe_unused]] Fragments values;  // of e4m3 as well, where there are registers for all
     wait_tile();
-    if constexpr (C::kMixed) {
-      multiply_scores_mixed(item, row, of_keys, values);
-    } else {
-      if (params.box_rows == 0) proxy_fence();
-      multiply_scores();
-    }
+    if (params.box_rows == 0) proxy_fence();
+    multiply_scores();
     if (params.softcap_scale != 0.f) {
 #pragma unroll
       for (float& score : scores) score = tanh_fast(score * params.softcap_scale);
     }
-    if (masks) mask_scores_of(item, row);
+    if (masks) mask_scores_of(item, row, scores);
     const float scale = params.scale_log2;
     // Finite: a first key is above a reference of -inf by any threshold but an infinite one.
     const float threshold = fminf(kRescaleThreshold / scale, kLargestFloat);
     float sums[kQueries];
-    bool waits = !C::kMixed, raises = is_first;
+    bool waits = true, raises = is_first;
 #pragma unroll 1
     while (true) {  // once, or again with references that were raised
-      if (raises) raise(threshold);
+      if (raises) raise(scores, threshold);
       u32 packed[C::kRows / 4];
-      const bool grew = exponentiate<C>(scores, softmax, scale, threshold, of_keys, sums, packed);
-      store_probabilities<C>(shared.p(stream, buffer), packed);
+      const bool grew =
+          exponentiate<C>(scores, softmax, scale, threshold, {1.f, 1.f}, sums, packed);
+      store_probabilities<C>(shared.p(stream, turns & 1), packed);
       if (waits) {
         wait_tile();
-        if (row < item.low || row + kDecodeKeys > item.high) clear_hidden_values(item, row);
-        if (has_drafts(item, row)) clear_unseen_values(item, row);
+        const u32 v = my_tile();
+        if (row < item.low || row + kDecodeKeys > item.high) clear_hidden_values(item, row, v);
+        if (has_drafts(item, row)) clear_unseen_values(item, row, v);
         waits = false;
       }
       proxy_fence();
@@ -278,136 +279,31 @@ struct DecodeConsumer {
     }
 #pragma unroll
     for (int i = 0; i < kQueries; ++i) softmax.sum[i] += sums[i];
-    if constexpr (C::kMixed) {
-      multiply_values_mixed(values);
-    } else {
-      multiply_values();
-    }
-    buffer ^= 1;
+    multiply_values();
+    turns ^= 1;
   }
 
-  // Of e4m3 the values wait in registers for their probabilities, or are loaded step by step.
-  static constexpr bool kEarlyValues = C::kMixed && C::kRows * C::kPanels <= 64;
-  struct Fragments {
-    u32 of_steps[kDecodeKeys / 16][C::kPanels][4];
-  };
+  // Blocks of e4m3, `count` of them and no more than C::kBlocksAtOnce, `step` apart: in mixed.cuh.
+  using Scores = float[C::kRows / 2];
+  using Values = u32[kDecodeKeys / 16][C::kPanels][4];
+  struct ValueScales;
+  __device__ void run_mixed(const DecodeItem& item, int block, int step, int count, bool is_first);
+  __device__ void wait_mixed(const DecodeItem& item, int row, RingPosition<C::kStages>& ahead,
+                             ValueScales& scales);
+  __device__ void clear_values(const DecodeItem& item, int row, int stage);
+  __device__ void raise_value_unit(int exponent);
+  __device__ void scale_scores(Scores (&scores)[C::kBlocksAtOnce],
+                               const int (&stages)[C::kBlocksAtOnce]);
+  __device__ void settle_block(const Scores& scores, const ValueScales& scales, u32 p,
+                               Values& values, int stage, bool raises);
+  __device__ void load_value_stage(Values& values, int stage, bool exists);
+  __device__ bool settle_blocks(const Scores (&scores)[C::kBlocksAtOnce],
+                                const ValueScales (&scales)[C::kBlocksAtOnce], u32 p,
+                                Values (&values)[C::kBlocksAtOnce]);
+  __device__ void multiply_values_mixed(Values& values, u32 p);
+  __device__ void descale_output(const DecodeItem& item);
 
-  // Keys and values of a block have come before the first product begins: no branch goes beside it.
-  // The stage of the values is the position's when this ends, or free already.
-  __device__ __forceinline__ void multiply_scores_mixed(const DecodeItem& item, int row,
-                                                        float (&of_keys)[2], Fragments& values) {
-    float of_scores[2] = {1.f, 1.f};
-    const bool k_scaled = params.k.scales != nullptr, v_scaled = params.v.scales != nullptr;
-    u32 keys[C::kHeadDim / 16][4];
-    load_keys<C>(my_tile(), keys);
-    if (k_scaled) {
-      const float* const scales = shared.scales(at.stage(), stream) + first_key();
-      of_scores[0] = scales[0];
-      of_scores[1] = scales[8];
-    }
-    release_tile();
-    wait_tile();
-    const bool hides = row < item.low || row + kDecodeKeys > item.high;
-    if (hides || has_drafts(item, row)) clear_values(item, row);
-    if (v_scaled) scale_values(of_keys);
-    const u32 q = wgmma_descriptor_low(shared.q(stream), 16);
-    pin_registers(scores);
-    wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < C::kHeadDim / 16; ++i) {
-      const u32 at_step = i / 4 * C::kRows * 128 + i % 4 * 32;
-      wgmma_rs<fp16, false>(scores, keys[i][0], keys[i][1], keys[i][2], keys[i][3],
-                            wgmma_descriptor<128>(q + (at_step >> 4)), i != 0);
-    }
-    wgmma_commit();
-    if constexpr (kEarlyValues) {
-      const ValuePlaces places = value_places<C>(my_tile());
-#pragma unroll
-      for (int i = 0; i < kDecodeKeys / 16; ++i) load_values<C>(places, i, values.of_steps[i]);
-      release_tile();
-    }
-    wgmma_wait<0>();
-    pin_registers(scores);
-#pragma unroll
-    for (int i = 0; i < kQueries; i += 2) {
-      const float2 factor = *reinterpret_cast<const float2*>(
-          shared.score_factors(stream) + i / 2 * 8 + threadIdx.x % 4 * 2);
-      scores[2 * i] *= factor.x;
-      scores[2 * i + 1] *= factor.y;
-      scores[2 * i + 2] *= factor.x;
-      scores[2 * i + 3] *= factor.y;
-    }
-    if (!k_scaled) return;
-#pragma unroll
-    for (int i = 0; i < C::kRows / 2; ++i) scores[i] *= of_scores[i / 2 % 2];
-  }
-
-  // Values, and their scales, that no query sees become 0 for all threads.
-  __device__ __forceinline__ void clear_values(const DecodeItem& item, int row) {
-    clear_hidden_values(item, row);
-    if (has_drafts(item, row)) clear_unseen_values(item, row);
-    proxy_fence();  // the copy engine overwrites them
-    stream_sync(stream);
-  }
-
-  // What the probabilities of the thread's keys are multiplied by. The unit is the stream's: all
-  // its threads find the same one.
-  __device__ __forceinline__ void scale_values(float (&of_keys)[2]) {
-    const float* const scales = shared.scales(at.stage(), stream);
-    const int exponent = largest_exponent(scales);
-    if (exponent > value_exponent) {
-      const int growth = exponent - value_exponent;
-      const float factor = growth > 126 ? 0.f : __int_as_float((127 - growth) << 23);
-#pragma unroll
-      for (int panel = 0; panel < C::kPanels; ++panel) {
-#pragma unroll
-        for (float& value : output[panel]) value *= factor;
-      }
-      value_exponent = exponent;
-    }
-    const float unit = to_unit_of_values(value_exponent);
-    of_keys[0] = scales[first_key()] * unit;
-    of_keys[1] = scales[first_key() + 8] * unit;
-  }
-
-  __device__ __forceinline__ void multiply_values_mixed(Fragments& values) {
-    const u32 p = wgmma_descriptor_low(shared.p(stream, buffer), 16);
-    const ValuePlaces places = value_places<C>(my_tile());
-#pragma unroll
-    for (int panel = 0; panel < C::kPanels; ++panel) pin_registers(output[panel]);
-#pragma unroll
-    for (int i = 0; i < kDecodeKeys / 16; ++i) {
-      u32(&of_step)[C::kPanels][4] = values.of_steps[i];
-      if constexpr (!kEarlyValues) load_values<C>(places, i, of_step);
-      wgmma_fence();
-#pragma unroll
-      for (int panel = 0; panel < C::kPanels; ++panel) {
-        wgmma_rs<fp16, false>(output[panel], of_step[panel][0], of_step[panel][1],
-                              of_step[panel][2], of_step[panel][3],
-                              wgmma_descriptor<128>(p + (i * 32 >> 4)), 1);
-      }
-      wgmma_commit();
-    }
-    wgmma_wait<0>();
-#pragma unroll
-    for (int panel = 0; panel < C::kPanels; ++panel) pin_registers(output[panel]);
-    if constexpr (!kEarlyValues) release_tile();
-  }
-
-  // The scales of values that a whole item has in common.
-  __device__ __forceinline__ void descale_output(const DecodeItem& item) {
-    float factor = descale_of(params.v, item, head);
-    if (params.v.scales != nullptr && value_exponent > 0) {
-      factor *= from_unit_of_values(value_exponent);
-    }
-#pragma unroll
-    for (int panel = 0; panel < C::kPanels; ++panel) {
-#pragma unroll
-      for (float& value : output[panel]) value *= factor;
-    }
-  }
-
-  __device__ __forceinline__ void raise(float threshold) {
+  __device__ __forceinline__ void raise(const float (&scores)[C::kRows / 2], float threshold) {
     float factors[kQueries];
     raise_references<C>(shared, stream, scores, softmax, params.scale_log2, threshold, factors);
 #pragma unroll
@@ -449,15 +345,22 @@ struct DecodeConsumer {
     int block = item.begin[turn];
     bool is_first = true;
 #pragma unroll 1
-    for (; block < item.end[turn]; block += step) {
-      run_block(item, block, is_first);
+    while (block < item.end[turn]) {
+      if constexpr (C::kMixed) {
+        const int count = min(C::kBlocksAtOnce, (item.end[turn] - block + step - 1) / step);
+        run_mixed(item, block, step, count, is_first);
+        block += count * step;
+      } else {
+        run_block(item, block, is_first);
+        block += step;
+      }
       is_first = false;
     }
     if (in_turns) pass_blocks(item, block, step);
     if constexpr (C::kMixed) descale_output(item);
     gather_statistics<C>(shared, stream, softmax, params.scale_log2);
     if (params.in_clusters) {
-      merge_in_cluster<C>(params, item, shared, stream, part, output);
+      merge_in_cluster<C>(params, item, shared, stream, my_part(), output);
       return;
     }
     if (in_turns) join_streams<C>(shared, stream, output);
@@ -475,6 +378,7 @@ struct DecodeConsumer {
   }
 
   __device__ __forceinline__ void finish(const DecodeItem& item) {
+    const int head = my_head(), part = my_part();
     const bool of_ranges = item.ranges > 0;
     if (of_ranges && item.is_first) {
       // Up to its first range's part a sequence's ranges are joined here, one after the other.
@@ -503,14 +407,17 @@ struct DecodeConsumer {
 
   __device__ __forceinline__ void run() {
     while (true) {
-      mbarrier_wait(shared.item_full(item_at.stage()), item_at.parity());
-      const DecodeItem& item = *shared.item(item_at.stage());
+      const u32 slot = turns / 2 % kDecodeItemSlots;
+      mbarrier_wait(shared.item_full(slot), turns / 2 / kDecodeItemSlots & 1);
+      const DecodeItem& item = *shared.item(slot);
       if (uniform(item.batch) < 0) return;
       run_item(item);
-      mbarrier_arrive(shared.item_empty(item_at.stage()));  // every lane has read the item
-      item_at.advance();
+      mbarrier_arrive(shared.item_empty(slot));  // every lane has read the item
+      turns += 2;
     }
   }
 };
 
 }  // namespace jit_kernel::hopper
+
+#include "flash_attention_v3/hopper/decode/mixed.cuh"

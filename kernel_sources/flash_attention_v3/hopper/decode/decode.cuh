@@ -29,13 +29,13 @@ __device__ __forceinline__ void initialise_barrier(const DecodeShared<C>& shared
 template <class C>
 __device__ __forceinline__ void decode(const DecodeParams& params, char* base) {
   const DecodeShared<C> shared{base};
-  // Neighbouring blocks, or clusters, are the key heads of the same tokens.
-  const int part = params.in_clusters ? blockIdx.x : blockIdx.y;
-  const int head = (params.in_clusters ? blockIdx.y : blockIdx.x) * params.heads_of_block;
+  const int part = part_of_block(params), head = first_head_of_block(params);
   const bool by_boxes = params.box_rows > 0, consumes = threadIdx.x >= 128;
   if (consumes) {
     // One thread expects the copies, and two warps load the scales of e4m3.
-    const int fillers = !by_boxes ? 128 : C::kMixed && has_scales(params) ? 1 + kThreadsOfScales : 1;
+    const int fillers = !by_boxes                         ? 128
+                        : C::kMixed && has_scales(params) ? 1 + kThreadsOfScales
+                                                          : 1;
     initialise_barrier<C>(shared, threadIdx.x - 128, fillers);
   } else if (by_boxes && threadIdx.x < 2) {
     tma_prefetch_descriptor(threadIdx.x == 0 ? &params.k.map : &params.v.map);
@@ -64,8 +64,7 @@ __device__ __forceinline__ void decode(const DecodeParams& params, char* base) {
   if (consumes) {
     if constexpr (C::kStreams == 2) raise_registers<C::kConsumerRegisters>();
     const int stream = uniform(threadIdx.x / 128 - 1);
-    DecodeConsumer<C> consumer{params, shared, stream,
-                               head + (params.heads_of_block == 2 ? stream : 0), part};
+    DecodeConsumer<C> consumer{params, shared, stream};
     consumer.run();
     return;
   }
@@ -84,8 +83,8 @@ __device__ __forceinline__ void decode(const DecodeParams& params, char* base) {
 // The kernel of a variant.
 #define JIT_KERNEL_EXPORT_DECODE(element, head_dim, rows, mixed)                                \
   using Variant = jit_kernel::hopper::DecodeConfig<jit_kernel::element, head_dim, rows, mixed>; \
-  extern "C" __global__ void __launch_bounds__(Variant::kThreads, 1)                     \
-      decode(const __grid_constant__ jit_kernel::hopper::DecodeParams params) {          \
-    extern __shared__ __align__(1024) char shared_memory[];                              \
-    jit_kernel::hopper::decode<Variant>(params, shared_memory);                          \
+  extern "C" __global__ void __launch_bounds__(Variant::kThreads, 1)                            \
+      decode(const __grid_constant__ jit_kernel::hopper::DecodeParams params) {                 \
+    extern __shared__ __align__(1024) char shared_memory[];                                     \
+    jit_kernel::hopper::decode<Variant>(params, shared_memory);                                 \
   }

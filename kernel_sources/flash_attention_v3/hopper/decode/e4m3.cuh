@@ -141,7 +141,7 @@ __device__ __forceinline__ void store_query(u32 queries, int index, int piece,
                                             const u32 (&words)[4]) {
   const int thread = piece / 2 % 4, step = piece / 8 * 4 + piece % 2 * 2;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {  // two columns each
+  for (int i = 0; i < 4; ++i) {                 // two columns each
     const int at = (step + i / 2) * 2 + i % 2;  // in 16 bytes
     const u32 address = queries + at / 8 * C::kRows * 128 + index * 128 +
                         ((at % 8) ^ (index % 8)) * 16 + thread * 4;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "flash_attention_v3/hopper/decode/ranges.cuh"
+#include "flash_attention_v3/hopper/decode/schedule.cuh"
 
 namespace jit_kernel::hopper {
 
@@ -138,7 +139,7 @@ __device__ __forceinline__ void merge_parts(const DecodeParams& params, const De
                                             const DecodeShared<C>& shared, int stream, int head) {
   constexpr int kQuads = C::kHeadDim / 4;
   constexpr int kAtOnce = C::kRows <= 16 ? 8 : 4;  // loads on their way
-  const int rows = min(C::kRows, item.tokens * params.group);
+  const int rows = min(C::kRows, tokens_of(params, item) * params.group);
   const bool of_ranges = item.ranges > 0;
   const float* const first = of_ranges ? range_of<C>(params, item, item.merge_from, head)
                                        : partial_of<C>(params, item.first_part, head, false);
@@ -273,7 +274,7 @@ __device__ __forceinline__ void merge_in_cluster(const DecodeParams& params, con
     reinterpret_cast<float2*>(shared.base)[stream * C::kRows + thread] = {
         shared.references(stream)[thread], sum_of(shared, stream, thread)};
   }
-  const int quads = min(C::kRows, item.tokens * params.group) * kQuads;
+  const int quads = min(C::kRows, tokens_of(params, item) * params.group) * kQuads;
   const int slots = C::kRoomForRanges && item.ranges > 0 ? item.ranges : kClusterParts;
   if (of_all == 0) {
     mbarrier_arrive_expect(shared.incoming_full(), quads / kClusterParts * slots * C::kBytesOfQuad);

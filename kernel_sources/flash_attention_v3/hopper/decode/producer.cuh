@@ -193,23 +193,16 @@ struct DecodeProducer {
     const auto row_of = [&](int block, int slot) {
       const bool in_turns = params.heads_of_block == 1;
       const int in_stage = slot * kThreadsOfScales + thread;
-      return block * kDecodeKeys +
-             (in_turns ? row_behind(item, in_stage) : in_stage % kDecodeKeys);
+      return block * kDecodeKeys + (in_turns ? row_behind(item, in_stage) : in_stage % kDecodeKeys);
     };
-    const auto find = [&](int block, int (&found)[kSlots]) {
+#pragma unroll 1
+    for (int block = item.begin[0]; block < item.end[0]; block += step) {
+      int place[kSlots];  // looked up while the stages before are computed: no need to be ahead
 #pragma unroll
       for (int i = 0; i < kSlots; ++i) {
         const int row = row_of(block, i);
-        found[i] = row >= item.low && row < high ? places.place(row) : -1;
+        place[i] = row >= item.low && row < high ? places.place(row) : -1;
       }
-    };
-    int place[kSlots], next[kSlots];
-    find(item.begin[0], next);
-#pragma unroll 1
-    for (int block = item.begin[0]; block < item.end[0]; block += step) {
-#pragma unroll
-      for (int i = 0; i < kSlots; ++i) place[i] = next[i];
-      find(block + step, next);
 #pragma unroll 1
       for (int tile = 0; tile < 2; ++tile) {
         const DecodeRows& rows = tile == 0 ? params.k : params.v;
@@ -252,6 +245,7 @@ struct DecodeProducer {
   static constexpr int kRowsAtOnce = 32 / kThreadsOfRow;  // of a warp
   static constexpr int kRowsOfWarp = C::kStreams * kDecodeKeys / 4;
   static constexpr int kPasses = kRowsOfWarp / kRowsAtOnce;
+  static constexpr int kUnrolled = C::kMixed ? 4 : 8;  // as many as registers allow
   static_assert(kRowsOfWarp <= 32, "a lane knows one row");
 
   // This lane's row of a stage whose first block is `block`: its block there, and its row in it.
@@ -282,13 +276,12 @@ struct DecodeProducer {
                      first_row / kDecodeKeys * C::kBytesOfStream +
                      first_row % kDecodeKeys * C::kPanelBytes;
     mbarrier_wait(shared.empty(at.stage()), at.parity() ^ 1);
-#pragma unroll 8
+#pragma unroll kUnrolled
     for (int pass = 0; pass < kPasses; ++pass) {
       const int row = pass * kRowsAtOnce + of_lane;  // of this warp
       const u64 begins = __shfl_sync(0xffffffffu, offset, row);
-      const u32 destination =
-          tile + pass * kRowsAtOnce * C::kPanelBytes +
-          ((piece ^ (kPieces == 8 ? row : row / 2)) & (kPieces - 1)) * 16;
+      const u32 destination = tile + pass * kRowsAtOnce * C::kPanelBytes +
+                              ((piece ^ (kPieces == 8 ? row : row / 2)) & (kPieces - 1)) * 16;
       asm volatile(
           "{\n.reg .pred p;\nsetp.ne.u32 p, %3, 0;\n"
           "@p cp.async.cg.shared.global [%0], [%1], 16, %2;\n}" ::"r"(destination),

@@ -13,6 +13,14 @@
 
 namespace jit_kernel::hopper {
 
+// Neighbouring thread blocks, or clusters, are the key heads of the same tokens.
+__device__ __forceinline__ int part_of_block(const DecodeParams& params) {
+  return params.in_clusters ? blockIdx.x : blockIdx.y;
+}
+__device__ __forceinline__ int first_head_of_block(const DecodeParams& params) {
+  return (params.in_clusters ? blockIdx.y : blockIdx.x) * params.heads_of_block;
+}
+
 // floor(value / n) for 0 <= value < 2^31, by the numbers that the launcher made for n.
 __device__ __forceinline__ int divide(int value, unsigned multiplier, unsigned shift) {
   return __umulhi(2u * value, multiplier) >> shift;
@@ -53,6 +61,12 @@ __device__ __forceinline__ DecodeLengths lengths_of(const DecodeParams& params, 
   of.leftpad = params.cache_leftpad != nullptr ? max(0, params.cache_leftpad[batch]) : 0;
   of.len_k = max(0, min(rows, params.rows_k) - of.leftpad);
   return of;
+}
+
+// The query tokens of an item's tile.
+__device__ __forceinline__ int tokens_of(const DecodeParams& params, const DecodeItem& item) {
+  const int rest = item.len_q - item.first_token;
+  return params.tiles <= 1 ? rest : min(rest, params.tile_tokens);
 }
 
 // What a tile's queries see: rows of the cache, and how many blocks that is. A sequence that
@@ -96,7 +110,6 @@ __device__ __forceinline__ bool item_of_cluster(const DecodeParams& params, int 
   const SeenRows seen = seen_rows(params, of, tokens);
   item.len_q = of.len_q;
   item.first_token = tokens.first;
-  item.tokens = tokens.count;
   item.len_k = of.len_k;
   item.leftpad = of.leftpad;
   item.offset_q = params.cu_seqlens_q != nullptr ? params.cu_seqlens_q[item.batch] : 0;
@@ -167,9 +180,7 @@ class DecodeSchedule {
       item.batch = sequence_of(params_, tile_);
       item.len_q = __shfl_sync(0xffffffffu, of_.len_q, source);
       item.len_k = __shfl_sync(0xffffffffu, of_.len_k, source);
-      const TileTokens tokens = tokens_of(params_, tile_, item.len_q);
-      item.first_token = tokens.first;
-      item.tokens = tokens.count;
+      item.first_token = tokens_of(params_, tile_, item.len_q).first;
       item.leftpad = __shfl_sync(0xffffffffu, of_.leftpad, source);
       item.low = __shfl_sync(0xffffffffu, seen_.low, source);
       item.high = __shfl_sync(0xffffffffu, seen_.high, source);
@@ -222,7 +233,7 @@ class DecodeSchedule {
       return false;
     }
     const unsigned first = ranges_before(max(start, begin_of(blockIdx.y)));
-    item.range = static_cast<short>(range);
+    item.range = static_cast<unsigned char>(range);
     item.ranges = static_cast<short>(ranges);
     item.is_first = first == 0;
     item.before = static_cast<short>(range - first);

@@ -13,7 +13,7 @@ struct DecodeShared {
   __device__ u32 address(int offset) const { return shared_address(base) + offset; }
   __device__ u32 q(int stream) const { return address(stream * C::kBytesQ); }
   __device__ u32 p(int stream, int buffer) const {
-    return address(C::kOffsetP + (2 * stream + buffer) * C::kBytesP);
+    return address(C::kOffsetP + (2 * C::kBlocksAtOnce * stream + buffer) * C::kBytesP);
   }
   __device__ u32 tile(int stage) const { return address(C::kOffsetTiles + stage * C::kBytesTile); }
   // Where one stream's output reaches the other: the queries' memory, which is then done with.

@@ -78,8 +78,7 @@ __device__ __forceinline__ float base_of(float reference) {
 template <class C>
 __device__ __forceinline__ bool exponentiate(const float (&scores)[C::kRows / 2],
                                              const DecodeSoftmax<C>& state, float scale,
-                                             float threshold,
-                                             const float (&of_keys)[2],
+                                             float threshold, const float (&of_keys)[2],
                                              float (&sums)[DecodeSoftmax<C>::kQueries],
                                              u32 (&packed)[C::kRows / 4]) {
   bool grew = false;

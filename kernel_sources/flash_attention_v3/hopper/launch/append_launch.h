@@ -15,7 +15,7 @@ namespace jit_kernel::hopper {
 
 using MaybeTensor = tvm::ffi::Optional<tvm::ffi::TensorView>;
 
-constexpr int64_t kElementBytes = 2;
+constexpr int64_t kElementBytes = 2;  // of new keys and values, queries and tables
 // Items are counted in 31 bits, those of the last block's lanes included.
 constexpr int64_t kMostItems = (int64_t{1} << 31) - (1 << 16);
 
@@ -33,7 +33,7 @@ inline Divisor divisor_of(int64_t number) {
 inline bool has_wide_rows(const tvm::ffi::TensorView& x) {
   auto bits = reinterpret_cast<uint64_t>(cuda::data_of(x));
   for (int i = 0; i + 1 < x.ndim(); ++i) {
-    if (x.size(i) > 1) bits |= static_cast<uint64_t>(x.stride(i) * kElementBytes);
+    if (x.size(i) > 1) bits |= static_cast<uint64_t>(x.stride(i) * (x.dtype().bits / 8));
   }
   return bits % kChunkBytes == 0;
 }
@@ -56,9 +56,10 @@ inline AppendPart part_of(const char* name, const tvm::ffi::TensorView& source,
   part.source_batch = n == 4 ? source.stride(0) * kElementBytes : 0;
   part.source_token = source.stride(n - 3) * kElementBytes;
   part.source_head = source.stride(n - 2) * kElementBytes;
-  part.destination_batch = m == 4 ? destination.stride(0) * kElementBytes : 0;
-  part.destination_token = destination.stride(m - 3) * kElementBytes;
-  part.destination_head = destination.stride(m - 2) * kElementBytes;
+  const int64_t bytes = destination.dtype().bits / 8;
+  part.destination_batch = m == 4 ? destination.stride(0) * bytes : 0;
+  part.destination_token = destination.stride(m - 3) * bytes;
+  part.destination_head = destination.stride(m - 2) * bytes;
   part.cu_seqlens = cu_seqlens;
   part.items = static_cast<unsigned>(items);
   part.heads = divisor_of(heads);
@@ -68,6 +69,20 @@ inline AppendPart part_of(const char* name, const tvm::ffi::TensorView& source,
   part.wide = has_wide_rows(source);
   part.rotates = rotates;
   return part;
+}
+
+// What rows that go to a cache in e4m3 are divided by.
+inline void set_factors(AppendPart& part, const MaybeTensor& descale, const MaybeTensor& scales) {
+  part.descale = cuda::data_of<const float>(descale);
+  if (descale.has_value()) {
+    part.descale_batch = descale.value().stride(0);
+    part.descale_head = descale.value().stride(1);
+  }
+  part.scales = cuda::data_of<const float>(scales);
+  if (!scales.has_value()) return;
+  part.scales_batch = scales.value().stride(0);
+  part.scales_token = scales.value().stride(1);
+  part.scales_head = scales.value().stride(2);
 }
 
 // How many blocks a part takes.
@@ -104,14 +119,16 @@ inline void set_tables(AppendParams& params, const MaybeTensor& cos, const Maybe
 
 // Shapes, dtypes and devices have been checked; the rotary tables come with `rotated`, which is
 // shaped as q. false, and nothing is written, where a row of the caches or of `rotated` does not
-// begin at a multiple of 16 bytes; new keys, values, q and tables may begin anywhere.
+// begin at a multiple of 16 bytes; new keys, values, q and tables may begin anywhere. The scales
+// are read by the kernel for caches in e4m3 alone.
 inline bool append(int64_t handle, tvm::ffi::TensorView q, MaybeTensor rotated,
                    tvm::ffi::TensorView k_new, tvm::ffi::TensorView v_new,
                    tvm::ffi::TensorView k_cache, tvm::ffi::TensorView v_cache,
                    MaybeTensor rotary_cos, MaybeTensor rotary_sin, MaybeTensor cu_seqlens_q,
                    MaybeTensor cu_seqlens_k_new, MaybeTensor cache_seqlens,
                    MaybeTensor rotary_seqlens, MaybeTensor cache_batch_idx, MaybeTensor page_table,
-                   bool interleaved, bool by_token) {
+                   MaybeTensor k_descale, MaybeTensor v_descale, MaybeTensor k_scale,
+                   MaybeTensor v_scale, bool interleaved, bool by_token) {
   if (!has_wide_rows(k_cache) || !has_wide_rows(v_cache)) return false;
   if (rotated.has_value() && !has_wide_rows(rotated.value())) return false;
   AppendParams params = {};
@@ -121,6 +138,8 @@ inline bool append(int64_t handle, tvm::ffi::TensorView q, MaybeTensor rotated,
       static_cast<int>(cu_seqlens_q.has_value() ? cu_seqlens_q.value().size(0) - 1 : q.size(0));
   params.parts[kNewKeys] = part_of("k", k_new, k_cache, new_starts, rotates);
   params.parts[kNewValues] = part_of("v", v_new, v_cache, new_starts, false);
+  set_factors(params.parts[kNewKeys], k_descale, k_scale);
+  set_factors(params.parts[kNewValues], v_descale, v_scale);
   if (rotates) {
     params.parts[kQueries] =
         part_of("q", q, rotated.value(), cuda::data_of<const int>(cu_seqlens_q), true);

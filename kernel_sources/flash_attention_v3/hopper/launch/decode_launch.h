@@ -49,9 +49,18 @@ struct DecodeShape {
 template <int kHeadDim, int kRows, bool kMixed>
 constexpr DecodeShape shape_of_decode() {
   using C = DecodeConfig<void, kHeadDim, kRows, kMixed>;
-  return {kHeadDim,          kRows,           kMixed,          C::kStreams,
-          C::kThreads,       C::kSharedBytes, C::kPartialFloats, C::kCachePanels,
-          C::kCachePanel,    C::kPanelBytes,  C::kKeepsInShared, C::kRoomForRanges};
+  return {kHeadDim,
+          kRows,
+          kMixed,
+          C::kStreams,
+          C::kThreads,
+          C::kSharedBytes,
+          C::kPartialFloats,
+          C::kCachePanels,
+          C::kCachePanel,
+          C::kPanelBytes,
+          C::kKeepsInShared,
+          C::kRoomForRanges};
 }
 
 constexpr DecodeShape kDecodeShapes[] = {
@@ -426,9 +435,9 @@ inline int64_t launch_decode(DecodeVariant& variant, const DecodeCall& call) {
   void* arguments[] = {&params};
   const unsigned groups = static_cast<unsigned>(params.heads_k / params.heads_of_block);
   const unsigned parts_of_head = static_cast<unsigned>(params.parts);
-  const cuda::Grid grid =
-      params.in_clusters ? cuda::Grid{parts_of_head, groups, static_cast<unsigned>(params.all_tiles)}
-                         : cuda::Grid{groups, parts_of_head};
+  const cuda::Grid grid = params.in_clusters ? cuda::Grid{parts_of_head, groups,
+                                                          static_cast<unsigned>(params.all_tiles)}
+                                             : cuda::Grid{groups, parts_of_head};
   variant.kernel.launch_overlapped(device, grid, params.in_clusters ? kClusterParts : 1u,
                                    arguments);
   return kLaunched;

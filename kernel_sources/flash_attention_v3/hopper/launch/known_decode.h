@@ -25,7 +25,7 @@ using PlainTensor = std::optional<TensorView>;
 // Members are initialised in the order of their declaration, so the order of the lines is the order
 // of the call: one line declares an argument and reads it.
 struct KnownDecodeArguments {
-  static constexpr int32_t kCount = 23;
+  static constexpr int32_t kCount = 27;
   explicit KnownDecodeArguments(FfiArguments& arguments) : from(arguments) {}
 
   FfiArguments& from;
@@ -40,6 +40,10 @@ struct KnownDecodeArguments {
   PlainTensor cu_seqlens_k_new = from.maybe_tensor();
   PlainTensor sinks = from.maybe_tensor();
   PlainTensor scheduler_metadata = from.maybe_tensor();
+  PlainTensor k_descale = from.maybe_tensor();
+  PlainTensor v_descale = from.maybe_tensor();
+  PlainTensor k_scale = from.maybe_tensor();
+  PlainTensor v_scale = from.maybe_tensor();
   std::optional<int64_t> max_seqlen_q = from.maybe_exact_integer();
   std::optional<double> softmax_scale = from.maybe_exact_number();
   bool causal = from.exact_boolean();
@@ -53,6 +57,7 @@ struct KnownDecodeArguments {
   bool clear_rest = from.boolean();
   bool all_in_memory = from.boolean();  // whether torch was asked, and says so
 
+  bool is_mixed() const { return k.dtype().bits == 8; }
   bool is_ragged() const { return cu_seqlens_q.has_value(); }
   int64_t batch() const { return is_ragged() ? cu_seqlens_q->size(0) - 1 : q.size(0); }
   double scale() const {
@@ -65,15 +70,15 @@ inline bool is_vector(const PlainTensor& t, DLDevice device, DLDataType dtype, i
   return !t.has_value() || (is_dense(*t, device, 1, dtype, 1) && t->size(0) == size);
 }
 
-constexpr DLDataType kFloatType = {kDLFloat, 32, 1};
+constexpr DLDataType kFloatType = {kDLFloat, 32, 1}, kE4m3Type = {kDLFloat8_e4m3fn, 8, 1};
 
 inline bool is_half(DLDataType dtype) {
   return (dtype.code == kDLBfloat || dtype.code == kDLFloat) && dtype.bits == 16;
 }
 
 inline bool heads_fit(const KnownDecodeArguments& a, int32_t dims) {
-  const int64_t d = a.q.size(dims - 1), dv = a.v.size(3);
-  return d % 8 == 0 && dv % 8 == 0 && a.k.size(3) == d && a.out.size(dims - 1) == dv &&
+  const int64_t d = a.q.size(dims - 1), dv = a.v.size(3), step = a.is_mixed() ? 16 : 8;
+  return d % step == 0 && dv % step == 0 && a.k.size(3) == d && a.out.size(dims - 1) == dv &&
          a.q.size(dims - 2) % a.k.size(2) == 0 && have_same_rows(a.v, a.k) &&
          have_same_rows(a.out, a.q);
 }
@@ -85,13 +90,35 @@ inline bool keys_fit(const KnownDecodeArguments& a, DLDevice device, int64_t bat
          a.page_table->size(0) == batch && a.page_table->size(1) <= kMostIndex / a.k.size(1);
 }
 
+// Absent, or of an e4m3 cache: of each sequence and head, of each token and head.
+inline bool scales_fit(const KnownDecodeArguments& a, DLDevice device, int64_t batch) {
+  const TensorView& k = a.k;
+  for (const PlainTensor* t : {&a.k_descale, &a.v_descale}) {
+    if (!t->has_value()) continue;
+    const TensorView& x = **t;
+    if (!a.is_mixed() || !is_strided(x, device, 1, kFloatType, 2) || x.size(0) != batch ||
+        x.size(1) != k.size(2)) {
+      return false;
+    }
+  }
+  for (const PlainTensor* t : {&a.k_scale, &a.v_scale}) {
+    if (!t->has_value()) continue;
+    const TensorView& x = **t;
+    if (!a.is_mixed() || !is_strided(x, device, 1, kFloatType, 3) || x.size(0) != k.size(0) ||
+        x.size(1) != k.size(1) || x.size(2) != k.size(2)) {
+      return false;
+    }
+  }
+  return true;
+}
+
 // Types, shapes and devices.
 inline bool tensors_fit(const KnownDecodeArguments& a) {
   const DLDevice device = a.q.device();
-  const DLDataType dtype = a.q.dtype();
+  const DLDataType dtype = a.q.dtype(), of_cache = a.is_mixed() ? kE4m3Type : dtype;
   const int32_t dims = a.is_ragged() ? 3 : 4;
   if (!is_half(dtype) || !is_dense(a.q, device, 1, dtype, dims) ||
-      !is_dense(a.k, device, 1, dtype, 4) || !is_dense(a.v, device, 1, dtype, 4) ||
+      !is_dense(a.k, device, 1, of_cache, 4) || !is_dense(a.v, device, 1, of_cache, 4) ||
       !is_dense(a.out, device, 1, dtype, dims) || !heads_fit(a, dims)) {
     return false;
   }
@@ -100,7 +127,7 @@ inline bool tensors_fit(const KnownDecodeArguments& a) {
   const int64_t batch = a.batch();
   const PlainTensor& sinks = a.sinks;
   const DLDataType of_sinks = sinks.has_value() && is_half(sinks->dtype()) ? dtype : kFloatType;
-  return batch >= 1 && keys_fit(a, device, batch) &&
+  return batch >= 1 && keys_fit(a, device, batch) && scales_fit(a, device, batch) &&
          is_vector(a.seqused_k, device, kIndexType, batch) &&
          is_vector(a.cu_seqlens_k_new, device, kIndexType, batch + 1) &&
          is_vector(sinks, device, of_sinks, a.q.size(dims - 2)) &&
@@ -112,7 +139,7 @@ inline bool numbers_fit(const KnownDecodeArguments& a) {
   const int64_t chunk = a.attention_chunk.value_or(0);
   return is_number(a.scale()) && (a.softcap == 0.0 || is_number(a.softcap)) && chunk >= 0 &&
          chunk <= kMostIndex && a.num_splits >= 0 && a.num_splits <= kMostSplits &&
-         a.num_splits != 1 && a.sm_margin >= 0 && a.sm_margin <= kMostIndex;
+         (a.num_splits != 1 || a.is_mixed()) && a.sm_margin >= 0 && a.sm_margin <= kMostIndex;
 }
 
 // Calls f for each tensor that is read.
@@ -121,8 +148,9 @@ inline bool all_read(const KnownDecodeArguments& a, F&& f) {
   for (const TensorView* t : {&a.q, &a.k, &a.v}) {
     if (!f(*t)) return false;
   }
-  for (const PlainTensor* t : {&a.seqused_k, &a.page_table, &a.cu_seqlens_q, &a.cu_seqlens_k_new,
-                               &a.sinks, &a.scheduler_metadata}) {
+  for (const PlainTensor* t :
+       {&a.seqused_k, &a.page_table, &a.cu_seqlens_q, &a.cu_seqlens_k_new, &a.sinks,
+        &a.scheduler_metadata, &a.k_descale, &a.v_descale, &a.k_scale, &a.v_scale}) {
     if (t->has_value() && !f(**t)) return false;
   }
   return true;
@@ -143,31 +171,45 @@ inline bool addresses_tell(const KnownDecodeArguments& a) {
   return tells(a.out) && (!a.lse.has_value() || tells(*a.lse)) && all_read(a, tells);
 }
 
+// A call's kernel, and how many tiles the longest sequence of queries takes.
+struct KnownKernel {
+  DecodeVariant* variant = nullptr;
+  int64_t tiles = 1;
+};
+
 // The loaded kernel for a call's longest sequence of queries; null where there is none, or more
-// rows than any has. Without cu_seqlens_q the length is q's, and a smaller max_seqlen_q a mistake.
-inline DecodeVariant* kernel_of(const KnownDecodeArguments& a) {
+// rows than any has. Over an e4m3 cache the kernel of the most rows takes more of them in tiles.
+// Without cu_seqlens_q the length is q's, and a smaller max_seqlen_q a mistake.
+inline KnownKernel kernel_of(const KnownDecodeArguments& a) {
   const int32_t dims = a.q.ndim();
   const int64_t most = a.q.size(dims - 3), longest = a.max_seqlen_q.value_or(most);
-  if (longest < (a.is_ragged() ? 0 : most) || longest > kMostIndex) return nullptr;
-  const int64_t rows = longest * (a.q.size(dims - 2) / a.k.size(2));
+  if (longest < (a.is_ragged() ? 0 : most) || longest > kMostIndex) return {};
+  const int64_t group = a.q.size(dims - 2) / a.k.size(2);
   const int64_t size = std::max(a.q.size(dims - 1), a.v.size(3));
-  int head_dim = 0;  // the least that holds the call's
-  for (const DecodeShape& shape : kDecodeShapes) {
-    if (shape.head_dim < size || shape.mixed) continue;
-    if (head_dim == 0) head_dim = shape.head_dim;
-    if (shape.head_dim != head_dim) return nullptr;
-    if (rows > shape.rows) continue;
-    return LoadedDecodes::at(a.q.device().device_id, a.q.dtype().code == kDLBfloat, shape)
-        .load(std::memory_order_acquire);
+  const DecodeShape* found = nullptr;
+  for (const DecodeShape& shape : kDecodeShapes) {  // by head size, then by rows
+    if (shape.head_dim < size || shape.mixed != a.is_mixed()) continue;
+    if (found != nullptr && shape.head_dim != found->head_dim) break;
+    found = &shape;
+    if (longest * group <= shape.rows) break;
   }
-  return nullptr;
+  if (found == nullptr) return {};
+  int64_t tiles = 1;
+  if (longest * group > found->rows) {
+    const int64_t tokens = found->rows / group;
+    if (!a.is_mixed() || tokens == 0) return {};
+    tiles = (longest + tokens - 1) / tokens;
+  }
+  return {LoadedDecodes::at(a.q.device().device_id, a.q.dtype().code == kDLBfloat, *found)
+              .load(std::memory_order_acquire),
+          tiles};
 }
 
 inline Optional<TensorView> optional_of(const PlainTensor& t) {
   return t.has_value() ? Optional<TensorView>(*t) : Optional<TensorView>();
 }
 
-inline DecodeCall decode_call_of(const KnownDecodeArguments& a) {
+inline DecodeCall decode_call_of(const KnownDecodeArguments& a, int64_t tiles) {
   const Optional<TensorView> none;
   return {a.q,
           a.k,
@@ -184,10 +226,10 @@ inline DecodeCall decode_call_of(const KnownDecodeArguments& a) {
           none,  // draft_mask
           optional_of(a.sinks),
           none,  // partials
-          none,  // k_descale and the other scales of an e4m3 cache
-          none,
-          none,
-          none,
+          optional_of(a.k_descale),
+          optional_of(a.v_descale),
+          optional_of(a.k_scale),
+          optional_of(a.v_scale),
           0,  // new_rows
           a.scale(),
           a.softcap,
@@ -196,8 +238,8 @@ inline DecodeCall decode_call_of(const KnownDecodeArguments& a) {
           a.attention_chunk.value_or(0),
           a.sm_margin,
           a.clear_rest,
-          a.fixed_ranges,
-          1};
+          a.fixed_ranges || a.num_splits == 1,
+          tiles};
 }
 
 // `kind`: of the devices whose memory the kernels reach. The shape of lse is Python's own.
@@ -209,11 +251,12 @@ inline int64_t known_decode(FfiArguments& from) {
     return kDeclined;
   }
   if (!a.all_in_memory && !addresses_tell(a)) return kUnsure;
-  DecodeVariant* const variant = kernel_of(a);
-  if (variant == nullptr) return kDeclined;
-  const DecodeCall call = decode_call_of(a);
+  const KnownKernel known = kernel_of(a);
+  if (known.variant == nullptr) return kDeclined;
+  const DecodeCall call = decode_call_of(a, known.tiles);
   // A stream that is being captured needs room that Python's way allocates.
-  return call.is_aligned() && launch_decode(*variant, call) == kLaunched ? kLaunched : kDeclined;
+  return call.is_aligned() && launch_decode(*known.variant, call) == kLaunched ? kLaunched
+                                                                               : kDeclined;
 }
 
 }  // namespace jit_kernel::hopper

@@ -17,8 +17,8 @@ namespace jit_kernel::hopper {
 using EncodeTiled = cuda::Result(TensorMap*, int, unsigned, void*, const uint64_t*, const uint64_t*,
                                  const uint32_t*, const uint32_t*, int, int, int, int);
 constexpr int kUint8 = 0, kFloat16 = 6, kBfloat16 = 9;  // CU_TENSOR_MAP_DATA_TYPE_*
-constexpr int kSwizzle64 = 2, kSwizzle128 = 3;  // CU_TENSOR_MAP_SWIZZLE_*
-constexpr int kPromote128 = 2;                  // CU_TENSOR_MAP_L2_PROMOTION_L2_128B
+constexpr int kSwizzle64 = 2, kSwizzle128 = 3;          // CU_TENSOR_MAP_SWIZZLE_*
+constexpr int kPromote128 = 2;                          // CU_TENSOR_MAP_L2_PROMOTION_L2_128B
 constexpr int kRank = 5;
 constexpr int64_t kBound = int64_t{1} << 30;  // rows of a map that does not bound a sequence itself
 constexpr int64_t kWrap = int64_t{1} << 34;   // kBound * kWrap is 2^64: nothing, as an address

@@ -31,6 +31,15 @@ __device__ __forceinline__ u32 pack<fp16>(float low, float high) {
   return packed;
 }
 
+// Two float32 to two e4m3 in the low half of a register, to nearest even; what is too large becomes
+// the largest number. Element: of the kernel, which may be compiled for another machine.
+template <class Element>
+__device__ __forceinline__ u32 pack_e4m3(float low, float high) {
+  unsigned short packed;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
 template <class Element>
 __device__ __forceinline__ float load_element(const void* pointer, int index) {
   const u32 bits = static_cast<const unsigned short*>(pointer)[index];

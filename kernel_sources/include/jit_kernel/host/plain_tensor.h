@@ -22,11 +22,10 @@ constexpr DLDataType kIndexType = {kDLInt, 32, 1};
 
 inline bool is_number(double x) { return x >= kSmallestNumber && x <= kLargestNumber; }
 
-// In memory of this device, of this type and number of dimensions, none of them empty; unit stride
-// in the last. Tensors of torch's transforms and wrappers have no memory, and an address that is
-// their offset into none.
-inline bool is_dense(const TensorView& t, DLDevice device, uintptr_t lowest, DLDataType dtype,
-                     int32_t dims) {
+// In memory of this device, of this type and number of dimensions, none of them empty. Tensors of
+// torch's transforms and wrappers have no memory, and an address that is their offset into none.
+inline bool is_strided(const TensorView& t, DLDevice device, uintptr_t lowest, DLDataType dtype,
+                       int32_t dims) {
   if (t.device().device_type != device.device_type || t.device().device_id != device.device_id ||
       t.ndim() != dims) {
     return false;
@@ -38,7 +37,14 @@ inline bool is_dense(const TensorView& t, DLDevice device, uintptr_t lowest, DLD
   for (int32_t i = 0; i < dims; ++i) {
     if (t.size(i) < 1 || t.size(i) > kMostIndex) return false;
   }
-  return t.stride(dims - 1) == 1 || t.size(dims - 1) == 1;
+  return true;
+}
+
+// The same, with unit stride in the last dimension.
+inline bool is_dense(const TensorView& t, DLDevice device, uintptr_t lowest, DLDataType dtype,
+                     int32_t dims) {
+  return is_strided(t, device, lowest, dtype, dims) &&
+         (t.stride(dims - 1) == 1 || t.size(dims - 1) == 1);
 }
 
 // The same sizes in all dimensions but the last.
