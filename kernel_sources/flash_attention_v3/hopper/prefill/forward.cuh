@@ -30,7 +30,7 @@ __device__ __forceinline__ void initialise_barriers(const typename C::Params& pa
   }
   for (int slot = 0; slot < kTileSlots; ++slot) {
     mbarrier_init(shared.tile_full(slot), 1);
-    mbarrier_init(shared.tile_empty(slot), loaders * (C::kCached ? 32 : 1) + 128 * C::kWarpgroups);
+    mbarrier_init(shared.tile_empty(slot), loaders_of_tile<C>(params) + 128 * C::kWarpgroups);
   }
   mbarrier_init(shared.claim(), 1);
   mbarrier_init_fence();
