@@ -43,6 +43,7 @@ int64_t prepare(int64_t device) {
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(load_kernel, jit_kernel::hopper::load_kernel);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(prepare, jit_kernel::hopper::prepare);
 JIT_KERNEL_EXPORT_CALL(forward, jit_kernel::hopper::forward)
+JIT_KERNEL_EXPORT_CALL(forward_fp8, jit_kernel::hopper::forward_fp8)
 JIT_KERNEL_EXPORT_CALL(forward_cached, jit_kernel::hopper::forward_cached)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(load_plain, jit_kernel::hopper::load_plain);
 JIT_KERNEL_EXPORT_CALL(append, jit_kernel::hopper::append)

@@ -16,7 +16,7 @@ namespace jit_kernel::hopper {
 // ABI of cuda.h: the enumerations are ints.
 using EncodeTiled = cuda::Result(TensorMap*, int, unsigned, void*, const uint64_t*, const uint64_t*,
                                  const uint32_t*, const uint32_t*, int, int, int, int);
-constexpr int kFloat16 = 6, kBfloat16 = 9;      // CU_TENSOR_MAP_DATA_TYPE_*
+constexpr int kUint8 = 0, kFloat16 = 6, kBfloat16 = 9;  // CU_TENSOR_MAP_DATA_TYPE_*
 constexpr int kSwizzle64 = 2, kSwizzle128 = 3;  // CU_TENSOR_MAP_SWIZZLE_*
 constexpr int kPromote128 = 2;                  // CU_TENSOR_MAP_L2_PROMOTION_L2_128B
 constexpr int kRank = 5;
@@ -51,14 +51,20 @@ struct Places {
   bool reach_all;  // whether there are enough of them for the tensor
 };
 
-// A map of a tensor of 16-bit elements at `data`; steps in bytes, of the dimensions but the first.
+inline int map_type(const tvm::ffi::TensorView& x) {
+  if (x.dtype().bits == 8) return kUint8;
+  return x.dtype().code == kDLBfloat ? kBfloat16 : kFloat16;
+}
+
+// A map of a tensor of 8- or 16-bit elements at `data`; steps in bytes, of the dimensions but the first.
 inline void encode_tiled(TensorMap& map, const tvm::ffi::TensorView& x, void* data,
                          const uint64_t (&sizes)[kRank], const uint64_t (&steps)[kRank - 1],
                          const uint32_t (&box)[kRank]) {
   static EncodeTiled* const encode = cuda::driver_function<EncodeTiled>("cuTensorMapEncodeTiled");
   const uint32_t every[kRank] = {1, 1, 1, 1, 1};
-  cuda::check(encode(&map, x.dtype().code == kDLBfloat ? kBfloat16 : kFloat16, kRank, data, sizes,
-                     steps, box, every, 0, box[0] == 64 ? kSwizzle128 : kSwizzle64, kPromote128, 0),
+  const int swizzle = box[0] * x.dtype().bits == 1024 ? kSwizzle128 : kSwizzle64;
+  cuda::check(encode(&map, map_type(x), kRank, data, sizes, steps, box, every, 0, swizzle,
+                     kPromote128, 0),
               "cuTensorMapEncodeTiled");
 }
 
