@@ -14,10 +14,11 @@ template <class Element>
 struct ProbabilityRange {
   static constexpr float kTop = 0.f, kThreshold = kRescaleThreshold;
 };
-// e4m3 ends at 448 = 2^8.8, and loses precision below 2^-6.
+// e4m3 ends at 448 = 2^8.8, and loses precision below 2^-6. A power of two is not rounded: a row that
+// sees one key has its value.
 template <>
 struct ProbabilityRange<e4m3> {
-  static constexpr float kTop = 6.8f, kThreshold = 8.8f;
+  static constexpr float kTop = 8.f, kThreshold = 8.8f;
 };
 
 // Larger references are exponents of which float32 shows no differences any more: rounding one to

@@ -15,6 +15,7 @@
 #include "flash_attention_v3/hopper/prefill/cached_keys.cuh"
 #include "flash_attention_v3/hopper/prefill/cached_parts.cuh"
 #include "flash_attention_v3/hopper/prefill/fp8_epilogue.cuh"
+#include "flash_attention_v3/hopper/prefill/hidden_values.cuh"
 #include "flash_attention_v3/hopper/prefill/shared_memory.cuh"
 #include "jit_kernel/cuda/warpgroup.cuh"
 
@@ -300,26 +301,14 @@ struct Consumer {
     const bool drafted = has_drafts(block);
     if (hidden <= 0 && seen == C::kKeys && !drafted) return;
     mbarrier_wait(shared.v_full(v_at.stage()), v_at.parity());
-    clear_values(0, hidden);
+    const u32 v = shared.v(v_at.stage());
+    clear_values<C>(v, 0, hidden);
     if constexpr (C::kCached) {
-      clear_values(seen, C::kKeys);
-      if (drafted) clear_unseen_values(block);
+      clear_values<C>(v, seen, C::kKeys);
+      if (drafted) clear_unseen_values<C>(v, params, tile, block);
     }
     proxy_fence();
     named_barrier_sync(kClearBarrier + warpgroup, 128);
-  }
-
-  // Rows of the present stage of values.
-  __device__ __forceinline__ void clear_values(int begin, int end) {
-    constexpr int kRowBytes = C::kPanelV * 2, kPanelBytes = C::kKeys * kRowBytes, kPiece = 16;
-    const u32 v = shared.v(v_at.stage());
-    for (int at = begin * kRowBytes + threadIdx.x % 128 * kPiece; at < end * kRowBytes;
-         at += 128 * kPiece) {
-#pragma unroll
-      for (int panel = 0; panel < C::kHeadDimV / C::kPanelV; ++panel) {
-        store_zeros(v + panel * kPanelBytes + at);
-      }
-    }
   }
 
   // Whether a block of keys reaches into a draft mask.
@@ -329,23 +318,6 @@ struct Consumer {
       return (block + 1) * C::kKeys > uniform(first_drafted(params, *shared.tile(tile_at.stage())));
     }
     return false;
-  }
-
-  // As clear_values, of the keys that no row of the tile sees, a thread each.
-  __device__ __forceinline__ void clear_unseen_values(int block) {
-    static_assert(C::kKeys <= 128, "a thread each");
-    constexpr int kRowBytes = C::kPanelV * 2, kPiece = 16;
-    const int key = threadIdx.x % 128;
-    if (key >= C::kKeys) return;
-    if (is_seen<C>(params, *shared.tile(tile_at.stage()), block * C::kKeys + key)) return;
-    const u32 v = shared.v(v_at.stage()) + key * kRowBytes;
-#pragma unroll 1
-    for (int panel = 0; panel < C::kHeadDimV / C::kPanelV; ++panel) {
-#pragma unroll
-      for (int at = 0; at < kRowBytes; at += kPiece) {
-        store_zeros(v + panel * C::kKeys * kRowBytes + at);
-      }
-    }
   }
 
   // All blocks but the output of the last one; the first one's scores have arrived. Returns whether
