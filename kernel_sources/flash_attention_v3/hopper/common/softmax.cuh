@@ -14,8 +14,8 @@ template <class Element>
 struct ProbabilityRange {
   static constexpr float kTop = 0.f, kThreshold = kRescaleThreshold;
 };
-// e4m3 ends at 448 = 2^8.8, and loses precision below 2^-6. A power of two is not rounded: a row that
-// sees one key has its value.
+// e4m3 ends at 448 = 2^8.8, and loses precision below 2^-6. A power of two is not rounded: a row
+// that sees one key has its value.
 template <>
 struct ProbabilityRange<e4m3> {
   static constexpr float kTop = 8.f, kThreshold = 8.8f;
@@ -79,8 +79,10 @@ __device__ __forceinline__ float score_unit(float scale) { return fminf(scale, 1
 template <class Element>
 __device__ __forceinline__ void go_far(Softmax& state, float scale) {
   state.rows = RowsState::kFar;
-  state.reference[0] = __fdividef(state.reference[0] + ProbabilityRange<Element>::kTop, fmaxf(scale, 1.f));
-  state.reference[1] = __fdividef(state.reference[1] + ProbabilityRange<Element>::kTop, fmaxf(scale, 1.f));
+  state.reference[0] =
+      __fdividef(state.reference[0] + ProbabilityRange<Element>::kTop, fmaxf(scale, 1.f));
+  state.reference[1] =
+      __fdividef(state.reference[1] + ProbabilityRange<Element>::kTop, fmaxf(scale, 1.f));
 }
 
 // Scores become their differences from the rows' maxima so far, so that 0 takes the place of the
@@ -115,7 +117,8 @@ __device__ __forceinline__ void settle(float (&scores)[kCount], Softmax& state, 
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const bool is_new = state.reference[r] == minus_infinity();
-      references[r] = is_new ? maxima[r] * scale - ProbabilityRange<Element>::kTop : state.reference[r];
+      references[r] =
+          is_new ? maxima[r] * scale - ProbabilityRange<Element>::kTop : state.reference[r];
       if (maxima[r] > minus_infinity()) highest = fmaxf(highest, fabsf(references[r]));
       lowest = fminf(lowest, references[r]);
     }
@@ -161,13 +164,16 @@ __device__ __forceinline__ void softmax_step(float (&scores)[kCount], Softmax& s
     }
     highest[r] = max(high[0], high[1]);
   }
-  state.must_rescale = far || __any_sync(0xffffffffu, max(highest[0], highest[1]) >
-                                                          __float_as_int(ProbabilityRange<Element>::kThreshold));
+  state.must_rescale =
+      far || __any_sync(0xffffffffu, max(highest[0], highest[1]) >
+                                         __float_as_int(ProbabilityRange<Element>::kThreshold));
   if (state.must_rescale && !far) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float growth = fminf(quad_maximum(__int_as_float(highest[r])), kLargestFloat);
-      growth = growth > ProbabilityRange<Element>::kThreshold ? growth - ProbabilityRange<Element>::kTop : 0.f;
+      growth = growth > ProbabilityRange<Element>::kThreshold
+                   ? growth - ProbabilityRange<Element>::kTop
+                   : 0.f;
       state.rescale[r] = exp2_fast(-growth);
       state.reference[r] += growth;
 #pragma unroll
@@ -179,7 +185,8 @@ __device__ __forceinline__ void softmax_step(float (&scores)[kCount], Softmax& s
       }
     }
     const float highest_reference = fmaxf(state.reference[0], state.reference[1]);
-    if (__any_sync(0xffffffffu, highest_reference > kLargestReference)) go_far<Element>(state, scale);
+    if (__any_sync(0xffffffffu, highest_reference > kLargestReference))
+      go_far<Element>(state, scale);
   }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -235,7 +242,8 @@ template <class Element>
 __device__ __forceinline__ float half_reference(const Softmax& state, int r, float scale) {
   const float reference = state.reference[r];
   const bool far = state.rows == RowsState::kFar;
-  const float half = reference * (far ? 0.5f * fmaxf(scale, 1.f) : 0.5f) - (far ? 0.5f * ProbabilityRange<Element>::kTop : 0.f);
+  const float half = reference * (far ? 0.5f * fmaxf(scale, 1.f) : 0.5f) -
+                     (far ? 0.5f * ProbabilityRange<Element>::kTop : 0.f);
   const float finite = fmaxf(-kLargestFloat, fminf(half, kLargestFloat));
   return reference == minus_infinity() ? reference : finite;
 }

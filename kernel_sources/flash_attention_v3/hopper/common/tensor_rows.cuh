@@ -25,8 +25,8 @@ __device__ __forceinline__ void load_rows(u32 destination, const TensorRows& row
                                           u64 policy, const MapPlace& at, int row, int head) {
 #pragma unroll
   for (int panel = 0; panel < kColumns / kPanel; ++panel) {
-    tma_load(destination + panel * kRows * kPanel * kElementBytes, &rows.map, barrier, policy, panel * kPanel,
-             at.row + row, head, at.place, rows.wrap);
+    tma_load(destination + panel * kRows * kPanel * kElementBytes, &rows.map, barrier, policy,
+             panel * kPanel, at.row + row, head, at.place, rows.wrap);
   }
 }
 

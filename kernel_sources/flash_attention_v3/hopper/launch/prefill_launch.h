@@ -35,8 +35,8 @@ struct Shape {
 
 template <class C>
 constexpr Shape shape_of() {
-  return {C::kHeadDim, C::kHeadDimV, C::kMasked,  C::kCached,      C::kFp8,   C::kRows,
-          C::kKeys,    C::kThreads,  C::kSharedBytes, C::kPanel, C::kPanelV};
+  return {C::kHeadDim, C::kHeadDimV, C::kMasked,      C::kCached, C::kFp8,   C::kRows,
+          C::kKeys,    C::kThreads,  C::kSharedBytes, C::kPanel,  C::kPanelV};
 }
 
 template <int kHeadDim, int kHeadDimV, bool kMasked, bool kCached>
@@ -68,7 +68,8 @@ inline const char* name_of(const Shape& shape) {
 struct Variant {
   Variant(const Shape& shape, std::string image)
       : shape(shape),
-        kernel(std::move(image), name_of(shape), static_cast<unsigned>(shape.threads), static_cast<unsigned>(shape.shared_bytes)) {}
+        kernel(std::move(image), name_of(shape), static_cast<unsigned>(shape.threads),
+               static_cast<unsigned>(shape.shared_bytes)) {}
   const Shape& shape;
   cuda::Kernel kernel;
 };

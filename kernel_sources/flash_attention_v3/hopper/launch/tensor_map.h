@@ -17,8 +17,8 @@ namespace jit_kernel::hopper {
 using EncodeTiled = cuda::Result(TensorMap*, int, unsigned, void*, const uint64_t*, const uint64_t*,
                                  const uint32_t*, const uint32_t*, int, int, int, int);
 constexpr int kUint8 = 0, kFloat16 = 6, kBfloat16 = 9;  // CU_TENSOR_MAP_DATA_TYPE_*
-constexpr int kSwizzle64 = 2, kSwizzle128 = 3;  // CU_TENSOR_MAP_SWIZZLE_*
-constexpr int kPromote128 = 2;                  // CU_TENSOR_MAP_L2_PROMOTION_L2_128B
+constexpr int kSwizzle64 = 2, kSwizzle128 = 3;          // CU_TENSOR_MAP_SWIZZLE_*
+constexpr int kPromote128 = 2;                          // CU_TENSOR_MAP_L2_PROMOTION_L2_128B
 constexpr int kRank = 5;
 constexpr int64_t kBound = int64_t{1} << 30;  // rows of a map that does not bound a sequence itself
 constexpr int64_t kWrap = int64_t{1} << 34;   // kBound * kWrap is 2^64: nothing, as an address
@@ -56,16 +56,17 @@ inline int map_type(const tvm::ffi::TensorView& x) {
   return x.dtype().code == kDLBfloat ? kBfloat16 : kFloat16;
 }
 
-// A map of a tensor of 8- or 16-bit elements at `data`; steps in bytes, of the dimensions but the first.
+// A map of a tensor of 8- or 16-bit elements at `data`; steps in bytes, of the dimensions but the
+// first.
 inline void encode_tiled(TensorMap& map, const tvm::ffi::TensorView& x, void* data,
                          const uint64_t (&sizes)[kRank], const uint64_t (&steps)[kRank - 1],
                          const uint32_t (&box)[kRank]) {
   static EncodeTiled* const encode = cuda::driver_function<EncodeTiled>("cuTensorMapEncodeTiled");
   const uint32_t every[kRank] = {1, 1, 1, 1, 1};
   const int swizzle = box[0] * x.dtype().bits == 1024 ? kSwizzle128 : kSwizzle64;
-  cuda::check(encode(&map, map_type(x), kRank, data, sizes, steps, box, every, 0, swizzle,
-                     kPromote128, 0),
-              "cuTensorMapEncodeTiled");
+  cuda::check(
+      encode(&map, map_type(x), kRank, data, sizes, steps, box, every, 0, swizzle, kPromote128, 0),
+      "cuTensorMapEncodeTiled");
 }
 
 // Fills `rows` for boxes of `box_rows` x `panel` elements. `bounded`: the kernel says where a

@@ -92,7 +92,8 @@ struct Config {
   // Values of e4m3 are loaded here, and transposed to where others are loaded.
   static constexpr int kStagesLoaded = Tile::kStagesLoaded;
   static constexpr int kTransposers = Tile::kTransposers;  // warps
-  static constexpr int kPartColumns = kFp8 ? Tile::kPartColumns : kHeadDimV;  // of the output, multiplied at a time
+  static constexpr int kPartColumns =
+      kFp8 ? Tile::kPartColumns : kHeadDimV;  // of the output, multiplied at a time
   static constexpr int kParts = kFp8 ? kHeadDimV / kPartColumns : 1;
   static constexpr int kOffsetLoaded = kOffsetV + kStages * kBytesV;
   static constexpr int kOffsetOrder = kOffsetLoaded + (kFp8 ? kStagesLoaded * kBytesV : 0);

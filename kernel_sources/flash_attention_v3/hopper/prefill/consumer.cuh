@@ -15,6 +15,7 @@
 #include "flash_attention_v3/hopper/prefill/cached_keys.cuh"
 #include "flash_attention_v3/hopper/prefill/cached_parts.cuh"
 #include "flash_attention_v3/hopper/prefill/fp8_epilogue.cuh"
+#include "flash_attention_v3/hopper/prefill/fp8_products.cuh"
 #include "flash_attention_v3/hopper/prefill/hidden_values.cuh"
 #include "flash_attention_v3/hopper/prefill/shared_memory.cuh"
 #include "jit_kernel/cuda/warpgroup.cuh"
@@ -97,25 +98,16 @@ struct Consumer {
   __device__ __forceinline__ void issue_output(int accumulate, bool values_are_here = false) {
     if constexpr (C::kFp8) {
       wait_values(values_are_here);
-      issue_part(of_block, 0);
+      issue_part(0);
     } else {
       issue_16_bit_output(accumulate, values_are_here);
     }
   }
 
-  // Of e4m3: as many columns of the block's output as `part` holds, from `column`.
-  template <int kCount>
-  __device__ __forceinline__ void issue_part(float (&part)[kCount], int column) {
-    const u32 v = v_low + (v_at.stage() * C::kBytesV + column * C::kKeys >> 4);
-    pin_registers(part);
-    wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < C::kKeys / 32; ++i) {
-      wgmma_rs_e4m3(part, probabilities[4 * i], probabilities[4 * i + 1], probabilities[4 * i + 2],
-                    probabilities[4 * i + 3], wgmma_descriptor<C::kKeys>(v + (i * 32 >> 4)),
-                    i != 0);
-    }
-    wgmma_commit();
+  // Of e4m3: a part of the block's output.
+  __device__ __forceinline__ void issue_part(int i) {
+    multiply_part<C>(of_block, probabilities,
+                     v_low + (v_at.stage() * C::kBytesV + i * C::kPartColumns * C::kKeys >> 4));
   }
 
   // Adds a part that has arrived to the tile's output.
@@ -131,7 +123,7 @@ struct Consumer {
   __device__ __forceinline__ void next_part(int i) {
     wgmma_wait<0>();
     add_part(i - 1);
-    issue_part(of_block, i * C::kPartColumns);
+    issue_part(i);
   }
 
   __device__ __forceinline__ void issue_16_bit_output(int accumulate, bool values_are_here) {
@@ -210,7 +202,9 @@ struct Consumer {
   template <class Between>
   __device__ __forceinline__ void work_on_scores(int block, Between between) {
     if constexpr (C::kFp8) {
-      change_scores();
+      if (changes_scores) {
+        change_scores(scores, shared.tile(tile_at.stage())->before, params.softcap_scale > 0.f);
+      }
     } else if constexpr (C::kSoftcap) {
       if (!C::kCached || params.softcap_scale > 0.f) {
 #pragma unroll
@@ -224,18 +218,6 @@ struct Consumer {
   }
   __device__ __forceinline__ void work_on_scores(int block) {
     work_on_scores(block, [](int) {});
-  }
-
-  __device__ __forceinline__ void change_scores() {
-    if (!changes_scores) return;
-    const float factor = shared.tile(tile_at.stage())->before;
-    if (params.softcap_scale > 0.f) {
-#pragma unroll
-      for (float& score : scores) score = tanh_fast(score * factor);
-    } else {
-#pragma unroll
-      for (float& score : scores) score *= factor;
-    }
   }
 
   // After the scores of a block have arrived; with those of the last block the queries are done
@@ -396,7 +378,7 @@ struct Consumer {
       }
       wgmma_wait<1>();
       add_part(0);
-      issue_part(of_block, C::kPartColumns);
+      issue_part(1);
       wgmma_wait<1>();
       release_scores(block == block_begin);
       work_on_scores(block, [this](int i) { next_part(i + 2); });

@@ -115,14 +115,14 @@ __device__ __forceinline__ void forward(const typename C::Params& params, char* 
   }
 
 // The kernel of a head size in e4m3; softcap is a branch in it.
-#define JIT_KERNEL_EXPORT_FORWARD_FP8(head_dim, masked)                                           \
-  using ForwardConfig =                                                                           \
-      jit_kernel::hopper::Config<jit_kernel::e4m3, head_dim, head_dim, masked, true,              \
-                                 jit_kernel::hopper::Fp8TileFor<head_dim, masked>>;               \
-  extern "C" __global__ void __launch_bounds__(ForwardConfig::kThreads, 1)                        \
-      forward_fp8(const __grid_constant__ jit_kernel::hopper::Fp8Params params) {                 \
-    extern __shared__ __align__(1024) char shared_memory[];                                       \
-    jit_kernel::hopper::forward<ForwardConfig>(params, shared_memory);                            \
+#define JIT_KERNEL_EXPORT_FORWARD_FP8(head_dim, masked)                              \
+  using ForwardConfig =                                                              \
+      jit_kernel::hopper::Config<jit_kernel::e4m3, head_dim, head_dim, masked, true, \
+                                 jit_kernel::hopper::Fp8TileFor<head_dim, masked>>;  \
+  extern "C" __global__ void __launch_bounds__(ForwardConfig::kThreads, 1)           \
+      forward_fp8(const __grid_constant__ jit_kernel::hopper::Fp8Params params) {    \
+    extern __shared__ __align__(1024) char shared_memory[];                          \
+    jit_kernel::hopper::forward<ForwardConfig>(params, shared_memory);               \
   }
 
 // The kernel of a pair of head sizes on cached keys.

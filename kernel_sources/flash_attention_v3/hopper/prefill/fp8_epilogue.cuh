@@ -1,5 +1,5 @@
-// From accumulators of e4m3 products to global memory: as epilogue.cuh, in bf16, with the factor of v
-// and the columns in their own order again.
+// From accumulators of e4m3 products to global memory: as epilogue.cuh, in bf16, with the factor of
+// v and the columns in their own order again.
 #pragma once
 
 #include "flash_attention_v3/hopper/prefill/epilogue.cuh"
@@ -16,8 +16,8 @@ __device__ __forceinline__ void store_8_if(void* destination, u32 a, u32 b, bool
 }
 
 // As store_tile. Of 16 columns a thread holds four neighbours: two even ones in one group of 8
-// accumulated columns and two odd ones in the next (fp8_transposer.cuh); four threads store a sector
-// of 32 bytes.
+// accumulated columns and two odd ones in the next (fp8_transposer.cuh); four threads store a
+// sector of 32 bytes.
 template <class C>
 __device__ __forceinline__ void store_fp8_tile(const Fp8Params& params, const Fp8TileInfo& tile,
                                                const float (&output)[C::kHeadDimV / 2],
@@ -26,9 +26,8 @@ __device__ __forceinline__ void store_fp8_tile(const Fp8Params& params, const Fp
   const int row = accumulator_row(tile.row + warpgroup * kRowsPerWarpgroup);
   const bool inside[2] = {row < tile.len_q, row + 8 < tile.len_q};
   const float sink = half_sink_log2<e4m3>(params, tile.head), to2 = tile.scale_log2;
-  const RowResult result[2] = {
-      finish_row(state.sum[0], half_reference<e4m3>(state, 0, to2), sink),
-      finish_row(state.sum[1], half_reference<e4m3>(state, 1, to2), sink)};
+  const RowResult result[2] = {finish_row(state.sum[0], half_reference<e4m3>(state, 0, to2), sink),
+                               finish_row(state.sum[1], half_reference<e4m3>(state, 1, to2), sink)};
   const long long place = static_cast<long long>(tile.offset_q) + row;
   if (params.lse != nullptr && thread == 0) {
     float* const lse = params.lse + tile.batch * params.lse_batch_stride +

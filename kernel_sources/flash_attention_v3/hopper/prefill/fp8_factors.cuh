@@ -6,8 +6,8 @@
 
 namespace jit_kernel::hopper {
 
-// Smaller factors of scores, 0, those below 0 and NaN are multiplied in before the maximum is taken:
-// softmax needs one above 0, and -inf times 0, of a masked score, would be NaN.
+// Smaller factors of scores, 0, those below 0 and NaN are multiplied in before the maximum is
+// taken: softmax needs one above 0, and -inf times 0, of a masked score, would be NaN.
 constexpr float kLeastFp8Scale = 1e-20f;
 
 __device__ __forceinline__ float descale_at(const Descale& descale, int batch, int head) {

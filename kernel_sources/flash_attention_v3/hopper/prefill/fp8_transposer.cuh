@@ -1,11 +1,13 @@
-// Values of e4m3, transposed in shared memory: of 8-bit operands wgmma wants those side by side that
-// are summed over, the keys of a column, and memory has the columns of a key.
+// Values of e4m3, transposed in shared memory: of 8-bit operands wgmma wants those side by side
+// that are summed over, the keys of a column, and memory has the columns of a key.
 //
-// Two 8-bit columns of a key travel as one 16-bit element through ldmatrix's transposition, and byte
-// permutations part them. That leaves two orders that cost nothing to allow for:
-// - Keys: of 16, place 4 t + r is key 8 (r / 2) + 2 t + r % 2, so that the scores that a thread holds
+// Two 8-bit columns of a key travel as one 16-bit element through ldmatrix's transposition, and
+// byte permutations part them. That leaves two orders that cost nothing to allow for:
+// - Keys: of 16, place 4 t + r is key 8 (r / 2) + 2 t + r % 2, so that the scores that a thread
+// holds
 //   are the probabilities of its register operand (pack_e4m3_probabilities).
-// - Columns: of 16, the even ones come first, 2 p at row p, and then the odd ones, so that the 8 rows
+// - Columns: of 16, the even ones come first, 2 p at row p, and then the odd ones, so that the 8
+// rows
 //   which stmatrix writes at a time lie in different banks. fp8_epilogue.cuh puts them back.
 #pragma once
 
@@ -23,12 +25,11 @@ __device__ __forceinline__ void load_transposed(u32 (&words)[4], u32 address) {
 
 // From 32 keys of 16 columns: of 16 keys each, the even columns and the odd ones.
 __device__ __forceinline__ void store_columns(u32 address, const u32 (&words)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
-               "r"(__byte_perm(words[0], words[1], 0x6420)),
-               "r"(__byte_perm(words[0], words[1], 0x7531)),
-               "r"(__byte_perm(words[2], words[3], 0x6420)),
-               "r"(__byte_perm(words[2], words[3], 0x7531))
-               : "memory");
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+      "r"(__byte_perm(words[0], words[1], 0x6420)), "r"(__byte_perm(words[0], words[1], 0x7531)),
+      "r"(__byte_perm(words[2], words[3], 0x6420)), "r"(__byte_perm(words[2], words[3], 0x7531))
+      : "memory");
 }
 
 // One of C::kTransposers warps, which share the blocks of keys, 32 at a time.
@@ -47,8 +48,8 @@ struct Transposer {
   __device__ __forceinline__ void transpose_keys(int group) {
     const int lane = threadIdx.x % 32;
     const int swizzled = kPieces == 8 ? lane % 8 : lane / 2 % 4;
-    const u32 source = shared.loaded_v(from.stage()) + (32 * group + lane) * kPanelBytes +
-                       swizzled * 16;
+    const u32 source =
+        shared.loaded_v(from.stage()) + (32 * group + lane) * kPanelBytes + swizzled * 16;
     const u32 target = shared.v(to.stage()) + lane % 16 * C::kKeys +
                        ((2 * group + lane / 16) ^ (C::kKeys == 128 ? lane % 8 : lane / 2 % 4)) * 16;
 #pragma unroll 1
@@ -66,8 +67,8 @@ struct Transposer {
     }
   }
 
-  // Zeros for a key in front of the first one that a row of the tile sees: it may hold anything, and
-  // a probability of 0 times NaN is NaN. Behind the last one the copy engine fills zeros.
+  // Zeros for a key in front of the first one that a row of the tile sees: it may hold anything,
+  // and a probability of 0 times NaN is NaN. Behind the last one the copy engine fills zeros.
   __device__ __forceinline__ void clear_hidden(int group, int hidden) {
     const int key = 32 * group + threadIdx.x % 32;
     if (key < hidden) {

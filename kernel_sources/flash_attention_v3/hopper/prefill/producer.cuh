@@ -60,8 +60,8 @@ struct Producer {
     mbarrier_wait(shared.k_empty(k_at.stage()), k_at.parity() ^ 1);
     const u32 full = shared.k_full(k_at.stage());
     mbarrier_arrive_expect(full, C::kBytesK);
-    load_rows<C::kHeadDim, C::kPanel, C::kKeys, C::kElementBytes>(shared.k(k_at.stage()), params.k, full, kEvictLast,
-                                                at, block * C::kKeys, head);
+    load_rows<C::kHeadDim, C::kPanel, C::kKeys, C::kElementBytes>(
+        shared.k(k_at.stage()), params.k, full, kEvictLast, at, block * C::kKeys, head);
     k_at.advance();
   }
 
@@ -69,8 +69,8 @@ struct Producer {
     mbarrier_wait(shared.loaded_v_empty(v_at.stage()), v_at.parity() ^ 1);
     const u32 full = shared.loaded_v_full(v_at.stage());
     mbarrier_arrive_expect(full, C::kBytesV);
-    load_rows<C::kHeadDimV, C::kPanelV, C::kKeys, C::kElementBytes>(shared.loaded_v(v_at.stage()), params.v, full,
-                                                  kEvictLast, at, block * C::kKeys, head);
+    load_rows<C::kHeadDimV, C::kPanelV, C::kKeys, C::kElementBytes>(
+        shared.loaded_v(v_at.stage()), params.v, full, kEvictLast, at, block * C::kKeys, head);
     v_at.advance();
   }
 

@@ -1,7 +1,6 @@
-// wgmma with float32 accumulators, one instruction deep: 32 bytes along k, 16 elements of 16 bits or
-// 32 of e4m3.
-// The number of columns N follows from the accumulator's size, N / 2 registers a thread; those that
-// the kernels use are at the end.
+// wgmma with float32 accumulators, one instruction deep: 32 bytes along k, 16 elements of 16 bits
+// or 32 of e4m3. The number of columns N follows from the accumulator's size, N / 2 registers a
+// thread; those that the kernels use are at the end.
 #pragma once
 
 #include "jit_kernel/cuda/element.cuh"
@@ -177,7 +176,7 @@ JIT_KERNEL_WGMMA_RS(256, 128, 128, 129, 130, 131, 132, 133, 134, JIT_KERNEL_F64(
                  "wgmma.mma_async.sync.aligned.m64n" #N                                            \
                  "k32.f32.e4m3.e4m3"                                                               \
                  " {" JIT_KERNEL_REGISTERS_##COUNT "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3       \
-                 "}, %" #B ", p, 1, 1;\n}"                                                         \
+                                                   "}, %" #B ", p, 1, 1;\n}"                       \
                  : __VA_ARGS__                                                                     \
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(accumulate));                   \
   }
