@@ -59,15 +59,17 @@ def attend(call: Call, *, only_known: bool) -> Result | None:
         return result if lse is None else (result, lse.fill_(-math.inf))
     if handle is None:
         handle = _load(device, key)
-    tensors = (
-        q, call.k, call.v, result, lse, offsets, call.cu_seqlens_k, call.seqused_q, call.seqused_k, call.sinks,
-    )  # fmt: skip
-    scalars = arguments.scalars(call, left, right)
     if q.dtype is _FP8:
-        factors = call.q_descale, call.k_descale, call.v_descale
-        launched = device.forward_fp8(handle, *tensors, *factors, *scalars, only_known)
+        launched = device.forward_fp8(
+            handle, q, call.k, call.v, result, lse, offsets, call.cu_seqlens_k, call.seqused_q, call.seqused_k,
+            call.sinks, call.q_descale, call.k_descale, call.v_descale, *arguments.scalars(call, left, right),
+            only_known,
+        )  # fmt: skip
     else:
-        launched = device.forward(handle, *tensors, *scalars, only_known)
+        launched = device.forward(
+            handle, q, call.k, call.v, result, lse, offsets, call.cu_seqlens_k, call.seqused_q, call.seqused_k,
+            call.sinks, *arguments.scalars(call, left, right), only_known,
+        )  # fmt: skip
     if not launched:
         return None
     return result if lse is None else (result, lse)
