@@ -130,8 +130,7 @@ def _is_plain(spec: KernelSpec) -> bool:
 
 
 class DeviceKernels(cubin.DeviceKernels):
-    """The kernels of one GPU: `forward`, `forward_fp8`, `forward_cached`, `decode` and `append` launch one by its handle.
-    """
+    """The kernels of one GPU; `forward`, `forward_fp8`, `forward_cached`, `decode` and `append` launch by a handle."""
 
     def __init__(self, index: int, target: Target) -> None:
         super().__init__(index, target, LAUNCHER)

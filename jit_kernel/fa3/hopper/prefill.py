@@ -15,7 +15,6 @@ from jit_kernel.fa3.hopper import arguments, kernels
 from jit_kernel.fa3.hopper.kernels import DeviceKernels
 from jit_kernel.jit import KernelSpec
 
-
 _FP8 = torch.float8_e4m3fn
 
 
@@ -61,15 +60,13 @@ def attend(call: Call, *, only_known: bool) -> Result | None:
         handle = _load(device, key)
     if q.dtype is _FP8:
         launched = device.forward_fp8(
-            handle, q, call.k, call.v, result, lse, offsets, call.cu_seqlens_k, call.seqused_q, call.seqused_k,
-            call.sinks, call.q_descale, call.k_descale, call.v_descale, *arguments.scalars(call, left, right),
-            only_known,
+            handle, *arguments.tensors(call, result, lse), call.q_descale, call.k_descale, call.v_descale,
+            *arguments.scalars(call, left, right), only_known,
         )  # fmt: skip
     else:
         launched = device.forward(
-            handle, q, call.k, call.v, result, lse, offsets, call.cu_seqlens_k, call.seqused_q, call.seqused_k,
-            call.sinks, *arguments.scalars(call, left, right), only_known,
-        )  # fmt: skip
+            handle, *arguments.tensors(call, result, lse), *arguments.scalars(call, left, right), only_known
+        )
     if not launched:
         return None
     return result if lse is None else (result, lse)

@@ -79,10 +79,12 @@ __device__ __forceinline__ float score_unit(float scale) { return fminf(scale, 1
 template <class Element>
 __device__ __forceinline__ void go_far(Softmax& state, float scale) {
   state.rows = RowsState::kFar;
-  state.reference[0] =
-      __fdividef(state.reference[0] + ProbabilityRange<Element>::kTop, fmaxf(scale, 1.f));
-  state.reference[1] =
-      __fdividef(state.reference[1] + ProbabilityRange<Element>::kTop, fmaxf(scale, 1.f));
+  constexpr float kTop = ProbabilityRange<Element>::kTop;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    if (kTop != 0.f) state.reference[r] += kTop;  // not 0: the sum makes 0 of -0, an instruction
+    state.reference[r] = __fdividef(state.reference[r], fmaxf(scale, 1.f));
+  }
 }
 
 // Scores become their differences from the rows' maxima so far, so that 0 takes the place of the
@@ -205,22 +207,19 @@ __device__ __forceinline__ void softmax_step(float (&scores)[kCount], Softmax& s
   }
 }
 
-template <class Element, int kCount>
+// To wgmma's register operand. Of e4m3 there are four keys to a register, in the order that transposed
+// values have them: the third and fourth are the thread's two of the next 8 columns.
+template <class Element, int kCount, int kPacked>
 __device__ __forceinline__ void pack_probabilities(const float (&scores)[kCount],
-                                                   u32 (&packed)[kCount / 2]) {
+                                                   u32 (&packed)[kPacked]) {
 #pragma unroll
-  for (int i = 0; i < kCount / 2; ++i) packed[i] = pack<Element>(scores[2 * i], scores[2 * i + 1]);
-}
-
-// Four keys to a register, in the order that transposed values have them: the third and fourth are
-// the thread's two of the next 8 columns.
-template <int kCount>
-__device__ __forceinline__ void pack_e4m3_probabilities(const float (&scores)[kCount],
-                                                        u32 (&packed)[kCount / 4]) {
-#pragma unroll
-  for (int i = 0; i < kCount / 4; ++i) {
-    const int at = i / 2 * 8 + i % 2 * 2;
-    packed[i] = pack_e4m3(scores[at], scores[at + 1], scores[at + 4], scores[at + 5]);
+  for (int i = 0; i < kPacked; ++i) {
+    if constexpr (ElementSize<Element>::kBytes == 1) {
+      const int at = i / 2 * 8 + i % 2 * 2;
+      packed[i] = pack_e4m3(scores[at], scores[at + 1], scores[at + 4], scores[at + 5]);
+    } else {
+      packed[i] = pack<Element>(scores[2 * i], scores[2 * i + 1]);
+    }
   }
 }
 

@@ -91,17 +91,28 @@ struct Consumer {
     wgmma_commit();
   }
 
-  __device__ __forceinline__ void wait_values(bool are_here) {
-    if (!are_here) mbarrier_wait(shared.v_full(v_at.stage()), v_at.parity());
-  }
-
+  // Of e4m3, its first part, for which there is nothing to add to.
   __device__ __forceinline__ void issue_output(int accumulate, bool values_are_here = false) {
+    if (!values_are_here) mbarrier_wait(shared.v_full(v_at.stage()), v_at.parity());
     if constexpr (C::kFp8) {
-      wait_values(values_are_here);
       issue_part(0);
     } else {
-      issue_16_bit_output(accumulate, values_are_here);
+      issue_16_bit_output(accumulate);
     }
+  }
+
+  __device__ __forceinline__ void issue_16_bit_output(int accumulate) {
+    const u32 v = v_low + v_at.stage() * (C::kBytesV >> 4);
+    pin_registers(output);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < C::kKeys / 16; ++i) {
+      wgmma_rs<Element, true>(output, probabilities[4 * i], probabilities[4 * i + 1],
+                              probabilities[4 * i + 2], probabilities[4 * i + 3],
+                              wgmma_descriptor<2 * C::kPanelV>(v + (i * 16 * C::kPanelV * 2 >> 4)),
+                              i == 0 ? accumulate : 1);
+    }
+    wgmma_commit();
   }
 
   // Of e4m3: a part of the block's output.
@@ -124,21 +135,6 @@ struct Consumer {
     wgmma_wait<0>();
     add_part(i - 1);
     issue_part(i);
-  }
-
-  __device__ __forceinline__ void issue_16_bit_output(int accumulate, bool values_are_here) {
-    wait_values(values_are_here);
-    const u32 v = v_low + v_at.stage() * (C::kBytesV >> 4);
-    pin_registers(output);
-    wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < C::kKeys / 16; ++i) {
-      wgmma_rs<Element, true>(output, probabilities[4 * i], probabilities[4 * i + 1],
-                              probabilities[4 * i + 2], probabilities[4 * i + 3],
-                              wgmma_descriptor<2 * C::kPanelV>(v + (i * 16 * C::kPanelV * 2 >> 4)),
-                              i == 0 ? accumulate : 1);
-    }
-    wgmma_commit();
   }
 
   // Waits for the scheduler's tile. False: there are no more.
@@ -320,7 +316,7 @@ struct Consumer {
       // Asked for early, the answers are back when they are needed.
       const bool keys_are_here = mbarrier_test(shared.k_full(k_at.stage()), k_at.parity());
       const bool values_are_here = mbarrier_test(shared.v_full(v_at.stage()), v_at.parity());
-      pack_scores();
+      pack_probabilities<Element>(scores, probabilities);
       if (--block < block_begin) {
         if constexpr (C::kFp8) add_block(pending);
         return pending;
@@ -343,14 +339,6 @@ struct Consumer {
     }
   }
 
-  __device__ __forceinline__ void pack_scores() {
-    if constexpr (C::kFp8) {
-      pack_e4m3_probabilities(scores, probabilities);
-    } else {
-      pack_probabilities<Element>(scores, probabilities);
-    }
-  }
-
   __device__ __forceinline__ void add_block(bool pending) {
     if (!pending) return;
     add_part(0);
@@ -367,7 +355,7 @@ struct Consumer {
       const bool keys_are_here = mbarrier_test(shared.k_full(k_at.stage()), k_at.parity());
       const bool values_are_here = mbarrier_test(shared.v_full(v_at.stage()), v_at.parity());
       rescale_output(output, softmax);
-      pack_scores();
+      pack_probabilities<Element>(scores, probabilities);
       if (--block < block_begin) return;
       if constexpr (C::kPingPong) named_barrier_sync(kPingPongBarrier + warpgroup, 256);
       issue_output(0, values_are_here);
@@ -397,7 +385,7 @@ struct Consumer {
       const bool values_are_here = mbarrier_test(shared.v_full(v_at.stage()), v_at.parity());
       const bool keys_are_here = mbarrier_test(shared.k_full(k_at.stage()), k_at.parity());
       if (pending) rescale_output(output, softmax);
-      pack_scores();
+      pack_probabilities<Element>(scores, probabilities);
       if (--block < block_begin) return pending;
       if constexpr (C::kCached) {
         if (!pending || has_drafts(block + 1)) clear_hidden_values(block + 1);

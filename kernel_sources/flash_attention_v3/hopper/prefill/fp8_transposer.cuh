@@ -5,7 +5,7 @@
 // byte permutations part them. That leaves two orders that cost nothing to allow for:
 // - Keys: of 16, place 4 t + r is key 8 (r / 2) + 2 t + r % 2, so that the scores that a thread
 // holds
-//   are the probabilities of its register operand (pack_e4m3_probabilities).
+//   are the probabilities of its register operand (pack_probabilities).
 // - Columns: of 16, the even ones come first, 2 p at row p, and then the odd ones, so that the 8
 // rows
 //   which stmatrix writes at a time lie in different banks. fp8_epilogue.cuh puts them back.
