@@ -279,11 +279,10 @@ struct Consumer {
     const bool drafted = has_drafts(block);
     if (hidden <= 0 && seen == C::kKeys && !drafted) return;
     mbarrier_wait(shared.v_full(v_at.stage()), v_at.parity());
-    const u32 v = shared.v(v_at.stage());
-    clear_values<C>(v, 0, hidden);
+    clear_values<C>(shared.v(v_at.stage()), 0, hidden);
     if constexpr (C::kCached) {
-      clear_values<C>(v, seen, C::kKeys);
-      if (drafted) clear_unseen_values<C>(v, params, tile, block);
+      clear_values<C>(shared.v(v_at.stage()), seen, C::kKeys);
+      if (drafted) clear_unseen_values<C>(shared.v(v_at.stage()), params, tile, block);
     }
     proxy_fence();
     named_barrier_sync(kClearBarrier + warpgroup, 128);

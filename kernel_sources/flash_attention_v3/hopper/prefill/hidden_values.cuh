@@ -27,11 +27,12 @@ __device__ __forceinline__ void clear_unseen_values(u32 v, const CachedParams& p
   const int key = threadIdx.x % 128;
   if (key >= C::kKeys) return;
   if (is_seen<C>(params, tile, block * C::kKeys + key)) return;
+  const u32 row = v + key * kRowBytes;
 #pragma unroll 1
   for (int panel = 0; panel < C::kHeadDimV / C::kPanelV; ++panel) {
 #pragma unroll
     for (int at = 0; at < kRowBytes; at += kPiece) {
-      store_zeros(v + (panel * C::kKeys + key) * kRowBytes + at);
+      store_zeros(row + panel * C::kKeys * kRowBytes + at);
     }
   }
 }
