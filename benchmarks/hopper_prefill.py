@@ -4,6 +4,7 @@
 
 Prefill in TFLOP/s, 4 * b * hq * sq * sk * d operations and half with a causal mask: the median of rounds in which the
 competitors follow each other in random order, each timed by its own events with the L2 cache flushed between runs.
+In e4m3 torch has no attention to compete with: the yardsticks are its product of two e4m3 matrices and cuDNN in bf16.
 Then ragged batches, features beside plain calls, the compiler's time, a first call, and the host's share of a call.
 """
 
@@ -124,6 +125,42 @@ def prefill(rounds: int, dtype: torch.dtype = torch.bfloat16) -> list[Line]:
     return lines
 
 
+# In e4m3, TFLOP/s asked for: (head size, sequence length, causal).
+FP8_GOALS = {
+    (64, 16384, False): None, (64, 16384, True): None,
+    (128, 4096, False): 860, (128, 4096, True): 780, (128, 16384, False): 1000, (128, 16384, True): 900,
+    (256, 4096, False): None, (256, 4096, True): None, (256, 16384, False): 1100, (256, 16384, True): None,
+}  # fmt: skip
+MATRIX = 8192  # rows and columns of the yardstick's matrices
+
+
+def matrix_product() -> Callable[[], object]:
+    """The product of two square matrices of e4m3, 2 * MATRIX**3 operations, with the fast sums of cuBLAS."""
+    a, b = (torch.randn(MATRIX, MATRIX, device="cuda").to(torch.float8_e4m3fn) for _ in range(2))
+    one = torch.ones((), device="cuda")
+    return lambda: torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+
+def fp8(rounds: int) -> list[Line]:
+    """Prefill in e4m3: the matrix product beside it is its own competitor, in its own operations."""
+    product = matrix_product()
+    lines: list[Line] = []
+    for (head_dim, length, causal), goal in FP8_GOALS.items():
+        q, k, v = dense(head_dim, length, torch.bfloat16)
+        x, y, z = (each.to(torch.float8_e4m3fn) for each in (q, k, v))
+        ours = lambda x=x, y=y, z=z, causal=causal: flash_attn_func(x, y, z, causal=causal)  # noqa: E731
+        times = compete({"cudnn": cudnn(q, k, v, causal), "ours": ours, "product": product}, rounds)
+        operations = 4 * TOKENS * length * HIDDEN * (0.5 if causal else 1)
+        case = {"case": "prefill fp8", "head_dim": head_dim, "length": length, "causal": causal}
+        line = line_of(case, operations, {name: times[name] for name in ("cudnn", "ours")})
+        line |= line_of({}, 2.0 * MATRIX**3, {"product": times["product"]})
+        line["over_product"] = round(line["ours_tflops"] / line["product_tflops"], 4)
+        name = f"fp8 {length // 1024}k d {head_dim}{' causal' if causal else ''}"
+        line |= {"goal": name, "value": line["ours_tflops"], "asked": goal}
+        lines.append(line)
+    return lines
+
+
 def ragged(rounds: int) -> list[Line]:
     """Lognormal lengths against cuDNN's dense causal batch of 4096 tokens, d 128."""
     q, k, v = dense(128, 4096, torch.bfloat16)
@@ -167,8 +204,9 @@ def compile_times() -> list[Line]:
 
     sources = config.kernel_sources_dir()
     lines: list[Line] = []
-    for head_dim, head_dim_v in hopper_kernels.HEAD_DIMS:
-        spec = hopper_kernels.forward_spec("bf16", head_dim, head_dim_v, True, False)
+    specs = [hopper_kernels.forward_spec("bf16", *sizes, True, False) for sizes in hopper_kernels.HEAD_DIMS]
+    specs += [hopper_kernels.fp8_spec(size, size, True) for size in hopper_kernels.FP8_HEAD_DIMS]
+    for spec in specs:
         begin = time.perf_counter()
         nvrtc.compile_cubin(
             spec.unit,
@@ -177,7 +215,8 @@ def compile_times() -> list[Line]:
             include_dirs=[sources, sources / "include"],
             flags=[*spec.flags, "--no-cache"],
         )
-        lines.append({"case": "compile", "head_dim": head_dim, "seconds": round(time.perf_counter() - begin, 3)})
+        fields = {name: dict(spec.variant)[name] for name in ("dtype", "head_dim")}
+        lines.append({"case": "compile", **fields, "seconds": round(time.perf_counter() - begin, 3)})
     with tempfile.TemporaryDirectory() as store:
         environment = {
             **os.environ,
@@ -237,7 +276,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=record.RESULTS)
-    parts = ("prefill", "fp16", "ragged", "features", "compile", "host")
+    parts = ("prefill", "fp16", "fp8", "ragged", "features", "compile", "host")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     options = parser.parse_args()
     made: list[Line] = []
@@ -246,8 +285,8 @@ def main() -> None:
         if part in ("prefill", "fp16"):
             lines = prefill(options.rounds, torch.bfloat16 if part == "prefill" else torch.float16)
             lines.append({**summary(lines), "dtype": lines[0]["dtype"]})
-        elif part in ("ragged", "features"):
-            lines = {"ragged": ragged, "features": features}[part](options.rounds)
+        elif part in ("fp8", "ragged", "features"):
+            lines = {"fp8": fp8, "ragged": ragged, "features": features}[part](options.rounds)
         else:
             lines = compile_times() if part == "compile" else host_time()
         for line in lines:

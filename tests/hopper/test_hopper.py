@@ -21,7 +21,7 @@ from jit_kernel.fa3.decision import Accepted, Rejected
 from jit_kernel.fa3.features import Features
 from jit_kernel.fa3.hopper import kernels as hopper_kernels
 from jit_kernel.jit import KernelSpec
-from tests.support.hopper_variants import NAMED, NAMED_CACHED, TARGET, compile_spec
+from tests.support.hopper_variants import NAMED, NAMED_CACHED, NAMED_FP8, TARGET, compile_spec
 
 CALL = Features(
     dtype="bf16",
@@ -60,6 +60,11 @@ def test_a_variant_compiles_without_spills_or_serialised_products(fields: tuple[
     compiles_well(hopper_kernels.forward_spec(*fields))
 
 
+@pytest.mark.parametrize(("head_dim", "masked"), NAMED_FP8)
+def test_a_kernel_in_e4m3_compiles_as_well(head_dim: int, masked: bool) -> None:
+    compiles_well(hopper_kernels.fp8_spec(head_dim, head_dim, masked))
+
+
 @pytest.mark.parametrize("fields", NAMED_CACHED, ids=str)
 def test_a_kernel_on_cached_keys_compiles_as_well(fields: tuple[str, int, int]) -> None:
     compiles_well(hopper_kernels.cached_spec(*fields))
@@ -82,7 +87,8 @@ def test_the_whole_space_has_no_more_kernels_than_are_counted_here() -> None:
     specs = hopper.all_variants(TARGET)
     assert len(specs) == len(set(specs))
     counted = Counter(str(dict(spec.variant)["function"]) for spec in specs)
-    assert counted == {"launcher": 1, "forward": 48, "forward_cached": 12, "decode": 22, "append": 2}
+    expected = {"launcher": 1, "forward": 48, "forward_fp8": 6, "forward_cached": 12, "decode": 22, "append": 2}
+    assert counted == expected
     assert {spec.route for spec in specs} == {"host", "cuda"}
     assert hopper.all_variants(Target("cuda", "sm_100")) == []
 
@@ -94,12 +100,22 @@ def test_every_multiple_of_8_has_a_kernel_that_warm_up_compiles(d: int) -> None:
         features = dataclasses.replace(CALL, head_dim=d, head_dim_v=dv)
         assert isinstance(hopper.decide(TARGET, features), Accepted)
         assert hopper.variant(TARGET, features, {}) in specs
+        e4m3 = dataclasses.replace(features, dtype="e4m3", descale=True, softcap=True)
+        decision = hopper.decide(TARGET, e4m3)
+        if d % 16 or dv % 16:
+            assert isinstance(decision, Rejected)
+            assert "multiples of 16" in decision.reason
+        else:
+            assert isinstance(decision, Accepted)
+            assert hopper.variant(TARGET, e4m3, {}) in specs
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"dtype": "e4m3"}, "dtype e4m3"),
+        ({"dtype": "e4m3", "cache": True}, "e4m3 over a cache"),
+        ({"dtype": "e4m3", "qv": True}, "qv"),
+        ({"dtype": "fp32"}, "dtype fp32"),
         ({"head_dim": 100}, "multiples of 8"),
         ({"head_dim_v": 264}, "up to 256"),
         ({"aligned": False}, "16 bytes"),
@@ -132,6 +148,7 @@ def test_selecting_by_size_finds_the_kernel_that_pads_it() -> None:
         (prefill, "head_dim", "72", "96"),
         (prefill, "head_dim_v", "130", "192"),
         (prefill, "dtype", "bf16", "bf16"),
+        (hopper_kernels.fp8_spec(64, 48, True), "head_dim", "96", "128"),
         (few_rows, "head_dim", "72", "128"),
         (few_rows, "head_dim", "257", "257"),
         (few_rows, "rows", "9", "16"),
@@ -140,11 +157,14 @@ def test_selecting_by_size_finds_the_kernel_that_pads_it() -> None:
         assert hopper.canonical(spec, field, wanted) == found
 
 
+FP8 = torch.float8_e4m3fn
+
+
 class KernelsDouble:
     """Stands for a GPU's loaded kernels: one variant is there, and `forward` says whether rows are aligned."""
 
     def __init__(self, aligned: bool) -> None:
-        self.handles = {(torch.bfloat16, 64, 64, True, False): 7}
+        self.handles = {(torch.bfloat16, 64, 64, True, False): 7, (FP8, 64, 64, True): 8}
         self.launched: list[tuple[object, ...]] = []
         self.aligned = aligned
 
@@ -153,6 +173,8 @@ class KernelsDouble:
         if self.aligned:
             self.launched.append(arguments)
         return self.aligned
+
+    forward_fp8 = forward
 
 
 @pytest.mark.parametrize(
@@ -166,6 +188,10 @@ class KernelsDouble:
         ({"page_table": torch.zeros(1, 1, dtype=torch.int32)}, True, False),
         ({"qv": torch.zeros(3, 2, 64)}, True, False),
         *[({f"{name}_descale": torch.ones(1, 2)}, True, False) for name in "qkv"],
+        *[({"dtype": FP8, f"{name}_descale": torch.ones(1, 2)}, True, True) for name in "qkv"],
+        ({"dtype": FP8, "softcap": 5.0}, True, True),
+        ({"dtype": FP8}, False, False),
+        ({"dtype": FP8, "qv": torch.zeros(3, 2, 64)}, True, False),
     ],
 )
 def test_only_a_known_kind_of_call_passes_by_the_dispatcher(
@@ -181,17 +207,18 @@ def test_only_a_known_kind_of_call_passes_by_the_dispatcher(
     monkeypatch.setattr(dispatch, "candidates", lambda target: ("next",))
     monkeypatch.setattr(dispatch, "implementation", lambda name: double)
     made = dispatch.Dispatcher(TARGET, (hopper, double))  # type: ignore[arg-type]
-    x, cu = torch.zeros(3, 2, 64, dtype=torch.bfloat16), torch.tensor([0, 3], dtype=torch.int32)
+    x, cu = torch.zeros(3, 2, 64, dtype=change.get("dtype", torch.bfloat16)), torch.tensor([0, 3], dtype=torch.int32)
     given: dict[str, object] = {"q": x, "k": x, "v": x, "cu_seqlens_q": cu, "cu_seqlens_k": cu, "causal": True}
     names = inspect.signature(jit_kernel.flash_attn_varlen_func).parameters
     defaults = {name: p.default for name, p in names.items() if p.default is not inspect.Parameter.empty}
+    change = {name: value for name, value in change.items() if name != "dtype"}
     call = Call(*calls.of(calls.VARLEN, {**defaults, **given, **change}))
     result = made.attend(call)
     if launched:
         assert not asked
         assert isinstance(result, torch.Tensor)
         assert result.shape == x.shape
-        assert kernels.launched[0][:4] == (7, x, x, x)
+        assert kernels.launched[0][:4] == (8 if x.dtype is FP8 else 7, x, x, x)
     else:
         assert not kernels.launched
         assert asked == [call]

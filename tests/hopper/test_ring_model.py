@@ -27,14 +27,26 @@ def kernel_of(row: shared_numbers.TileRow) -> Kernel:
 
 # Where warpgroups skip blocks: with a mask, and where they do not take turns.
 SKIPPING = [kernel_of(row) for row in shared_numbers.tile_rows() if row.masked and not row.ping_pong]
+
+FP8_ROWS = shared_numbers.fp8_tile_rows()
+
+
+def fp8_kernel_of(row: shared_numbers.Fp8TileRow) -> Kernel:
+    numbers = row.warpgroups, row.stages, row.stages_q, True, False, *shared_numbers.most_skipped(row.stages)
+    return Kernel(*numbers, stages_loaded=row.stages_loaded)
+
+
+# Of e4m3, values pass through a ring more.
+SKIPPING_FP8 = [fp8_kernel_of(row) for row in FP8_ROWS if row.masked and not row.ping_pong]
 # On cached keys: those skip alike, with a mask, whether they take boxes or rows.
 CACHED = [dataclasses.replace(each, clears=True, tells_late=late) for each in SKIPPING for late in (False, True)]
 ANY_KERNEL = st.builds(
-    lambda clears, tells_late, warpgroups, stages, *schedule: Kernel(
-        warpgroups, stages, *schedule, *shared_numbers.most_skipped(stages), clears, tells_late
+    lambda clears, tells_late, stages_loaded, warpgroups, stages, *schedule: Kernel(
+        warpgroups, stages, *schedule, *shared_numbers.most_skipped(stages), clears, stages_loaded, tells_late
     ),
     st.booleans(),
     st.booleans(),
+    st.integers(0, 3),
     st.sampled_from([2, 4]),
     st.integers(1, 5),
     st.integers(1, 2),
@@ -68,6 +80,7 @@ def found_deadlock(kernel: Kernel) -> list[Tile] | None:
 
 def test_the_kernels_that_skip_are_those_of_64_and_256() -> None:
     assert [(kernel.warpgroups, kernel.stages, kernel.overlap) for kernel in SKIPPING] == [(4, 3, False), (2, 2, True)]
+    assert [(row.head_dim, row.stages) for row in FP8_ROWS if row.masked and not row.ping_pong] == [(64, 3)]
 
 
 def test_the_model_has_the_kernels_own_numbers() -> None:
@@ -80,7 +93,7 @@ def test_the_model_has_the_kernels_own_numbers() -> None:
         assert first + last <= stages
 
 
-@pytest.mark.parametrize("kernel", [*SKIPPING, *CACHED], ids=str)
+@pytest.mark.parametrize("kernel", [*SKIPPING, *SKIPPING_FP8, *CACHED], ids=str)
 @QUIET
 @given(data=st.data())
 def test_with_the_rule_no_order_of_steps_deadlocks(kernel: Kernel, data: st.DataObject) -> None:
@@ -107,7 +120,7 @@ def test_with_one_key_more_a_deadlock_is_found(kernel: Kernel, end: str) -> None
         assert runs_to_its_end(kernel, tiles, seed)
 
 
-@pytest.mark.parametrize("kernel", SKIPPING, ids=str)
+@pytest.mark.parametrize("kernel", [*SKIPPING, *SKIPPING_FP8], ids=str)
 def test_without_a_bound_a_deadlock_is_found(kernel: Kernel) -> None:
     """A warpgroup without queries skipped all of a tile's keys before it gave a value back: kernel_log.md."""
     assert found_deadlock(dataclasses.replace(kernel, most_first=NO_BOUND, most_last=NO_BOUND)) is not None

@@ -26,11 +26,19 @@ def test_the_head_sizes_are_the_tables() -> None:
     assert len(rows) == 2 * len(hopper_kernels.HEAD_DIMS)
 
 
+def test_the_head_sizes_of_e4m3_are_the_tables() -> None:
+    rows = shared_numbers.fp8_tile_rows()
+    assert tuple(row.head_dim for row in rows if row.masked) == hopper_kernels.FP8_HEAD_DIMS
+    text = (shared_numbers.INCLUDE / "wgmma.cuh").read_text(encoding="utf-8")
+    defined = {int(n) for n in re.findall(r"^JIT_KERNEL_WGMMA_E4M3\((\d+)", text, re.M)}
+    assert defined == {row.keys for row in rows} | {row.part_columns for row in rows}
+
+
 def test_nothing_else_lists_the_head_sizes() -> None:
     """The launcher and the kernels take them from the table."""
     for path in (LAUNCH / "prefill_launch.h", shared_numbers.HOPPER / "prefill" / "tile_size.h"):
         text = path.read_text(encoding="utf-8")
-        assert text.count("prefill/tile_table.inc") == 1
+        assert text.count("prefill/tile_table.inc") == text.count("prefill/fp8_tile_table.inc") == 1
         assert not re.search(r"<\d+, \d+, (true|false|kMasked)>", text)
 
 
@@ -65,6 +73,7 @@ def test_a_block_has_the_shared_memory_that_the_architecture_has() -> None:
     ("host", "launch", "function"),
     [
         ("prefill.py", "prefill_launch.h", "forward"),
+        ("prefill.py", "prefill_launch.h", "forward_fp8"),
         ("cached.py", "cached_launch.h", "forward_cached"),
         ("decode.py", "decode_launch.h", "decode"),
         ("append.py", "append_launch.h", "append"),
@@ -78,5 +87,5 @@ def test_the_host_passes_what_the_launcher_takes_in_its_order(host: str, launch:
 
 
 def test_the_exported_elements_are_the_dtypes() -> None:
-    text = (shared_numbers.INCLUDE / "element.cuh").read_text(encoding="utf-8")
-    assert tuple(re.findall(r"^struct (\w+) \{\};", text, re.M)) == hopper_kernels.DTYPES
+    text = (shared_numbers.INCLUDE / "element_types.h").read_text(encoding="utf-8")
+    assert tuple(re.findall(r"^struct (\w+) \{\};", text, re.M)) == (*hopper_kernels.DTYPES, "e4m3")

@@ -237,7 +237,8 @@ def check(outs: Rows[Tensor], lses: Rows[Tensor] | None, problem: Problem) -> Sh
     Rows: |ours - ref|_2 <= 2 |base - ref|_2 + 2 eps |ref|_2 (3 |base - ref|_2 with softcap).
     Maximum: max|ours - ref| <= 2 max|base - ref| + 1e-5 max(1, max|v|).
     lse: |lse - ref| <= 1e-3, plus 2^-10 max|score| with softcap.
-    e4m3: base is `emulate_fp8`; maximum <= 4 times and mean <= 3 times its own, plus the same 1e-5 max(1, max|v|).
+    e4m3: base is `emulate_fp8`; maximum <= 4 times and mean <= 3 times its own, plus the same 1e-5 max(1, max|v|). On a
+    GPU lse may be 2^-10 max|score| further off: tensor cores keep some 14 bits of a sum of 8-bit products.
     """
     row, lse_worst, where = 0.0, 0.0, "no rows"
     ours_errors, base_errors, largest_v = [], [], 1.0
@@ -263,7 +264,7 @@ def check(outs: Rows[Tensor], lses: Rows[Tensor] | None, problem: Problem) -> Sh
                 where = f"sequence {index}, query {query} of {s.q.shape[0]}, head {head}, {s.k.shape[0]} keys"
         if lses is not None:
             limit_lse = 1e-3
-            if problem.softcap > 0:
+            if problem.softcap > 0 or (fp8 and s.q.is_cuda):
                 finite = scores(_descaled(s, ref.dtype), problem, ref.dtype).nan_to_num(neginf=0.0)
                 limit_lse += 2.0**-10 * (float(finite.abs().amax()) if finite.numel() else 0.0)
             lse_worst = max(lse_worst, lse_share(lses[index], ref_lse, limit_lse))

@@ -29,6 +29,7 @@ class Kernel:
     most_first: int
     most_last: int
     clears: bool = False  # a tile's first values are waited for early, as on cached keys
+    stages_loaded: int = 0  # of values that are loaded and then transposed into the ring of values, as of e4m3
     tells_late: bool = False  # a stage is told of when the next one has been asked for, as where rows are copied
 
     def share(self, blocks: int, begin: int, end: int) -> tuple[int, int, int]:
@@ -91,14 +92,17 @@ class Block:
         self.keys = Ring(kernel.stages, kernel.warpgroups)
         self.values = Ring(kernel.stages, kernel.warpgroups)
         self.queries = [Ring(kernel.stages_q, 1) for _ in range(kernel.warpgroups)]
-        self.slots = Ring(TILE_SLOTS, kernel.warpgroups + 1)  # the last reader is the producer
+        # The readers behind the consumers are the producer and the transposer, which the values are loaded for.
+        self.slots = Ring(TILE_SLOTS, kernel.warpgroups + (2 if kernel.stages_loaded else 1))
+        self.loaded = Ring(kernel.stages_loaded, 1) if kernel.stages_loaded else self.values
         self.claims = 0
         self.untold: Ring | None = None
 
     def parts(self) -> dict[str, Steps]:
         """Every part of the block by its name."""
         consumers = {f"consumer {w}": self._consumer(w) for w in range(self.kernel.warpgroups)}
-        return {"scheduler": self._scheduler(), "producer": self._producer(), **consumers}
+        transposer = {"transposer": self._transposer()} if self.kernel.stages_loaded else {}
+        return {"scheduler": self._scheduler(), "producer": self._producer(), **transposer, **consumers}
 
     def _scheduler(self) -> Steps:
         for number in range(len(self.tiles)):
@@ -133,21 +137,32 @@ class Block:
             yield from self._wait(lambda number=number: self.slots.filled > number)  # type: ignore[misc]
             yield from self._load(self.keys)
             if number > 0 and self.kernel.stages_q == 1:
-                yield from self._load(self.values)  # the last ones of the tile before
+                yield from self._load(self.loaded)  # the last ones of the tile before
             for ring in self.queries:
                 yield from self._wait(ring.has_room)
                 yield from ring.fill()
             if number > 0 and self.kernel.stages_q > 1:
-                yield from self._load(self.values)
+                yield from self._load(self.loaded)
             claim_at = min(tile.blocks - 2, CLAIM_BLOCKS)
             self.claims += claim_at < 0
             for block in range(tile.blocks - 2, -1, -1):
                 self.claims += block == claim_at
                 yield from self._load(self.keys)
-                yield from self._load(self.values)
+                yield from self._load(self.loaded)
             self.slots.empty(self.kernel.warpgroups)
-        yield from self._load(self.values)
+        yield from self._load(self.loaded)
         self._tell()
+
+    def _transposer(self) -> Steps:
+        """fp8_transposer.cuh: its warps go together, so one stands for them."""
+        yield lambda: True
+        for number, tile in enumerate(self.tiles):
+            yield lambda number=number: self.slots.filled > number  # type: ignore[misc]
+            for _ in range(tile.blocks):
+                yield lambda: self.loaded.holds(0)
+                yield from self.values.fill()
+                self.loaded.empty(0)
+            self.slots.empty(self.kernel.warpgroups + 1)
 
     def _consumer(self, w: int) -> Steps:
         shares = [self.kernel.share(tile.blocks, *tile.seen[w]) for tile in self.tiles]

@@ -1,8 +1,9 @@
 """The Hopper implementation: kernels for sm_90a in CUDA C++ with raw PTX.
 
-bf16 and fp16, head sizes up to 256 that are multiples of 8. Dense and ragged prefill; over caches, in pages or dense,
-prefill and decode, with new keys appended first, and with draft masks; a cache in e4m3 beside such queries. qv and
-queries in fp8 are not claimed: the portable kernels say what they do.
+bf16 and fp16, head sizes up to 256 that are multiples of 8. Dense and ragged prefill, also in e4m3 with head sizes that
+are multiples of 16; over caches, in pages or dense, prefill and decode, with new keys appended first, and with draft
+masks; a cache in e4m3 beside queries in 16 bit. qv, and queries in e4m3 over a cache, are not claimed: the portable
+kernels say what they do.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ CLAIMED = frozenset(
     ("ragged_q", "ragged_k", "seqused_q", "seqused_k", "causal", "window", "chunk", "softcap", "sinks", "lse",
      "deterministic")
 )  # fmt: skip
+CLAIMED_IN_FP8 = CLAIMED | {"descale"}
 CLAIMED_WITH_CACHE = CLAIMED - {"ragged_k"} | frozenset(
     (
         *("page_size", "append", "ragged_append", "rotary", "cache_batch_idx", "cache_leftpad"),
@@ -42,7 +44,10 @@ CLAIMED_MIXED = CLAIMED_WITH_CACHE | _SCALES
 # What a faster way takes of these: an append is a launch that must not be lost where the next one is declined.
 _KNOWN_WITH_CACHE = CLAIMED_WITH_CACHE - {"append", "ragged_append", "rotary", "metadata"}
 
+_FP8 = torch.float8_e4m3fn
+
 _asks_for_more = asks_for_more(CLAIMED)
+_fp8_asks_for_more = asks_for_more(CLAIMED_IN_FP8)
 _cache_asks_for_more = asks_for_more(_KNOWN_WITH_CACHE)
 _mixed_asks_for_more = asks_for_more(_KNOWN_WITH_CACHE | _SCALES)
 
@@ -55,9 +60,13 @@ def supports(target: Target) -> Decision:
 
 
 def decide(target: Target, features: Features) -> Decision:
-    """bf16 and fp16, head sizes that are multiples of 8 up to 256, rows that the copy engine can reach."""
-    if features.dtype not in kernels.DTYPES:
-        return Rejected(f"dtype {features.dtype}: it computes in bf16 and fp16", claimed=False)
+    """bf16 and fp16, head sizes that are multiples of 8 up to 256, rows that the copy engine can reach; without a cache
+    e4m3, too, in multiples of 16."""
+    fp8 = features.dtype == "e4m3"
+    if not fp8 and features.dtype not in kernels.DTYPES:
+        return Rejected(f"dtype {features.dtype}: it computes in bf16, fp16 and e4m3", claimed=False)
+    if fp8 and features.cache:
+        return Rejected("dtype e4m3 over a cache: its kernels there compute in bf16 and fp16", claimed=False)
     mixed = mixed_dtypes(features)
     if mixed is not None and not features.cache:
         return Rejected(f"{mixed}: its kernels take one dtype without a cache", claimed=False)
@@ -66,8 +75,9 @@ def decide(target: Target, features: Features) -> Decision:
         where = "over a cache" if features.cache else "without a cache"
         return Rejected(f"{arguments}: its kernels have none {where}", claimed=False)
     sizes = f"head sizes {features.head_dim}/{features.head_dim_v}"
-    if features.head_dim % 8 or features.head_dim_v % 8:
-        return Rejected(f"{sizes}: the copy engine moves multiples of 8", claimed=False)
+    step = 16 if fp8 else 8
+    if features.head_dim % step or features.head_dim_v % step:
+        return Rejected(f"{sizes}: of {features.dtype} the copy engine moves multiples of {step}", claimed=False)
     if kernels.padded(features.head_dim, features.head_dim_v) is None:
         return Rejected(f"{sizes}: it serves head sizes up to 256", claimed=False)
     if mixed is not None:
@@ -84,14 +94,15 @@ def decide(target: Target, features: Features) -> Decision:
 
 def _claimed(features: Features) -> frozenset[str]:
     if not features.cache:
-        return CLAIMED
+        return CLAIMED_IN_FP8 if features.dtype == "e4m3" else CLAIMED
     return CLAIMED_WITH_CACHE if features.kv_dtype == features.dtype else CLAIMED_MIXED
 
 
 def prepare(device: str) -> None:
     """Compile or load the launcher."""
-    global _asks_for_more, _cache_asks_for_more, _mixed_asks_for_more
+    global _asks_for_more, _fp8_asks_for_more, _cache_asks_for_more, _mixed_asks_for_more
     _asks_for_more = asks_for_more(CLAIMED)
+    _fp8_asks_for_more = asks_for_more(CLAIMED_IN_FP8)
     _cache_asks_for_more = asks_for_more(_KNOWN_WITH_CACHE)
     _mixed_asks_for_more = asks_for_more(_KNOWN_WITH_CACHE | _SCALES)
     kernels.kernels_of(torch.device(device))
@@ -106,7 +117,10 @@ def canonical(spec: KernelSpec, field: str, value: str) -> str:
     """The value of a variant's field that serves a user's value: the next head size, or rows, of its kind."""
     if not value.isdecimal() or field not in ("head_dim", "head_dim_v", "rows"):
         return value
-    if dict(spec.variant)["function"] == "decode":
+    function = dict(spec.variant)["function"]
+    if function == kernels.FP8:
+        sizes = sorted(kernels.FP8_HEAD_DIMS)
+    elif function == "decode":
         sizes = sorted(kernels.DECODE_ROWS if field == "rows" else kernels.DECODE_HEAD_DIMS)
     else:
         sizes = sorted({pair[("head_dim", "head_dim_v").index(field)] for pair in kernels.HEAD_DIMS})
@@ -119,6 +133,8 @@ def variant(target: Target, features: Features, call: Call) -> KernelSpec:
         key = decode.key_of(call)
         return cached.spec_of(call) if key is None else decode.spec_of(key)
     masked = features.causal or features.window or features.chunk
+    if features.dtype == "e4m3":
+        return kernels.fp8_spec(features.head_dim, features.head_dim_v, masked)
     return prefill.spec_of(features.dtype, features.head_dim, features.head_dim_v, masked, features.softcap)
 
 
@@ -133,7 +149,8 @@ def try_known(call: Call) -> Result | None:
         return None if asks_for_more else _attend_cache(call, only_known=True)
     if has_cache(call):
         return None if _cache_asks_for_more(call) else _attend_cache(call, only_known=True)
-    return None if _asks_for_more(call) else prefill.attend(call, only_known=True)
+    more = _fp8_asks_for_more if call.q.dtype is _FP8 else _asks_for_more
+    return None if more(call) else prefill.attend(call, only_known=True)
 
 
 def attend(call: Call) -> Result:

@@ -10,6 +10,14 @@ from jit_kernel.fa3 import call as calls
 from jit_kernel.fa3.call import Call
 
 
+def tensors(call: Call, result: Tensor, lse: Tensor | None) -> tuple[object, ...]:
+    """The tensors of a call without a cache."""
+    return (
+        call.q, call.k, call.v, result, lse, call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_q, call.seqused_k,
+        call.sinks,
+    )  # fmt: skip
+
+
 def cache_tensors(call: Call, result: Tensor, lse: Tensor | None) -> tuple[object, ...]:
     """The tensors of a call over a cache; its new keys lie there, so that their lengths alone count."""
     return (

@@ -17,10 +17,13 @@ FOLDER = "flash_attention_v3/hopper"
 LAUNCHER = KernelSpec(
     FOLDER, '#include "flash_attention_v3/hopper/launch/launcher.cpp"\n', "host", (("function", "launcher"),)
 )
-CACHED = "forward_cached"  # prefill on cached keys, as a kernel and as the launcher's function
+# As kernels and as the launcher's functions: prefill on cached keys, and in e4m3.
+CACHED, FP8 = "forward_cached", "forward_fp8"
 DTYPES = ("bf16", "fp16")
 # Head sizes of q and k, and of v; the least that hold a call's serve it, the rest is padded inside.
 HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+# Of the kernels in e4m3, of q, k and v alike.
+FP8_HEAD_DIMS = (64, 128, 256)
 # Rows of queries in a tile, by head sizes; 128 where they are not named.
 TILE_ROWS = {(64, 64): 256}
 _APPEND_THREADS = 128  # kAppendThreads of append/params.h, as the unit asserts
@@ -38,6 +41,11 @@ def padded(head_dim: int, head_dim_v: int) -> tuple[int, int] | None:
     return next(fitting, None)
 
 
+def padded_fp8(head_dim: int, head_dim_v: int) -> int | None:
+    """The head size of the kernel in e4m3 that serves a call's, or None."""
+    return next((size for size in FP8_HEAD_DIMS if max(head_dim, head_dim_v) <= size), None)
+
+
 def forward_spec(dtype: str, head_dim: int, head_dim_v: int, masked: bool, softcap: bool) -> KernelSpec:
     """The kernel of one variant; `masked` stands for causal, window and chunk."""
     numbers = f"{head_dim}, {head_dim_v}, {str(masked).lower()}, {str(softcap).lower()}"
@@ -50,6 +58,19 @@ def forward_spec(dtype: str, head_dim: int, head_dim_v: int, masked: bool, softc
         ("masked", masked),
         ("softcap", softcap),
     )
+    return KernelSpec(FOLDER, unit, "cuda", variant, _FLAGS)
+
+
+def fp8_spec(head_dim: int, head_dim_v: int, masked: bool) -> KernelSpec:
+    """The kernel in e4m3 that serves head sizes; softcap is a branch in it. Raises ValueError where none does."""
+    size = padded_fp8(head_dim, head_dim_v)
+    if size is None:
+        raise ValueError(f"no kernel in e4m3 has head sizes {head_dim}/{head_dim_v}")
+    unit = (
+        '#include "flash_attention_v3/hopper/prefill/forward.cuh"\n'
+        f"JIT_KERNEL_EXPORT_FORWARD_FP8({size}, {str(masked).lower()})\n"
+    )
+    variant = (("function", FP8), ("dtype", "e4m3"), ("head_dim", size), ("masked", masked))
     return KernelSpec(FOLDER, unit, "cuda", variant, _FLAGS)
 
 
@@ -92,8 +113,12 @@ def cached_spec(dtype: str, head_dim: int, head_dim_v: int) -> KernelSpec:
 
 
 def all_specs() -> Iterator[KernelSpec]:
-    """The launcher and every kernel: two dtypes, six pairs of head sizes, with and without mask and softcap, cached."""
+    """The launcher and every kernel: two dtypes, six pairs of head sizes, with and without mask and softcap, cached;
+    and those in e4m3."""
     yield LAUNCHER
+    for head_dim in FP8_HEAD_DIMS:
+        for masked in (False, True):
+            yield fp8_spec(head_dim, head_dim, masked)
     for dtype in DTYPES:
         yield append_spec(dtype)
         yield append_spec(dtype, quantises=True)
@@ -115,13 +140,14 @@ def _is_plain(spec: KernelSpec) -> bool:
 
 
 class DeviceKernels(cubin.DeviceKernels):
-    """The kernels of one GPU; `forward`, `forward_cached`, `decode` and `append` launch one by its handle."""
+    """The kernels of one GPU; `forward`, `forward_fp8`, `forward_cached`, `decode` and `append` launch by a handle."""
 
     def __init__(self, index: int, target: Target) -> None:
         super().__init__(index, target, LAUNCHER)
 
     def _keep(self, functions: Any) -> None:
         self.forward = functions["forward"]  # type: ignore[method-assign]
+        self.forward_fp8 = functions[FP8]  # type: ignore[method-assign]
         self.append = functions["append"]  # type: ignore[method-assign]
         self.decode = functions["decode"]  # type: ignore[method-assign]
         self.forward_cached = functions[CACHED]  # type: ignore[method-assign]
@@ -130,6 +156,10 @@ class DeviceKernels(cubin.DeviceKernels):
     def forward(self, *arguments: object) -> bool:
         """What `forward` is until the launcher is loaded."""
         return bool(self._launcher()["forward"](*arguments))
+
+    def forward_fp8(self, *arguments: object) -> bool:
+        """As `forward`, in e4m3."""
+        return bool(self._launcher()[FP8](*arguments))
 
     def forward_cached(self, *arguments: object) -> bool:
         """As `forward`, on cached keys."""
@@ -161,8 +191,9 @@ class DeviceKernels(cubin.DeviceKernels):
             return fields["function"], fields["threads"], fields["shared_bytes"]
         if fields["function"] == "decode":
             return fields["dtype"] == "bf16", "cache" in fields, fields["head_dim"], fields["rows"], self._index
-        cached = fields["function"] == CACHED
-        return fields["head_dim"], fields["head_dim_v"], cached or fields["masked"], cached
+        cached, fp8 = fields["function"] == CACHED, fields["function"] == FP8
+        head_dim_v = fields["head_dim" if fp8 else "head_dim_v"]
+        return fields["head_dim"], head_dim_v, cached or fields["masked"], cached, fp8
 
 
 _devices: dict[int, DeviceKernels] = {}

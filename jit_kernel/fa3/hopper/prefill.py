@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from jit_kernel.fa3 import call as calls
@@ -13,6 +14,8 @@ from jit_kernel.fa3.features import DTYPE_NAMES
 from jit_kernel.fa3.hopper import arguments, kernels
 from jit_kernel.fa3.hopper.kernels import DeviceKernels
 from jit_kernel.jit import KernelSpec
+
+_FP8 = torch.float8_e4m3fn
 
 
 def spec_of(dtype: str, head_dim: int, head_dim_v: int, masked: bool, softcap: bool) -> KernelSpec:
@@ -25,7 +28,14 @@ def spec_of(dtype: str, head_dim: int, head_dim_v: int, masked: bool, softcap: b
 
 def _load(device: DeviceKernels, key: tuple[Any, ...]) -> int:
     dtype, *rest = key
-    return device.load(key, spec_of(DTYPE_NAMES[dtype], *rest))
+    return device.load(key, kernels.fp8_spec(*rest) if dtype is _FP8 else spec_of(DTYPE_NAMES[dtype], *rest))
+
+
+def _key_of(call: Call, masked: bool) -> tuple[Any, ...]:
+    dtype, head_dim, head_dim_v = call.q.dtype, call.q.shape[-1], call.v.shape[-1]
+    if dtype is _FP8:
+        return dtype, head_dim, head_dim_v, masked
+    return dtype, head_dim, head_dim_v, masked, call.softcap > 0
 
 
 def attend(call: Call, *, only_known: bool) -> Result | None:
@@ -33,10 +43,10 @@ def attend(call: Call, *, only_known: bool) -> Result | None:
 
     only_known: None, and nothing is launched, where the kernel is not loaded yet or a row is not aligned.
     """
-    q, v, offsets = call.q, call.v, call.cu_seqlens_q
+    q, offsets = call.q, call.cu_seqlens_q
     device = kernels.kernels_of(q.device)
     left, right = calls.mask_bounds(call)
-    key = (q.dtype, q.shape[-1], v.shape[-1], left >= 0 or right >= 0 or bool(call.attention_chunk), call.softcap > 0)
+    key = _key_of(call, left >= 0 or right >= 0 or bool(call.attention_chunk))
     handle = device.handles.get(key)
     if handle is None and only_known:
         return None
@@ -48,10 +58,15 @@ def attend(call: Call, *, only_known: bool) -> Result | None:
         return result if lse is None else (result, lse.fill_(-math.inf))
     if handle is None:
         handle = _load(device, key)
-    launched = device.forward(
-        handle, q, call.k, v, result, lse, offsets, call.cu_seqlens_k, call.seqused_q, call.seqused_k, call.sinks,
-        *arguments.scalars(call, left, right), only_known,
-    )  # fmt: skip
+    if q.dtype is _FP8:
+        launched = device.forward_fp8(
+            handle, *arguments.tensors(call, result, lse), call.q_descale, call.k_descale, call.v_descale,
+            *arguments.scalars(call, left, right), only_known,
+        )  # fmt: skip
+    else:
+        launched = device.forward(
+            handle, *arguments.tensors(call, result, lse), *arguments.scalars(call, left, right), only_known
+        )
     if not launched:
         return None
     return result if lse is None else (result, lse)

@@ -6,9 +6,20 @@
 
 namespace jit_kernel::hopper {
 
-// How much the reference may lag behind the maximum before the output is rescaled, as exponent
-// of 2. Probabilities stay below 2^8, where bf16 and fp16 keep their relative precision.
+// Of probabilities, as exponents of 2: kTop, that of a maximum which the reference has just been
+// taken from, and kThreshold, the one above which the reference is taken anew and the output
+// rescaled. bf16 and fp16 keep their relative precision below 2^8.
 constexpr float kRescaleThreshold = 8.f;
+template <class Element>
+struct ProbabilityRange {
+  static constexpr float kTop = 0.f, kThreshold = kRescaleThreshold;
+};
+// e4m3 ends at 448 = 2^8.8, and loses precision below 2^-6. A power of two is not rounded: a row
+// that sees one key has its value.
+template <>
+struct ProbabilityRange<e4m3> {
+  static constexpr float kTop = 8.f, kThreshold = 8.8f;
+};
 
 // Larger references are exponents of which float32 shows no differences any more: rounding one to
 // 2^20 adds 2^-5 to all exponents of a row, to 2^32 so much that ex2 overflows.
@@ -63,11 +74,17 @@ __device__ __forceinline__ float largest_score(const float (&scores)[kCount], in
 // What scores are multiplied by before the difference: no product is infinite.
 __device__ __forceinline__ float score_unit(float scale) { return fminf(scale, 1.f); }
 
-// References that are exponents become products with score_unit().
+// References that are exponents become products with score_unit(), and from now on are maxima: kTop
+// is added to the differences from them.
+template <class Element>
 __device__ __forceinline__ void go_far(Softmax& state, float scale) {
   state.rows = RowsState::kFar;
-  state.reference[0] = __fdividef(state.reference[0], fmaxf(scale, 1.f));
-  state.reference[1] = __fdividef(state.reference[1], fmaxf(scale, 1.f));
+  constexpr float kTop = ProbabilityRange<Element>::kTop;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    if (kTop != 0.f) state.reference[r] += kTop;  // not 0: the sum makes 0 of -0, an instruction
+    state.reference[r] = __fdividef(state.reference[r], fmaxf(scale, 1.f));
+  }
 }
 
 // Scores become their differences from the rows' maxima so far, so that 0 takes the place of the
@@ -93,7 +110,7 @@ __device__ __forceinline__ void step_far(float (&scores)[kCount], Softmax& state
 }
 
 // Rows that have not seen a key before take their maximum in this block as reference.
-template <int kCount>
+template <class Element, int kCount>
 __device__ __forceinline__ void settle(float (&scores)[kCount], Softmax& state, float scale) {
   const float maxima[2] = {largest_score(scores, 0), largest_score(scores, 1)};
   if (state.rows == RowsState::kNew) {
@@ -102,7 +119,8 @@ __device__ __forceinline__ void settle(float (&scores)[kCount], Softmax& state, 
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const bool is_new = state.reference[r] == minus_infinity();
-      references[r] = is_new ? maxima[r] * scale : state.reference[r];
+      references[r] =
+          is_new ? maxima[r] * scale - ProbabilityRange<Element>::kTop : state.reference[r];
       if (maxima[r] > minus_infinity()) highest = fmaxf(highest, fabsf(references[r]));
       lowest = fminf(lowest, references[r]);
     }
@@ -112,7 +130,7 @@ __device__ __forceinline__ void settle(float (&scores)[kCount], Softmax& state, 
       if (__all_sync(0xffffffffu, lowest > minus_infinity())) state.rows = RowsState::kSettled;
       return;
     }
-    go_far(state, scale);
+    go_far<Element>(state, scale);
   }
   step_far(scores, state, maxima, scale);
 }
@@ -123,17 +141,20 @@ __device__ __forceinline__ void settle(float (&scores)[kCount], Softmax& state, 
 // integers, of which one instruction compares three. Threads of a row need not know of each other
 // unless one of them finds such an exponent. Together that is a fifth of the instructions less than
 // a true maximum in every block, and under load instructions are power, and power is clock.
-template <int kCount>
-__device__ __forceinline__ void softmax_step(float (&scores)[kCount], Softmax& state, float scale) {
+// `between` is called with 0 in front of the exponentials and with 1 between those of the two rows:
+// products that run beside them are waited for there.
+template <class Element, class Between, int kCount>
+__device__ __forceinline__ void softmax_step(float (&scores)[kCount], Softmax& state, float scale,
+                                             Between between) {
   static_assert(kCount % 8 == 0, "a block has a multiple of 16 keys");
   state.rescale[0] = state.rescale[1] = 1.f;
-  if (state.rows != RowsState::kSettled) settle(scores, state, scale);
+  if (state.rows != RowsState::kSettled) settle<Element>(scores, state, scale);
   const bool far = state.rows == RowsState::kFar;
   int highest[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const bool has_none = far || state.reference[r] == minus_infinity();
-    const float offset = has_none ? 0.f : -state.reference[r];
+    const float offset = has_none ? ProbabilityRange<Element>::kTop : -state.reference[r];
     int high[2] = {0, 0};
 #pragma unroll
     for (int i = 0; i < kCount / 4; ++i) {
@@ -145,13 +166,16 @@ __device__ __forceinline__ void softmax_step(float (&scores)[kCount], Softmax& s
     }
     highest[r] = max(high[0], high[1]);
   }
-  state.must_rescale = far || __any_sync(0xffffffffu, max(highest[0], highest[1]) >
-                                                          __float_as_int(kRescaleThreshold));
+  state.must_rescale =
+      far || __any_sync(0xffffffffu, max(highest[0], highest[1]) >
+                                         __float_as_int(ProbabilityRange<Element>::kThreshold));
   if (state.must_rescale && !far) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float growth = fminf(quad_maximum(__int_as_float(highest[r])), kLargestFloat);
-      growth = growth > kRescaleThreshold ? growth : 0.f;
+      growth = growth > ProbabilityRange<Element>::kThreshold
+                   ? growth - ProbabilityRange<Element>::kTop
+                   : 0.f;
       state.rescale[r] = exp2_fast(-growth);
       state.reference[r] += growth;
 #pragma unroll
@@ -163,10 +187,12 @@ __device__ __forceinline__ void softmax_step(float (&scores)[kCount], Softmax& s
       }
     }
     const float highest_reference = fmaxf(state.reference[0], state.reference[1]);
-    if (__any_sync(0xffffffffu, highest_reference > kLargestReference)) go_far(state, scale);
+    if (__any_sync(0xffffffffu, highest_reference > kLargestReference))
+      go_far<Element>(state, scale);
   }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
+    between(r);
     float sums[2] = {};
 #pragma unroll
     for (int i = 0; i < kCount / 4; ++i) {
@@ -181,11 +207,20 @@ __device__ __forceinline__ void softmax_step(float (&scores)[kCount], Softmax& s
   }
 }
 
-template <class Element, int kCount>
+// To wgmma's register operand. Of e4m3 there are four keys to a register, in the order that
+// transposed values have them: the third and fourth are the thread's two of the next 8 columns.
+template <class Element, int kCount, int kPacked>
 __device__ __forceinline__ void pack_probabilities(const float (&scores)[kCount],
-                                                   u32 (&packed)[kCount / 2]) {
+                                                   u32 (&packed)[kPacked]) {
 #pragma unroll
-  for (int i = 0; i < kCount / 2; ++i) packed[i] = pack<Element>(scores[2 * i], scores[2 * i + 1]);
+  for (int i = 0; i < kPacked; ++i) {
+    if constexpr (ElementSize<Element>::kBytes == 1) {
+      const int at = i / 2 * 8 + i % 2 * 2;
+      packed[i] = pack_e4m3(scores[at], scores[at + 1], scores[at + 4], scores[at + 5]);
+    } else {
+      packed[i] = pack<Element>(scores[2 * i], scores[2 * i + 1]);
+    }
+  }
 }
 
 template <int kCount>
@@ -202,9 +237,12 @@ struct RowResult {
 
 // Half of a row's reference as an exponent of 2, finite where the row has seen a key: a logit that
 // float32 holds is an exponent that it may not hold.
+template <class Element>
 __device__ __forceinline__ float half_reference(const Softmax& state, int r, float scale) {
   const float reference = state.reference[r];
-  const float half = reference * (state.rows == RowsState::kFar ? 0.5f * fmaxf(scale, 1.f) : 0.5f);
+  const bool far = state.rows == RowsState::kFar;
+  const float half = reference * (far ? 0.5f * fmaxf(scale, 1.f) : 0.5f) -
+                     (far ? 0.5f * ProbabilityRange<Element>::kTop : 0.f);
   const float finite = fmaxf(-kLargestFloat, fminf(half, kLargestFloat));
   return reference == minus_infinity() ? reference : finite;
 }

@@ -20,13 +20,13 @@ __device__ __forceinline__ MapPlace map_place(const TensorRows& rows, const int*
 }
 
 // Copies `kRows` rows of all columns, panel by panel.
-template <int kColumns, int kPanel, int kRows>
+template <int kColumns, int kPanel, int kRows, int kElementBytes = 2>
 __device__ __forceinline__ void load_rows(u32 destination, const TensorRows& rows, u32 barrier,
                                           u64 policy, const MapPlace& at, int row, int head) {
 #pragma unroll
   for (int panel = 0; panel < kColumns / kPanel; ++panel) {
-    tma_load(destination + panel * kRows * kPanel * 2, &rows.map, barrier, policy, panel * kPanel,
-             at.row + row, head, at.place, rows.wrap);
+    tma_load(destination + panel * kRows * kPanel * kElementBytes, &rows.map, barrier, policy,
+             panel * kPanel, at.row + row, head, at.place, rows.wrap);
   }
 }
 

@@ -24,6 +24,8 @@ struct Registers;
 template <>
 struct Registers<2> : RegisterCounts<2, 40, 232> {};
 template <>
+struct Registers<3> : RegisterCounts<3, 56, 152> {};
+template <>
 struct Registers<4> : RegisterCounts<4, 32, 112> {};
 
 }  // namespace jit_kernel::hopper

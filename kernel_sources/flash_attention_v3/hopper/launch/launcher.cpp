@@ -1,10 +1,11 @@
 // The host side of the Hopper kernels: loads cubins, encodes tensor maps, launches on the caller's
 // stream.
 //
-//   load_kernel(image, head_dim, head_dim_v, masked, cached) -> handle, for forward and
-//   forward_cached load_plain(image, name, threads, shared_bytes) -> handle, for a launch that
-//   knows no variants prepare(device) -> multiprocessors: what a launch needs that does not depend
-//   on the variant forward(handle, tensors..., scalars...) -> whether it was launched
+//   load_kernel(image, head_dim, head_dim_v, masked, cached, fp8) -> handle, for forward,
+//   forward_fp8 and forward_cached
+//   load_plain(image, name, threads, shared_bytes) -> handle, for a launch that knows no variants
+//   prepare(device) -> multiprocessors: what a launch needs that does not depend on the variant
+//   forward(handle, tensors..., scalars...) -> whether it was launched; so forward_fp8, of e4m3
 //   forward_cached(handle, tensors..., scalars...) -> whether it was launched
 #include <tvm/ffi/tvm_ffi.h>
 
@@ -43,6 +44,7 @@ int64_t prepare(int64_t device) {
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(load_kernel, jit_kernel::hopper::load_kernel);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(prepare, jit_kernel::hopper::prepare);
 JIT_KERNEL_EXPORT_CALL(forward, jit_kernel::hopper::forward)
+JIT_KERNEL_EXPORT_CALL(forward_fp8, jit_kernel::hopper::forward_fp8)
 JIT_KERNEL_EXPORT_CALL(forward_cached, jit_kernel::hopper::forward_cached)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(load_plain, jit_kernel::hopper::load_plain);
 JIT_KERNEL_EXPORT_CALL(append, jit_kernel::hopper::append)

@@ -29,16 +29,25 @@ constexpr double kLog2E = 1.4426950408889634;
 // What the host must know of a variant.
 struct Shape {
   int head_dim, head_dim_v;
-  bool masked, cached;
+  bool masked, cached, fp8;
   int rows, keys, threads, shared_bytes, panel, panel_v;
 };
 
+template <class C>
+constexpr Shape shape_of() {
+  return {C::kHeadDim, C::kHeadDimV, C::kMasked,      C::kCached, C::kFp8,   C::kRows,
+          C::kKeys,    C::kThreads,  C::kSharedBytes, C::kPanel,  C::kPanelV};
+}
+
 template <int kHeadDim, int kHeadDimV, bool kMasked, bool kCached>
 constexpr Shape shape_of() {
-  using C = Config<void, kHeadDim, kHeadDimV, kMasked, kCached,
-                   TileFor<kHeadDim, kHeadDimV, kMasked>, kCached>;
-  return {kHeadDim, kHeadDimV,   kMasked,         kCached,   C::kRows,
-          C::kKeys, C::kThreads, C::kSharedBytes, C::kPanel, C::kPanelV};
+  return shape_of<Config<void, kHeadDim, kHeadDimV, kMasked, kCached,
+                         TileFor<kHeadDim, kHeadDimV, kMasked>, kCached>>();
+}
+
+template <int kHeadDim, bool kMasked>
+constexpr Shape fp8_shape_of() {
+  return shape_of<Config<e4m3, kHeadDim, kHeadDim, kMasked, true, Fp8TileFor<kHeadDim, kMasked>>>();
 }
 
 constexpr Shape kShapes[] = {
@@ -46,22 +55,30 @@ constexpr Shape kShapes[] = {
   shape_of<head_dim, head_dim_v, false, false>(), shape_of<head_dim, head_dim_v, true, false>(), \
       shape_of<head_dim, head_dim_v, true, true>(),
 #include "flash_attention_v3/hopper/prefill/tile_table.inc"
+#define JIT_KERNEL_FP8_TILE(head_dim, ...) \
+  fp8_shape_of<head_dim, false>(), fp8_shape_of<head_dim, true>(),
+#include "flash_attention_v3/hopper/prefill/fp8_tile_table.inc"
 };
+
+inline const char* name_of(const Shape& shape) {
+  if (shape.fp8) return "forward_fp8";
+  return shape.cached ? "forward_cached" : "forward";
+}
 
 struct Variant {
   Variant(const Shape& shape, std::string image)
       : shape(shape),
-        kernel(std::move(image), shape.cached ? "forward_cached" : "forward",
-               static_cast<unsigned>(shape.threads), static_cast<unsigned>(shape.shared_bytes)) {}
+        kernel(std::move(image), name_of(shape), static_cast<unsigned>(shape.threads),
+               static_cast<unsigned>(shape.shared_bytes)) {}
   const Shape& shape;
   cuda::Kernel kernel;
 };
 
 inline int64_t load_kernel(Bytes image, int64_t head_dim, int64_t head_dim_v, bool masked,
-                           bool cached) {
+                           bool cached, bool fp8) {
   for (const Shape& shape : kShapes) {
     if (shape.head_dim == head_dim && shape.head_dim_v == head_dim_v && shape.masked == masked &&
-        shape.cached == cached) {
+        shape.cached == cached && shape.fp8 == fp8) {
       return cuda::KernelTable<Variant>::get().add(
           std::make_unique<Variant>(shape, std::string(image)));
     }
@@ -78,7 +95,7 @@ struct Lengths {
 // at a time are read from memory once (647 MB in place of 201 with 32 MB, 16 x 4096 tokens).
 inline int l2_tokens_of(const Shape& shape, int64_t columns) {
   const int budget = shape.masked ? 32 << 20 : 8 << 20;
-  return budget / static_cast<int>(columns * 2);
+  return budget / static_cast<int>(columns * (shape.fp8 ? 1 : 2));
 }
 
 inline void set_tensors(ForwardParams& params, const Shape& shape, const TensorView& q,
@@ -121,7 +138,7 @@ inline void set_lse(ForwardParams& params, const Optional<TensorView>& lse) {
 
 inline void set_sinks(ForwardParams& params, const Optional<TensorView>& sinks) {
   params.sinks = data_of<void>(sinks);
-  params.sinks_are_elements = sinks.has_value() && sinks.value().dtype().bits == 16;
+  params.sinks_are_elements = sinks.has_value() && sinks.value().dtype().bits < 32;
 }
 
 // Numbers with floor(p / divisor) = 2 p multiplier / 2^(32 + shift) for 0 <= p < 2^31.
@@ -173,6 +190,31 @@ inline bool is_aligned(const TensorView& x) {
   return bits % 16 == 0;
 }
 
+// What a call of `forward` has beside its tensors of sequences.
+struct CallScalars {
+  double softmax_scale, softcap;
+  int64_t left, right, chunk, sm_margin;
+  bool clear_rest;
+};
+
+inline void launch_forward(Variant& variant, ForwardParams& params, const TensorView& q,
+                           const TensorView& k, const TensorView& v, const TensorView& out,
+                           const Optional<TensorView>& lse, const Lengths& lengths, int64_t batch,
+                           const Optional<TensorView>& sinks, const CallScalars& call) {
+  const int device = cuda::checked_device(q.device().device_id);
+  const cuda::ContextGuard context(device);
+  params.batch = static_cast<int>(batch);
+  set_tensors(params, variant.shape, q, k, v, out, lengths);
+  set_lse(params, lse);
+  set_scores(params, call.softmax_scale, call.softcap, call.left, call.right, call.chunk);
+  set_sinks(params, sinks);
+  params.clear_rest = call.clear_rest;
+  params.progress = ProgressPool::of(device).counters(cuda::current_stream(device));
+  void* arguments[] = {&params};
+  variant.kernel.launch(device, {grid_of(params, variant.shape, 0, 1, device, call.sm_margin)},
+                        arguments);
+}
+
 // Shapes, dtypes and devices have been checked; every address and stride is a multiple of 16 bytes.
 // left, right: -1 is unbounded. clear_rest: rows of out that hold no query become 0. if_aligned:
 // addresses and strides have not been checked, and nothing is launched where they are none.
@@ -185,23 +227,42 @@ inline bool forward(int64_t handle, TensorView q, TensorView k, TensorView v, Te
   if (if_aligned && !(is_aligned(q) && is_aligned(k) && is_aligned(v) && is_aligned(out))) {
     return false;
   }
-  Variant& variant = cuda::KernelTable<Variant>::get().at(handle);
-  const int device = cuda::checked_device(q.device().device_id);
-  const cuda::ContextGuard context(device);
   ForwardParams params = {};
-  params.batch =
-      static_cast<int>(cu_seqlens_q.has_value() ? cu_seqlens_q.value().size(0) - 1 : q.size(0));
-  set_tensors(params, variant.shape, q, k, v, out,
-              {data_of<int>(cu_seqlens_q), data_of<int>(cu_seqlens_k), data_of<int>(seqused_q),
-               data_of<int>(seqused_k)});
-  set_lse(params, lse);
-  set_scores(params, softmax_scale, softcap, left, right, chunk);
-  set_sinks(params, sinks);
-  params.clear_rest = clear_rest;
-  params.progress = ProgressPool::of(device).counters(cuda::current_stream(device));
-  void* arguments[] = {&params};
-  variant.kernel.launch(device, {grid_of(params, variant.shape, 0, 1, device, sm_margin)},
-                        arguments);
+  launch_forward(cuda::KernelTable<Variant>::get().at(handle), params, q, k, v, out, lse,
+                 {data_of<int>(cu_seqlens_q), data_of<int>(cu_seqlens_k), data_of<int>(seqused_q),
+                  data_of<int>(seqused_k)},
+                 cu_seqlens_q.has_value() ? cu_seqlens_q.value().size(0) - 1 : q.size(0), sinks,
+                 {softmax_scale, softcap, left, right, chunk, sm_margin, clear_rest});
+  return true;
+}
+
+inline Descale descale_of(const Optional<TensorView>& factors) {
+  if (!factors.has_value()) return {};
+  const TensorView& x = factors.value();
+  return {data_of<float>(factors), x.stride(0), x.stride(1)};
+}
+
+// As `forward`, of e4m3; out is bf16.
+inline bool forward_fp8(int64_t handle, TensorView q, TensorView k, TensorView v, TensorView out,
+                        Optional<TensorView> lse, Optional<TensorView> cu_seqlens_q,
+                        Optional<TensorView> cu_seqlens_k, Optional<TensorView> seqused_q,
+                        Optional<TensorView> seqused_k, Optional<TensorView> sinks,
+                        Optional<TensorView> q_descale, Optional<TensorView> k_descale,
+                        Optional<TensorView> v_descale, double softmax_scale, double softcap,
+                        int64_t left, int64_t right, int64_t chunk, int64_t sm_margin,
+                        bool clear_rest, bool if_aligned) {
+  if (if_aligned && !(is_aligned(q) && is_aligned(k) && is_aligned(v) && is_aligned(out))) {
+    return false;
+  }
+  Fp8Params params = {};
+  params.q_descale = descale_of(q_descale);
+  params.k_descale = descale_of(k_descale);
+  params.v_descale = descale_of(v_descale);
+  launch_forward(cuda::KernelTable<Variant>::get().at(handle), params, q, k, v, out, lse,
+                 {data_of<int>(cu_seqlens_q), data_of<int>(cu_seqlens_k), data_of<int>(seqused_q),
+                  data_of<int>(seqused_k)},
+                 cu_seqlens_q.has_value() ? cu_seqlens_q.value().size(0) - 1 : q.size(0), sinks,
+                 {softmax_scale, softcap, left, right, chunk, sm_margin, clear_rest});
   return true;
 }
 

@@ -51,15 +51,22 @@ struct Places {
   bool reach_all;  // whether there are enough of them for the tensor
 };
 
-// A map of a tensor of 16-bit elements at `data`; steps in bytes, of the dimensions but the first.
+inline int map_type(const tvm::ffi::TensorView& x) {
+  if (x.dtype().bits == 8) return kUint8;
+  return x.dtype().code == kDLBfloat ? kBfloat16 : kFloat16;
+}
+
+// A map of a tensor of 8- or 16-bit elements at `data`; steps in bytes, of the dimensions but the
+// first.
 inline void encode_tiled(TensorMap& map, const tvm::ffi::TensorView& x, void* data,
                          const uint64_t (&sizes)[kRank], const uint64_t (&steps)[kRank - 1],
                          const uint32_t (&box)[kRank]) {
   static EncodeTiled* const encode = cuda::driver_function<EncodeTiled>("cuTensorMapEncodeTiled");
   const uint32_t every[kRank] = {1, 1, 1, 1, 1};
-  cuda::check(encode(&map, x.dtype().code == kDLBfloat ? kBfloat16 : kFloat16, kRank, data, sizes,
-                     steps, box, every, 0, box[0] == 64 ? kSwizzle128 : kSwizzle64, kPromote128, 0),
-              "cuTensorMapEncodeTiled");
+  const int swizzle = box[0] * x.dtype().bits == 1024 ? kSwizzle128 : kSwizzle64;
+  cuda::check(
+      encode(&map, map_type(x), kRank, data, sizes, steps, box, every, 0, swizzle, kPromote128, 0),
+      "cuTensorMapEncodeTiled");
 }
 
 // Fills `rows` for boxes of `box_rows` x `panel` elements. `bounded`: the kernel says where a

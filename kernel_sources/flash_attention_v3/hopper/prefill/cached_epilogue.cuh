@@ -25,8 +25,9 @@ __device__ __forceinline__ CachedRows finish_rows(const CachedParams& params,
     const int token = row >> params.pack_shift;
     const int head = tile.head + (row & ((1 << params.pack_shift) - 1));
     rows.inside[r] = token < tile.len_q;
-    const RowResult result = finish_row(state.sum[r], half_reference(state, r, params.scale_log2),
-                                        half_sink_log2<typename C::Element>(params, head));
+    const RowResult result =
+        finish_row(state.sum[r], half_reference<typename C::Element>(state, r, params.scale_log2),
+                   half_sink_log2<typename C::Element>(params, head));
     rows.factor[r] = result.factor;
     const long long place = static_cast<long long>(tile.offset_q) + token;
     rows.out[r] = static_cast<unsigned short*>(params.out) + tile.batch * params.out_batch_stride +

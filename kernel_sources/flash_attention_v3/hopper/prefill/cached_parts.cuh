@@ -69,8 +69,8 @@ __device__ __forceinline__ bool leave_part(const CachedParams& params, const Cac
     store_16(own.piece(i), output[4 * i], output[4 * i + 1], output[4 * i + 2], output[4 * i + 3]);
   }
   const float to2 = params.scale_log2;
-  store_16(own.piece(kOutputs), half_reference(state, 0, to2), half_reference(state, 1, to2),
-           state.sum[0], state.sum[1]);
+  store_16(own.piece(kOutputs), half_reference<typename C::Element>(state, 0, to2),
+           half_reference<typename C::Element>(state, 1, to2), state.sum[0], state.sum[1]);
   __threadfence();
   __syncwarp();
   int* const arrivals = params.arrivals + tile.ordinal * (C::kRows / 16) + thread / 32;

@@ -4,7 +4,9 @@
 
 #include "flash_attention_v3/hopper/common/warpgroups.h"
 #include "flash_attention_v3/hopper/prefill/cached_params.h"
+#include "flash_attention_v3/hopper/prefill/fp8_params.h"
 #include "flash_attention_v3/hopper/prefill/tile_size.h"
+#include "jit_kernel/cuda/element_types.h"
 
 namespace jit_kernel::hopper {
 
@@ -27,25 +29,40 @@ struct CachedTileInfo : TileInfo {
   int ordinal, first_part;  // the tile's number among all, and its first part's
 };
 
+// The same in e4m3, with the factors of the sequence's and head's scores and values.
+struct Fp8TileInfo : TileInfo {
+  float scale_log2;  // as ForwardParams has it, with the factors of q and k where scores are not
+                     // capped; never below kLeastFp8Scale
+  float before;      // scores are multiplied by it first, where they are capped or it is not 1
+  float values;      // the factor of v
+};
+
 // Calls on cached keys have one kernel for each pair of head sizes: what they ask for is found out
 // at run time.
-template <bool kCached>
+template <bool kCached, bool kFp8>
 struct CallTypes {
   using Params = ForwardParams;
   using Info = TileInfo;
 };
 template <>
-struct CallTypes<true> {
+struct CallTypes<true, false> {
   using Params = CachedParams;
   using Info = CachedTileInfo;
+};
+template <>
+struct CallTypes<false, true> {
+  using Params = Fp8Params;
+  using Info = Fp8TileInfo;
 };
 
 template <class Element_, int kHeadDim_, int kHeadDimV_, bool kMasked_, bool kSoftcap_, class Tile,
           bool kCached_ = false>
 struct Config {
   using Element = Element_;
-  using Params = typename CallTypes<kCached_>::Params;
-  using Info = typename CallTypes<kCached_>::Info;
+  static constexpr int kElementBytes = ElementSize<Element>::kBytes;
+  static constexpr bool kFp8 = kElementBytes == 1;
+  using Params = typename CallTypes<kCached_, kFp8>::Params;
+  using Info = typename CallTypes<kCached_, kFp8>::Info;
   static constexpr bool kCached = kCached_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kHeadDimV = kHeadDimV_;
@@ -65,22 +82,35 @@ struct Config {
   static constexpr int kConsumerRegisters = Registers<kWarpgroups>::kConsumer;
 
   // A tile lies in panels of one swizzle width of columns each.
-  static constexpr int kPanel = kHeadDim % 64 == 0 ? 64 : 32;
-  static constexpr int kPanelV = kHeadDimV % 64 == 0 ? 64 : 32;
-  static constexpr int kBytesQ = kRowsPerWarpgroup * kHeadDim * 2;  // of one warpgroup
-  static constexpr int kBytesK = kKeys * kHeadDim * 2;
-  static constexpr int kBytesV = kKeys * kHeadDimV * 2;
+  static constexpr int kPanel = (kHeadDim * kElementBytes % 128 == 0 ? 128 : 64) / kElementBytes;
+  static constexpr int kPanelV = (kHeadDimV * kElementBytes % 128 == 0 ? 128 : 64) / kElementBytes;
+  static constexpr int kBytesQ = kRowsPerWarpgroup * kHeadDim * kElementBytes;  // of one warpgroup
+  static constexpr int kBytesK = kKeys * kHeadDim * kElementBytes;
+  static constexpr int kBytesV = kKeys * kHeadDimV * kElementBytes;
   static constexpr int kOffsetK = kStagesQ * kWarpgroups * kBytesQ;
   static constexpr int kOffsetV = kOffsetK + kStages * kBytesK;
-  static constexpr int kOffsetOrder = kOffsetV + kStages * kBytesV;
+  // Values of e4m3 are loaded here, and transposed to where others are loaded.
+  static constexpr int kStagesLoaded = Tile::kStagesLoaded;
+  static constexpr int kTransposers = Tile::kTransposers;  // warps
+  static constexpr int kPartColumns =
+      kFp8 ? Tile::kPartColumns : kHeadDimV;  // of the output, multiplied at a time
+  static constexpr int kParts = kFp8 ? kHeadDimV / kPartColumns : 1;
+  static constexpr int kOffsetLoaded = kOffsetV + kStages * kBytesV;
+  static constexpr int kOffsetOrder = kOffsetLoaded + (kFp8 ? kStagesLoaded * kBytesV : 0);
   static constexpr int kOffsetTile = kOffsetOrder + kMaxSorted * 2;
   static constexpr int kOffsetBarriers = kOffsetTile + kTileSlots * int(sizeof(Info));
-  static constexpr int kBarriers = 2 * kStagesQ * kWarpgroups + 4 * kStages + 2 * kTileSlots + 1;
+  static constexpr int kLoadedBarriers =
+      2 * kStagesQ * kWarpgroups + 4 * kStages + 2 * kTileSlots + 1;
+  static constexpr int kBarriers = kLoadedBarriers + (kFp8 ? 2 * kStagesLoaded : 0);
   static constexpr int kSharedBytes = kOffsetBarriers + kBarriers * 8;
 
   static_assert(!kCached || (kMasked && kSoftcap), "cached keys are masked and capped at run time");
-  static_assert(kWarpgroups == 2 || kWarpgroups == 4, "two or four consumer warpgroups");
+  static_assert(kWarpgroups >= 2 && kWarpgroups <= 4, "two to four consumer warpgroups");
   static_assert(kKeys % 16 == 0 && kKeys <= 256, "a block of keys is a multiple of wgmma's k");
+  static_assert(!kFp8 || kKeys == 128 || kKeys == 64, "the bytes of a row of transposed values");
+  static_assert(!kFp8 || (kOverlap && kQuerySteps == 0 && !kCached && kHeadDim % 64 == 0),
+                "what the kernels in e4m3 are made for");
+  static_assert(kParts == 1 || kParts == 4, "see run_in_parts()");
   static_assert(kHeadDim % 32 == 0 && kHeadDimV % 32 == 0, "head sizes are padded to a panel");
   static_assert(kQuerySteps >= 0 && kQuerySteps <= kHeadDim / 16, "steps of the head size");
   static_assert(kSharedBytes <= 227 * 1024, "a block of sm_90 has 227 KiB of shared memory");

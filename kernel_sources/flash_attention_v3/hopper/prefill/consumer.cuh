@@ -4,6 +4,9 @@
 // and works on the scores while the second product runs. Without, a block's two products follow
 // each other and the other warpgroups keep the tensor cores busy; that takes fewer registers. At a
 // tile's end the next tile's first scores are issued before the output is stored.
+//
+// Of e4m3 the tensor cores keep some 14 bits of a sum, so that each block's output is a sum of its
+// own, added to the tile's in float32; of 256 columns part by part, as registers are few.
 #pragma once
 
 #include "flash_attention_v3/hopper/common/fragments.cuh"
@@ -11,6 +14,9 @@
 #include "flash_attention_v3/hopper/prefill/cached_epilogue.cuh"
 #include "flash_attention_v3/hopper/prefill/cached_keys.cuh"
 #include "flash_attention_v3/hopper/prefill/cached_parts.cuh"
+#include "flash_attention_v3/hopper/prefill/fp8_epilogue.cuh"
+#include "flash_attention_v3/hopper/prefill/fp8_products.cuh"
+#include "flash_attention_v3/hopper/prefill/hidden_values.cuh"
 #include "flash_attention_v3/hopper/prefill/shared_memory.cuh"
 #include "jit_kernel/cuda/warpgroup.cuh"
 
@@ -35,7 +41,10 @@ struct Consumer {
   int block_begin, block_end;  // blocks that some row of the warpgroup sees
   float scores[C::kKeys / 2];
   float output[C::kHeadDimV / 2];
-  u32 probabilities[C::kKeys / 4];
+  float of_block[C::kFp8 ? C::kPartColumns / 2 : 1];  // the sums of a block's products, or a part
+  u32 probabilities[C::kKeys * C::kElementBytes / 8];
+  float scale;         // of scores to exponents of 2
+  int changes_scores;  // of e4m3: scores are multiplied before they are masked
   u32 queries[C::kQuerySteps > 0 ? 4 * C::kQuerySteps : 1];
 
   __device__ __forceinline__ Consumer(const typename C::Params& params, const Shared<C>& shared,
@@ -45,21 +54,22 @@ struct Consumer {
         warpgroup(warpgroup),
         q_low(wgmma_descriptor_low(shared.q(0, warpgroup), 16)),
         k_low(wgmma_descriptor_low(shared.k(0), 16)),
-        v_low(wgmma_descriptor_low(shared.v(0), C::kKeys * C::kPanelV * 2)) {}
+        v_low(wgmma_descriptor_low(shared.v(0), C::kFp8 ? 16 : C::kKeys * C::kPanelV * 2)),
+        scale(params.scale_log2) {}
 
   __device__ __forceinline__ void release(u32 barrier) {
     mbarrier_arrive_if(barrier, threadIdx.x % 32 == 0);
   }
 
   __device__ __forceinline__ void issue_scores() {
-    constexpr int kSteps = C::kPanel / 16;  // of k in a panel
-    constexpr int kSwizzle = 2 * C::kPanel;
+    constexpr int kSwizzle = C::kElementBytes * C::kPanel;
+    constexpr int kSteps = kSwizzle / 32;  // of k in a panel
     const u32 q = q_low + q_at.stage() * (C::kWarpgroups * C::kBytesQ >> 4);
     const u32 k = k_low + k_at.stage() * (C::kBytesK >> 4);
     pin_registers(scores);
     wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < C::kHeadDim / 16; ++i) {
+    for (int i = 0; i < C::kHeadDim * C::kElementBytes / 32; ++i) {
       const int inside = i % kSteps * 32;
       const int of_q = i / kSteps * kRowsPerWarpgroup * kSwizzle + inside;
       const int of_k = i / kSteps * C::kKeys * kSwizzle + inside;
@@ -71,13 +81,27 @@ struct Consumer {
           continue;
         }
       }
-      wgmma_ss<Element>(scores, wgmma_descriptor<kSwizzle>(q + (of_q >> 4)), keys, i != 0);
+      const u64 rows = wgmma_descriptor<kSwizzle>(q + (of_q >> 4));
+      if constexpr (C::kFp8) {
+        wgmma_ss_e4m3(scores, rows, keys, i != 0);
+      } else {
+        wgmma_ss<Element>(scores, rows, keys, i != 0);
+      }
     }
     wgmma_commit();
   }
 
+  // Of e4m3, its first part, for which there is nothing to add to.
   __device__ __forceinline__ void issue_output(int accumulate, bool values_are_here = false) {
     if (!values_are_here) mbarrier_wait(shared.v_full(v_at.stage()), v_at.parity());
+    if constexpr (C::kFp8) {
+      issue_part(0);
+    } else {
+      issue_16_bit_output(accumulate);
+    }
+  }
+
+  __device__ __forceinline__ void issue_16_bit_output(int accumulate) {
     const u32 v = v_low + v_at.stage() * (C::kBytesV >> 4);
     pin_registers(output);
     wgmma_fence();
@@ -89,6 +113,28 @@ struct Consumer {
                               i == 0 ? accumulate : 1);
     }
     wgmma_commit();
+  }
+
+  // Of e4m3: a part of the block's output.
+  __device__ __forceinline__ void issue_part(int i) {
+    multiply_part<C>(of_block, probabilities,
+                     v_low + (v_at.stage() * C::kBytesV + i * C::kPartColumns * C::kKeys >> 4));
+  }
+
+  // Adds a part that has arrived to the tile's output.
+  __device__ __forceinline__ void add_part(int i) {
+    pin_registers(of_block);
+#pragma unroll
+    for (int j = 0; j < C::kPartColumns / 2; ++j) {
+      output[i * (C::kPartColumns / 2) + j] += of_block[j];
+    }
+  }
+
+  // Waits for part i - 1, adds it and issues part i.
+  __device__ __forceinline__ void next_part(int i) {
+    wgmma_wait<0>();
+    add_part(i - 1);
+    issue_part(i);
   }
 
   // Waits for the scheduler's tile. False: there are no more.
@@ -149,8 +195,13 @@ struct Consumer {
     }
   }
 
-  __device__ __forceinline__ void work_on_scores(int block) {
-    if constexpr (C::kSoftcap) {
+  template <class Between>
+  __device__ __forceinline__ void work_on_scores(int block, Between between) {
+    if constexpr (C::kFp8) {
+      if (changes_scores) {
+        change_scores(scores, shared.tile(tile_at.stage())->before, params.softcap_scale > 0.f);
+      }
+    } else if constexpr (C::kSoftcap) {
       if (!C::kCached || params.softcap_scale > 0.f) {
 #pragma unroll
         for (float& score : scores) score = tanh_fast(score * params.softcap_scale);
@@ -159,7 +210,10 @@ struct Consumer {
     const int column = block * C::kKeys;
     if (column + C::kKeys > every_high) mask_block<true>(column);
     if (C::kMasked && column < every_low) mask_block<false>(column);
-    softmax_step(scores, softmax, params.scale_log2);
+    softmax_step<Element>(scores, softmax, C::kFp8 ? scale : params.scale_log2, between);
+  }
+  __device__ __forceinline__ void work_on_scores(int block) {
+    work_on_scores(block, [](int) {});
   }
 
   // After the scores of a block have arrived; with those of the last block the queries are done
@@ -177,7 +231,7 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void release_output() {
-    pin_registers(output);
+    if constexpr (!C::kFp8) pin_registers(output);
     release(shared.v_empty(v_at.stage()));
     v_at.advance();
   }
@@ -212,7 +266,7 @@ struct Consumer {
   // block; where no row of a block is seen, none was loaded, and all of it is cleared. A draft mask
   // may hide a key of any block that has bits from every row.
   __device__ __forceinline__ void clear_hidden_values(int block) {
-    if constexpr (!C::kMasked) return;
+    if constexpr (!C::kMasked || C::kFp8) return;
     const typename C::Info& tile = *shared.tile(tile_at.stage());
     int low, seen = C::kKeys;
     if constexpr (C::kCached) {
@@ -225,26 +279,13 @@ struct Consumer {
     const bool drafted = has_drafts(block);
     if (hidden <= 0 && seen == C::kKeys && !drafted) return;
     mbarrier_wait(shared.v_full(v_at.stage()), v_at.parity());
-    clear_values(0, hidden);
+    clear_values<C>(shared.v(v_at.stage()), 0, hidden);
     if constexpr (C::kCached) {
-      clear_values(seen, C::kKeys);
-      if (drafted) clear_unseen_values(block);
+      clear_values<C>(shared.v(v_at.stage()), seen, C::kKeys);
+      if (drafted) clear_unseen_values<C>(shared.v(v_at.stage()), params, tile, block);
     }
     proxy_fence();
     named_barrier_sync(kClearBarrier + warpgroup, 128);
-  }
-
-  // Rows of the present stage of values.
-  __device__ __forceinline__ void clear_values(int begin, int end) {
-    constexpr int kRowBytes = C::kPanelV * 2, kPanelBytes = C::kKeys * kRowBytes, kPiece = 16;
-    const u32 v = shared.v(v_at.stage());
-    for (int at = begin * kRowBytes + threadIdx.x % 128 * kPiece; at < end * kRowBytes;
-         at += 128 * kPiece) {
-#pragma unroll
-      for (int panel = 0; panel < C::kHeadDimV / C::kPanelV; ++panel) {
-        store_zeros(v + panel * kPanelBytes + at);
-      }
-    }
   }
 
   // Whether a block of keys reaches into a draft mask.
@@ -254,23 +295,6 @@ struct Consumer {
       return (block + 1) * C::kKeys > uniform(first_drafted(params, *shared.tile(tile_at.stage())));
     }
     return false;
-  }
-
-  // As clear_values, of the keys that no row of the tile sees, a thread each.
-  __device__ __forceinline__ void clear_unseen_values(int block) {
-    static_assert(C::kKeys <= 128, "a thread each");
-    constexpr int kRowBytes = C::kPanelV * 2, kPiece = 16;
-    const int key = threadIdx.x % 128;
-    if (key >= C::kKeys) return;
-    if (is_seen<C>(params, *shared.tile(tile_at.stage()), block * C::kKeys + key)) return;
-    const u32 v = shared.v(v_at.stage()) + key * kRowBytes;
-#pragma unroll 1
-    for (int panel = 0; panel < C::kHeadDimV / C::kPanelV; ++panel) {
-#pragma unroll
-      for (int at = 0; at < kRowBytes; at += kPiece) {
-        store_zeros(v + panel * C::kKeys * kRowBytes + at);
-      }
-    }
   }
 
   // All blocks but the output of the last one; the first one's scores have arrived. Returns whether
@@ -286,19 +310,23 @@ struct Consumer {
       wgmma_wait<0>();
       if (pending) {
         release_output();
-        rescale_output(output, softmax);
+        if constexpr (!C::kFp8) rescale_output(output, softmax);
       }
       // Asked for early, the answers are back when they are needed.
       const bool keys_are_here = mbarrier_test(shared.k_full(k_at.stage()), k_at.parity());
       const bool values_are_here = mbarrier_test(shared.v_full(v_at.stage()), v_at.parity());
       pack_probabilities<Element>(scores, probabilities);
-      if (--block < block_begin) return pending;
+      if (--block < block_begin) {
+        if constexpr (C::kFp8) add_block(pending);
+        return pending;
+      }
       if constexpr (C::kCached) {
         if (!pending || has_drafts(block + 1)) clear_hidden_values(block + 1);
       }
       if constexpr (C::kPingPong) named_barrier_sync(kPingPongBarrier + warpgroup, 256);
       if (!keys_are_here) wait_keys();
       issue_scores();
+      if constexpr (C::kFp8) add_block(pending);
       issue_output(pending, values_are_here);
       if constexpr (C::kPingPong) {
         named_barrier_arrive(kPingPongBarrier + (warpgroup + 1) % C::kWarpgroups, 256);
@@ -307,6 +335,43 @@ struct Consumer {
       wgmma_wait<1>();
       release_scores(block == block_begin);
       work_on_scores(block);
+    }
+  }
+
+  __device__ __forceinline__ void add_block(bool pending) {
+    if (!pending) return;
+    add_part(0);
+    rescale_output(output, softmax);
+  }
+
+  // As run_overlapped(), with four parts of the output: one in flight beside the scores' product,
+  // the others beside the work on the scores.
+  __device__ __forceinline__ void run_in_parts() {
+    int block = block_end - 1;
+    release_scores(block == block_begin);
+    work_on_scores(block);
+    while (true) {
+      const bool keys_are_here = mbarrier_test(shared.k_full(k_at.stage()), k_at.parity());
+      const bool values_are_here = mbarrier_test(shared.v_full(v_at.stage()), v_at.parity());
+      rescale_output(output, softmax);
+      pack_probabilities<Element>(scores, probabilities);
+      if (--block < block_begin) return;
+      if constexpr (C::kPingPong) named_barrier_sync(kPingPongBarrier + warpgroup, 256);
+      issue_output(0, values_are_here);
+      if (!keys_are_here) wait_keys();
+      issue_scores();
+      if constexpr (C::kPingPong) {
+        named_barrier_arrive(kPingPongBarrier + (warpgroup + 1) % C::kWarpgroups, 256);
+      }
+      wgmma_wait<1>();
+      add_part(0);
+      issue_part(1);
+      wgmma_wait<1>();
+      release_scores(block == block_begin);
+      work_on_scores(block, [this](int i) { next_part(i + 2); });
+      wgmma_wait<0>();
+      add_part(3);
+      release_output();
     }
   }
 
@@ -339,10 +404,26 @@ struct Consumer {
   }
 
   __device__ __forceinline__ float largest_scale() const {
-    if constexpr (C::kCached) {
+    if constexpr (C::kCached || C::kFp8) {
       if (params.softcap_scale == 0.f) return kLargestScale<false>;
     }
     return kLargestScale<C::kSoftcap>;
+  }
+
+  __device__ __forceinline__ bool run_blocks() {
+    if constexpr (C::kParts > 1) {
+      run_in_parts();
+      return false;
+    }
+    return C::kOverlap ? run_overlapped() : run_in_turn();
+  }
+
+  __device__ __forceinline__ void start_fp8_tile() {
+    const typename C::Info& tile = *shared.tile(tile_at.stage());
+    scale = tile.scale_log2;
+    changes_scores = uniform(tile.before != 1.f || params.softcap_scale > 0.f);
+#pragma unroll
+    for (float& each : output) each = 0.f;
   }
 
   __device__ __forceinline__ void run() {
@@ -353,12 +434,17 @@ struct Consumer {
     issue_scores();
     wgmma_wait<0>();
     while (true) {
-      start_row(softmax, params.scale_log2 > largest_scale());
+      if constexpr (C::kFp8) start_fp8_tile();
+      start_row(softmax, (C::kFp8 ? scale : params.scale_log2) > largest_scale());
       skip_values(skipped_first());
-      const bool pending = C::kOverlap ? run_overlapped() : run_in_turn();
+      const bool pending = run_blocks();
       const int skipped = skipped_last();
       clear_hidden_values(block_begin);
       issue_output(pending);
+      if constexpr (C::kParts > 1) {
+#pragma unroll
+        for (int i = 1; i < C::kParts; ++i) next_part(i);
+      }
       if constexpr (!C::kOverlap) wgmma_wait<0>();
       skip_keys(skipped);
       const typename C::Info& tile = *shared.tile(tile_at.stage());
@@ -379,7 +465,10 @@ struct Consumer {
       issue_scores();
       wgmma_wait<1>();
       release_output();
-      if constexpr (C::kCached) {
+      if constexpr (C::kFp8) {
+        add_part(C::kParts - 1);
+        store_fp8_tile<C>(params, tile, output, softmax, warpgroup);
+      } else if constexpr (C::kCached) {
         if (stores) store_cached_tile<C>(params, tile, output, softmax, warpgroup);
       } else {
         store_tile<C>(params, tile, output, softmax, warpgroup);

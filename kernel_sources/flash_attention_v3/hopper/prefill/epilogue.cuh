@@ -14,13 +14,14 @@ template <class C>
 __device__ __forceinline__ void store_tile(const ForwardParams& params, const TileInfo& tile,
                                            float (&output)[C::kHeadDimV / 2], const Softmax& state,
                                            int warpgroup) {
+  using Element = typename C::Element;
   const int thread = threadIdx.x % 4;
   const int row = accumulator_row(tile.row + warpgroup * kRowsPerWarpgroup);
   const bool inside[2] = {row < tile.len_q, row + 8 < tile.len_q};
-  const float sink = half_sink_log2<typename C::Element>(params, tile.head),
-              to2 = params.scale_log2;
-  const RowResult result[2] = {finish_row(state.sum[0], half_reference(state, 0, to2), sink),
-                               finish_row(state.sum[1], half_reference(state, 1, to2), sink)};
+  const float sink = half_sink_log2<Element>(params, tile.head), to2 = params.scale_log2;
+  const RowResult result[2] = {
+      finish_row(state.sum[0], half_reference<Element>(state, 0, to2), sink),
+      finish_row(state.sum[1], half_reference<Element>(state, 1, to2), sink)};
   const long long place = static_cast<long long>(tile.offset_q) + row;
   if (params.lse != nullptr && thread == 0) {
     float* const lse = params.lse + tile.batch * params.lse_batch_stride +
@@ -39,8 +40,7 @@ __device__ __forceinline__ void store_tile(const ForwardParams& params, const Ti
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int at = 16 * i + 4 * j + 2 * r;
-        words[j] = pack<typename C::Element>(output[at] * result[r].factor,
-                                             output[at + 1] * result[r].factor);
+        words[j] = pack<Element>(output[at] * result[r].factor, output[at + 1] * result[r].factor);
       }
       transpose_quad(words, thread);
       store_16_if(out + 8 * r * params.out_row_stride + 32 * i, words,

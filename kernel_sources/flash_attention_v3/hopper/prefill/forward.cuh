@@ -5,6 +5,7 @@
 #include "flash_attention_v3/hopper/prefill/cached_producer.cuh"
 #include "flash_attention_v3/hopper/prefill/config.h"
 #include "flash_attention_v3/hopper/prefill/consumer.cuh"
+#include "flash_attention_v3/hopper/prefill/fp8_transposer.cuh"
 #include "flash_attention_v3/hopper/prefill/producer.cuh"
 #include "flash_attention_v3/hopper/prefill/tile_scheduler.cuh"
 
@@ -25,12 +26,17 @@ __device__ __forceinline__ void initialise_barriers(const typename C::Params& pa
   for (int stage = 0; stage < C::kStages; ++stage) {
     mbarrier_init(shared.k_full(stage), loaders);
     mbarrier_init(shared.k_empty(stage), 4 * C::kWarpgroups);
-    mbarrier_init(shared.v_full(stage), loaders);
+    mbarrier_init(shared.v_full(stage), C::kFp8 ? C::kTransposers : loaders);
     mbarrier_init(shared.v_empty(stage), 4 * C::kWarpgroups);
+  }
+  for (int stage = 0; C::kFp8 && stage < C::kStagesLoaded; ++stage) {
+    mbarrier_init(shared.loaded_v_full(stage), loaders);
+    mbarrier_init(shared.loaded_v_empty(stage), C::kTransposers);
   }
   for (int slot = 0; slot < kTileSlots; ++slot) {
     mbarrier_init(shared.tile_full(slot), 1);
-    mbarrier_init(shared.tile_empty(slot), loaders_of_tile<C>(params) + 128 * C::kWarpgroups);
+    mbarrier_init(shared.tile_empty(slot),
+                  loaders_of_tile<C>(params) + C::kTransposers + 128 * C::kWarpgroups);
   }
   mbarrier_init(shared.claim(), 1);
   mbarrier_init_fence();
@@ -50,6 +56,22 @@ __device__ __forceinline__ void run_cached_producers(const CachedParams& params,
     produce_cached<C, false>(params, shared, max(0, warp - 1));
   } else if (warp == 0) {
     produce_cached<C, true>(params, shared, 0);
+  }
+}
+
+// Without a cache the producer is one thread; warps that would be idle transpose values of e4m3.
+template <class C>
+__device__ __forceinline__ void run_producers(const typename C::Params& params,
+                                              const Shared<C>& shared) {
+  if (threadIdx.x == 0) {
+    produce<C>(params, shared);
+  } else if (threadIdx.x < 32) {
+    // The producer is one thread.
+  } else if (threadIdx.x < 64) {
+    schedule<C>(params, shared);
+  } else {
+    if (threadIdx.x < 96 && params.clear_rest) clear_rest(params);
+    if constexpr (C::kFp8) transpose_values<C>(params, shared, uniform(threadIdx.x / 32 - 2));
   }
 }
 
@@ -73,14 +95,8 @@ __device__ __forceinline__ void forward(const typename C::Params& params, char* 
     lower_registers<C::kProducerRegisters>();
     if constexpr (C::kCached) {
       run_cached_producers<C>(params, shared);
-    } else if (threadIdx.x == 0) {
-      produce<C>(params, shared);
-    } else if (threadIdx.x < 32) {
-      // The producer is one thread.
-    } else if (threadIdx.x < 64) {
-      schedule<C>(params, shared);
-    } else if (threadIdx.x < 96 && params.clear_rest) {
-      clear_rest(params);
+    } else {
+      run_producers<C>(params, shared);
     }
   } else {
     raise_registers<C::kConsumerRegisters>();
@@ -100,6 +116,17 @@ __device__ __forceinline__ void forward(const typename C::Params& params, char* 
       forward(const __grid_constant__ jit_kernel::hopper::ForwardParams params) {            \
     extern __shared__ __align__(1024) char shared_memory[];                                  \
     jit_kernel::hopper::forward<ForwardConfig>(params, shared_memory);                       \
+  }
+
+// The kernel of a head size in e4m3; softcap is a branch in it.
+#define JIT_KERNEL_EXPORT_FORWARD_FP8(head_dim, masked)                              \
+  using ForwardConfig =                                                              \
+      jit_kernel::hopper::Config<jit_kernel::e4m3, head_dim, head_dim, masked, true, \
+                                 jit_kernel::hopper::Fp8TileFor<head_dim, masked>>;  \
+  extern "C" __global__ void __launch_bounds__(ForwardConfig::kThreads, 1)           \
+      forward_fp8(const __grid_constant__ jit_kernel::hopper::Fp8Params params) {    \
+    extern __shared__ __align__(1024) char shared_memory[];                          \
+    jit_kernel::hopper::forward<ForwardConfig>(params, shared_memory);               \
   }
 
 // The kernel of a pair of head sizes on cached keys.

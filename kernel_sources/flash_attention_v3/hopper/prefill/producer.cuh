@@ -42,7 +42,8 @@ struct Producer {
   const ForwardParams& params;
   Shared<C> shared;
   RingPosition<C::kStagesQ> q_at;
-  RingPosition<C::kStages> k_at, v_at;
+  RingPosition<C::kStages> k_at;
+  RingPosition<C::kStagesLoaded> v_at;
   MapPlace v_place = {};  // of the tile whose last values are still to be loaded
   int v_head = 0, v_block = -1;
 
@@ -50,7 +51,7 @@ struct Producer {
     mbarrier_wait(shared.q_empty(q_at.stage(), warpgroup), q_at.parity() ^ 1);
     const u32 full = shared.q_full(q_at.stage(), warpgroup);
     mbarrier_arrive_expect(full, C::kBytesQ);
-    load_rows<C::kHeadDim, C::kPanel, kRowsPerWarpgroup>(
+    load_rows<C::kHeadDim, C::kPanel, kRowsPerWarpgroup, C::kElementBytes>(
         shared.q(q_at.stage(), warpgroup), params.q, full, kEvictFirst, at,
         tile.row + warpgroup * kRowsPerWarpgroup, tile.head);
   }
@@ -59,17 +60,17 @@ struct Producer {
     mbarrier_wait(shared.k_empty(k_at.stage()), k_at.parity() ^ 1);
     const u32 full = shared.k_full(k_at.stage());
     mbarrier_arrive_expect(full, C::kBytesK);
-    load_rows<C::kHeadDim, C::kPanel, C::kKeys>(shared.k(k_at.stage()), params.k, full, kEvictLast,
-                                                at, block * C::kKeys, head);
+    load_rows<C::kHeadDim, C::kPanel, C::kKeys, C::kElementBytes>(
+        shared.k(k_at.stage()), params.k, full, kEvictLast, at, block * C::kKeys, head);
     k_at.advance();
   }
 
   __device__ __forceinline__ void load_v(const MapPlace& at, int block, int head) {
-    mbarrier_wait(shared.v_empty(v_at.stage()), v_at.parity() ^ 1);
-    const u32 full = shared.v_full(v_at.stage());
+    mbarrier_wait(shared.loaded_v_empty(v_at.stage()), v_at.parity() ^ 1);
+    const u32 full = shared.loaded_v_full(v_at.stage());
     mbarrier_arrive_expect(full, C::kBytesV);
-    load_rows<C::kHeadDimV, C::kPanelV, C::kKeys>(shared.v(v_at.stage()), params.v, full,
-                                                  kEvictLast, at, block * C::kKeys, head);
+    load_rows<C::kHeadDimV, C::kPanelV, C::kKeys, C::kElementBytes>(
+        shared.loaded_v(v_at.stage()), params.v, full, kEvictLast, at, block * C::kKeys, head);
     v_at.advance();
   }
 

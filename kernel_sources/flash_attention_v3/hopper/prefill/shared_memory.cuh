@@ -18,6 +18,11 @@ struct Shared {
   }
   __device__ u32 k(int stage) const { return address(C::kOffsetK + stage * C::kBytesK); }
   __device__ u32 v(int stage) const { return address(C::kOffsetV + stage * C::kBytesV); }
+  // Where the copy engine puts values: where they are multiplied from, but for e4m3.
+  __device__ u32 loaded_v(int stage) const {
+    if constexpr (C::kFp8) return address(C::kOffsetLoaded + stage * C::kBytesV);
+    return v(stage);
+  }
   __device__ unsigned short* order() const {
     return reinterpret_cast<unsigned short*>(base + C::kOffsetOrder);
   }
@@ -38,6 +43,14 @@ struct Shared {
   __device__ u32 k_empty(int stage) const { return ring(1, stage); }
   __device__ u32 v_full(int stage) const { return ring(2, stage); }
   __device__ u32 v_empty(int stage) const { return ring(3, stage); }
+  __device__ u32 loaded_v_full(int stage) const {
+    if constexpr (C::kFp8) return barrier(C::kLoadedBarriers + stage);
+    return v_full(stage);
+  }
+  __device__ u32 loaded_v_empty(int stage) const {
+    if constexpr (C::kFp8) return barrier(C::kLoadedBarriers + C::kStagesLoaded + stage);
+    return v_empty(stage);
+  }
   __device__ u32 tile_full(int slot) const { return ring(4, slot); }
   __device__ u32 tile_empty(int slot) const { return ring(4, kTileSlots + slot); }
   __device__ u32 claim() const { return ring(4, 2 * kTileSlots); }

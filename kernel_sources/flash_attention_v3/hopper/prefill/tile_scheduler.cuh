@@ -8,6 +8,7 @@
 #pragma once
 
 #include "flash_attention_v3/hopper/prefill/cached_parts.cuh"
+#include "flash_attention_v3/hopper/prefill/fp8_factors.cuh"
 #include "flash_attention_v3/hopper/prefill/producer.cuh"
 #include "jit_kernel/cuda/warpgroup.cuh"
 
@@ -111,6 +112,7 @@ class TileScheduler {
     info.len_q = len_q;
     info.len_k = len_k;
     info.offset_q = params_.cu_seqlens_q != nullptr ? params_.cu_seqlens_q[batch] : 0;
+    if constexpr (C::kFp8) write_factors(info, params_);
     if constexpr (C::kCached) {
       write_cached(info);
       return;

@@ -1,6 +1,6 @@
-// wgmma for 16-bit operands with float32 accumulators, one instruction deep (k = 16).
-// The number of columns N follows from the accumulator's size, N / 2 registers a thread; those that
-// the kernels use are at the end.
+// wgmma with float32 accumulators, one instruction deep: 32 bytes along k, 16 elements of 16 bits
+// or 32 of e4m3. The number of columns N follows from the accumulator's size, N / 2 registers a
+// thread; those that the kernels use are at the end.
 #pragma once
 
 #include "jit_kernel/cuda/element.cuh"
@@ -161,6 +161,32 @@ JIT_KERNEL_WGMMA_RS(192, 96, 96, 97, 98, 99, 100, 101, 102, JIT_KERNEL_F64(d, 0)
 JIT_KERNEL_WGMMA_RS(256, 128, 128, 129, 130, 131, 132, 133, 134, JIT_KERNEL_F64(d, 0),
                     JIT_KERNEL_F64(d, 64))
 
+// Both of e4m3, with k contiguous in a and b: 8-bit operands have no other form.
+#define JIT_KERNEL_WGMMA_E4M3(N, COUNT, A0, A1, A2, A3, B, P, ...)                                 \
+  __device__ __forceinline__ void wgmma_ss_e4m3(float (&d)[COUNT], u64 a, u64 b, int accumulate) { \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #A2                                          \
+                 ", 0;\n"                                                                          \
+                 "wgmma.mma_async.sync.aligned.m64n" #N                                            \
+                 "k32.f32.e4m3.e4m3"                                                               \
+                 " {" JIT_KERNEL_REGISTERS_##COUNT "}, %" #A0 ", %" #A1 ", p, 1, 1;\n}"            \
+                 : __VA_ARGS__                                                                     \
+                 : "l"(a), "l"(b), "r"(accumulate));                                               \
+  }                                                                                                \
+  __device__ __forceinline__ void wgmma_rs_e4m3(float (&d)[COUNT], u32 a0, u32 a1, u32 a2, u32 a3, \
+                                                u64 b, int accumulate) {                           \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #P                                           \
+                 ", 0;\n"                                                                          \
+                 "wgmma.mma_async.sync.aligned.m64n" #N                                            \
+                 "k32.f32.e4m3.e4m3"                                                               \
+                 " {" JIT_KERNEL_REGISTERS_##COUNT "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3       \
+                                                   "}, %" #B ", p, 1, 1;\n}"                       \
+                 : __VA_ARGS__                                                                     \
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(accumulate));                   \
+  }
+
+JIT_KERNEL_WGMMA_E4M3(64, 32, 32, 33, 34, 35, 36, 37, JIT_KERNEL_F32(d, 0))
+JIT_KERNEL_WGMMA_E4M3(128, 64, 64, 65, 66, 67, 68, 69, JIT_KERNEL_F64(d, 0))
+
 }  // namespace jit_kernel
 
 #undef JIT_KERNEL_F4
@@ -205,3 +231,4 @@ JIT_KERNEL_WGMMA_RS(256, 128, 128, 129, 130, 131, 132, 133, 134, JIT_KERNEL_F64(
 #undef JIT_KERNEL_WGMMA_SS_ASM
 #undef JIT_KERNEL_WGMMA_RS
 #undef JIT_KERNEL_WGMMA_RS_ASM
+#undef JIT_KERNEL_WGMMA_E4M3

@@ -1,0 +1,40 @@
+// Zeros for values that no row of a tile sees, in shared memory; a warpgroup writes them.
+#pragma once
+
+#include "flash_attention_v3/hopper/prefill/cached_drafts.cuh"
+
+namespace jit_kernel::hopper {
+
+// Rows of a block of values at `v`.
+template <class C>
+__device__ __forceinline__ void clear_values(u32 v, int begin, int end) {
+  constexpr int kRowBytes = C::kPanelV * 2, kPanelBytes = C::kKeys * kRowBytes, kPiece = 16;
+  for (int at = begin * kRowBytes + threadIdx.x % 128 * kPiece; at < end * kRowBytes;
+       at += 128 * kPiece) {
+#pragma unroll
+    for (int panel = 0; panel < C::kHeadDimV / C::kPanelV; ++panel) {
+      store_zeros(v + panel * kPanelBytes + at);
+    }
+  }
+}
+
+// The keys that no row of the tile sees by the draft mask, a thread each.
+template <class C>
+__device__ __forceinline__ void clear_unseen_values(u32 v, const CachedParams& params,
+                                                    const CachedTileInfo& tile, int block) {
+  static_assert(C::kKeys <= 128, "a thread each");
+  constexpr int kRowBytes = C::kPanelV * 2, kPiece = 16;
+  const int key = threadIdx.x % 128;
+  if (key >= C::kKeys) return;
+  if (is_seen<C>(params, tile, block * C::kKeys + key)) return;
+  const u32 row = v + key * kRowBytes;
+#pragma unroll 1
+  for (int panel = 0; panel < C::kHeadDimV / C::kPanelV; ++panel) {
+#pragma unroll
+    for (int at = 0; at < kRowBytes; at += kPiece) {
+      store_zeros(row + panel * C::kKeys * kRowBytes + at);
+    }
+  }
+}
+
+}  // namespace jit_kernel::hopper
