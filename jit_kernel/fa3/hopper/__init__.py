@@ -1,8 +1,8 @@
 """The Hopper implementation: kernels for sm_90a in CUDA C++ with raw PTX.
 
 bf16 and fp16, head sizes up to 256 that are multiples of 8. Dense and ragged prefill; over caches, in pages or dense,
-prefill and decode, with new keys appended first, and with draft masks. qv and fp8 are not claimed: the portable kernels
-say what they do.
+prefill and decode, with new keys appended first, and with draft masks. With qv (MLA) over a cache, without draft masks.
+fp8 is not claimed: the portable kernels say what they do.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jit_kernel.fa3 import header
 from jit_kernel.fa3.call import Call, MetadataParameters, Result
 from jit_kernel.fa3.decision import Accepted, Decision, Rejected
 from jit_kernel.fa3.features import Features, asks_for_more, has_cache, unclaimed
-from jit_kernel.fa3.hopper import append, cached, decode, kernels, known, prefill
+from jit_kernel.fa3.hopper import append, cached, decode, kernels, known, mla, prefill
 from jit_kernel.jit import KernelSpec
 
 NAME = "hopper"
@@ -33,9 +33,10 @@ CLAIMED = frozenset(
 CLAIMED_WITH_CACHE = CLAIMED - {"ragged_k"} | frozenset(
     (
         *("page_size", "append", "ragged_append", "rotary", "cache_batch_idx", "cache_leftpad"),
-        *("split", "metadata", "draft_mask"),
+        *("split", "metadata", "draft_mask", "qv", "only_qv"),
     )
 )
+_UNALIGNED = "strides or addresses that are no multiple of the copy engine's 16 bytes"
 # What a faster way takes of these: an append is a launch that must not be lost where the next one is declined.
 _KNOWN_WITH_CACHE = CLAIMED_WITH_CACHE - {"append", "ragged_append", "rotary", "metadata"}
 
@@ -58,13 +59,24 @@ def decide(target: Target, features: Features) -> Decision:
     if arguments is not None:
         where = "over a cache" if features.cache else "without a cache"
         return Rejected(f"{arguments}: its kernels have none {where}", claimed=False)
+    if features.qv:
+        return _decide_qv(features)
     sizes = f"head sizes {features.head_dim}/{features.head_dim_v}"
     if features.head_dim % 8 or features.head_dim_v % 8:
         return Rejected(f"{sizes}: the copy engine moves multiples of 8", claimed=False)
     if kernels.padded(features.head_dim, features.head_dim_v) is None:
         return Rejected(f"{sizes}: it serves head sizes up to 256", claimed=False)
     if not features.aligned:
-        return Rejected("strides or addresses that are no multiple of the copy engine's 16 bytes", claimed=False)
+        return Rejected(_UNALIGNED, claimed=False)
+    return Accepted()
+
+
+def _decide_qv(features: Features) -> Decision:
+    """Head sizes 64/256 and 64/512, which the checks ask for."""
+    if features.draft_mask:
+        return Rejected("draft_mask: its kernels have none with qv", claimed=False)
+    if not features.aligned:
+        return Rejected(_UNALIGNED, claimed=False)
     return Accepted()
 
 
@@ -85,7 +97,10 @@ def canonical(spec: KernelSpec, field: str, value: str) -> str:
     """The value of a variant's field that serves a user's value: the next head size, or rows, of its kind."""
     if not value.isdecimal() or field not in ("head_dim", "head_dim_v", "rows"):
         return value
-    if dict(spec.variant)["function"] == "decode":
+    function = dict(spec.variant)["function"]
+    if function == "mla":
+        sizes = sorted(kernels.MLA_ROWS if field == "rows" else kernels.MLA_HEAD_DIMS_V)
+    elif function == "decode":
         sizes = sorted(kernels.DECODE_ROWS if field == "rows" else kernels.DECODE_HEAD_DIMS)
     else:
         sizes = sorted({pair[("head_dim", "head_dim_v").index(field)] for pair in kernels.HEAD_DIMS})
@@ -94,6 +109,8 @@ def canonical(spec: KernelSpec, field: str, value: str) -> str:
 
 def variant(target: Target, features: Features, call: Call) -> KernelSpec:
     """The attention kernel that serves a call that `decide` accepts."""
+    if features.qv:
+        return mla.spec_of(mla.key_of(call))
     if features.cache:
         key = decode.key_of(call)
         return cached.spec_of(call) if key is None else decode.spec_of(key)
@@ -128,6 +145,8 @@ def attend(call: Call) -> Result:
 
 
 def _attend_cache(call: Call, *, only_known: bool) -> Result | None:
+    if call.qv is not None:
+        return mla.attend(call, only_known=only_known)
     key = decode.key_of(call)
     if key is not None:
         return decode.attend(call, key, only_known=only_known)

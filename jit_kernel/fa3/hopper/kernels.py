@@ -28,6 +28,9 @@ _APPEND_THREADS = 128  # kAppendThreads of append/params.h, as the unit asserts
 DECODE_HEAD_DIMS = (64, 128, 256)
 DECODE_ROWS = (8, 16, 32, 64)
 DECODE_MOST_ROWS = {64: 64, 128: 64, 256: 32}
+# Of the MLA kernels: of v and qv, where q and k have 64, and the packed query rows of a tile.
+MLA_HEAD_DIMS_V = (256, 512)
+MLA_ROWS = (16, 32, 64)
 # The compiler's account of registers and spills goes to the entry's log, which the tests read.
 _FLAGS = ("--ptxas-options=-v",)
 
@@ -73,6 +76,13 @@ def decode_spec(dtype: str, head_dim: int, rows: int) -> KernelSpec:
     return KernelSpec(FOLDER, unit, "cuda", variant, _FLAGS)
 
 
+def mla_spec(dtype: str, head_dim_v: int, rows: int) -> KernelSpec:
+    """The kernel for scores of q k + qv v, of 64 and `head_dim_v` columns, with tiles of `rows` packed query rows."""
+    unit = f'#include "flash_attention_v3/hopper/mla/mla.cuh"\nJIT_KERNEL_EXPORT_MLA({dtype}, {head_dim_v}, {rows})\n'
+    variant = (("function", "mla"), ("dtype", dtype), ("head_dim_v", head_dim_v), ("rows", rows))
+    return KernelSpec(FOLDER, unit, "cuda", variant, _FLAGS)
+
+
 def cached_spec(dtype: str, head_dim: int, head_dim_v: int) -> KernelSpec:
     """The kernel of a pair of head sizes on cached keys; mask, softcap and pages are branches in it."""
     unit = (
@@ -97,6 +107,9 @@ def all_specs() -> Iterator[KernelSpec]:
             for rows in DECODE_ROWS:
                 if rows <= DECODE_MOST_ROWS[head_dim]:
                     yield decode_spec(dtype, head_dim, rows)
+        for head_dim_v in MLA_HEAD_DIMS_V:
+            for rows in MLA_ROWS:
+                yield mla_spec(dtype, head_dim_v, rows)
 
 
 def _is_plain(spec: KernelSpec) -> bool:
@@ -105,7 +118,7 @@ def _is_plain(spec: KernelSpec) -> bool:
 
 
 class DeviceKernels(cubin.DeviceKernels):
-    """The kernels of one GPU; `forward`, `forward_cached`, `decode` and `append` launch one by its handle."""
+    """The kernels of one GPU; `forward`, `forward_cached`, `decode`, `mla` and `append` launch one by its handle."""
 
     def __init__(self, index: int, target: Target) -> None:
         super().__init__(index, target, LAUNCHER)
@@ -114,6 +127,7 @@ class DeviceKernels(cubin.DeviceKernels):
         self.forward = functions["forward"]  # type: ignore[method-assign]
         self.append = functions["append"]  # type: ignore[method-assign]
         self.decode = functions["decode"]  # type: ignore[method-assign]
+        self.mla = functions["mla"]  # type: ignore[method-assign]
         self.forward_cached = functions[CACHED]  # type: ignore[method-assign]
         known.serve(functions["known_decode"])
 
@@ -133,6 +147,14 @@ class DeviceKernels(cubin.DeviceKernels):
         """As `forward`, with an answer of three."""
         return int(self._launcher()["decode"](*arguments))
 
+    def mla(self, *arguments: object) -> int:
+        """As `decode`."""
+        return int(self._launcher()["mla"](*arguments))
+
+    def mla_partial_floats(self, handle: int, tiles: int, batch: int, sm_margin: int) -> int:
+        """As `partial_floats`, of an MLA kernel; tiles: of query rows of one sequence, of all key heads."""
+        return int(self._launcher()["mla_partial_floats"](handle, self._index, tiles, batch, sm_margin))
+
     def partial_floats(
         self, handle: int, heads_k: int, batch: int, rows_k: int, sm_margin: int, fixed_ranges: bool
     ) -> int:
@@ -143,7 +165,8 @@ class DeviceKernels(cubin.DeviceKernels):
     def _load_function(self, spec: KernelSpec) -> str:
         if _is_plain(spec):
             return "load_plain"
-        return "load_decode" if dict(spec.variant)["function"] == "decode" else "load_kernel"
+        function = dict(spec.variant)["function"]
+        return f"load_{function}" if function in ("decode", "mla") else "load_kernel"
 
     def _load_arguments(self, spec: KernelSpec, cubin: Cubin) -> tuple[Any, ...]:
         fields = dict(spec.variant)
@@ -151,6 +174,8 @@ class DeviceKernels(cubin.DeviceKernels):
             return fields["function"], fields["threads"], fields["shared_bytes"]
         if fields["function"] == "decode":
             return fields["dtype"] == "bf16", fields["head_dim"], fields["rows"], self._index
+        if fields["function"] == "mla":
+            return fields["head_dim_v"], fields["rows"]
         cached = fields["function"] == CACHED
         return fields["head_dim"], fields["head_dim_v"], cached or fields["masked"], cached
 
