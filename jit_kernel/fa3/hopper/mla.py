@@ -62,7 +62,7 @@ def attend(call: Call, *, only_known: bool) -> Result | None:
     if only_known and (handle is None or call.draft_mask is not None):
         return None
     result: Tensor = calls.new_result(call) if call.out is None else call.out
-    lse = calls.new_lse(call)
+    lse = arguments.new_lse(call)
     if result.numel() == 0 or (offsets is not None and offsets.shape[0] == 1):
         if call.out is None:
             result.zero_()
