@@ -101,7 +101,7 @@ class Run:
                     self.faults += 1
 
     def _add_reads(self, cell: Cell, inputs: serving_inputs.Inputs, competitors: dict[str, Competitor]) -> None:
-        caches = inputs.k_cache, inputs.v_cache
+        caches = serving_inputs.read_caches(cell, inputs)
         units = pure_read.units_of(inputs.page_table, inputs.lengths, cell.page)
         if self.check:
             self.reads.check(units, *caches)

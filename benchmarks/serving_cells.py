@@ -35,6 +35,7 @@ class Cell:
     context: of every sequence, or the mean of lognormal lengths. tree: the query tokens are a tree of drafts.
     goal: the name under which a result is looked up later. probe_ms: the probe's pure read of the same pages.
     twin: the cell whose time `over_twin` is in units of.
+    latent: columns of the values, which are keys as well (qv): MLA, in one buffer with head_dim rotated columns.
     deterministic: as the argument; the same call without it is timed beside it, and `over_free` is in units of that.
     """
 
@@ -54,12 +55,13 @@ class Cell:
     peer: Peer | None = None
     probe_ms: float | None = None
     twin: str | None = None
+    latent: int = 0
     deterministic: bool = False
 
     @property
     def is_read_bound(self) -> bool:
         """Whether reading the cache takes longer than the products: then the pure read is its limit."""
-        return self.queries <= 16
+        return self.queries * self.heads < 128 if self.latent else self.queries <= 16
 
     def lengths(self) -> list[int]:
         """Keys of each sequence, the same at every call."""
@@ -71,11 +73,13 @@ class Cell:
 
     def kv_bytes(self) -> int:
         """Bytes of keys and values in bf16 that the call must read."""
-        return sum(self.lengths()) * self.kv_heads * self.head_dim * 4
+        columns = self.latent + self.head_dim if self.latent else 2 * self.head_dim
+        return sum(self.lengths()) * self.kv_heads * columns * 2
 
     def operations(self) -> int:
-        """4 * q * keys * hq * d for each sequence; the mask's triangle at the end is not taken off."""
-        return 4 * self.queries * sum(self.lengths()) * self.heads * self.head_dim
+        """2 * q * keys * hq * (columns of keys + of values) for each sequence; the mask's triangle is not taken off."""
+        columns = 2 * self.latent + self.head_dim if self.latent else 2 * self.head_dim
+        return 2 * self.queries * sum(self.lengths()) * self.heads * columns
 
     def facts(self) -> dict[str, object]:
         """Its sizes, for its line."""
@@ -84,6 +88,8 @@ class Cell:
             "context": self.context, "heads": self.heads, "kv_heads": self.kv_heads, "head_dim": self.head_dim,
             "page_size": self.page, "dtype": "bfloat16",
         }  # fmt: skip
+        if self.latent:
+            facts["head_dim_v"] = self.latent
         if self.lognormal:
             lengths = self.lengths()
             facts |= {
@@ -189,8 +195,22 @@ def _chunks() -> list[Cell]:
     return [*cells, ragged]
 
 
+def _latent() -> list[Cell]:
+    """MLA over pages of 64: 128 heads are bound by products, 16 by reading 1,152 bytes a token."""
+    cell = Cell("mla 128", 64, 8192, heads=128, kv_heads=1, head_dim=64, latent=512)
+    few = replace(cell, name="mla 16", heads=16, limits=(Limit("over_pure_read", 1.11, 1.06),))
+    return [
+        replace(cell, goal="mla 128", limits=(Limit("hopper_ms", 0.2434, 0.225),)),  # 600, 650 TFLOP/s
+        replace(cell, name="mla 64", heads=64),
+        few,
+        replace(few, name="mla 16 q4", queries=4, twin="mla 16", limits=(Limit("over_twin", 1.1, 1.05),)),
+        replace(few, name="mla 16 page 1", page=1, twin="mla 16", limits=()),
+        replace(cell, name="mla 1x32k", batch=1, context=32768, limits=_ms(0.040, 0.035)),
+    ]
+
+
 # A twin stands before the cells that are measured against it.
-CELLS = {cell.name: cell for cell in (*_decode(), *_verify(), *_shapes(), *_chunks(), *_fixed())}
+CELLS = {cell.name: cell for cell in (*_decode(), *_verify(), *_shapes(), *_chunks(), *_latent(), *_fixed())}
 QUICK = ("decode 1x8k", "decode 16x8k", "decode 16x8k page 1", "verify q8", "chunk 256")
 # Microseconds from Python call to return of a paged decode call with `out` given: the GPU's time is not in it.
 HOST = "host time"

@@ -29,6 +29,7 @@ class Inputs:
     lengths: torch.Tensor
     draft_mask: torch.Tensor | None
     out: torch.Tensor
+    qv: torch.Tensor | None = None  # (b, sq, hq, dv): v_cache has dv columns, both caches are slices of one buffer
 
 
 def make(cell: Cell, device: str) -> Inputs:
@@ -44,10 +45,16 @@ def make(cell: Cell, device: str) -> Inputs:
     table = torch.zeros((cell.batch, max(pages)), dtype=torch.int32, device=device)
     used = torch.arange(max(pages), device=device) < torch.tensor(pages, device=device)[:, None]
     table[used] = order
+    counts = torch.tensor(lengths, dtype=torch.int32, device=device)
+    if cell.latent:
+        width = cell.latent + cell.head_dim
+        qv, q = normal(cell.batch, cell.queries, cell.heads, width).split((cell.latent, cell.head_dim), dim=-1)
+        v_cache, k_cache = normal(sum(pages), cell.page, cell.kv_heads, width).split((cell.latent, cell.head_dim), -1)
+        out = torch.empty_like(qv, memory_format=torch.contiguous_format)
+        return Inputs(q, k_cache, v_cache, table, counts, None, out, qv)
     k_cache, v_cache = (normal(sum(pages), cell.page, cell.kv_heads, cell.head_dim) for _ in "kv")
     q = normal(cell.batch, cell.queries, cell.heads, cell.head_dim)
     mask = tree_mask(cell.batch, cell.queries).to(device) if cell.tree else None
-    counts = torch.tensor(lengths, dtype=torch.int32, device=device)
     return Inputs(q, k_cache, v_cache, table, counts, mask, torch.empty_like(q))
 
 
@@ -77,6 +84,15 @@ def missing(cell: Cell) -> str | None:
     return f"{cell.function} has no draft_mask" if cell.tree and "draft_mask" not in parameters else None
 
 
+def read_caches(cell: Cell, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the pure read reads: the caches, or of one buffer two others that have its bytes together."""
+    if not cell.latent:
+        return inputs.k_cache, inputs.v_cache
+    shape = (*inputs.v_cache.shape[:3], (cell.latent + cell.head_dim) // 2)
+    k_cache, v_cache = (torch.randn(shape, device=inputs.q.device, dtype=inputs.q.dtype) for _ in "kv")
+    return k_cache, v_cache
+
+
 def our_call(cell: Cell, inputs: Inputs) -> Callable[[], torch.Tensor]:
     """The public function on the cell's tensors, `out` given, the number of splits left to it."""
     function = getattr(flash_attention_v3, cell.function)
@@ -85,6 +101,8 @@ def our_call(cell: Cell, inputs: Inputs) -> Callable[[], torch.Tensor]:
         options["draft_mask"] = inputs.draft_mask
     if cell.deterministic:
         options["deterministic"] = True
+    if inputs.qv is not None:
+        options["qv"] = inputs.qv
     if cell.function == "flash_attn_with_kvcache":
         q, k, v, out, lengths = inputs.q, inputs.k_cache, inputs.v_cache, inputs.out, inputs.lengths
         return lambda: function(q, k, v, cache_seqlens=lengths, out=out, **options)
@@ -108,7 +126,11 @@ def reference(cell: Cell, inputs: Inputs, sequence: int, tokens: list[int]) -> t
     k, v = (cache[pages].flatten(0, 1)[:length].float() for cache in (inputs.k_cache, inputs.v_cache))
     group = cell.heads // cell.kv_heads
     q = inputs.q[sequence, tokens].float().unflatten(1, (cell.kv_heads, group))
-    scores = torch.einsum("thgd,nhd->hgtn", q, k) / math.sqrt(cell.head_dim)
+    scores = torch.einsum("thgd,nhd->hgtn", q, k)
+    if inputs.qv is not None:
+        qv = inputs.qv[sequence, tokens].float().unflatten(1, (cell.kv_heads, group))
+        scores += torch.einsum("thgd,nhd->hgtn", qv, v)
+    scores /= math.sqrt(cell.head_dim + cell.latent)
     rows = torch.tensor(tokens, device=q.device)
     seen = torch.arange(length, device=q.device) <= (length - cell.queries + rows)[:, None]
     if inputs.draft_mask is not None:
@@ -123,7 +145,7 @@ def fault(cell: Cell, inputs: Inputs, result: torch.Tensor) -> str | None:
     dice = random.Random(0)
     sequences = {0, cell.batch - 1, *(dice.randrange(cell.batch) for _ in range(2))}
     tokens = sorted({0, cell.queries // 2, cell.queries - 1})
-    rows = result.view(cell.batch, cell.queries, cell.heads, cell.head_dim)
+    rows = result.view(cell.batch, cell.queries, cell.heads, cell.latent or cell.head_dim)
     for sequence in sorted(sequences):
         right = reference(cell, inputs, sequence, tokens)
         errors = (rows[sequence, tokens].float() - right).norm(dim=-1) / right.norm(dim=-1)

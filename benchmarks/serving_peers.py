@@ -47,7 +47,7 @@ def _imported(name: str) -> Any:
 def calls(names: Sequence[str], cell: Cell, inputs: Inputs) -> dict[str, Call]:
     """By competitor: what computes the cell. FlashInfer has two kernels for more than one query token."""
     found: dict[str, Call] = {}
-    if cell.tree:
+    if cell.tree or cell.latent:
         return found
     for name in names:
         if name == "fa3":

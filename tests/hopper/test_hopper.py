@@ -21,7 +21,7 @@ from jit_kernel.fa3.decision import Accepted, Rejected
 from jit_kernel.fa3.features import Features
 from jit_kernel.fa3.hopper import kernels as hopper_kernels
 from jit_kernel.jit import KernelSpec
-from tests.support.hopper_variants import NAMED, NAMED_CACHED, NAMED_FP8, TARGET, compile_spec
+from tests.support.hopper_variants import NAMED, NAMED_CACHED, NAMED_FP8, NAMED_MLA, TARGET, compile_spec
 
 CALL = Features(
     dtype="bf16",
@@ -70,6 +70,11 @@ def test_a_kernel_on_cached_keys_compiles_as_well(fields: tuple[str, int, int]) 
     compiles_well(hopper_kernels.cached_spec(*fields))
 
 
+@pytest.mark.parametrize("fields", NAMED_MLA, ids=str)
+def test_an_mla_kernel_compiles_as_well(fields: tuple[str, int, int]) -> None:
+    compiles_well(hopper_kernels.mla_spec(*fields))
+
+
 def compiles_well(spec: KernelSpec) -> None:
     image, log = compile_spec(spec)
     assert image[:4] == b"\x7fELF"
@@ -87,8 +92,8 @@ def test_the_whole_space_has_no_more_kernels_than_are_counted_here() -> None:
     specs = hopper.all_variants(TARGET)
     assert len(specs) == len(set(specs))
     counted = Counter(str(dict(spec.variant)["function"]) for spec in specs)
-    expected = {"launcher": 1, "forward": 48, "forward_fp8": 6, "forward_cached": 12, "decode": 22, "append": 2}
-    assert counted == expected
+    expected = {"launcher": 1, "forward": 48, "forward_fp8": 6, "forward_cached": 12, "decode": 44, "append": 4}
+    assert counted == {**expected, "mla": 12}
     assert {spec.route for spec in specs} == {"host", "cuda"}
     assert hopper.all_variants(Target("cuda", "sm_100")) == []
 
@@ -135,6 +140,56 @@ def test_what_is_not_claimed_goes_on_without_a_warning(change: dict[str, object]
     assert not decision.claimed
 
 
+LATENT = dataclasses.replace(CALL, head_dim=64, head_dim_v=512, cache=True, ragged_k=False, page_size=64, qv=True)
+
+
+def test_qv_is_served_over_a_cache_and_there_alone() -> None:
+    assert isinstance(hopper.decide(TARGET, LATENT), Accepted)
+    assert isinstance(
+        hopper.decide(TARGET, dataclasses.replace(LATENT, only_qv=True, split=True, sinks=True)), Accepted
+    )
+    for change, reason in (
+        ({"draft_mask": True}, "draft_mask"),
+        ({"aligned": False}, "16 bytes"),
+        ({"dtype": "e4m3"}, "dtype e4m3"),
+        ({"descale": True}, "q_descale"),
+        ({"cache": False, "page_size": 0}, "qv"),
+    ):
+        decision = hopper.decide(TARGET, dataclasses.replace(LATENT, **change))  # type: ignore[arg-type]
+        assert isinstance(decision, Rejected)
+        assert reason in decision.reason
+        assert not decision.claimed
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "change", "rows"),
+    [
+        (1, 16, {}, 16),
+        (2, 16, {}, 32),
+        (3, 16, {}, 64),
+        (1, 128, {}, 64),
+        (1, 16, {"num_splits": 1}, 64),
+        (1, 16, {"deterministic": True}, 64),
+    ],
+)
+def test_the_rows_of_a_tile_are_the_least_that_hold_a_sequence(
+    tokens: int, heads: int, change: dict[str, object], rows: int
+) -> None:
+    """But where a sequence's bits must not depend on how many tokens the others have."""
+    x = torch.zeros(2, tokens, heads, 64, dtype=torch.bfloat16)
+    cache = torch.zeros(2, 128, 1, 576, dtype=torch.bfloat16)
+    fields = {"q": x, "k": cache[..., 512:], "v": cache[..., :512], "qv": torch.zeros(2, tokens, heads, 512)}
+    given = {**fields, "num_splits": 0, "max_seqlen_q": tokens, **change}
+    call = Call(calls.KVCACHE, **dict(zip(calls.FIELDS[1:], calls.DEFAULTS[1:], strict=True)) | {
+        "softmax_scale": None, "causal": True, "window_size": (-1, -1), "attention_chunk": 0, "softcap": 0.0,
+        "return_softmax_lse": False, "out": None, "sinks": None, "q_descale": None, "k_descale": None,
+        "v_descale": None, "pack_gqa": None, "sm_margin": 0,
+    } | given)  # type: ignore[arg-type]  # fmt: skip
+    spec = hopper.variant(TARGET, LATENT, call)
+    assert dict(spec.variant)["rows"] == rows
+    assert spec in hopper.all_variants(TARGET)
+
+
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_89", "sm_100", "sm_120"])
 def test_other_architectures_are_not_served(architecture: str) -> None:
     assert isinstance(hopper.supports(Target("cuda", architecture)), Rejected)
@@ -144,6 +199,7 @@ def test_other_architectures_are_not_served(architecture: str) -> None:
 def test_selecting_by_size_finds_the_kernel_that_pads_it() -> None:
     prefill = hopper_kernels.forward_spec("bf16", 64, 64, False, False)
     few_rows = hopper_kernels.decode_spec("bf16", 64, 8)
+    latent = hopper_kernels.mla_spec("bf16", 256, 16)
     for spec, field, wanted, found in (
         (prefill, "head_dim", "72", "96"),
         (prefill, "head_dim_v", "130", "192"),
@@ -153,6 +209,9 @@ def test_selecting_by_size_finds_the_kernel_that_pads_it() -> None:
         (few_rows, "head_dim", "257", "257"),
         (few_rows, "rows", "9", "16"),
         (few_rows, "rows", "many", "many"),
+        (latent, "head_dim_v", "260", "512"),
+        (latent, "rows", "17", "32"),
+        (latent, "rows", "65", "65"),
     ):
         assert hopper.canonical(spec, field, wanted) == found
 

@@ -41,7 +41,7 @@ def test_cells_can_be_called_and_twins_stand_before_those_measured_against_them(
         seen.add(name)
     goals = {cell.goal for cell in CELLS.values()} - {None}
     decodes = {f"decode {each}" for each in ("1x8k", "16x8k", "128x4k", "64x32k")}
-    assert goals == {*decodes, "verify q8", "chunk 256"}
+    assert goals == {*decodes, "verify q8", "chunk 256", "mla 128"}
     lengths = CELLS["lognormal"].lengths()
     assert len(lengths) == 64 and 3900 < sum(lengths) / 64 < 4200 and len(set(lengths)) > 50
 
@@ -165,6 +165,21 @@ def test_a_draft_sees_its_ancestors_and_what_stands_before_all() -> None:
     drafts_seen = bits.view(5, 8, 32)[:, :, 24:].sum(dim=-1)
     assert drafts_seen.max() > 2  # some have an ancestor that has one,
     assert drafts_seen.sum() < 5 * 36  # and not all are chains
+
+
+def test_a_cell_of_one_latent_buffer_is_called_and_judged() -> None:
+    cell = replace(SMALL, kv_heads=1, latent=256)
+    inputs = serving_inputs.make(cell, "cpu")
+    assert inputs.k_cache.untyped_storage().data_ptr() == inputs.v_cache.untyped_storage().data_ptr()
+    call = serving_inputs.our_call(cell, inputs)
+    assert serving_inputs.fault_of(cell, inputs, call) is None
+    without = replace(inputs, qv=torch.zeros_like(inputs.qv))  # type: ignore[arg-type]
+    assert "relative error" in str(serving_inputs.fault(cell, without, call()))
+    reads = serving_inputs.read_caches(cell, inputs)
+    of_page = sum(x[0].numel() for x in reads)
+    assert of_page == inputs.k_cache[0].numel() + inputs.v_cache[0].numel()
+    assert cell.kv_bytes() == sum(cell.lengths()) * 2 * of_page // cell.page
+    assert serving_peers.calls(["flashinfer", "fa3"], cell, inputs) == {}
 
 
 def test_the_reference_hides_what_the_tree_hides() -> None:

@@ -9,6 +9,7 @@ import pytest
 from jit_kernel import config
 from jit_kernel.engine import triton_compiler
 from jit_kernel.fa3.hopper import kernels as hopper_kernels
+from jit_kernel.fa3.hopper import mla
 from tests.support import shared_numbers
 
 LAUNCH = shared_numbers.HOPPER / "launch"
@@ -49,7 +50,10 @@ def test_the_wgmma_shapes_are_those_that_the_tiles_use() -> None:
     }
     rows = shared_numbers.tile_rows()
     # Where all queries of prefill lie in registers it is named, never run; in decode the rows are the columns.
-    assert defined["SS"] == {row.keys for row in rows} | {*hopper_kernels.DECODE_ROWS}
+    # Of MLA half of the values' columns are one product's, or the rows.
+    halves = {size // 2 for size in hopper_kernels.MLA_HEAD_DIMS_V}
+    few = {*hopper_kernels.DECODE_ROWS, *hopper_kernels.MLA_ROWS}
+    assert defined["SS"] == {row.keys for row in rows} | few | halves
     assert defined["RS"] == {row.keys for row in rows if row.query_steps} | {row.head_dim_v for row in rows}
 
 
@@ -59,6 +63,13 @@ def test_the_decode_kernels_are_the_tables() -> None:
     most = hopper_kernels.DECODE_MOST_ROWS
     sizes = [(d, rows) for d in hopper_kernels.DECODE_HEAD_DIMS for rows in hopper_kernels.DECODE_ROWS]
     assert tiles == [(d, rows) for d, rows in sizes if rows <= most[d]]
+
+
+def test_the_mla_kernels_are_the_tables() -> None:
+    text = (shared_numbers.HOPPER / "mla" / "config.h").read_text(encoding="utf-8")
+    tiles = [(int(d), int(rows)) for d, rows in re.findall(r"TILE\((\d+), (\d+)\)", text)]
+    assert tiles == [(d, rows) for d in hopper_kernels.MLA_HEAD_DIMS_V for rows in hopper_kernels.MLA_ROWS]
+    assert shared_numbers.constant(shared_numbers.HOPPER / "mla" / "config.h", "kMlaTileRows") == str(mla.TILE_ROWS)
 
 
 def test_a_block_has_the_shared_memory_that_the_architecture_has() -> None:
@@ -76,6 +87,7 @@ def test_a_block_has_the_shared_memory_that_the_architecture_has() -> None:
         ("prefill.py", "prefill_launch.h", "forward_fp8"),
         ("cached.py", "cached_launch.h", "forward_cached"),
         ("decode.py", "decode_launch.h", "decode"),
+        ("mla.py", "mla_launch.h", "mla"),
         ("append.py", "append_launch.h", "append"),
     ],
 )

@@ -42,10 +42,11 @@ def calls(engine: str) -> list[Any]:
 
 
 def asks_for_more(record: Any) -> bool:
-    """Whether a call needs what no GPU implementation serves yet: qv or e4m3."""
+    """Whether a call needs what no GPU implementation serves yet: qv without a cache, or e4m3."""
     named = record["arguments"]
     has_qv = named.get("qv") is not None or named.get("q_v") is not None
-    return has_qv or named.get("v_cache", named.get("v"))["dtype"] == "float8_e4m3fn"
+    has_cache = "v_cache" in named or named.get("page_table", named.get("block_table")) is not None
+    return (has_qv and not has_cache) or named.get("v_cache", named.get("v"))["dtype"] == "float8_e4m3fn"
 
 
 @dataclass

@@ -103,6 +103,7 @@ inline float __int_as_float(unsigned bits) {
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 
 #include "flash_attention_v3/hopper/decode/schedule.cuh"
+#include "flash_attention_v3/hopper/mla/work.cuh"
 
 using jit_kernel::hopper::DecodeItem;
 using jit_kernel::hopper::DecodeParams;
@@ -169,4 +170,48 @@ inline tvm::ffi::Bytes items_of(tvm::ffi::Bytes lengths, int64_t len_q, int64_t 
   return tvm::ffi::Bytes(found);
 }
 
+static jit_kernel::hopper::MlaParams mla_params;
+
+inline void run_mla_part() {
+  jit_kernel::hopper::MlaSchedule schedule(mla_params);
+  schedule.start(blockIdx.y);
+  DecodeItem item = {};
+  while (schedule.next(item)) {
+    const int numbers[] = {item.batch,    item.low,      item.high,
+                           item.begin[0], item.end[0],   item.first_part,
+                           item.parts,    item.is_first, schedule.is_done()};
+    if (threadIdx.x == 0) found.append(reinterpret_cast<const char*>(numbers), sizeof(numbers));
+  }
+}
+
+// Of a tile of 64 query rows: the items of one of its parts. is_whole: no sequence is cut.
+inline tvm::ffi::Bytes mla_items_of(tvm::ffi::Bytes lengths, int64_t len_q, int64_t group,
+                                    int64_t parts, int64_t part, int64_t tile, int64_t window,
+                                    bool is_whole) {
+  const std::string bytes = lengths;
+  used.assign(bytes.size() / sizeof(int), 0);
+  std::memcpy(used.data(), bytes.data(), bytes.size());
+  set_parts(parts);
+  mla_params = {};
+  mla_params.parts = params.parts;
+  mla_params.parts_shift = params.parts_shift;
+  mla_params.parts_multiplier = params.parts_multiplier;
+  set_parts(group);
+  mla_params.group_shift = params.parts_shift;
+  mla_params.group_multiplier = params.parts_multiplier;
+  mla_params.batch = static_cast<int>(used.size());
+  mla_params.seqused_k = used.data();
+  mla_params.rows_k = 1 << 30;
+  mla_params.seqlen_q = static_cast<int>(len_q);
+  mla_params.group = static_cast<int>(group);
+  mla_params.window_left = static_cast<int>(window);
+  mla_params.ranges_log2 = is_whole ? 1 : 0;
+  mla_params.row_tiles = static_cast<int>((len_q * group + 63) / 64) + 1;  // one without rows
+  found.clear();
+  blockIdx = {static_cast<unsigned>(tile), static_cast<unsigned>(part), 0};
+  lanes::run_all(run_mla_part);
+  return tvm::ffi::Bytes(found);
+}
+
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(items_of, items_of);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(mla_items_of, mla_items_of);

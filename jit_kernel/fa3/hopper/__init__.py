@@ -2,8 +2,8 @@
 
 bf16 and fp16, head sizes up to 256 that are multiples of 8. Dense and ragged prefill, also in e4m3 with head sizes that
 are multiples of 16; over caches, in pages or dense, prefill and decode, with new keys appended first, and with draft
-masks; a cache in e4m3 beside queries in 16 bit. qv, and queries in e4m3 over a cache, are not claimed: the portable
-kernels say what they do.
+masks; a cache in e4m3 beside queries in 16 bit. With qv (MLA) over a 16-bit cache, without draft masks. Queries in e4m3
+over a cache are not claimed: the portable kernels say what they do.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jit_kernel.fa3 import header
 from jit_kernel.fa3.call import Call, MetadataParameters, Result
 from jit_kernel.fa3.decision import Accepted, Decision, Rejected
 from jit_kernel.fa3.features import Features, asks_for_more, has_cache, mixed_dtypes, unclaimed
-from jit_kernel.fa3.hopper import append, cached, decode, kernels, known, prefill
+from jit_kernel.fa3.hopper import append, cached, decode, kernels, known, mla, prefill
 from jit_kernel.jit import KernelSpec
 
 NAME = "hopper"
@@ -35,21 +35,24 @@ CLAIMED_IN_FP8 = CLAIMED | {"descale"}
 CLAIMED_WITH_CACHE = CLAIMED - {"ragged_k"} | frozenset(
     (
         *("page_size", "append", "ragged_append", "rotary", "cache_batch_idx", "cache_leftpad"),
-        *("split", "metadata", "draft_mask"),
+        *("split", "metadata", "draft_mask", "qv", "only_qv"),
     )
 )
 # Of a cache in e4m3 beside queries of 16 bits.
 _SCALES = frozenset(("descale", "token_scales"))
-CLAIMED_MIXED = CLAIMED_WITH_CACHE | _SCALES
+CLAIMED_MIXED = CLAIMED_WITH_CACHE - {"qv", "only_qv"} | _SCALES
+_UNALIGNED = "strides or addresses that are no multiple of the copy engine's 16 bytes"
 # What a faster way takes of these: an append is a launch that must not be lost where the next one is declined.
 _KNOWN_WITH_CACHE = CLAIMED_WITH_CACHE - {"append", "ragged_append", "rotary", "metadata"}
+
+_KNOWN_MIXED = _KNOWN_WITH_CACHE & CLAIMED_MIXED | _SCALES
 
 _FP8 = torch.float8_e4m3fn
 
 _asks_for_more = asks_for_more(CLAIMED)
 _fp8_asks_for_more = asks_for_more(CLAIMED_IN_FP8)
 _cache_asks_for_more = asks_for_more(_KNOWN_WITH_CACHE)
-_mixed_asks_for_more = asks_for_more(_KNOWN_WITH_CACHE | _SCALES)
+_mixed_asks_for_more = asks_for_more(_KNOWN_MIXED)
 
 
 def supports(target: Target) -> Decision:
@@ -74,6 +77,8 @@ def decide(target: Target, features: Features) -> Decision:
     if arguments is not None:
         where = "over a cache" if features.cache else "without a cache"
         return Rejected(f"{arguments}: its kernels have none {where}", claimed=False)
+    if features.qv:
+        return _decide_qv(features)
     sizes = f"head sizes {features.head_dim}/{features.head_dim_v}"
     step = 16 if fp8 else 8
     if features.head_dim % step or features.head_dim_v % step:
@@ -88,7 +93,16 @@ def decide(target: Target, features: Features) -> Decision:
             text = f"{mixed}, {features.group} query heads for a key head: its tiles have {most} at {sizes}"
             return Rejected(text, claimed=False)
     if not features.aligned:
-        return Rejected("strides or addresses that are no multiple of the copy engine's 16 bytes", claimed=False)
+        return Rejected(_UNALIGNED, claimed=False)
+    return Accepted()
+
+
+def _decide_qv(features: Features) -> Decision:
+    """Head sizes 64/256 and 64/512, which the checks ask for."""
+    if features.draft_mask:
+        return Rejected("draft_mask: its kernels have none with qv", claimed=False)
+    if not features.aligned:
+        return Rejected(_UNALIGNED, claimed=False)
     return Accepted()
 
 
@@ -104,7 +118,7 @@ def prepare(device: str) -> None:
     _asks_for_more = asks_for_more(CLAIMED)
     _fp8_asks_for_more = asks_for_more(CLAIMED_IN_FP8)
     _cache_asks_for_more = asks_for_more(_KNOWN_WITH_CACHE)
-    _mixed_asks_for_more = asks_for_more(_KNOWN_WITH_CACHE | _SCALES)
+    _mixed_asks_for_more = asks_for_more(_KNOWN_MIXED)
     kernels.kernels_of(torch.device(device))
 
 
@@ -120,6 +134,8 @@ def canonical(spec: KernelSpec, field: str, value: str) -> str:
     function = dict(spec.variant)["function"]
     if function == kernels.FP8:
         sizes = sorted(kernels.FP8_HEAD_DIMS)
+    elif function == "mla":
+        sizes = sorted(kernels.MLA_ROWS if field == "rows" else kernels.MLA_HEAD_DIMS_V)
     elif function == "decode":
         sizes = sorted(kernels.DECODE_ROWS if field == "rows" else kernels.DECODE_HEAD_DIMS)
     else:
@@ -129,6 +145,8 @@ def canonical(spec: KernelSpec, field: str, value: str) -> str:
 
 def variant(target: Target, features: Features, call: Call) -> KernelSpec:
     """The attention kernel that serves a call that `decide` accepts."""
+    if features.qv:
+        return mla.spec_of(mla.key_of(call))
     if features.cache:
         key = decode.key_of(call)
         return cached.spec_of(call) if key is None else decode.spec_of(key)
@@ -169,6 +187,8 @@ def attend(call: Call) -> Result:
 
 
 def _attend_cache(call: Call, *, only_known: bool) -> Result | None:
+    if call.qv is not None:
+        return mla.attend(call, only_known=only_known)
     key = decode.key_of(call)
     if key is not None:
         return decode.attend(call, key, only_known=only_known)

@@ -31,6 +31,9 @@ _APPEND_THREADS = 128  # kAppendThreads of append/params.h, as the unit asserts
 DECODE_HEAD_DIMS = (64, 128, 256)
 DECODE_ROWS = (8, 16, 32, 64)
 DECODE_MOST_ROWS = {64: 64, 128: 64, 256: 32}
+# Of the MLA kernels: of v and qv, where q and k have 64, and the packed query rows of a tile.
+MLA_HEAD_DIMS_V = (256, 512)
+MLA_ROWS = (16, 32, 64)
 # The compiler's account of registers and spills goes to the entry's log, which the tests read.
 _FLAGS = ("--ptxas-options=-v",)
 
@@ -102,6 +105,13 @@ def decode_spec(dtype: str, head_dim: int, rows: int, mixed: bool = False) -> Ke
     return KernelSpec(FOLDER, unit, "cuda", variant, _FLAGS)
 
 
+def mla_spec(dtype: str, head_dim_v: int, rows: int) -> KernelSpec:
+    """The kernel for scores of q k + qv v, of 64 and `head_dim_v` columns, with tiles of `rows` packed query rows."""
+    unit = f'#include "flash_attention_v3/hopper/mla/mla.cuh"\nJIT_KERNEL_EXPORT_MLA({dtype}, {head_dim_v}, {rows})\n'
+    variant = (("function", "mla"), ("dtype", dtype), ("head_dim_v", head_dim_v), ("rows", rows))
+    return KernelSpec(FOLDER, unit, "cuda", variant, _FLAGS)
+
+
 def cached_spec(dtype: str, head_dim: int, head_dim_v: int) -> KernelSpec:
     """The kernel of a pair of head sizes on cached keys; mask, softcap and pages are branches in it."""
     unit = (
@@ -132,6 +142,9 @@ def all_specs() -> Iterator[KernelSpec]:
                 if rows <= DECODE_MOST_ROWS[head_dim]:
                     yield decode_spec(dtype, head_dim, rows)
                     yield decode_spec(dtype, head_dim, rows, mixed=True)
+        for head_dim_v in MLA_HEAD_DIMS_V:
+            for rows in MLA_ROWS:
+                yield mla_spec(dtype, head_dim_v, rows)
 
 
 def _is_plain(spec: KernelSpec) -> bool:
@@ -140,7 +153,7 @@ def _is_plain(spec: KernelSpec) -> bool:
 
 
 class DeviceKernels(cubin.DeviceKernels):
-    """The kernels of one GPU; `forward`, `forward_fp8`, `forward_cached`, `decode` and `append` launch by a handle."""
+    """The kernels of one GPU; `forward`, `forward_fp8`, `forward_cached`, `decode`, `mla` and `append` launch by handles."""
 
     def __init__(self, index: int, target: Target) -> None:
         super().__init__(index, target, LAUNCHER)
@@ -150,6 +163,7 @@ class DeviceKernels(cubin.DeviceKernels):
         self.forward_fp8 = functions[FP8]  # type: ignore[method-assign]
         self.append = functions["append"]  # type: ignore[method-assign]
         self.decode = functions["decode"]  # type: ignore[method-assign]
+        self.mla = functions["mla"]  # type: ignore[method-assign]
         self.forward_cached = functions[CACHED]  # type: ignore[method-assign]
         known.serve(functions["known_decode"])
 
@@ -173,6 +187,14 @@ class DeviceKernels(cubin.DeviceKernels):
         """As `forward`, with an answer of three."""
         return int(self._launcher()["decode"](*arguments))
 
+    def mla(self, *arguments: object) -> int:
+        """As `decode`."""
+        return int(self._launcher()["mla"](*arguments))
+
+    def mla_partial_floats(self, handle: int, tiles: int, batch: int, sm_margin: int) -> int:
+        """As `partial_floats`, of an MLA kernel; tiles: of query rows of one sequence, of all key heads."""
+        return int(self._launcher()["mla_partial_floats"](handle, self._index, tiles, batch, sm_margin))
+
     def partial_floats(
         self, handle: int, heads_k: int, tiles: int, rows_k: int, sm_margin: int, fixed_ranges: bool
     ) -> int:
@@ -183,7 +205,8 @@ class DeviceKernels(cubin.DeviceKernels):
     def _load_function(self, spec: KernelSpec) -> str:
         if _is_plain(spec):
             return "load_plain"
-        return "load_decode" if dict(spec.variant)["function"] == "decode" else "load_kernel"
+        function = dict(spec.variant)["function"]
+        return f"load_{function}" if function in ("decode", "mla") else "load_kernel"
 
     def _load_arguments(self, spec: KernelSpec, cubin: Cubin) -> tuple[Any, ...]:
         fields = dict(spec.variant)
@@ -191,6 +214,8 @@ class DeviceKernels(cubin.DeviceKernels):
             return fields["function"], fields["threads"], fields["shared_bytes"]
         if fields["function"] == "decode":
             return fields["dtype"] == "bf16", "cache" in fields, fields["head_dim"], fields["rows"], self._index
+        if fields["function"] == "mla":
+            return fields["head_dim_v"], fields["rows"]
         cached, fp8 = fields["function"] == CACHED, fields["function"] == FP8
         head_dim_v = fields["head_dim" if fp8 else "head_dim_v"]
         return fields["head_dim"], head_dim_v, cached or fields["masked"], cached, fp8

@@ -135,10 +135,12 @@ __device__ __forceinline__ bool item_of_cluster(const DecodeParams& params, int 
   return seen.cost > 0;
 }
 
-// All lanes of one warp together: a lane has a sequence of 32.
-class DecodeSchedule {
+// All lanes of one warp together: a lane has a sequence of 32. Params: what lengths_of, seen_rows
+// and blocks_of_range are found for, with blocks of kKeys rows.
+template <class Params, int kKeys>
+class ScheduleOf {
  public:
-  __device__ __forceinline__ DecodeSchedule(const DecodeParams& params) : params_(params) {}
+  __device__ __forceinline__ ScheduleOf(const Params& params) : params_(params) {}
 
   __device__ __forceinline__ void start(unsigned part) {
     total_ = 0;
@@ -192,10 +194,13 @@ class DecodeSchedule {
     return false;
   }
 
+  // Whether the item that `next` gave last ends this part's run.
+  __device__ __forceinline__ bool is_done() const { return at_ >= end_; }
+
  private:
   // The blocks from at_ to `stop` of the sequence from `start` on.
   __device__ __forceinline__ void set_blocks(DecodeItem& item, unsigned start, unsigned stop) {
-    const int first_block = item.low / kDecodeKeys;
+    const int first_block = item.low / kKeys;
     item.begin[0] = first_block + static_cast<int>(at_ - start);
     item.begin[1] = item.begin[0] + 1;
     item.end[0] = item.end[1] =
@@ -273,7 +278,7 @@ class DecodeSchedule {
     seen_ = seen_rows(params_, of_, tokens_of(params_, tile, of_.len_q));
   }
 
-  const DecodeParams& params_;
+  const Params& params_;
   unsigned total_, at_, end_;  // in blocks, over all sequences
   unsigned run_, longer_;      // blocks of a part; so many parts have one more
   unsigned base_ = 0;          // where the 32 sequences begin
@@ -281,5 +286,7 @@ class DecodeSchedule {
   DecodeLengths of_ = {0, 0, 0};
   SeenRows seen_ = {0, 0, 0};
 };
+
+using DecodeSchedule = ScheduleOf<DecodeParams, kDecodeKeys>;
 
 }  // namespace jit_kernel::hopper

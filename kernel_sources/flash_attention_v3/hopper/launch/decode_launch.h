@@ -154,6 +154,18 @@ struct DecodeRanges {
   }
 };
 
+// Runs that the work of all sequences is cut into: up to 4 % less than `parts` where sequences of
+// one length are then not cut, or cut evenly.
+inline int even_parts(int64_t parts, int64_t batch) {
+  int64_t even = parts;
+  if (batch >= parts) {
+    while (batch % even != 0) --even;
+  } else if (batch > 0) {
+    even = parts / batch * batch;
+  }
+  return static_cast<int>(even * 100 >= parts * 96 ? even : parts);
+}
+
 // As many thread blocks as run at the same time, but up to 4 % less where sequences of one length
 // are then not cut: to write and merge partial results costs more. Two heads a block read longer
 // rows of memory; of little work each head's blocks are many, and fewer parts are merged sooner.
@@ -177,13 +189,7 @@ inline DecodeGrid decode_grid(const DecodeShape& shape, int device, int64_t head
   const bool two = pairs && (fixed_ranges || 2 * batch * heads_k >= 3 * most);
   const int64_t groups = two ? heads_k / 2 : heads_k;
   const int64_t parts = std::max<int64_t>(1, most / groups);
-  int64_t even = parts;
-  if (batch >= parts) {
-    while (batch % even != 0) --even;
-  } else if (batch > 0) {
-    even = parts / batch * batch;
-  }
-  return {two ? 2 : 1, static_cast<int>(even * 100 >= parts * 96 ? even : parts), false};
+  return {two ? 2 : 1, even_parts(parts, batch), false};
 }
 
 // Of each key head: two for a part, or, of fixed ranges, one for each of a sequence that several

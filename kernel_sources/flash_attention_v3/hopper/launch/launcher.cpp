@@ -16,6 +16,7 @@
 #include "flash_attention_v3/hopper/launch/decode_launch.h"
 #include "flash_attention_v3/hopper/launch/exports.h"
 #include "flash_attention_v3/hopper/launch/known_decode.h"
+#include "flash_attention_v3/hopper/launch/mla_launch.h"
 #include "flash_attention_v3/hopper/launch/prefill_launch.h"
 
 namespace jit_kernel::hopper {

@@ -98,23 +98,25 @@ __device__ __forceinline__ u64 wgmma_descriptor(u32 low) {
 #define JIT_KERNEL_REGISTERS_128 JIT_KERNEL_REGISTERS_120 ", " JIT_KERNEL_R15
 
 // d = a * b (+ d where accumulate): a is 64 x 16 and b is 16 x N, both in shared memory; k is
-// contiguous in b, and in a but where kContiguousM says that its 64 rows are.
-#define JIT_KERNEL_WGMMA_SS(N, COUNT, A, B, P, T, ...)                                        \
-  template <class Element, bool kContiguousM = false>                                         \
+// contiguous but where kContiguousM says that a's 64 rows are, kContiguousN that b's N columns are.
+#define JIT_KERNEL_WGMMA_SS(N, COUNT, A, B, P, T, U, ...)                                     \
+  template <class Element, bool kContiguousM = false, bool kContiguousN = false>              \
   __device__ __forceinline__ void wgmma_ss(float (&d)[COUNT], u64 a, u64 b, int accumulate) { \
     if constexpr (kIsBf16<Element>) {                                                         \
-      JIT_KERNEL_WGMMA_SS_ASM(N, COUNT, A, B, P, T, "bf16", __VA_ARGS__);                     \
+      JIT_KERNEL_WGMMA_SS_ASM(N, COUNT, A, B, P, T, U, "bf16", __VA_ARGS__);                  \
     } else {                                                                                  \
-      JIT_KERNEL_WGMMA_SS_ASM(N, COUNT, A, B, P, T, "f16", __VA_ARGS__);                      \
+      JIT_KERNEL_WGMMA_SS_ASM(N, COUNT, A, B, P, T, U, "f16", __VA_ARGS__);                   \
     }                                                                                         \
   }
-#define JIT_KERNEL_WGMMA_SS_ASM(N, COUNT, A, B, P, T, TYPE, ...)                                \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #P                                          \
-               ", 0;\n"                                                                         \
-               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE                  \
-               " {" JIT_KERNEL_REGISTERS_##COUNT "}, %" #A ", %" #B ", p, 1, 1, %" #T ", 0;\n}" \
-               : __VA_ARGS__                                                                    \
-               : "l"(a), "l"(b), "r"(accumulate), "n"(static_cast<int>(kContiguousM)))
+#define JIT_KERNEL_WGMMA_SS_ASM(N, COUNT, A, B, P, T, U, TYPE, ...)                            \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #P                                         \
+               ", 0;\n"                                                                        \
+               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE                 \
+               " {" JIT_KERNEL_REGISTERS_##COUNT "}, %" #A ", %" #B ", p, 1, 1, %" #T ", %" #U \
+                                                 ";\n}"                                        \
+               : __VA_ARGS__                                                                   \
+               : "l"(a), "l"(b), "r"(accumulate), "n"(static_cast<int>(kContiguousM)),         \
+                 "n"(static_cast<int>(kContiguousN)))
 
 // The same with a in registers; kContiguousN: in b N is contiguous, else k.
 #define JIT_KERNEL_WGMMA_RS(N, COUNT, A0, A1, A2, A3, B, P, T, ...)                           \
@@ -137,15 +139,16 @@ __device__ __forceinline__ u64 wgmma_descriptor(u32 low) {
                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(accumulate),              \
                  "n"(static_cast<int>(kContiguousN)))
 
-JIT_KERNEL_WGMMA_SS(8, 4, 4, 5, 6, 7, JIT_KERNEL_F4(d, 0))
-JIT_KERNEL_WGMMA_SS(16, 8, 8, 9, 10, 11, JIT_KERNEL_F8(d, 0))
-JIT_KERNEL_WGMMA_SS(32, 16, 16, 17, 18, 19, JIT_KERNEL_F16(d, 0))
-JIT_KERNEL_WGMMA_SS(64, 32, 32, 33, 34, 35, JIT_KERNEL_F32(d, 0))
-JIT_KERNEL_WGMMA_SS(80, 40, 40, 41, 42, 43, JIT_KERNEL_F32(d, 0), JIT_KERNEL_F8(d, 32))
-JIT_KERNEL_WGMMA_SS(96, 48, 48, 49, 50, 51, JIT_KERNEL_F32(d, 0), JIT_KERNEL_F16(d, 32))
-JIT_KERNEL_WGMMA_SS(112, 56, 56, 57, 58, 59, JIT_KERNEL_F32(d, 0), JIT_KERNEL_F16(d, 32),
+JIT_KERNEL_WGMMA_SS(8, 4, 4, 5, 6, 7, 8, JIT_KERNEL_F4(d, 0))
+JIT_KERNEL_WGMMA_SS(16, 8, 8, 9, 10, 11, 12, JIT_KERNEL_F8(d, 0))
+JIT_KERNEL_WGMMA_SS(32, 16, 16, 17, 18, 19, 20, JIT_KERNEL_F16(d, 0))
+JIT_KERNEL_WGMMA_SS(64, 32, 32, 33, 34, 35, 36, JIT_KERNEL_F32(d, 0))
+JIT_KERNEL_WGMMA_SS(80, 40, 40, 41, 42, 43, 44, JIT_KERNEL_F32(d, 0), JIT_KERNEL_F8(d, 32))
+JIT_KERNEL_WGMMA_SS(96, 48, 48, 49, 50, 51, 52, JIT_KERNEL_F32(d, 0), JIT_KERNEL_F16(d, 32))
+JIT_KERNEL_WGMMA_SS(112, 56, 56, 57, 58, 59, 60, JIT_KERNEL_F32(d, 0), JIT_KERNEL_F16(d, 32),
                     JIT_KERNEL_F8(d, 48))
-JIT_KERNEL_WGMMA_SS(128, 64, 64, 65, 66, 67, JIT_KERNEL_F64(d, 0))
+JIT_KERNEL_WGMMA_SS(128, 64, 64, 65, 66, 67, 68, JIT_KERNEL_F64(d, 0))
+JIT_KERNEL_WGMMA_SS(256, 128, 128, 129, 130, 131, 132, JIT_KERNEL_F64(d, 0), JIT_KERNEL_F64(d, 64))
 
 JIT_KERNEL_WGMMA_RS(8, 4, 4, 5, 6, 7, 8, 9, 10, JIT_KERNEL_F4(d, 0))
 JIT_KERNEL_WGMMA_RS(16, 8, 8, 9, 10, 11, 12, 13, 14, JIT_KERNEL_F8(d, 0))
