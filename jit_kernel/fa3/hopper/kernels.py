@@ -153,7 +153,7 @@ def _is_plain(spec: KernelSpec) -> bool:
 
 
 class DeviceKernels(cubin.DeviceKernels):
-    """The kernels of one GPU; `forward`, `forward_fp8`, `forward_cached`, `decode`, `mla` and `append` launch by handles."""
+    """The kernels of one GPU; `forward`, `forward_fp8`, `forward_cached`, `decode`, `mla` and `append` launch them."""
 
     def __init__(self, index: int, target: Target) -> None:
         super().__init__(index, target, LAUNCHER)

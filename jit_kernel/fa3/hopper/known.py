@@ -99,9 +99,7 @@ def try_unchecked(arguments: Arguments) -> Result | None:
         is_ours = out is None
         if out is None:  # of q's head size: another one is declined
             out = empty_like(q, memory_format=contiguous_format)
-        lse = empty(lse_shape(q), dtype=torch.float32, device=q.device) if with_lse else None
-        if lse is not None and not is_ours and offsets_q is not None:
-            lse.fill_(-inf)  # as arguments.new_lse
+        lse = _new_lse(q, not is_ours and offsets_q is not None) if with_lse else None
         call = (
             q, k, v, out, lse, used_k, table, offsets_q, offsets_new, sinks, metadata, k_descale, v_descale,
             k_scale, v_scale, longest_q, scale, causal,
@@ -121,3 +119,9 @@ def try_unchecked(arguments: Arguments) -> Result | None:
 def _is_plain(scale: Tensor) -> bool:
     """Whether factors of an e4m3 cache are a tensor in which no sign and no derivative waits."""
     return scale.__class__ is Tensor and not (scale.is_neg() or (scale.requires_grad and is_grad_enabled()))
+
+
+def _new_lse(q: Tensor, has_other_rows: bool) -> Tensor:
+    """As arguments.new_lse."""
+    lse = empty(lse_shape(q), dtype=torch.float32, device=q.device)
+    return lse.fill_(-inf) if has_other_rows else lse

@@ -64,8 +64,7 @@ def attention(
     if mask is None:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         mask = _unmasked(q, k, bool(causal) and (packed or q.shape[1] > 1), sliding_window)
-    if mask.later is not None and not packed:
-        mask = mask.later()
+    mask = mask if packed or mask.later is None else mask.later()
     sinks = s_aux if s_aux is None or s_aux.dtype == q.dtype else s_aux.float()
     settings: Settings = {
         "softmax_scale": scaling,
