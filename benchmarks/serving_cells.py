@@ -36,6 +36,8 @@ class Cell:
     goal: the name under which a result is looked up later. probe_ms: the probe's pure read of the same pages.
     twin: the cell whose time `over_twin` is in units of.
     deterministic: as the argument; the same call without it is timed beside it, and `over_free` is in units of that.
+    mixed: the cache is in e4m3, with a factor of each sequence and head, or, "tokens", of each token and head besides;
+    Hopper's time over the same numbers in bf16 is beside it, and `times_bf16` says how many times faster this is.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Cell:
     probe_ms: float | None = None
     twin: str | None = None
     deterministic: bool = False
+    mixed: str = ""
 
     @property
     def is_read_bound(self) -> bool:
@@ -70,8 +73,9 @@ class Cell:
         return (raw * (self.context / raw.mean())).clamp(min=16).round().int().tolist()
 
     def kv_bytes(self) -> int:
-        """Bytes of keys and values in bf16 that the call must read."""
-        return sum(self.lengths()) * self.kv_heads * self.head_dim * 4
+        """Bytes of keys and values, and of the factors of tokens, that the call must read."""
+        of_row = self.head_dim * (1 if self.mixed else 2) + (4 if self.mixed == "tokens" else 0)
+        return sum(self.lengths()) * self.kv_heads * 2 * of_row
 
     def operations(self) -> int:
         """4 * q * keys * hq * d for each sequence; the mask's triangle at the end is not taken off."""
@@ -84,6 +88,8 @@ class Cell:
             "context": self.context, "heads": self.heads, "kv_heads": self.kv_heads, "head_dim": self.head_dim,
             "page_size": self.page, "dtype": "bfloat16",
         }  # fmt: skip
+        if self.mixed:
+            facts |= {"cache_dtype": "float8_e4m3fn", "factors": self.mixed}
         if self.lognormal:
             lengths = self.lengths()
             facts |= {
@@ -175,6 +181,28 @@ def _fixed() -> list[Cell]:
     ]
 
 
+def _mixed() -> list[Cell]:
+    """bf16 queries over an e4m3 cache: factors of sequences, and once of tokens."""
+    goals = {"1x8k": 0.0142, "16x8k": 0.080, "128x4k": 0.260, "64x32k": 0.985}
+    cells = []
+    for name, ms in goals.items():
+        plain = next(cell for cell in _decode() if cell.name == f"decode {name}")
+        cells.append(replace(plain, name=f"mixed {name}", mixed="sequences", goal=f"mixed {name}", limits=_ms(ms, ms),
+                             peer=None, probe_ms=None))  # fmt: skip
+    long = cells[-1]
+    cells.append(replace(long, name="mixed 64x32k page 1", page=1, goal=None, twin=long.name,
+                         limits=(Limit("over_twin", 1.06, 1.06),)))  # fmt: skip
+    cells.append(replace(long, name="mixed 64x32k tokens", mixed="tokens", goal=None, limits=(), twin=long.name))
+    for queries in (1, 2, 4, 8):
+        plain = next(cell for cell in _verify() if cell.queries == 4)
+        cells.append(replace(plain, name=f"mixed verify q{queries}", queries=queries, mixed="sequences", limits=(),
+                             peer=None, probe_ms=None))  # fmt: skip
+    for d in (64, 256):
+        cells.append(Cell(f"mixed d {d}", 64, 8192, head_dim=d, mixed="sequences"))
+    chunk = next(cell for cell in _chunks() if cell.name == "chunk 256")
+    return [*cells, replace(chunk, name="mixed chunk 256", mixed="sequences", goal=None, limits=(), peer=None)]
+
+
 def _chunks() -> list[Cell]:
     """Chunked prefill: many query tokens at the end of a long context."""
     cells = [
@@ -190,7 +218,7 @@ def _chunks() -> list[Cell]:
 
 
 # A twin stands before the cells that are measured against it.
-CELLS = {cell.name: cell for cell in (*_decode(), *_verify(), *_shapes(), *_chunks(), *_fixed())}
+CELLS = {cell.name: cell for cell in (*_decode(), *_verify(), *_shapes(), *_chunks(), *_fixed(), *_mixed())}
 QUICK = ("decode 1x8k", "decode 16x8k", "decode 16x8k page 1", "verify q8", "chunk 256")
 # Microseconds from Python call to return of a paged decode call with `out` given: the GPU's time is not in it.
 HOST = "host time"
