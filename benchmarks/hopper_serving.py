@@ -73,7 +73,8 @@ class Run:
         self._add_ours(cell, inputs, competitors, line)
         if cell.is_read_bound:
             self._add_reads(cell, inputs, competitors)
-        self._add_peers(cell, inputs, competitors, line)
+        if not cell.mixed:  # peers read no e4m3 cache as these calls mean it
+            self._add_peers(cell, inputs, competitors, line)
         for name, milliseconds in compete(competitors, self.rounds).items():
             line[f"{name}_ms"] = round(statistics.median(milliseconds), 5)
             line[f"{name}_range"] = [round(min(milliseconds), 5), round(max(milliseconds), 5)]
@@ -92,6 +93,10 @@ class Run:
             if cell.deterministic and name == "hopper":
                 free = replace(cell, deterministic=False)
                 self.add("hopper_free", made, serving_inputs.our_call(free, inputs), name)
+            if cell.mixed and name == "hopper":
+                competitors["hopper_bf16"] = Competitor(
+                    serving_inputs.our_call(cell, serving_inputs.in_bf16(inputs)), 1, name
+                )
             for each, competitor in made.items():
                 fault = serving_inputs.fault_of(cell, inputs, competitor.run) if self.check else None
                 if fault is None:
@@ -183,6 +188,8 @@ def compared(cell: Cell, line: Line, copy: float, hopper_ms: dict[str, float]) -
         for kind in ("", "_graph"):
             if f"hopper_free{kind}_ms" in line and f"hopper{kind}_ms" in line:
                 line[f"over_free{kind}"] = round(line[f"hopper{kind}_ms"] / line[f"hopper_free{kind}_ms"], 4)
+        if "hopper_bf16_ms" in line:
+            line["times_bf16"] = round(line["hopper_bf16_ms"] / ours, 4)
         if cell.twin in hopper_ms:
             line |= {"twin": cell.twin, "over_twin": round(ours / hopper_ms[cell.twin], 4)}
         if cell.goal is not None:

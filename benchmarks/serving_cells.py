@@ -37,6 +37,8 @@ class Cell:
     twin: the cell whose time `over_twin` is in units of.
     latent: columns of the values, which are keys as well (qv): MLA, in one buffer with head_dim rotated columns.
     deterministic: as the argument; the same call without it is timed beside it, and `over_free` is in units of that.
+    mixed: the cache is in e4m3, with a factor of each sequence and head, or, "tokens", of each token and head besides;
+    Hopper's time over the same numbers in bf16 is beside it, and `times_bf16` says how many times faster this is.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Cell:
     twin: str | None = None
     latent: int = 0
     deterministic: bool = False
+    mixed: str = ""
 
     @property
     def is_read_bound(self) -> bool:
@@ -72,9 +75,11 @@ class Cell:
         return (raw * (self.context / raw.mean())).clamp(min=16).round().int().tolist()
 
     def kv_bytes(self) -> int:
-        """Bytes of keys and values in bf16 that the call must read."""
-        columns = self.latent + self.head_dim if self.latent else 2 * self.head_dim
-        return sum(self.lengths()) * self.kv_heads * columns * 2
+        """Bytes of keys and values, and of the factors of tokens, that the call must read."""
+        if self.latent:
+            return sum(self.lengths()) * self.kv_heads * (self.latent + self.head_dim) * 2
+        of_row = self.head_dim * (1 if self.mixed else 2) + (4 if self.mixed == "tokens" else 0)
+        return sum(self.lengths()) * self.kv_heads * 2 * of_row
 
     def operations(self) -> int:
         """2 * q * keys * hq * (columns of keys + of values) for each sequence; the mask's triangle is not taken off."""
@@ -90,6 +95,8 @@ class Cell:
         }  # fmt: skip
         if self.latent:
             facts["head_dim_v"] = self.latent
+        if self.mixed:
+            facts |= {"cache_dtype": "float8_e4m3fn", "factors": self.mixed}
         if self.lognormal:
             lengths = self.lengths()
             facts |= {
@@ -181,6 +188,28 @@ def _fixed() -> list[Cell]:
     ]
 
 
+def _mixed() -> list[Cell]:
+    """bf16 queries over an e4m3 cache: factors of sequences, and once of tokens."""
+    goals = {"1x8k": 0.0142, "16x8k": 0.080, "128x4k": 0.260, "64x32k": 0.985}
+    cells = []
+    for name, ms in goals.items():
+        plain = next(cell for cell in _decode() if cell.name == f"decode {name}")
+        cells.append(replace(plain, name=f"mixed {name}", mixed="sequences", goal=f"mixed {name}", limits=_ms(ms, ms),
+                             peer=None, probe_ms=None))  # fmt: skip
+    long = cells[-1]
+    cells.append(replace(long, name="mixed 64x32k page 1", page=1, goal=None, twin=long.name,
+                         limits=(Limit("over_twin", 1.06, 1.06),)))  # fmt: skip
+    cells.append(replace(long, name="mixed 64x32k tokens", mixed="tokens", goal=None, limits=(), twin=long.name))
+    for queries in (1, 2, 4, 8):
+        plain = next(cell for cell in _verify() if cell.queries == 4)
+        cells.append(replace(plain, name=f"mixed verify q{queries}", queries=queries, mixed="sequences", limits=(),
+                             peer=None, probe_ms=None))  # fmt: skip
+    for d in (64, 256):
+        cells.append(Cell(f"mixed d {d}", 64, 8192, head_dim=d, mixed="sequences"))
+    chunk = next(cell for cell in _chunks() if cell.name == "chunk 256")
+    return [*cells, replace(chunk, name="mixed chunk 256", mixed="sequences", goal=None, limits=(), peer=None)]
+
+
 def _chunks() -> list[Cell]:
     """Chunked prefill: many query tokens at the end of a long context."""
     cells = [
@@ -210,7 +239,7 @@ def _latent() -> list[Cell]:
 
 
 # A twin stands before the cells that are measured against it.
-CELLS = {cell.name: cell for cell in (*_decode(), *_verify(), *_shapes(), *_chunks(), *_latent(), *_fixed())}
+CELLS = {cell.name: cell for cell in (*_decode(), *_verify(), *_shapes(), *_chunks(), *_latent(), *_fixed(), *_mixed())}
 QUICK = ("decode 1x8k", "decode 16x8k", "decode 16x8k page 1", "verify q8", "chunk 256")
 # Microseconds from Python call to return of a paged decode call with `out` given: the GPU's time is not in it.
 HOST = "host time"

@@ -6,7 +6,7 @@ import inspect
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from serving_cells import Cell
@@ -20,7 +20,10 @@ DRAFT_BITS = 32  # of a word of draft_mask, whose bits are the last keys
 
 @dataclass(frozen=True)
 class Inputs:
-    """q (b, sq, hq, d); caches (pages, page, hk, d); page_table (b, most pages), whose unused entries are 0."""
+    """q (b, sq, hq, d); caches (pages, page, hk, d); page_table (b, most pages), whose unused entries are 0.
+
+    factors: of a cache in e4m3, by the names of the public functions.
+    """
 
     q: torch.Tensor
     k_cache: torch.Tensor
@@ -30,6 +33,7 @@ class Inputs:
     draft_mask: torch.Tensor | None
     out: torch.Tensor
     qv: torch.Tensor | None = None  # (b, sq, hq, dv): v_cache has dv columns, both caches are slices of one buffer
+    factors: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def make(cell: Cell, device: str) -> Inputs:
@@ -53,9 +57,24 @@ def make(cell: Cell, device: str) -> Inputs:
         out = torch.empty_like(qv, memory_format=torch.contiguous_format)
         return Inputs(q, k_cache, v_cache, table, counts, None, out, qv)
     k_cache, v_cache = (normal(sum(pages), cell.page, cell.kv_heads, cell.head_dim) for _ in "kv")
+    factors = {}
+    if cell.mixed:
+        k_cache, v_cache = (x.to(torch.float8_e4m3fn) for x in (k_cache, v_cache))
+        shapes = {"descale": (cell.batch, cell.kv_heads)}
+        if cell.mixed == "tokens":
+            shapes["scale"] = tuple(k_cache.shape[:-1])
+        for name, shape in shapes.items():
+            for letter in "kv":
+                factors[f"{letter}_{name}"] = 0.5 + torch.rand(shape, generator=dice, device=device)
     q = normal(cell.batch, cell.queries, cell.heads, cell.head_dim)
     mask = tree_mask(cell.batch, cell.queries).to(device) if cell.tree else None
-    return Inputs(q, k_cache, v_cache, table, counts, mask, torch.empty_like(q))
+    return Inputs(q, k_cache, v_cache, table, counts, mask, torch.empty_like(q), factors=factors)
+
+
+def in_bf16(inputs: Inputs) -> Inputs:
+    """The same cache in bf16, without its factors; the result has memory of its own."""
+    k, v = inputs.k_cache.bfloat16(), inputs.v_cache.bfloat16()
+    return replace(inputs, k_cache=k, v_cache=v, out=torch.empty_like(inputs.out), factors={})
 
 
 def tree_mask(batch: int, queries: int) -> torch.Tensor:
@@ -99,6 +118,7 @@ def our_call(cell: Cell, inputs: Inputs) -> Callable[[], torch.Tensor]:
     options: dict[str, object] = {"page_table": inputs.page_table, "causal": True, "num_splits": 0}
     if inputs.draft_mask is not None:
         options["draft_mask"] = inputs.draft_mask
+    options |= inputs.factors
     if cell.deterministic:
         options["deterministic"] = True
     if inputs.qv is not None:
@@ -119,11 +139,22 @@ def our_call(cell: Cell, inputs: Inputs) -> Callable[[], torch.Tensor]:
     return ragged
 
 
+def tokens_of(inputs: Inputs, letter: str, sequence: int, pages: torch.Tensor) -> torch.Tensor:
+    """(tokens, hk, d) float32: what a cache's pages stand for."""
+    cache = inputs.k_cache if letter == "k" else inputs.v_cache
+    raw = cache.view(torch.uint8) if cache.element_size() == 1 else cache  # e4m3 has no indexing on every torch
+    tokens = raw[pages].view(cache.dtype).flatten(0, 1).float()
+    descale, scale = inputs.factors.get(f"{letter}_descale"), inputs.factors.get(f"{letter}_scale")
+    if descale is not None:
+        tokens *= descale[sequence, None, :, None]
+    return tokens if scale is None else tokens * scale[pages].flatten(0, 1)[..., None]
+
+
 def reference(cell: Cell, inputs: Inputs, sequence: int, tokens: list[int]) -> torch.Tensor:
     """(tokens, hq, d): the formula in float32 for some query tokens of a sequence."""
     length = int(inputs.lengths[sequence])
     pages = inputs.page_table[sequence, : -(-length // cell.page)].long()
-    k, v = (cache[pages].flatten(0, 1)[:length].float() for cache in (inputs.k_cache, inputs.v_cache))
+    k, v = (tokens_of(inputs, letter, sequence, pages)[:length] for letter in "kv")
     group = cell.heads // cell.kv_heads
     q = inputs.q[sequence, tokens].float().unflatten(1, (cell.kv_heads, group))
     scores = torch.einsum("thgd,nhd->hgtn", q, k)

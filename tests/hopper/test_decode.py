@@ -29,9 +29,10 @@ TILES = [
 ]
 
 
+@pytest.mark.parametrize("mixed", [False, True], ids=["cache of 16 bits", "cache in e4m3"])
 @pytest.mark.parametrize("fields", TILES, ids=str)
-def test_a_tile_compiles_without_spills_or_serialised_products(fields: tuple[str, int, int]) -> None:
-    image, log = compile_spec(hopper_kernels.decode_spec(*fields))
+def test_a_tile_compiles_without_spills_or_serialised_products(fields: tuple[str, int, int], mixed: bool) -> None:
+    image, log = compile_spec(hopper_kernels.decode_spec(*fields, mixed=mixed))
     assert image[:4] == b"\x7fELF"
     assert re.findall(r"\bC75\d\d\b.*", log) == []
     assert re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log) == [("0", "0")]

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -19,13 +16,12 @@ import torch
 import jit_kernel.flash_attention_v3 as fa3
 from jit_kernel import config, device
 from tests.support import case_run, cases, decode_on_gpu
-from tests.support.decode_on_gpu import NAMES, SHARED_SPACE, Paged, functions, plans
+from tests.support.decode_on_gpu import NAMES, SHARED_SPACE, Paged, functions, in_processes, jobs_of, plans
 from tests.support.hopper_inputs import poisoned, randn
 
 pytestmark = pytest.mark.gpu
 
 CASES = int(os.environ.get("JIT_KERNEL_TEST_CASES", "1020"))  # for each number of multiprocessors
-ROOT = Path(__file__).resolve().parents[2]
 # batch, queries, longest, heads, page size, head size: in clusters, in parts, two heads a block, of boxes and of rows.
 SHAPES = [
     (1, 1, 8192, (64, 8), 64, 128),
@@ -65,25 +61,6 @@ def forced(name: str) -> Iterator[None]:
         config.reload()
         yield
     config.reload()
-
-
-def in_processes(jobs: list[tuple[str, int, int, int]]) -> list[list[str]]:
-    """The words of each line that decode_on_gpu prints for these jobs, some of them at a time."""
-
-    def run(job: tuple[str, int, int, int]) -> list[list[str]]:
-        command = [sys.executable, "-m", "tests.support.decode_on_gpu", *map(str, job)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500)
-        assert done.returncode == 0, done.stdout[-200:] + done.stderr[-6000:]
-        return [line.split() for line in done.stdout.splitlines() if line.startswith(("case ", "hidden "))]
-
-    with ThreadPoolExecutor(max(1, min(12, device.cpu_count() - 2))) as pool:
-        return [words for lines in pool.map(run, jobs) for words in lines]
-
-
-def jobs_of(kind: str, free: tuple[int, ...], count: int, pieces: int) -> list[tuple[str, int, int, int]]:
-    """So many plans for each number of free multiprocessors, in pieces; their seeds do not meet."""
-    each = -(-count // pieces)
-    return [(kind, (100 * i + j) * 20 * each, each, left) for i, left in enumerate(free) for j in range(pieces)]
 
 
 def test_random_cases(say: list[str]) -> None:

@@ -69,6 +69,28 @@ def test_the_items_of_parts_are_the_models(items_of: Callable[..., bytes]) -> No
     assert ranged > 1000
 
 
+@pytest.mark.parametrize("tiles", [2, 3, 7])
+def test_the_tiles_of_a_sequence_are_sequences_of_its_tokens(tiles: int, items_of: Callable[..., bytes]) -> None:
+    """Tile i of n tokens sees what n tokens see that stand at the end of so much less of the cache."""
+    found_tiles = set()
+    for lengths, len_q, parts, number, mask in cases():
+        kind = KINDS[number % len(KINDS)]
+        if kind is not None and len_q * tiles * kind.group > 32:
+            kind = None  # the whole sequence's rows say how wide its ranges are
+        ends = [n - (tiles - 1 - i) * len_q for n in lengths for i in range(tiles)]
+        seen = [model.seen_rows(mask, len_q, n, 0) for n in ends]
+        for part in {0, parts // 2, parts - 1}:
+            schedule = Schedule(seen, part, parts) if kind is None else RangeSchedule(seen, part, parts, kind)
+            items = list(schedule.items())
+            expected = [(item.batch // tiles, *numbers_of(item)[1:], item.batch % tiles * len_q) for item in items]
+            found = items_from(items_of, lengths, len_q * tiles, kind, parts, part, mask, tiles=tiles)
+            if kind is None:
+                found = [numbers[:10] + (0,) * 5 + numbers[15:] for numbers in found]
+            assert found == expected, (lengths, len_q, parts, part, kind)
+            found_tiles |= {numbers[15] // len_q for numbers in found}
+    assert found_tiles == set(range(tiles))
+
+
 def test_the_items_of_clusters_are_the_models(items_of: Callable[..., bytes]) -> None:
     kind = KINDS[1]
     assert kind is not None
@@ -105,8 +127,10 @@ def items_from(
     part: int,
     mask: Mask,
     in_clusters: bool = False,
+    tiles: int = 1,
 ) -> list[Numbers]:
+    """What a DecodeItem has, and behind it, where a sequence is several tiles, the first token of its own."""
     log2, blocks, group = (0, 1, 1) if kind is None else (kind.most_log2, kind.blocks, kind.group)
     packed = struct.pack(f"{len(lengths)}i", *lengths)
-    data = bytes(items_of(packed, len_q, group, parts, part, log2, blocks, mask.left, in_clusters))
-    return list(struct.iter_unpack("15i", data))
+    data = bytes(items_of(packed, len_q, group, parts, part, log2, blocks, mask.left, in_clusters, tiles))
+    return [numbers if tiles > 1 else numbers[:15] for numbers in struct.iter_unpack("16i", data)]

@@ -41,7 +41,8 @@ def test_cells_can_be_called_and_twins_stand_before_those_measured_against_them(
         seen.add(name)
     goals = {cell.goal for cell in CELLS.values()} - {None}
     decodes = {f"decode {each}" for each in ("1x8k", "16x8k", "128x4k", "64x32k")}
-    assert goals == {*decodes, "verify q8", "chunk 256", "mla 128"}
+    mixed = {each.replace("decode", "mixed") for each in decodes}
+    assert goals == {*decodes, *mixed, "verify q8", "chunk 256", "mla 128"}
     lengths = CELLS["lognormal"].lengths()
     assert len(lengths) == 64 and 3900 < sum(lengths) / 64 < 4200 and len(set(lengths)) > 50
 
@@ -139,9 +140,10 @@ def test_units_are_the_pages_that_hold_keys() -> None:
         pure_read.launch_arguments(units, k[..., :2].contiguous(), v[..., :2].contiguous())
 
 
+@pytest.mark.parametrize("mixed", ["", "sequences", "tokens"])
 @pytest.mark.parametrize("function", ["flash_attn_with_kvcache", "flash_attn_varlen_func"])
-def test_a_right_result_is_right_and_a_wrong_page_is_wrong(function: str) -> None:
-    cell = replace(SMALL, function=function)
+def test_a_right_result_is_right_and_a_wrong_page_is_wrong(function: str, mixed: str) -> None:
+    cell = replace(SMALL, function=function, mixed=mixed)
     inputs = serving_inputs.make(cell, "cpu")
     call = serving_inputs.our_call(cell, inputs)
     assert serving_inputs.fault_of(cell, inputs, call) is None

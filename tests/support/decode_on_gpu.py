@@ -8,9 +8,12 @@ cache in e4m3 beside queries of 16 bits. A call that no decode kernel served is 
 from __future__ import annotations
 
 import dataclasses
+import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -19,6 +22,7 @@ import torch
 from torch import Tensor
 
 import jit_kernel.flash_attention_v3 as fa3
+from jit_kernel import device
 from jit_kernel.fa3 import hopper
 from jit_kernel.fa3.hopper.kernels import DECODE_HEAD_DIMS, DECODE_MOST_ROWS
 from tests.support import case_run, cases, hidden, reference
@@ -53,6 +57,7 @@ MIXED_SPACE = dataclasses.replace(
     head_dim_step=16,
     stride_step=16,
 )
+ROOT = Path(__file__).resolve().parents[2]
 MOST_SPARE = 5  # rows that a plan with seqused_q has more of a sequence than queries, at most
 
 
@@ -150,12 +155,18 @@ class Paged:
     def of(
         cls, batch: int, queries: int, longest: int, heads: tuple[int, int], page_size: int, d: int = 128, **given: Any
     ) -> Paged:
+        """In bf16; `over_e4m3` makes its cache one in e4m3."""
         count = -(-longest // page_size)
         table = torch.randperm(batch * count, device="cuda").view(batch, count).int()
         q = torch.randn(batch, queries, heads[0], d, device="cuda", dtype=torch.bfloat16)
         k, v = (torch.randn(batch * count, page_size, heads[1], d, device="cuda", dtype=q.dtype) for _ in "kv")
         lengths = torch.full((batch,), longest, device="cuda", dtype=torch.int32)
         return cls(q, k, v, table, lengths, {"causal": True, **given})
+
+    def over_e4m3(self, **scales: Tensor) -> Paged:
+        """The same call over an e4m3 cache of these numbers, with k_descale, v_descale, k_scale or v_scale."""
+        k, v = (x.to(cases.FP8) for x in (self.k, self.v))
+        return dataclasses.replace(self, k=k, v=v, given=self.given | scales)
 
     def draw_lengths(self, seed: int) -> None:
         """Other lengths in the same memory: none, few, or as many as there is room for."""
@@ -173,14 +184,42 @@ class Paged:
             self.q, self.k, self.v, cache_seqlens=self.lengths, page_table=self.table, **self.given | more
         )
 
-    def check(self) -> float:
-        """The worst share of the limit of this call."""
-        out, lse = self(return_softmax_lse=True)
+    @staticmethod
+    def _raw(x: Tensor) -> Tensor:
+        return x.view(torch.uint8) if x.dtype is cases.FP8 else x
+
+    def check(self, answer: tuple[Tensor, Tensor] | None = None) -> float:
+        """The worst share of the limit of this call's answer, or of another call's."""
+        out, lse = answer or self(return_softmax_lse=True)
         sequences = []
-        for q, entries, n in zip(self.q, self.table.long(), self.lengths.tolist(), strict=True):
-            sequences.append(reference.Sequence(q, *(x[entries].flatten(0, 1)[:n] for x in (self.k, self.v))))
+        scales = {name: self.given[name] for name in ("k_scale", "v_scale") if name in self.given}
+        descales = {name: self.given[name] for name in ("k_descale", "v_descale") if name in self.given}
+        for i, (q, entries, n) in enumerate(zip(self.q, self.table.long(), self.lengths.tolist(), strict=True)):
+            k, v = (self._raw(x)[entries].flatten(0, 1)[:n].view(x.dtype) for x in (self.k, self.v))
+            own = {name: x[entries].flatten(0, 1)[:n] for name, x in scales.items()}
+            own |= {name: x[i] for name, x in descales.items()}
+            sequences.append(reference.Sequence(q, k, v, **own))
         problem = reference.Problem(sequences, causal=self.given["causal"], sinks=self.given.get("sinks"))
         return reference.check(list(out), list(lse), problem).worst
+
+
+def in_processes(jobs: list[tuple[str, int, int, int]]) -> list[list[str]]:
+    """The words of each line that decode_on_gpu prints for these jobs, some of them at a time."""
+
+    def run(job: tuple[str, int, int, int]) -> list[list[str]]:
+        command = [sys.executable, "-m", "tests.support.decode_on_gpu", *map(str, job)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500)
+        assert done.returncode == 0, done.stdout[-200:] + done.stderr[-6000:]
+        return [line.split() for line in done.stdout.splitlines() if line.startswith(("case ", "hidden "))]
+
+    with ThreadPoolExecutor(max(1, min(12, device.cpu_count() - 2))) as pool:
+        return [words for lines in pool.map(run, jobs) for words in lines]
+
+
+def jobs_of(kind: str, free: tuple[int, ...], count: int, pieces: int) -> list[tuple[str, int, int, int]]:
+    """So many plans for each number of free multiprocessors, in pieces; their seeds do not meet."""
+    each = -(-count // pieces)
+    return [(kind, (100 * i + j) * 20 * each, each, left) for i, left in enumerate(free) for j in range(pieces)]
 
 
 def main(kind: str, first: int, count: int, free: int) -> None:

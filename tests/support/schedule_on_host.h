@@ -116,7 +116,8 @@ inline void keep(const DecodeItem& item) {
   if (threadIdx.x != 0) return;
   const int numbers[] = {item.batch,  item.low,    item.high,       item.begin[0], item.begin[1],
                          item.end[0], item.end[1], item.first_part, item.parts,    item.is_first,
-                         item.range,  item.ranges, item.before,     item.arrivals, item.merge_from};
+                         item.range,  item.ranges, item.before,     item.arrivals, item.merge_from,
+                         item.first_token};
   found.append(reinterpret_cast<const char*>(numbers), sizeof(numbers));
 }
 
@@ -137,17 +138,31 @@ inline void set_parts(int64_t parts) {
                                                   static_cast<uint64_t>(parts));
 }
 
+// Equal tiles of query tokens.
+inline void set_tiles(int64_t tiles, int64_t len_q) {
+  unsigned shift = 0;
+  while (int64_t{1} << shift < tiles) ++shift;
+  const uint64_t power = uint64_t{1} << (31 + shift);
+  params.tiles = static_cast<int>(tiles);
+  params.all_tiles = params.batch * params.tiles;
+  params.tile_tokens = static_cast<int>(len_q / tiles);
+  params.tiles_shift = shift;
+  params.tiles_multiplier = static_cast<unsigned>((power + static_cast<uint64_t>(tiles) - 1) /
+                                                  static_cast<uint64_t>(tiles));
+}
+
 // Causal calls of sequences with so many cached rows each. `part`: of `parts`, or of a cluster for
-// each sequence.
+// each tile.
 inline tvm::ffi::Bytes items_of(tvm::ffi::Bytes lengths, int64_t len_q, int64_t group,
                                 int64_t parts, int64_t part, int64_t ranges_log2,
-                                int64_t range_blocks, int64_t window, bool in_clusters) {
+                                int64_t range_blocks, int64_t window, bool in_clusters,
+                                int64_t tiles) {
   const std::string bytes = lengths;
   used.assign(bytes.size() / sizeof(int), 0);
   std::memcpy(used.data(), bytes.data(), bytes.size());
   params = {};
   params.batch = static_cast<int>(used.size());
-  params.all_tiles = params.batch;
+  set_tiles(tiles, len_q);
   params.seqused_k = used.data();
   params.rows_k = 1 << 30;
   params.seqlen_q = static_cast<int>(len_q);
@@ -159,9 +174,9 @@ inline tvm::ffi::Bytes items_of(tvm::ffi::Bytes lengths, int64_t len_q, int64_t 
   found.clear();
   if (in_clusters) {
     threadIdx = {0, 0, 0};
-    for (int batch = 0; batch < params.all_tiles; ++batch) {
+    for (int tile = 0; tile < params.all_tiles; ++tile) {
       DecodeItem item = {};
-      if (item_of_cluster(params, batch, static_cast<int>(part), item)) keep(item);
+      if (item_of_cluster(params, tile, static_cast<int>(part), item)) keep(item);
     }
   } else {
     blockIdx = {0, static_cast<unsigned>(part), 0};

@@ -23,13 +23,19 @@ struct DecodeConsumer {
   DecodeSoftmax<C> softmax;
   float scores[C::kRows / 2];
   float output[C::kPanels][C::kRows / 2];
-  u32 turns = 0;  // items so far, times 2, and which buffer of probabilities is next: one register
-  int value_exponent = 0;  // of e4m3 with scales of tokens: of the largest of values so far
+  // In one register: which buffer of probabilities is next, items so far modulo 4, and, of e4m3
+  // with scales of tokens, the exponent of the largest scale of values so far.
+  u32 state = 0;
 
   // Worked out where they are needed: registers are scarce.
   __device__ __forceinline__ int my_part() const { return part_of_block(params); }
   __device__ __forceinline__ int my_head() const {
     return first_head_of_block(params) + (params.heads_of_block == 2 ? stream : 0);
+  }
+
+  __device__ __forceinline__ int value_exponent() const { return static_cast<int>(state >> 3); }
+  __device__ __forceinline__ void set_value_exponent(int exponent) {
+    state = (state & 7u) | static_cast<u32>(exponent) << 3;
   }
 
   __device__ __forceinline__ void release(u32 barrier) {
@@ -38,6 +44,11 @@ struct DecodeConsumer {
 
   __device__ __forceinline__ u32 tile_of(int stage) const {
     return shared.tile(stage) + stream * C::kBytesOfStream;
+  }
+  // The one so many behind the position's.
+  __device__ __forceinline__ int stage_behind(int count) const {
+    const int stage = at.stage() + count;
+    return stage < C::kStages ? stage : stage - C::kStages;
   }
   __device__ __forceinline__ u32 my_tile() const { return tile_of(at.stage()); }
   __device__ __forceinline__ void wait_tile() {
@@ -134,7 +145,7 @@ struct DecodeConsumer {
 
   __device__ __forceinline__ void multiply_values() {
     const u32 v = wgmma_descriptor_low(my_tile(), 16);
-    const u32 p = wgmma_descriptor_low(shared.p(stream, turns & 1), 16);
+    const u32 p = wgmma_descriptor_low(shared.p(stream, state & 1), 16);
 #pragma unroll
     for (int panel = 0; panel < C::kPanels; ++panel) pin_registers(output[panel]);
     wgmma_fence();
@@ -265,7 +276,7 @@ struct DecodeConsumer {
       u32 packed[C::kRows / 4];
       const bool grew =
           exponentiate<C>(scores, softmax, scale, threshold, {1.f, 1.f}, sums, packed);
-      store_probabilities<C>(shared.p(stream, turns & 1), packed);
+      store_probabilities<C>(shared.p(stream, state & 1), packed);
       if (waits) {
         wait_tile();
         const u32 v = my_tile();
@@ -280,7 +291,7 @@ struct DecodeConsumer {
 #pragma unroll
     for (int i = 0; i < kQueries; ++i) softmax.sum[i] += sums[i];
     multiply_values();
-    turns ^= 1;
+    state ^= 1;
   }
 
   // Blocks of e4m3, `count` of them and no more than C::kBlocksAtOnce, `step` apart: in mixed.cuh.
@@ -292,11 +303,12 @@ struct DecodeConsumer {
                              ValueScales& scales);
   __device__ void clear_values(const DecodeItem& item, int row, int stage);
   __device__ void raise_value_unit(int exponent);
-  __device__ void scale_scores(Scores (&scores)[C::kBlocksAtOnce],
-                               const int (&stages)[C::kBlocksAtOnce]);
+  __device__ void scale_scores(Scores (&scores)[C::kBlocksAtOnce], int count);
   __device__ void settle_block(const Scores& scores, const ValueScales& scales, u32 p,
-                               Values& values, int stage, bool raises);
-  __device__ void load_value_stage(Values& values, int stage, bool exists);
+                               Values& values, bool raises);
+  __device__ void load_value_stage(Values& values, int block, int count);
+  __device__ void load_value_stages(Values (&values)[C::kBlocksAtOnce], int count);
+  __device__ void multiply_scores_mixed(Scores (&scores)[C::kBlocksAtOnce], int count);
   __device__ bool settle_blocks(const Scores (&scores)[C::kBlocksAtOnce],
                                 const ValueScales (&scales)[C::kBlocksAtOnce], u32 p,
                                 Values (&values)[C::kBlocksAtOnce]);
@@ -334,7 +346,7 @@ struct DecodeConsumer {
       load_queries(item);
     }
     start_queries<C>(softmax);
-    value_exponent = 0;
+    set_value_exponent(0);
 #pragma unroll
     for (int panel = 0; panel < C::kPanels; ++panel) {
 #pragma unroll
@@ -347,7 +359,9 @@ struct DecodeConsumer {
 #pragma unroll 1
     while (block < item.end[turn]) {
       if constexpr (C::kMixed) {
-        const int count = min(C::kBlocksAtOnce, (item.end[turn] - block + step - 1) / step);
+        // A step is 1 or 2.
+        const int left = item.end[turn] - block;
+        const int count = C::kBlocksAtOnce == 2 && left > step ? 2 : 1;
         run_mixed(item, block, step, count, is_first);
         block += count * step;
       } else {
@@ -407,13 +421,14 @@ struct DecodeConsumer {
 
   __device__ __forceinline__ void run() {
     while (true) {
-      const u32 slot = turns / 2 % kDecodeItemSlots;
-      mbarrier_wait(shared.item_full(slot), turns / 2 / kDecodeItemSlots & 1);
+      static_assert(kDecodeItemSlots == 2, "a bit for the slot and one for its phase");
+      const u32 slot = state >> 1 & 1;
+      mbarrier_wait(shared.item_full(slot), state >> 2 & 1);
       const DecodeItem& item = *shared.item(slot);
       if (uniform(item.batch) < 0) return;
       run_item(item);
       mbarrier_arrive(shared.item_empty(slot));  // every lane has read the item
-      turns += 2;
+      state = (state & ~6u) | ((state + 2) & 6u);
     }
   }
 };

@@ -54,7 +54,7 @@ __device__ __forceinline__ void DecodeConsumer<C>::clear_values(const DecodeItem
 // The unit is the stream's: all its threads find the same one.
 template <class C>
 __device__ __forceinline__ void DecodeConsumer<C>::raise_value_unit(int exponent) {
-  const int growth = exponent - value_exponent;
+  const int growth = exponent - value_exponent();
   if (growth <= 0) return;
   const float factor = growth > 126 ? 0.f : __int_as_float((127 - growth) << 23);
 #pragma unroll
@@ -62,13 +62,13 @@ __device__ __forceinline__ void DecodeConsumer<C>::raise_value_unit(int exponent
 #pragma unroll
     for (float& value : output[panel]) value *= factor;
   }
-  value_exponent = exponent;
+  set_value_exponent(exponent);
 }
 
 // Scores of queries in fp16 and keys in e4m3 become those of what they stand for.
 template <class C>
-__device__ __forceinline__ void DecodeConsumer<C>::scale_scores(
-    Scores (&scores)[C::kBlocksAtOnce], const int (&stages)[C::kBlocksAtOnce]) {
+__device__ __forceinline__ void DecodeConsumer<C>::scale_scores(Scores (&scores)[C::kBlocksAtOnce],
+                                                                int count) {
 #pragma unroll
   for (int i = 0; i < kQueries; i += 2) {
     const float2 factor = *reinterpret_cast<const float2*>(shared.score_factors(stream) +
@@ -84,7 +84,8 @@ __device__ __forceinline__ void DecodeConsumer<C>::scale_scores(
   if (params.k.scales == nullptr) return;
 #pragma unroll
   for (int block = 0; block < C::kBlocksAtOnce; ++block) {
-    const float* const of_key = shared.scales(stages[block], stream) + first_key();
+    const float* const of_key =
+        shared.scales(stage_behind(block < count ? 2 * block : 0), stream) + first_key();
     const float of_keys[2] = {of_key[0], of_key[8]};
 #pragma unroll
     for (int i = 0; i < C::kRows / 2; ++i) scores[block][i] *= of_keys[i / 2 % 2];
@@ -107,26 +108,26 @@ __device__ __forceinline__ void DecodeConsumer<C>::multiply_values_mixed(Values&
 }
 
 template <class C>
-__device__ __forceinline__ void DecodeConsumer<C>::load_value_stage(Values& values, int stage,
-                                                                    bool exists) {
+__device__ __forceinline__ void DecodeConsumer<C>::load_value_stage(Values& values, int block,
+                                                                    int count) {
+  const int stage = stage_behind(block < count ? 2 * block + 1 : 1);
   const ValuePlaces places = value_places<C>(tile_of(stage));
 #pragma unroll
   for (int i = 0; i < kDecodeKeys / 16; ++i) load_values<C>(places, i, values[i]);
-  mbarrier_arrive_if(shared.empty(stage), threadIdx.x % 32 == 0 && exists);
+  mbarrier_arrive_if(shared.empty(stage), threadIdx.x % 32 == 0 && block < count);
 }
 
 // A block's probabilities, and its part of the output. raises: references may be too low.
 template <class C>
 __device__ __forceinline__ void DecodeConsumer<C>::settle_block(const Scores& scores,
                                                                 const ValueScales& scales, u32 p,
-                                                                Values& values, int stage,
-                                                                bool raises) {
+                                                                Values& values, bool raises) {
   const float scale = params.scale_log2;
   const float threshold = fminf(kRescaleThreshold / scale, kLargestFloat);
   float of_keys[2] = {1.f, 1.f};
   if (params.v.scales != nullptr) {
     raise_value_unit(scales.exponent);
-    const float unit = to_unit_of_values(value_exponent);
+    const float unit = to_unit_of_values(value_exponent());
     of_keys[0] = scales.of_keys[0] * unit;
     of_keys[1] = scales.of_keys[1] * unit;
   }
@@ -143,7 +144,7 @@ __device__ __forceinline__ void DecodeConsumer<C>::settle_block(const Scores& sc
   }
 #pragma unroll
   for (int i = 0; i < kQueries; ++i) softmax.sum[i] += sums[i];
-  if constexpr (!C::kEarlyValues) load_value_stage(values, stage, true);
+  if constexpr (!C::kEarlyValues) load_value_stage(values, 0, 1);
 #pragma unroll
   for (int panel = 0; panel < C::kPanels; ++panel) pin_registers(output[panel]);
   wgmma_fence();
@@ -153,33 +154,18 @@ __device__ __forceinline__ void DecodeConsumer<C>::settle_block(const Scores& sc
   for (int panel = 0; panel < C::kPanels; ++panel) pin_registers(output[panel]);
 }
 
+// Raw scores of blocks. One that is not there has the first one's keys, of which no query sees any.
 template <class C>
-__device__ __forceinline__ void DecodeConsumer<C>::run_mixed(const DecodeItem& item, int block,
-                                                             int step, int count, bool is_first) {
-  constexpr int kBlocks = C::kBlocksAtOnce;
-  int row[kBlocks];
-  ValueScales scales[kBlocks];
-  RingPosition<C::kStages> ahead = at;
-  // A block that is not there has the first one's keys and values, of which no query sees any.
-  int key_stage[kBlocks], value_stage[kBlocks];
+__device__ __forceinline__ void DecodeConsumer<C>::multiply_scores_mixed(
+    Scores (&scores)[C::kBlocksAtOnce], int count) {
+  u32 keys[C::kBlocksAtOnce][C::kHeadDim / 16][4];
 #pragma unroll
-  for (int i = 0; i < kBlocks; ++i) {
-    const bool exists = i < count;
-    row[i] = (block + i * step) * kDecodeKeys;
-    key_stage[i] = exists ? ahead.stage() : key_stage[0];
-    if (exists) wait_mixed(item, row[i], ahead, scales[i]);
-    value_stage[i] =
-        exists ? (ahead.stage() == 0 ? C::kStages : ahead.stage()) - 1 : value_stage[0];
-  }
-  Scores scores[kBlocks];
-  u32 keys[kBlocks][C::kHeadDim / 16][4];
-#pragma unroll
-  for (int i = 0; i < kBlocks; ++i) {
-    load_keys<C>(tile_of(key_stage[i]), keys[i]);
+  for (int i = 0; i < C::kBlocksAtOnce; ++i) {
+    load_keys<C>(tile_of(stage_behind(i < count ? 2 * i : 0)), keys[i]);
   }
   const u32 q = wgmma_descriptor_low(shared.q(stream), 16);
 #pragma unroll
-  for (int i = 0; i < kBlocks; ++i) {
+  for (int i = 0; i < C::kBlocksAtOnce; ++i) {
     pin_registers(scores[i]);
     wgmma_fence();
 #pragma unroll
@@ -190,46 +176,63 @@ __device__ __forceinline__ void DecodeConsumer<C>::run_mixed(const DecodeItem& i
     }
     wgmma_commit();
   }
-  Values values[kBlocks];
-  constexpr bool kBeside = C::kEarlyValues && C::kRows * kBlocks <= 32;
-  if constexpr (kBeside) {
+}
+
+template <class C>
+__device__ __forceinline__ void DecodeConsumer<C>::load_value_stages(
+    Values (&values)[C::kBlocksAtOnce], int count) {
 #pragma unroll
-    for (int i = 0; i < kBlocks; ++i) load_value_stage(values[i], value_stage[i], i < count);
+  for (int i = 0; i < C::kBlocksAtOnce; ++i) load_value_stage(values[i], i, count);
+}
+
+template <class C>
+__device__ __forceinline__ void DecodeConsumer<C>::run_mixed(const DecodeItem& item, int block,
+                                                             int step, int count, bool is_first) {
+  constexpr int kBlocks = C::kBlocksAtOnce;
+  ValueScales scales[kBlocks];
+  RingPosition<C::kStages> ahead = at;
+#pragma unroll
+  for (int i = 0; i < kBlocks; ++i) {
+    if (i < count) wait_mixed(item, (block + i * step) * kDecodeKeys, ahead, scales[i]);
   }
-  at = ahead;
+  Scores scores[kBlocks];
+  Values values[kBlocks];
+  multiply_scores_mixed(scores, count);
+  // Beside the first product where there are registers, else behind it.
+  constexpr bool kBeside = C::kEarlyValues && C::kRows * kBlocks <= 32;
+  if constexpr (kBeside) load_value_stages(values, count);
   wgmma_wait<0>();
 #pragma unroll
   for (Scores& of_block : scores) pin_registers(of_block);
-  if constexpr (C::kEarlyValues && !kBeside) {
-#pragma unroll
-    for (int i = 0; i < kBlocks; ++i) load_value_stage(values[i], value_stage[i], i < count);
-  }
-  scale_scores(scores, key_stage);
+  if constexpr (C::kEarlyValues && !kBeside) load_value_stages(values, count);
+  scale_scores(scores, count);
 #pragma unroll
   for (int i = 0; i < kBlocks; ++i) {
-    mbarrier_arrive_if(shared.empty(key_stage[i]), threadIdx.x % 32 == 0 && i < count);
-  }
-#pragma unroll
-  for (int i = 0; i < kBlocks; ++i) {
+    mbarrier_arrive_if(shared.empty(stage_behind(2 * i)), threadIdx.x % 32 == 0 && i < count);
     if (params.softcap_scale != 0.f) {
 #pragma unroll
       for (float& score : scores[i]) score = tanh_fast(score * params.softcap_scale);
     }
-    if (!all_see(item, row[i])) mask_scores_of(item, row[i], scores[i]);
+    const int row = (block + i * step) * kDecodeKeys;
+    if (!all_see(item, row)) mask_scores_of(item, row, scores[i]);
     if (i >= count) {
 #pragma unroll
       for (float& score : scores[i]) score = minus_infinity();
     }
   }
-  const u32 p = shared.p(stream, (turns & 1) * kBlocks);
-  turns ^= 1;
+  const u32 p = shared.p(stream, (state & 1) * kBlocks);
+  state ^= 1;
   if constexpr (kBlocks == 1) {
-    settle_block(scores[0], scales[0], p, values[0], value_stage[0], is_first);
+    settle_block(scores[0], scales[0], p, values[0], is_first);
   } else if (is_first || !settle_blocks(scores, scales, p, values)) {
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) {
-      settle_block(scores[i], scales[i], p + i * C::kBytesP, values[i], value_stage[i], i == 0);
+      settle_block(scores[i], scales[i], p + i * C::kBytesP, values[i], i == 0);
     }
+  }
+#pragma unroll
+  for (int i = 0; i < 2 * kBlocks; ++i) {
+    if (i < 2 * count) at.advance();
   }
 }
 
@@ -245,9 +248,9 @@ __device__ __forceinline__ bool DecodeConsumer<C>::settle_blocks(
   if (params.v.scales != nullptr) {
 #pragma unroll
     for (const ValueScales& of_block : scales) {
-      if (of_block.exponent > value_exponent) return false;
+      if (of_block.exponent > value_exponent()) return false;
     }
-    unit = to_unit_of_values(value_exponent);
+    unit = to_unit_of_values(value_exponent());
   }
   float sums[C::kBlocksAtOnce][kQueries];
   bool grew = false;
@@ -279,7 +282,7 @@ __device__ __forceinline__ bool DecodeConsumer<C>::settle_blocks(
 template <class C>
 __device__ __forceinline__ void DecodeConsumer<C>::descale_output(const DecodeItem& item) {
   float factor = descale_of(params.v, item);
-  if (value_exponent > 0) factor *= from_unit_of_values(value_exponent);
+  if (value_exponent() > 0) factor *= from_unit_of_values(value_exponent());
 #pragma unroll
   for (int panel = 0; panel < C::kPanels; ++panel) {
 #pragma unroll
