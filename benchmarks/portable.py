@@ -3,9 +3,9 @@
     python benchmarks/portable.py [--folder results]
 
 Prefill in TFLOP/s (4 * b * hq * sq * sk * d, half with a causal mask), also of e4m3; decode in GB/s of keys and values
-read, replayed from a captured graph, also of e4m3 caches beside bf16, and of absorbed MLA, where a key's 576 numbers count
-once as bytes and 2 * 1088 operations for each head; the host's share of a warm call; a first call with an empty and with
-a filled store.
+read, replayed from a captured graph, also of e4m3 caches beside bf16, and of absorbed MLA, where a key's 576 numbers
+count once as bytes and 2 * 1088 operations for each head; the host's share of a warm call; a first call with an empty
+and with a filled store.
 """
 
 from __future__ import annotations
