@@ -32,6 +32,7 @@ from jit_kernel.fa3.portable import kernels as portable_kernels  # noqa: E402
 from jit_kernel.fa3.portable import tiles as portable_tiles  # noqa: E402
 from jit_kernel.fa3.portable.tiles import Tile, padded  # noqa: E402
 from tests.support import case_run, cases, drafts, hidden, large_scores, reference  # noqa: E402
+from tests.support.absorbed import with_qv  # noqa: E402
 
 SPACE = cases.Space(
     "portable-interpreted",
@@ -43,6 +44,7 @@ SPACE = cases.Space(
     max_heads=6,
     max_batch=3,
 )
+ABSORBED = 8  # every so many cases has qv
 # Small, so that a small case has full, masked and partly empty tiles on both sides.
 TILES = {"prefill": Tile(32, 16, 1, 1), "short": Tile(64, 32, 1, 1), "decode": Tile(16, 16, 1, 1, lead=4)}
 TILES["unaligned"] = TILES["draft"] = TILES["prefill"]
@@ -264,7 +266,10 @@ def main(first: int, count: int) -> None:
     torch.set_num_threads(1)
     for seed in range(first, first + count):
         kernels.native = seed % 3 > 0
-        shares = case_run.judge(cases.draw(seed, SPACE), functions)
+        plan = cases.draw(seed, SPACE)
+        if seed % ABSORBED == 0:
+            plan = with_qv(plan, 256, only_qv=seed % (4 * ABSORBED) == 0)
+        shares = case_run.judge(plan, functions)
         print(f"case {seed} {shares.row:.4f} {shares.largest:.4f} {shares.lse:.4f}", flush=True)
     counts = [hidden.differ(hidden.draw(seed, SPACE), functions) for seed in range(first, first + count // 4)]
     print(f"hidden {len(counts)} {sum(n > 0 for n in counts)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch  # noqa: E402
 
 from jit_kernel import flash_attention_v3  # noqa: E402
 from tests.support import case_run, cases  # noqa: E402
+from tests.support.absorbed import with_qv  # noqa: E402
 
 FEATURES = cases.FEATURES | cases.FP8_CACHES
 # Head sizes are compile-time constants of the kernels: few of them, of every class, odd ones among them.
@@ -44,11 +44,9 @@ def plan_of(seed: int) -> cases.Plan:
     """The case of a seed: all spaces in turn, and more with qv than are drawn."""
     space = SPACES[seed % len(SPACES)]
     plan = cases.draw(seed, space)
-    if seed % ABSORBED or plan.rotary_dim > 64:
+    if seed % ABSORBED:
         return plan
-    d, dv = space.qv_head_dims[0]
-    only = seed % (5 * ABSORBED) == 0 and plan.function != cases.DENSE
-    return dataclasses.replace(plan, d=d, dv=dv, qv=True, only_qv=only)
+    return with_qv(plan, space.qv_head_dims[0][1], only_qv=seed % (5 * ABSORBED) == 0)
 
 
 def main(first: int, count: int) -> None:

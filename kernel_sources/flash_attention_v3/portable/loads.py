@@ -20,9 +20,10 @@ def load_pages(
     # Table entries of keys that no row sees may hold anything: those lanes take the first or last key's that is seen.
     if WHOLE:
         positions = first
-        entries = tl.minimum(first, seen_end - 1) // page_size
+        entries = tl.maximum(tl.minimum(first, seen_end - 1), 0) // page_size
     else:
-        positions = leftpad + tl.maximum(tl.minimum(first + tl.arange(0, BLOCK_N), seen_end - 1), seen_begin)
+        # Where there is no key at all, the lookup in front of the loop must not lead out of the table.
+        positions = tl.where(seen_end > 0, leftpad, 0) + tl.maximum(tl.minimum(first + tl.arange(0, BLOCK_N), seen_end - 1), seen_begin)
         entries = positions // page_size
     if INTERPRETED:
         pages = tl.load(table_row + entries)
