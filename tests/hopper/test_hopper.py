@@ -105,7 +105,7 @@ def test_every_multiple_of_8_has_a_kernel_that_warm_up_compiles(d: int) -> None:
         features = dataclasses.replace(CALL, head_dim=d, head_dim_v=dv)
         assert isinstance(hopper.decide(TARGET, features), Accepted)
         assert hopper.variant(TARGET, features, {}) in specs
-        e4m3 = dataclasses.replace(features, dtype="e4m3", descale=True, softcap=True)
+        e4m3 = dataclasses.replace(features, dtype="e4m3", kv_dtype="e4m3", descale=True, softcap=True)
         decision = hopper.decide(TARGET, e4m3)
         if d % 16 or dv % 16:
             assert isinstance(decision, Rejected)
