@@ -119,7 +119,7 @@ def test_every_multiple_of_8_has_a_kernel_that_warm_up_compiles(d: int) -> None:
     ("change", "reason"),
     [
         ({"dtype": "e4m3", "cache": True}, "e4m3 over a cache"),
-        ({"dtype": "e4m3", "qv": True}, "qv"),
+        ({"dtype": "e4m3", "kv_dtype": "e4m3", "qv": True}, "qv"),
         ({"dtype": "fp32"}, "dtype fp32"),
         ({"head_dim": 100}, "multiples of 8"),
         ({"head_dim_v": 264}, "up to 256"),

@@ -114,10 +114,10 @@ static std::string found;  // of lane 0: the items, one after the other
 
 inline void keep(const DecodeItem& item) {
   if (threadIdx.x != 0) return;
-  const int numbers[] = {item.batch,  item.low,    item.high,       item.begin[0], item.begin[1],
-                         item.end[0], item.end[1], item.first_part, item.parts,    item.is_first,
-                         item.range,  item.ranges, item.before,     item.arrivals, item.merge_from,
-                         item.first_token};
+  const int numbers[] = {item.batch,    item.low,      item.high,       item.begin[0],
+                         item.begin[1], item.end[0],   item.end[1],     item.first_part,
+                         item.parts,    item.is_first, item.range,      item.ranges,
+                         item.before,   item.arrivals, item.merge_from, item.first_token};
   found.append(reinterpret_cast<const char*>(numbers), sizeof(numbers));
 }
 
@@ -215,6 +215,8 @@ inline tvm::ffi::Bytes mla_items_of(tvm::ffi::Bytes lengths, int64_t len_q, int6
   mla_params.group_shift = params.parts_shift;
   mla_params.group_multiplier = params.parts_multiplier;
   mla_params.batch = static_cast<int>(used.size());
+  mla_params.tiles = 1;
+  mla_params.all_tiles = mla_params.batch;
   mla_params.seqused_k = used.data();
   mla_params.rows_k = 1 << 30;
   mla_params.seqlen_q = static_cast<int>(len_q);

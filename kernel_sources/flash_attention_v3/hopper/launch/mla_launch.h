@@ -114,6 +114,8 @@ inline void set_mla_grid(MlaParams& params, const MlaCall& call, int device) {
   const bool ragged = decode.cu_seqlens_q.has_value();
   params.batch =
       static_cast<int>(ragged ? decode.cu_seqlens_q.value().size(0) - 1 : decode.q.size(0));
+  params.tiles = 1;  // as decode/ counts them; those of rows are neighbouring blocks
+  params.all_tiles = params.batch;
   int64_t rows_k = decode.v.size(1);
   if (decode.page_table.has_value()) {
     params.page_table_stride = decode.page_table.value().stride(0);
@@ -187,6 +189,10 @@ inline int64_t mla(int64_t handle, TensorView q, TensorView k, TensorView v, Ten
                          draft_mask,
                          sinks,
                          partials,
+                         {},
+                         {},
+                         {},
+                         {},  // keys of the queries' type have no factors
                          new_rows,
                          softmax_scale,
                          softcap,
@@ -195,7 +201,8 @@ inline int64_t mla(int64_t handle, TensorView q, TensorView k, TensorView v, Ten
                          chunk,
                          sm_margin,
                          clear_rest,
-                         false},
+                         false,
+                         1},
                         qv,
                         row_tiles,
                         only_qv,

@@ -31,6 +31,8 @@ struct MlaConfig {
   static constexpr int kHeadDimV = kHeadDimV_;
   static constexpr int kRows = kRows_;
   static constexpr bool kIsSwapped = kRows < kMlaTileRows;
+  static constexpr bool kMixed = false;    // keys are of the queries' type, as decode/ asks
+  static constexpr int kBlocksAtOnce = 1;  // of which decode/ keeps probabilities
   static constexpr int kPanelsV = kHeadDimV / 64;
   static constexpr int kHalf = kPanelsV / 2;
   static constexpr int kPanels = kPanelsV + 1;

@@ -133,13 +133,14 @@ struct MlaSwapped {
     const float scale = params.scale_log2;
     const float threshold = fminf(kRescaleThreshold / scale, kLargestFloat);
     float sums[kQueries];
+    const float of_keys[2] = {1.f, 1.f};  // none in 16 bit
     bool clears = row < item.low || row + kMlaKeys > end_of_keys(item), raises = is_first;
     if (clears) stream_sync(stream);  // all scores are there
 #pragma unroll 1
     while (true) {  // once, or again with references that were raised
       if (raises) raise(threshold);
       u32 packed[C::kRows / 4];
-      const bool grew = exponentiate<C>(scores, softmax, scale, threshold, sums, packed);
+      const bool grew = exponentiate<C>(scores, softmax, scale, threshold, of_keys, sums, packed);
       store_probabilities<C>(decode().p(stream, probabilities), packed);
       if (clears) clear_hidden_values(item, row);
       clears = false;
