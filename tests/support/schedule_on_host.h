@@ -116,10 +116,10 @@ static std::string found;  // of lane 0: the items, one after the other
 
 inline void keep(const DecodeItem& item) {
   if (threadIdx.x != 0) return;
-  const int numbers[] = {item.batch,  item.low,    item.high,       item.begin[0], item.begin[1],
-                         item.end[0], item.end[1], item.first_part, item.parts,    item.is_first,
-                         item.range,  item.ranges, item.before,     item.arrivals, item.merge_from,
-                         item.first_token};
+  const int numbers[] = {item.batch,    item.low,      item.high,       item.begin[0],
+                         item.begin[1], item.end[0],   item.end[1],     item.first_part,
+                         item.parts,    item.is_first, item.range,      item.ranges,
+                         item.before,   item.arrivals, item.merge_from, item.first_token};
   found.append(reinterpret_cast<const char*>(numbers), sizeof(numbers));
 }
 
