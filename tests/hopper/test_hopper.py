@@ -190,6 +190,44 @@ def test_the_rows_of_a_tile_are_the_least_that_hold_a_sequence(
     assert spec in hopper.all_variants(TARGET)
 
 
+MIXED = dataclasses.replace(CALL, kv_dtype="e4m3", cache=True, ragged_k=False, group=8)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"descale": True, "token_scales": True},
+        {"page_size": 1, "draft_mask": True, "softcap": True, "sinks": True, "window": True, "deterministic": True},
+        {"append": True, "rotary": True, "ragged_append": True, "cache_batch_idx": True, "cache_leftpad": True},
+        {"group": 64, "split": True},
+        {"head_dim": 256, "head_dim_v": 16, "group": 32},
+    ],
+    ids=str,
+)
+def test_an_e4m3_cache_is_served_with_every_feature_of_caches(change: dict[str, object]) -> None:
+    decision = hopper.decide(TARGET, dataclasses.replace(MIXED, **change))  # type: ignore[arg-type]
+    assert isinstance(decision, Accepted), decision
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"cache": False}, "q in bf16 with k and v in e4m3: its kernels take one dtype without a cache"),
+        ({"head_dim": 72}, "q in bf16 with k and v in e4m3, head sizes 72/128: the copy engine moves multiples of 16"),
+        ({"group": 71}, "71 query heads for a key head: its tiles have 64"),
+        ({"head_dim": 256, "group": 33}, "33 query heads for a key head: its tiles have 32"),
+        ({"qv": True}, "qv"),
+        ({"kv_dtype": "bf16", "descale": True}, "q_descale"),
+    ],
+    ids=str,
+)
+def test_what_is_not_claimed_of_an_e4m3_cache_is_refused_by_name(change: dict[str, object], reason: str) -> None:
+    decision = hopper.decide(TARGET, dataclasses.replace(MIXED, **change))  # type: ignore[arg-type]
+    assert isinstance(decision, Rejected)
+    assert reason in decision.reason
+    assert not decision.claimed
+
+
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_89", "sm_100", "sm_120"])
 def test_other_architectures_are_not_served(architecture: str) -> None:
     assert isinstance(hopper.supports(Target("cuda", architecture)), Rejected)

@@ -19,6 +19,9 @@ using std::min;
 struct Place {
   unsigned x, y, z;
 };
+struct uint2 {
+  unsigned x, y;
+};
 static Place threadIdx, blockIdx;
 
 // Lane after lane runs until it has left a number; then all have, and read each other's.

@@ -27,10 +27,16 @@ struct DecodeConsumer {
   // with scales of tokens, the exponent of the largest scale of values so far.
   u32 state = 0;
 
-  // Worked out where they are needed: registers are scarce.
-  __device__ __forceinline__ int my_part() const { return part_of_block(params); }
+  // Worked out where they are needed, from numbers that are read there: registers are scarce.
+  __device__ __forceinline__ uint2 my_block() const {
+    uint2 block;
+    asm volatile("mov.u32 %0, %%ctaid.x;\nmov.u32 %1, %%ctaid.y;" : "=r"(block.x), "=r"(block.y));
+    return block;
+  }
+  __device__ __forceinline__ int my_part() const { return part_of_block(params, my_block()); }
   __device__ __forceinline__ int my_head() const {
-    return first_head_of_block(params) + (params.heads_of_block == 2 ? stream : 0);
+    const int first = first_head_of_block(params, my_block());
+    return first + (params.heads_of_block == 2 ? stream : 0);
   }
 
   __device__ __forceinline__ int value_exponent() const { return static_cast<int>(state >> 3); }
@@ -141,6 +147,11 @@ struct DecodeConsumer {
     wgmma_wait<0>();
     pin_registers(scores);
     release_tile();
+  }
+
+  __device__ __forceinline__ void pin_output() {
+#pragma unroll
+    for (int panel = 0; panel < C::kPanels; ++panel) pin_registers(output[panel]);
   }
 
   __device__ __forceinline__ void multiply_values() {
@@ -312,6 +323,9 @@ struct DecodeConsumer {
   __device__ bool settle_blocks(const Scores (&scores)[C::kBlocksAtOnce],
                                 const ValueScales (&scales)[C::kBlocksAtOnce], u32 p,
                                 Values (&values)[C::kBlocksAtOnce]);
+  template <int kFirst, int kEnd>
+  __device__ void load_value_steps(Values& values, int stage);
+  template <int kFirst, int kEnd>
   __device__ void multiply_values_mixed(Values& values, u32 p);
   __device__ void descale_output(const DecodeItem& item);
 

@@ -29,7 +29,8 @@ __device__ __forceinline__ void initialise_barrier(const DecodeShared<C>& shared
 template <class C>
 __device__ __forceinline__ void decode(const DecodeParams& params, char* base) {
   const DecodeShared<C> shared{base};
-  const int part = part_of_block(params), head = first_head_of_block(params);
+  const uint2 block = {blockIdx.x, blockIdx.y};
+  const int part = part_of_block(params, block), head = first_head_of_block(params, block);
   const bool by_boxes = params.box_rows > 0, consumes = threadIdx.x >= 128;
   if (consumes) {
     // One thread expects the copies, and two warps load the scales of e4m3.

@@ -93,10 +93,11 @@ __device__ __forceinline__ void DecodeConsumer<C>::scale_scores(Scores (&scores)
 }
 
 template <class C>
+template <int kFirst, int kEnd>
 __device__ __forceinline__ void DecodeConsumer<C>::multiply_values_mixed(Values& values, u32 p) {
   const u32 low = wgmma_descriptor_low(p, 16);
 #pragma unroll
-  for (int i = 0; i < kDecodeKeys / 16; ++i) {
+  for (int i = kFirst; i < kEnd; ++i) {
 #pragma unroll
     for (int panel = 0; panel < C::kPanels; ++panel) {
       const u32(&of)[4] = values[i][panel];
@@ -108,12 +109,18 @@ __device__ __forceinline__ void DecodeConsumer<C>::multiply_values_mixed(Values&
 }
 
 template <class C>
+template <int kFirst, int kEnd>
+__device__ __forceinline__ void DecodeConsumer<C>::load_value_steps(Values& values, int stage) {
+  const ValuePlaces places = value_places<C>(tile_of(stage));
+#pragma unroll
+  for (int i = kFirst; i < kEnd; ++i) load_values<C>(places, i, values[i]);
+}
+
+template <class C>
 __device__ __forceinline__ void DecodeConsumer<C>::load_value_stage(Values& values, int block,
                                                                     int count) {
   const int stage = stage_behind(block < count ? 2 * block + 1 : 1);
-  const ValuePlaces places = value_places<C>(tile_of(stage));
-#pragma unroll
-  for (int i = 0; i < kDecodeKeys / 16; ++i) load_values<C>(places, i, values[i]);
+  load_value_steps<0, kDecodeKeys / 16>(values, stage);
   mbarrier_arrive_if(shared.empty(stage), threadIdx.x % 32 == 0 && block < count);
 }
 
@@ -144,14 +151,25 @@ __device__ __forceinline__ void DecodeConsumer<C>::settle_block(const Scores& sc
   }
 #pragma unroll
   for (int i = 0; i < kQueries; ++i) softmax.sum[i] += sums[i];
-  if constexpr (!C::kEarlyValues) load_value_stage(values, 0, 1);
-#pragma unroll
-  for (int panel = 0; panel < C::kPanels; ++panel) pin_registers(output[panel]);
-  wgmma_fence();
-  multiply_values_mixed(values, p);
+  constexpr int kSteps = kDecodeKeys / 16;
+  if constexpr (C::kEarlyValues) {
+    pin_output();
+    wgmma_fence();
+    multiply_values_mixed<0, kSteps>(values, p);
+  } else {
+    // The second half is converted while the first one is multiplied.
+    const int stage = stage_behind(1);
+    load_value_steps<0, kSteps / 2>(values, stage);
+    pin_output();
+    wgmma_fence();
+    multiply_values_mixed<0, kSteps / 2>(values, p);
+    load_value_steps<kSteps / 2, kSteps>(values, stage);
+    release(shared.empty(stage));
+    wgmma_fence();
+    multiply_values_mixed<kSteps / 2, kSteps>(values, p);
+  }
   wgmma_wait<0>();
-#pragma unroll
-  for (int panel = 0; panel < C::kPanels; ++panel) pin_registers(output[panel]);
+  pin_output();
 }
 
 // Raw scores of blocks. One that is not there has the first one's keys, of which no query sees any.
@@ -190,10 +208,13 @@ __device__ __forceinline__ void DecodeConsumer<C>::run_mixed(const DecodeItem& i
                                                              int step, int count, bool is_first) {
   constexpr int kBlocks = C::kBlocksAtOnce;
   ValueScales scales[kBlocks];
+  bool masks[kBlocks];
   RingPosition<C::kStages> ahead = at;
 #pragma unroll
   for (int i = 0; i < kBlocks; ++i) {
-    if (i < count) wait_mixed(item, (block + i * step) * kDecodeKeys, ahead, scales[i]);
+    const int row = (block + i * step) * kDecodeKeys;
+    masks[i] = !all_see(item, row);
+    if (i < count) wait_mixed(item, row, ahead, scales[i]);
   }
   Scores scores[kBlocks];
   Values values[kBlocks];
@@ -213,8 +234,7 @@ __device__ __forceinline__ void DecodeConsumer<C>::run_mixed(const DecodeItem& i
 #pragma unroll
       for (float& score : scores[i]) score = tanh_fast(score * params.softcap_scale);
     }
-    const int row = (block + i * step) * kDecodeKeys;
-    if (!all_see(item, row)) mask_scores_of(item, row, scores[i]);
+    if (masks[i]) mask_scores_of(item, (block + i * step) * kDecodeKeys, scores[i]);
     if (i >= count) {
 #pragma unroll
       for (float& score : scores[i]) score = minus_infinity();
@@ -263,18 +283,16 @@ __device__ __forceinline__ bool DecodeConsumer<C>::settle_blocks(
   }
   proxy_fence();
   if (stream_any(stream, grew)) return false;
-#pragma unroll
-  for (int panel = 0; panel < C::kPanels; ++panel) pin_registers(output[panel]);
+  pin_output();
   wgmma_fence();
 #pragma unroll
   for (int i = 0; i < C::kBlocksAtOnce; ++i) {
 #pragma unroll
     for (int j = 0; j < kQueries; ++j) softmax.sum[j] += sums[i][j];
-    multiply_values_mixed(values[i], p + i * C::kBytesP);
+    multiply_values_mixed<0, kDecodeKeys / 16>(values[i], p + i * C::kBytesP);
   }
   wgmma_wait<0>();
-#pragma unroll
-  for (int panel = 0; panel < C::kPanels; ++panel) pin_registers(output[panel]);
+  pin_output();
   return true;
 }
 

@@ -14,11 +14,11 @@
 namespace jit_kernel::hopper {
 
 // Neighbouring thread blocks, or clusters, are the key heads of the same tokens.
-__device__ __forceinline__ int part_of_block(const DecodeParams& params) {
-  return params.in_clusters ? blockIdx.x : blockIdx.y;
+__device__ __forceinline__ int part_of_block(const DecodeParams& params, const uint2& block) {
+  return params.in_clusters ? block.x : block.y;
 }
-__device__ __forceinline__ int first_head_of_block(const DecodeParams& params) {
-  return (params.in_clusters ? blockIdx.y : blockIdx.x) * params.heads_of_block;
+__device__ __forceinline__ int first_head_of_block(const DecodeParams& params, const uint2& block) {
+  return (params.in_clusters ? block.y : block.x) * params.heads_of_block;
 }
 
 // floor(value / n) for 0 <= value < 2^31, by the numbers that the launcher made for n.
