@@ -124,9 +124,10 @@ def _launch(
     if_aligned: bool,
 ) -> int:
     scales = (call.k_descale, call.v_descale, call.k_scale, call.v_scale) if is_mixed(call) else _NO_SCALES
+    fixed_ranges = _has_fixed_ranges(call)
     return device.decode(
         handle, *arguments.cache_tensors(call, result, lse), *scales, partials, arguments.new_rows(call),
-        *arguments.scalars(call, *calls.mask_bounds(call)), _has_fixed_ranges(call), tiles, if_aligned,
+        *arguments.scalars(call, *calls.mask_bounds(call)), fixed_ranges, tiles, if_aligned,
     )  # fmt: skip
 
 

@@ -13,7 +13,9 @@ __device__ __forceinline__ int first_row_of_tile(const MlaParams& params) {
   return static_cast<int>(blockIdx.x) % params.row_tiles * kMlaTileRows;
 }
 
-__device__ __forceinline__ SeenRows seen_rows(const MlaParams& params, const DecodeLengths& of) {
+// A tile is of rows here, so that a sequence's tokens are not cut.
+__device__ __forceinline__ SeenRows seen_rows(const MlaParams& params, const DecodeLengths& of,
+                                              const TileTokens&) {
   const int first = first_row_of_tile(params), rows = of.len_q * params.group;
   if (first >= rows) return {0, 0, 0};
   const int last = min(first + kMlaTileRows, rows) - 1;
