@@ -140,15 +140,6 @@ def arguments(path: Path, method: str) -> list[str | None]:
 def _names(value: ast.expr, path: Path) -> list[str | None]:
     if not isinstance(value, ast.Starred):
         return [_name(value)]
-    if isinstance(value.value, ast.Name):  # `x = (a, b) if ... else ...` stands before the call
-        given = [
-            node.value.body
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == value.value.id
-            and isinstance(node.value, ast.IfExp)
-        ]  # fmt: skip
-        assert len(given) == 1 and isinstance(given[0], ast.Tuple), ast.dump(value)
-        return [_name(each) for each in given[0].elts]
     assert isinstance(value.value, ast.Call) and isinstance(value.value.func, ast.Attribute), ast.dump(value)
     wanted = value.value.func.attr
     functions = ast.parse(path.with_name("arguments.py").read_text(encoding="utf-8")).body

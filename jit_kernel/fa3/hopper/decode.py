@@ -21,7 +21,6 @@ from jit_kernel.jit import KernelSpec
 Key = tuple[torch.dtype, int, int, bool]  # q's dtype, head size, rows, whether the cache is in e4m3
 # What the launcher's `decode` answers, as it has them.
 _LAUNCHED, _NEEDS_ROOM = 1, 2
-_NO_SCALES = (None,) * 4
 
 
 def key_of(call: Call) -> Key | None:
@@ -123,11 +122,10 @@ def _launch(
     tiles: int,
     if_aligned: bool,
 ) -> int:
-    scales = (call.k_descale, call.v_descale, call.k_scale, call.v_scale) if is_mixed(call) else _NO_SCALES
     fixed_ranges = _has_fixed_ranges(call)
     return device.decode(
-        handle, *arguments.cache_tensors(call, result, lse), *scales, partials, arguments.new_rows(call),
-        *arguments.scalars(call, *calls.mask_bounds(call)), fixed_ranges, tiles, if_aligned,
+        handle, *arguments.cache_tensors(call, result, lse), *arguments.scales(call), partials,
+        arguments.new_rows(call), *arguments.scalars(call, *calls.mask_bounds(call)), fixed_ranges, tiles, if_aligned,
     )  # fmt: skip
 
 
