@@ -207,8 +207,8 @@ __device__ __forceinline__ void softmax_step(float (&scores)[kCount], Softmax& s
   }
 }
 
-// To wgmma's register operand. Of e4m3 there are four keys to a register, in the order that transposed
-// values have them: the third and fourth are the thread's two of the next 8 columns.
+// To wgmma's register operand. Of e4m3 there are four keys to a register, in the order that
+// transposed values have them: the third and fourth are the thread's two of the next 8 columns.
 template <class Element, int kCount, int kPacked>
 __device__ __forceinline__ void pack_probabilities(const float (&scores)[kCount],
                                                    u32 (&packed)[kPacked]) {
