@@ -48,7 +48,8 @@ class Compiled:
         if self.failure is not None:
             raise self.failure
         loading = {"load_kernel": self._load_kernel, "load_plain": self._load_plain}
-        launching = {name: name for name in ("forward", "forward_cached", "append", "decode", "launch")}
+        names = ("forward", "forward_fp8", "forward_cached", "append", "decode", "launch")
+        launching = {name: name for name in names}
         return {"prepare": self._prepare, **loading, **launching, "known_decode": self._known_decode}
 
     def _known_decode(self, *arguments: Any) -> int:
@@ -92,7 +93,7 @@ def test_a_kernel_is_loaded_under_its_key_by_a_launcher_that_is_prepared_once(na
     assert kernels.handles == {("a",): 7, ("b",): 8}
     assert compiled.prepared == [3]
     assert len(compiled.launchers) == 1
-    expected = (64, 64, False, False) if name == "hopper" else ("k", "pi", 128, 64)
+    expected = (64, 64, False, False, False) if name == "hopper" else ("k", "pi", 128, 64)
     assert compiled.loaded == [(b"image", *expected)] * 2
     assert kernels.forward == "forward" if name == "hopper" else kernels.launch == "launch"
 
