@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 import jit_kernel
 from tests.support import odd_tensors, valid_calls
-from tests.support.odd_tensors import BASES, REFUSED, SERVED_BY_GPUS, Named, Wrapped, to, written
+from tests.support.odd_tensors import BASES, REFUSED, Named, Wrapped, to, written
 from tests.support.valid_calls import FUNCTIONS, Call
 
 PLACES = list(odd_tensors.places())
@@ -35,13 +35,8 @@ def _seed():
 def _plain_calls_passed_before():
     """What a check remembers of plain tensors must let no other kind pass."""
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
-        for base in BASES if device == "cpu" else SERVED_BY_GPUS:
+        for base in BASES:
             FUNCTIONS[base](**to(device, base()))
-
-
-def need_served(base: Any, device: str) -> None:
-    if device == "cuda" and base not in SERVED_BY_GPUS:
-        pytest.skip("no implementation serves such a call on a GPU")
 
 
 def results(function: Any, call: Call) -> list[Tensor]:
@@ -106,7 +101,6 @@ def test_nested_tensors_are_refused_by_name(base, name, device):
 @pytest.mark.parametrize("make", [odd_tensors.negated, odd_tensors.imaginary], ids=lambda make: make.__name__)
 def test_lazily_negated_tensors_are_resolved(make, base, name, device):
     """The results, and all that is written, are those of the same numbers in plain memory."""
-    need_served(base, device)
     call = to(device, base())
     if call[name].dtype not in (torch.float32, torch.bfloat16, torch.int32) or (
         make is odd_tensors.imaginary and call[name].dtype != torch.float32
@@ -126,7 +120,6 @@ def test_lazily_negated_tensors_are_resolved(make, base, name, device):
 @each_device
 @each_place
 def test_subclasses_that_own_memory_are_plain(base, name, device):
-    need_served(base, device)
     expected = results(FUNCTIONS[base], to(device, base()))
     for kind in (Named, Parameter):
         torch.manual_seed(0)
@@ -145,7 +138,6 @@ def test_subclasses_that_own_memory_are_plain(base, name, device):
 @each_place
 def test_asynchronous_tensors_are_waited_for(base, name, device):
     """What a functional collective returns."""
-    need_served(base, device)
     expected = results(FUNCTIONS[base], to(device, base()))[0]
     torch.manual_seed(0)
     call = to(device, base())

@@ -15,12 +15,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import jit_kernel
 from tests.support import valid_calls
-from tests.support.odd_tensors import SERVED_BY_GPUS, to
+from tests.support.odd_tensors import BASES, to
 from tests.support.valid_calls import FUNCTIONS, Call
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 each_device = pytest.mark.parametrize("device", DEVICES)
-each_base = pytest.mark.parametrize("base", SERVED_BY_GPUS, ids=lambda base: base.__name__)
+each_base = pytest.mark.parametrize("base", BASES, ids=lambda base: base.__name__)
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ def _seed():
 @pytest.fixture(scope="module", autouse=True)
 def _plain_calls_passed_before():
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
-        for base in SERVED_BY_GPUS:
+        for base in BASES:
             FUNCTIONS[base](**to(device, base()))
 
 

@@ -97,7 +97,6 @@ def _moved(device: str, name: str, value: Any) -> Any:
 
 
 BASES = [base for base in FUNCTIONS if base not in (valid_calls.wide, valid_calls.planned)]
-SERVED_BY_GPUS = [base for base in BASES if base not in (valid_calls.fp8, valid_calls.fp8_cache, valid_calls.mla)]
 
 
 def places() -> Iterator[tuple[Callable[[], Call], str]]:

@@ -52,7 +52,7 @@ def attend(call: Call) -> Result:
             return _nothing_to_do(result, lse, call.out is None)
         made = _plan_of(device, call, result, aligned)
         if key is not None:
-            device.plans[key] = made
+            _remember(device, key, made)
     out_partial = lse_partial = None
     if made.combine is not None:
         out_partial = torch.empty(made.partial_shape, dtype=torch.float32, device=q.device)
@@ -108,10 +108,14 @@ def _plan_of(kernels: DeviceKernels, call: Call, out: Tensor, aligned: bool) -> 
     made: Plan | None = kernels.plans.get(key)
     if made is None:
         made = planning.make(kernels, _layout(q), _layout(k), _layout(v), _layout(out), settings)
-        if len(kernels.plans) >= _MOST_PLANS:
-            kernels.plans.clear()
-        kernels.plans[key] = made
+        _remember(kernels, key, made)
     return made
+
+
+def _remember(kernels: DeviceKernels, key: object, made: Plan) -> None:
+    if len(kernels.plans) >= _MOST_PLANS:
+        kernels.plans.clear()
+    kernels.plans[key] = made
 
 
 def _layout(x: Tensor) -> Layout:

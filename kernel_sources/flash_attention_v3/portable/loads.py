@@ -22,10 +22,9 @@ def load_pages(
         positions = first
         entries = tl.maximum(tl.minimum(first, seen_end - 1), 0) // page_size
     else:
+        keys = tl.maximum(tl.minimum(first + tl.arange(0, BLOCK_N), seen_end - 1), seen_begin)
         # Where there is no key at all, the lookup in front of the loop must not lead out of the table.
-        positions = tl.where(seen_end > 0, leftpad, 0) + tl.maximum(
-            tl.minimum(first + tl.arange(0, BLOCK_N), seen_end - 1), seen_begin
-        )
+        positions = tl.where(seen_end > 0, leftpad, 0) + keys
         entries = positions // page_size
     if INTERPRETED:
         pages = tl.load(table_row + entries)
