@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dry-run", action="store_true", help="print, and write nothing")
+    parser.add_argument("--folder", type=Path, default=record.RESULTS)
     options = parser.parse_args()
     torch.set_grad_enabled(False)
     client.register()
@@ -88,7 +89,7 @@ def main() -> None:
         same += f"; logits {line['logits_error_ratio']:.2f} of the peer's error"
         print(f"{name}: {ratios}; {same}")
     if not options.dry_run:
-        print(record.write("transformers_gpu", lines, "cuda:0" if options.device == "cuda" else "cpu"))
+        print(record.write("transformers_gpu", lines, "cuda:0" if options.device == "cuda" else "cpu", options.folder))
 
 
 def measure(name: str, device: str, rounds: int) -> Line:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
+import itertools
 import operator
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +15,13 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from transformers.masking_utils import (  # noqa: E402
+    and_masks,
+    causal_mask_function,
+    packed_sequence_mask_function,
+    sliding_window_causal_mask_function,
+)
 
 from jit_kernel.integrations import transformers as client  # noqa: E402
 from jit_kernel.integrations.transformers import masks, recognise  # noqa: E402
@@ -65,6 +73,38 @@ def test_a_collator_that_packs(family: str, use_cache: bool) -> None:
     assert {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q"} <= set(batch)
     expected = torch.cat([ours(input_ids=ids).logits for ids in alone], dim=1)
     torch.testing.assert_close(ours(**batch, use_cache=use_cache).logits, expected, **NEAR)
+
+
+class NoValueRead(TorchDispatchMode):
+    """Refuses what waits for the device: a CUDA graph that is being captured would be lost."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            raise RuntimeError(f"{function} reads a value")
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("with_ends", [False, True], ids=["positions", "cu_seq_lens"])
+def test_packed_sequences_of_a_capture(with_ends: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No value is read while a CUDA graph is captured; no bits are made where cu_seq_lens say as much."""
+    sequence = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))[None]
+    function = and_masks(causal_mask_function, packed_sequence_mask_function(sequence))
+    rows = sum(LENGTHS)
+    q, k, v = (torch.randn(1, heads, rows, 16) for heads in (4, 2, 2))
+    expected, _ = client.attention(torch.nn.Module(), q, k, v, client.make_mask(1, rows, rows, mask_function=function))
+    monkeypatch.setattr(masks, "is_capturing", lambda device: True)
+    with NoValueRead():
+        mask = client.make_mask(1, rows, rows, mask_function=function)
+        assert mask.later is not None and mask.bits is None
+        assert mask.later().bits is not None and mask.later() is mask.later()
+    ends = {}
+    if with_ends:
+        mask = dataclasses.replace(mask, later=functools.partial(pytest.fail, "bits were made"))
+        cu = torch.tensor([0, *itertools.accumulate(LENGTHS)], dtype=torch.int32)
+        ends = {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": 14, "max_length_k": 14}
+    found, _ = client.attention(torch.nn.Module(), q, k, v, mask, **ends)
+    torch.testing.assert_close(found, expected, **NEAR)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ Every byte that must not change is compared: inputs, caches outside the appended
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -75,6 +76,10 @@ def _verify_form(case: Case, out: Tensor, lse: Tensor | None) -> None:
         lse_shape = (plan.hq, q.shape[0]) if q.dim() == 3 else (q.shape[0], plan.hq, q.shape[1])
         _require(lse.shape == lse_shape, f"lse is {tuple(lse.shape)}, must be {lse_shape}")
         _require(lse.dtype == torch.float32, f"lse is {lse.dtype}")
+        outside = torch.ones(lse.shape, dtype=torch.bool, device=lse.device)
+        for row in case.lse_rows:
+            outside[row] = False
+        _require(bool((lse[outside] == -math.inf).all()), "the lse of rows that hold no query is not -inf")
 
 
 def _require(holds: bool, message: str) -> None:

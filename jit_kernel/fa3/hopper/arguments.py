@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
+from jit_kernel.fa3 import call as calls
 from jit_kernel.fa3.call import Call
 
 
@@ -29,11 +32,24 @@ def new_rows(call: Call) -> int:
     return 0 if call.k_new is None or call.cu_seqlens_k_new is not None else call.k_new.shape[1]
 
 
+def has_other_rows(call: Call) -> bool:
+    """Whether there may be rows that hold no query of any sequence."""
+    return call.cu_seqlens_q is not None or call.seqused_q is not None
+
+
+def new_lse(call: Call) -> Tensor | None:
+    """Memory for the lse of a call; the kernels make rows that hold no query -inf beside an out of ours alone."""
+    lse = calls.new_lse(call)
+    if lse is not None and call.out is not None and has_other_rows(call):
+        lse.fill_(-math.inf)
+    return lse
+
+
 def scalars(call: Call, left: int, right: int) -> tuple[float, float, int, int, int, int, bool]:
     """How scores are made and masked, the blocks, and whether rows of no query are cleared.
 
     left, right: what calls.mask_bounds gives.
     """
-    clear_rest = call.out is None and (call.cu_seqlens_q is not None or call.seqused_q is not None)
+    clear_rest = call.out is None and has_other_rows(call)
     scale: float = call.softmax_scale  # type: ignore[assignment]  # the checks resolved it
     return scale, float(call.softcap), left, right, call.attention_chunk or 0, call.sm_margin, clear_rest

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from math import inf
 from types import NoneType
 
 import torch
@@ -93,6 +94,8 @@ def try_unchecked(arguments: Arguments) -> Result | None:
         if out is None:  # of q's head size: another one is declined
             out = empty_like(q, memory_format=contiguous_format)
         lse = empty(lse_shape(q), dtype=torch.float32, device=q.device) if with_lse else None
+        if lse is not None and not is_ours and offsets_q is not None:
+            lse.fill_(-inf)  # as arguments.new_lse
         call = (
             q, k, v, out, lse, used_k, table, offsets_q, offsets_new, sinks, metadata, longest_q, scale, causal,
             left, right, chunk, softcap, num_splits, sm_margin, deterministic, is_ours and offsets_q is not None,

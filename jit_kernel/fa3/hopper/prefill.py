@@ -51,7 +51,7 @@ def attend(call: Call, *, only_known: bool) -> Result | None:
     if handle is None and only_known:
         return None
     result: Tensor = calls.new_result(call) if call.out is None else call.out
-    lse = calls.new_lse(call)
+    lse = arguments.new_lse(call)
     if result.numel() == 0 or (offsets is not None and offsets.shape[0] == 1):
         if call.out is None:
             result.zero_()

@@ -64,6 +64,8 @@ def attention(
     if mask is None:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         mask = _unmasked(q, k, bool(causal) and (packed or q.shape[1] > 1), sliding_window)
+    if mask.later is not None and not packed:
+        mask = mask.later()
     sinks = s_aux if s_aux is None or s_aux.dtype == q.dtype else s_aux.float()
     settings: Settings = {
         "softmax_scale": scaling,
@@ -108,7 +110,7 @@ def _packed(
     """Sequences packed end to end by cu_seq_lens_q and cu_seq_lens_k; the mask gives its settings alone."""
     if mask.padded:
         raise NotImplementedError("cu_seq_lens_q stands beside an attention_mask with padding; give one of them")
-    if mask.bits is not None:
+    if mask.bits is not None and not mask.packing:
         raise NotImplementedError(
             "cu_seq_lens_q stands beside a mask that is neither causal nor a window; give one of them"
         )

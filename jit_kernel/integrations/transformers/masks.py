@@ -2,11 +2,12 @@
 
 Padding and packed sequences become a layout, by what the mask's values are: rows laid end to end (cu_seqlens), padding
 on the left of a cache (cache_leftpad), or, for everything else, a bit for each query and key (draft_mask). While a
-program is traced values cannot be read, and a mask that depends on them becomes bits.
+program is traced, or captured into a CUDA graph, values cannot be read, and a mask that depends on them becomes bits.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function
 
+from jit_kernel.device import is_capturing
 from jit_kernel.fa3.call import UNBOUNDED
 from jit_kernel.fa3.checks import plain
 from jit_kernel.integrations.transformers.layouts import (
@@ -48,7 +50,9 @@ class Mask:
     leftpad: (b,) int32, padding before each sequence in a cache. ragged: rows without the padding, or packed ones.
     behind: the rows of padding behind each sequence, which see all of its keys, as eager attention lets them.
     bits: (b * queries, words) int32, a draft_mask; seen: (b, 1, queries, keys) bool, the same for torch's SDPA, where
-    a gradient may be asked for. padded: whether bits, ragged or leftpad leave out padding.
+    a gradient may be asked for. padded: whether bits, ragged or leftpad leave out padding. packing: whether bits say
+    which tokens are of one sequence and nothing that the settings do not say. later: what makes the mask with its bits,
+    where it stands for packed sequences whose layout the model may be given besides (cu_seq_lens_*).
     """
 
     queries: int
@@ -63,6 +67,8 @@ class Mask:
     bits: Tensor | None = None
     seen: Tensor | None = None
     padded: bool = False
+    packing: bool = False
+    later: Callable[[], Mask] | None = None
 
     @property
     def aligned(self) -> bool:
@@ -125,6 +131,8 @@ def make_mask(
     if device is None:
         device = attention_mask.device if attention_mask is not None else "cpu"
     traced = is_traced(attention_mask, q_offset)
+    captured = not traced and is_capturing(torch.device(device))
+    traced = traced or captured
     end, lengths = q_offset + (q_length - kv_offset), None  # how many keys there are up to the last query
     if isinstance(end, Tensor):
         lengths = end.to(device=device, dtype=torch.int32).reshape(-1).expand(batch_size).contiguous()
@@ -139,10 +147,18 @@ def make_mask(
     if kind.known and not (traced and (real is not None or kind.packed is not None)):
         found = _laid_out(settings, kind.packed, real)
     if found is None:
-        sizes = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "q_offset": q_offset}
-        seen = evaluate(mask_function, {**sizes, "kv_offset": kv_offset, "device": device}, use_vmap)
+        sizes: dict[str, Any] = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
+        sizes |= {"q_offset": q_offset, "kv_offset": kv_offset, "device": device}
         shift = lengths if traced and kind.causal else None
-        found = _with_bits(settings, seen, real, shift, traced)
+        packing = kind.known and kind.packed is not None and real is None
+
+        def with_bits() -> Mask:
+            seen = evaluate(mask_function, sizes, use_vmap)
+            return replace(_with_bits(settings, seen, real, shift, traced), packing=packing)
+
+        if captured and packing:  # queries x keys bits that continuous batching never looks at
+            return replace(settings, packing=True, later=functools.cache(with_bits))
+        found = with_bits()
     if lengths is not None and kind.causal and (traced or (q_length < keys and found.ragged is None)):
         found = replace(found, keys=kv_length, lengths=lengths)  # no number that the next token changes
     return found

@@ -5,7 +5,7 @@
 //
 // Row by row, where pages are no multiple of 8 rows, the swizzle's period: three warps, 16 bytes a
 // lane by cp.async. It writes as ordinary stores do, and wgmma reads as the copy engine: each lane
-// waits for its copies, fences, and then its warp arrives. So a stage is told of when the next one
+// waits for its copies, fences, and then arrives. So a stage is told of when the next one
 // has been asked for; and never is anything waited for while a finished stage has not been told of.
 #pragma once
 
@@ -25,10 +25,16 @@ __device__ __forceinline__ bool uses_boxes(const typename C::Params& params) {
   return true;
 }
 
-// Warps that load keys and values.
+// Threads that arrive when they have loaded a stage of keys or values.
 template <class C>
-__device__ __forceinline__ int loaders(const typename C::Params& params) {
-  return uses_boxes<C>(params) ? 1 : kRowLoaders;
+__device__ __forceinline__ int loaders_of_stage(const typename C::Params& params) {
+  return uses_boxes<C>(params) ? 1 : 32 * kRowLoaders;
+}
+
+// Threads that load keys and values, each of which hands a tile back.
+template <class C>
+__device__ __forceinline__ int loaders_of_tile(const typename C::Params& params) {
+  return !C::kCached ? 1 : uses_boxes<C>(params) ? 32 : 32 * kRowLoaders;
 }
 
 // Where a tile's keys lie, and the rows of the cache that it sees.
@@ -147,8 +153,7 @@ struct CachedProducer {
     if (untold == 0) return;
     cp_async_wait<kLater>();
     proxy_fence();
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(untold);
+    mbarrier_arrive(untold);
     untold = 0;
   }
 
@@ -255,8 +260,7 @@ __device__ __forceinline__ void produce_cached(const CachedParams& params, const
     const CachedTileInfo& tile = *shared.tile(at.stage());
     if (tile.batch < 0) break;
     producer.load_tile(tile);
-    __syncwarp();  // every lane has read the tile
-    if (producer.lane == 0) mbarrier_arrive(shared.tile_empty(at.stage()));
+    mbarrier_arrive(shared.tile_empty(at.stage()));
     at.advance();
   }
   producer.load_last_values();

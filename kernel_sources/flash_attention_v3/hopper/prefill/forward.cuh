@@ -11,9 +11,12 @@
 
 namespace jit_kernel::hopper {
 
-// `loaders`: warps that load keys and values, each of which arrives once a stage and a tile.
+// Threads arrive each for itself, no lane for its warp: racecheck does not see what a lane read or
+// wrote before __syncwarp in the arrival of another.
 template <class C>
-__device__ __forceinline__ void initialise_barriers(const Shared<C>& shared, int loaders) {
+__device__ __forceinline__ void initialise_barriers(const typename C::Params& params,
+                                                    const Shared<C>& shared) {
+  const int loaders = loaders_of_stage<C>(params);
   for (int stage = 0; stage < C::kStagesQ; ++stage) {
     for (int warpgroup = 0; warpgroup < C::kWarpgroups; ++warpgroup) {
       mbarrier_init(shared.q_full(stage, warpgroup), 1);
@@ -32,7 +35,8 @@ __device__ __forceinline__ void initialise_barriers(const Shared<C>& shared, int
   }
   for (int slot = 0; slot < kTileSlots; ++slot) {
     mbarrier_init(shared.tile_full(slot), 1);
-    mbarrier_init(shared.tile_empty(slot), loaders + C::kTransposers + 128 * C::kWarpgroups);
+    mbarrier_init(shared.tile_empty(slot),
+                  loaders_of_tile<C>(params) + C::kTransposers + 128 * C::kWarpgroups);
   }
   mbarrier_init(shared.claim(), 1);
   mbarrier_init_fence();
@@ -80,7 +84,7 @@ __device__ __forceinline__ void forward(const typename C::Params& params, char* 
       tma_prefetch_descriptor(&params.k.map);
       tma_prefetch_descriptor(&params.v.map);
     }
-    initialise_barriers<C>(shared, loaders<C>(params));
+    initialise_barriers<C>(params, shared);
   }
   if (is_sorted(params)) {
     sort_sequences<C>(params, reinterpret_cast<int*>(base), shared.order());
