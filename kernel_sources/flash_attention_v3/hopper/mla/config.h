@@ -11,11 +11,7 @@ constexpr int kMlaKeys = 64;                 // keys of a buffer
 constexpr int kMlaBlockKeys = 2 * kMlaKeys;  // of a block: one buffer for each consumer warpgroup
 constexpr int kMlaBytesPanel = 64 * 64 * 2;  // 64 keys of 64 columns
 constexpr int kMlaThreads = 384;             // four producer warps, two consumer warpgroups
-constexpr int kMlaProducerRegisters = 40, kMlaConsumerRegisters = 232;
 constexpr int kMlaCounters = 4;  // of a cut sequence: arrived, slices taken, parts that have left
-
-static_assert(kMlaProducerRegisters + 2 * kMlaConsumerRegisters <= 3 * (65536 / 384 / 8 * 8),
-              "no more registers than the block has at its start");
 
 struct MlaItem : DecodeItem {
   int is_last;  // of this part's
@@ -31,6 +27,11 @@ struct MlaConfig {
   static constexpr int kHeadDimV = kHeadDimV_;
   static constexpr int kRows = kRows_;
   static constexpr bool kIsSwapped = kRows < kMlaTileRows;
+  // With fewer consumers' registers 512 columns spill, with fewer producers' 256 do.
+  static constexpr int kProducerRegisters = kHeadDimV > 256 ? 40 : 56;
+  static constexpr int kConsumerRegisters = kHeadDimV > 256 ? 232 : 224;
+  static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * (65536 / kMlaThreads / 8 * 8),
+                "no more registers than the block has at its start");
   static constexpr bool kMixed = false;    // keys are of the queries' type, as decode/ asks
   static constexpr int kBlocksAtOnce = 1;  // of which decode/ keeps probabilities
   static constexpr int kPanelsV = kHeadDimV / 64;

@@ -46,11 +46,11 @@ __device__ __forceinline__ void mla(const MlaParams& params, char* base) {
   let_next_kernel_start();
   __syncthreads();
   if (consumes) {
-    raise_registers<kMlaConsumerRegisters>();
+    raise_registers<C::kConsumerRegisters>();
     consume_mla_items<C>(params, shared, head);
     return;
   }
-  lower_registers<kMlaProducerRegisters>();
+  lower_registers<C::kProducerRegisters>();
   const int warp = uniform(threadIdx.x / 32);
   if (warp < 2) {
     MlaProducer<C> producer{params, shared, head, warp};

@@ -13,7 +13,12 @@ __device__ __forceinline__ int first_row_of_tile(const MlaParams& params) {
   return static_cast<int>(blockIdx.x) % params.row_tiles * kMlaTileRows;
 }
 
-// A tile is of rows here, so that a sequence's tokens are not cut.
+// A tile is of rows here: a sequence's tokens are not cut.
+__device__ __forceinline__ int sequence_of(const MlaParams&, int tile) { return tile; }
+__device__ __forceinline__ TileTokens tokens_of(const MlaParams&, int, int len_q) {
+  return {0, len_q};
+}
+
 __device__ __forceinline__ SeenRows seen_rows(const MlaParams& params, const DecodeLengths& of,
                                               const TileTokens&) {
   const int first = first_row_of_tile(params), rows = of.len_q * params.group;
