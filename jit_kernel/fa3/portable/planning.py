@@ -28,6 +28,7 @@ K_SCALE, V_SCALE = 524288, 1048576
 _NARROW = 2**31 // 256
 # Less work than this in a block is less than joining it costs: 1 x 8k in 32 parts 26.3 us, in 64 23.3.
 _LEAST_KEYS_PER_SPLIT = 128
+_LEAST_KEYS_TO_SPLIT = 512
 
 Strides = tuple[int, ...]
 
@@ -220,7 +221,7 @@ def best_splits(programs: int, slots: int, keys: int) -> int:
     `slots` blocks run at once. The rule and its 85 % are FlashAttention's (hopper/heuristics.h).
     """
     most = min(128, keys // _LEAST_KEYS_PER_SPLIT)
-    if most <= 1 or programs >= 0.8 * slots:
+    if keys < _LEAST_KEYS_TO_SPLIT or programs >= 0.8 * slots:
         return 1
     fill = []
     for splits in range(1, most + 1):
