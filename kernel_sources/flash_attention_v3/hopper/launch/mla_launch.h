@@ -73,6 +73,10 @@ struct MlaCall {
   bool only_qv, is_whole;
 };
 
+// As decode/ moves keys: a box holds one panel of 64 columns.
+constexpr DecodeShape kMlaPanels = {kDecodePanel,     0,     false, 0, 0, 0, 0, 1, kDecodePanel,
+                                    2 * kDecodePanel, false, false};
+
 inline void set_mla_tensors(MlaParams& params, const MlaCall& call) {
   const DecodeCall& decode = call.decode;
   const TensorView &q = decode.q, &qv = call.qv, &k = decode.k, &v = decode.v, &out = decode.out;
@@ -105,8 +109,8 @@ inline void set_mla_tensors(MlaParams& params, const MlaCall& call) {
   if (params.box_rows > 0) {
     while (params.box_rows << params.boxes_log2 < kMlaKeys) ++params.boxes_log2;
   }
-  set_cache_rows(params.k, k, params.box_rows, 1, 1);
-  set_cache_rows(params.v, v, params.box_rows, 1, 1);
+  set_cache_rows(params.k, k, params.box_rows, 1, kMlaPanels);
+  set_cache_rows(params.v, v, params.box_rows, 1, kMlaPanels);
 }
 
 inline void set_mla_grid(MlaParams& params, const MlaCall& call, int device) {
