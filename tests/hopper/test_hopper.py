@@ -214,6 +214,7 @@ def test_an_e4m3_cache_is_served_with_every_feature_of_caches(change: dict[str, 
     [
         ({"cache": False}, "q in bf16 with k and v in e4m3: its kernels take one dtype without a cache"),
         ({"head_dim": 72}, "q in bf16 with k and v in e4m3, head sizes 72/128: the copy engine moves multiples of 16"),
+        ({"dtype": "fp16", "token_scales": True}, "k_scale and v_scale: weights times scales are rounded to fp16"),
         ({"group": 71}, "71 query heads for a key head: its tiles have 64"),
         ({"head_dim": 256, "group": 33}, "33 query heads for a key head: its tiles have 32"),
         ({"qv": True}, "qv"),

@@ -71,6 +71,10 @@ def test_random_calls_have_the_bits_of_the_checked_way(say: list[str]) -> None:
     served: list[cases.Plan] = []
     for seed in range(4 * CASES):
         plan = cases.draw(seed, SPACE)
+        if plan.kv_dtype is not None and (
+            plan.d % 16 or plan.dv % 16 or (plan.dtype is torch.float16 and plan.token_scales)
+        ):
+            continue  # the portable kernels serve it
         arguments = case_tensors.build(plan).arguments
         expected = [each.clone() for each in tensors_of(by_the_checks(arguments))]
         if arguments.get("out") is not None:

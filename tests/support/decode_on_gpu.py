@@ -95,7 +95,8 @@ def mixed_plans(
     seed = first
     while len(found) < count:
         plan = draw(seed, space)
-        if plan.kv_dtype is not None and (plan.function == cases.KVCACHE or plan.page_size > 0):
+        served = plan.dtype is not torch.float16 or not plan.token_scales
+        if plan.kv_dtype is not None and served and (plan.function == cases.KVCACHE or plan.page_size > 0):
             found.append(few_rows(plan) if seed % 2 else plan)
         seed += 1
     return found

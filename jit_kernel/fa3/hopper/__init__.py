@@ -86,6 +86,9 @@ def decide(target: Target, features: Features) -> Decision:
     if kernels.padded(features.head_dim, features.head_dim_v) is None:
         return Rejected(f"{sizes}: it serves head sizes up to 256", claimed=False)
     if mixed is not None:
+        if features.token_scales and features.dtype == "fp16":  # see docs/decisions.md
+            text = f"{mixed}, k_scale and v_scale: weights times scales are rounded to fp16, too coarse beside such a q"
+            return Rejected(text, claimed=False)
         if features.head_dim % 16 or features.head_dim_v % 16:
             return Rejected(f"{mixed}, {sizes}: the copy engine moves multiples of 16 bytes", claimed=False)
         most = decode.most_group(features.head_dim, features.head_dim_v)
@@ -164,6 +167,7 @@ def try_known(call: Call) -> Result | None:
     """
     if call.k.dtype is not call.q.dtype:
         asks_for_more = _mixed_asks_for_more(call) or not has_cache(call)
+        asks_for_more |= call.q.dtype is torch.float16 and (call.k_scale is not None or call.v_scale is not None)
         return None if asks_for_more else _attend_cache(call, only_known=True)
     if has_cache(call):
         return None if _cache_asks_for_more(call) else _attend_cache(call, only_known=True)

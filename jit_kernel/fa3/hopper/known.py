@@ -91,7 +91,7 @@ def try_unchecked(arguments: Arguments) -> Result | None:
     if not (
         (q_descale is None or q_descale.__class__ is Tensor)  # it is not read beside a q of 16 bits
         and (k_descale is None or _is_plain(k_descale)) and (v_descale is None or _is_plain(v_descale))
-        and (k_scale is None or _is_plain(k_scale)) and (v_scale is None or _is_plain(v_scale))
+        and (k_scale is None or _is_scale(k_scale, q)) and (v_scale is None or _is_scale(v_scale, q))
     ):  # fmt: skip
         return None
     left, right = window if window is UNBOUNDED else need_window(window)
@@ -119,6 +119,11 @@ def try_unchecked(arguments: Arguments) -> Result | None:
 def _is_plain(scale: Tensor) -> bool:
     """Whether factors of an e4m3 cache are a tensor in which no sign and no derivative waits."""
     return scale.__class__ is Tensor and not (scale.is_neg() or (scale.requires_grad and is_grad_enabled()))
+
+
+def _is_scale(scale: Tensor, q: Tensor) -> bool:
+    """As _is_plain, of tokens: beside q in fp16 hopper.decide rejects them."""
+    return q.dtype is not torch.float16 and _is_plain(scale)
 
 
 def _new_lse(q: Tensor, has_other_rows: bool) -> Tensor:
