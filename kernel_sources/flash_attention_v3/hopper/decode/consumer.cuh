@@ -448,5 +448,3 @@ struct DecodeConsumer {
 };
 
 }  // namespace jit_kernel::hopper
-
-#include "flash_attention_v3/hopper/decode/mixed.cuh"

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "flash_attention_v3/hopper/decode/config.h"
-#include "flash_attention_v3/hopper/decode/consumer.cuh"
+#include "flash_attention_v3/hopper/decode/mixed.cuh"
 #include "flash_attention_v3/hopper/decode/producer.cuh"
 #include "jit_kernel/cuda/overlap.cuh"
 
