@@ -11,8 +11,10 @@ demo: $(VENV)/.ready $(VENV)/.demo
 	$(BIN)/python examples/first_call.py
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/sentence_search.py
 
+# A file's tests stay in one process, as they share what their file compiles.
+TEST_JOBS ?= 2
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -m "not gpu and not musa" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not gpu and not musa" -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
 
 # Some tests of every folder, within a minute.
 test-quick: $(VENV)/.ready

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 # Threads that wait give way: on a busy machine a spinning one holds the core that another needs. OpenMP reads this when
 # torch is imported.
@@ -59,6 +60,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if reason:
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist hands its lines on."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["lines"] = session.config.stash[_LINES]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """The process that workers report to takes their lines; one that was killed has none."""
+    node.config.stash[_LINES].extend(getattr(node, "workeroutput", {}).get("lines", []))
 
 
 @pytest.fixture(scope="session")
