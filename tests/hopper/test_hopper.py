@@ -118,7 +118,7 @@ def test_every_multiple_of_8_has_a_kernel_that_warm_up_compiles(d: int) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"dtype": "e4m3", "cache": True}, "e4m3 over a cache"),
+        ({"dtype": "e4m3", "kv_dtype": "e4m3", "cache": True, "ragged_k": False, "rotary": True}, "rotary_cos"),
         ({"dtype": "e4m3", "kv_dtype": "e4m3", "qv": True}, "qv"),
         ({"dtype": "fp32"}, "dtype fp32"),
         ({"head_dim": 100}, "multiples of 8"),
@@ -151,7 +151,7 @@ def test_qv_is_served_over_a_cache_and_there_alone() -> None:
     for change, reason in (
         ({"draft_mask": True}, "draft_mask"),
         ({"aligned": False}, "16 bytes"),
-        ({"dtype": "e4m3"}, "dtype e4m3"),
+        ({"dtype": "e4m3", "kv_dtype": "e4m3"}, "qv: its kernels have none over a cache beside q in e4m3"),
         ({"descale": True}, "q_descale"),
         ({"cache": False, "page_size": 0}, "qv"),
     ):
@@ -207,6 +207,9 @@ MIXED = dataclasses.replace(CALL, kv_dtype="e4m3", cache=True, ragged_k=False, g
 def test_an_e4m3_cache_is_served_with_every_feature_of_caches(change: dict[str, object]) -> None:
     decision = hopper.decide(TARGET, dataclasses.replace(MIXED, **change))  # type: ignore[arg-type]
     assert isinstance(decision, Accepted), decision
+    # Beside q in e4m3 as well, by the same kernels, but for rotary embeddings.
+    e4m3 = dataclasses.replace(MIXED, **{**change, "dtype": "e4m3", "rotary": False})  # type: ignore[arg-type]
+    assert isinstance(hopper.decide(TARGET, e4m3), Accepted)
 
 
 @pytest.mark.parametrize(
@@ -219,6 +222,9 @@ def test_an_e4m3_cache_is_served_with_every_feature_of_caches(change: dict[str, 
         ({"head_dim": 256, "group": 33}, "33 query heads for a key head: its tiles have 32"),
         ({"qv": True}, "qv"),
         ({"kv_dtype": "bf16", "descale": True}, "q_descale"),
+        ({"dtype": "e4m3", "head_dim": 72}, "head sizes 72/128: of e4m3 the copy engine moves multiples of 16"),
+        ({"dtype": "e4m3", "group": 71}, "q, k and v in e4m3, 71 query heads for a key head: its tiles have 64"),
+        ({"dtype": "e4m3", "rotary": True}, "rotary_cos and rotary_sin and rotary_seqlens: its kernels have none"),
     ],
     ids=str,
 )

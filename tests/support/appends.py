@@ -39,6 +39,12 @@ def mixed_space(name: str, stride_step: int) -> cases.Space:
     return dataclasses.replace(plain, features=FEATURES | cases.FP8_CACHES, head_dim_step=16)
 
 
+def fp8_space(name: str, stride_step: int) -> cases.Space:
+    """The same beside queries in e4m3: new keys and values are the cache's bytes."""
+    mixed = mixed_space(name, stride_step)
+    return dataclasses.replace(mixed, dtypes=(cases.FP8,), features=mixed.features - {"rotary"})
+
+
 def with_append(space: cases.Space, count: int) -> list[cases.Plan]:
     """The first plans of a space that append."""
     plans = (cases.draw(seed, space) for seed in itertools.count())

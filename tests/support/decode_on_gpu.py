@@ -2,7 +2,8 @@
 
 As a program, `python -m tests.support.decode_on_gpu KIND FIRST COUNT FREE`, it makes the calls of COUNT plans with FREE
 multiprocessors left free, and prints a line for each. KIND is judge or hidden, or mixed-judge or mixed-hidden for a
-cache in e4m3 beside queries of 16 bits. A call that no decode kernel served is a failure.
+cache in e4m3 beside queries of 16 bits, fp8-judge or fp8-hidden beside queries in e4m3. A call that no decode kernel
+served is a failure.
 """
 
 from __future__ import annotations
@@ -57,6 +58,13 @@ MIXED_SPACE = dataclasses.replace(
     head_dim_step=16,
     stride_step=16,
 )
+# Queries in e4m3, too.
+FP8_SPACE = dataclasses.replace(
+    MIXED_SPACE,
+    name="fp8 cache",
+    dtypes=(cases.FP8,),
+    features=MIXED_SPACE.features - ({"rotary"} - hopper.CLAIMED_FP8_CACHE),
+)
 ROOT = Path(__file__).resolve().parents[2]
 MOST_SPARE = 5  # rows that a plan with seqused_q has more of a sequence than queries, at most
 
@@ -90,13 +98,13 @@ def plans(
 def mixed_plans(
     first: int, count: int, draw: Callable[[int, cases.Space], Plan] = cases.draw, space: cases.Space = MIXED_SPACE
 ) -> list[Plan]:
-    """The next plans with a cache in e4m3 beside queries of 16 bits, from a seed on; half of them have few rows."""
+    """The next plans with a cache in e4m3, from a seed on; half of them have few rows."""
     found: list[Plan] = []
     seed = first
     while len(found) < count:
         plan = draw(seed, space)
         served = plan.dtype is not torch.float16 or not plan.token_scales
-        if plan.kv_dtype is not None and served and (plan.function == cases.KVCACHE or plan.page_size > 0):
+        if plan.key_dtype is cases.FP8 and served and (plan.function == cases.KVCACHE or plan.page_size > 0):
             found.append(few_rows(plan) if seed % 2 else plan)
         seed += 1
     return found
@@ -227,7 +235,7 @@ def main(kind: str, first: int, count: int, free: int) -> None:
     torch.set_num_threads(1)
     launched, made = count_launches(), functions(free)
     hides = kind.endswith("hidden")
-    draw_plans = mixed_plans if kind.startswith("mixed-") else plans
+    draw_plans = {"mixed": mixed_plans, "fp8": partial(mixed_plans, space=FP8_SPACE)}.get(kind.split("-")[0], plans)
     for plan in draw_plans(first, count, draw=hidden.draw if hides else cases.draw):
         before = len(launched)
         if hides:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from jit_kernel.fa3.call import Call
+from jit_kernel.fa3.call import Call, result_dtype
 from jit_kernel.fa3.features import DTYPE_NAMES
 from jit_kernel.fa3.hopper.kernels import DeviceKernels, append_spec
 
@@ -17,6 +17,7 @@ def append(
 
     rotated: memory for the rotated q, of q's shape and with rows at multiples of 16 bytes; made here where it is
     needed and absent. The queries of no sequence, behind cu_seqlens_q[-1], are not written there.
+    q in e4m3 does not rotate: `decide` rejects rotary tables beside it.
     None, and nothing is written, where a row of the caches or of `rotated` does not begin at a multiple of 16 bytes,
     and with only_known where the kernel is not loaded yet.
     """
@@ -29,12 +30,13 @@ def append(
         if not (_is_aligned(k) and _is_aligned(v)):
             return None
         k_new, v_new, k, v = (x.view(torch.int16) for x in (_aligned(k_new), _aligned(v_new), k, v))
-    key = ("append", q.dtype, quantises)
+    dtype = result_dtype(q.dtype)  # beside q in e4m3 bytes move alone, by any kernel
+    key = ("append", dtype, quantises)
     handle = device.handles.get(key)
     if handle is None:
         if only_known:
             return None
-        handle = device.load(key, append_spec(DTYPE_NAMES[q.dtype], quantises))
+        handle = device.load(key, append_spec(DTYPE_NAMES[dtype], quantises))
     if cos is None:
         rotated = None
     elif rotated is None:
