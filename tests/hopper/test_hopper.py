@@ -92,7 +92,7 @@ def test_the_whole_space_has_no_more_kernels_than_are_counted_here() -> None:
     specs = hopper.all_variants(TARGET)
     assert len(specs) == len(set(specs))
     counted = Counter(str(dict(spec.variant)["function"]) for spec in specs)
-    expected = {"launcher": 1, "forward": 48, "forward_fp8": 6, "forward_cached": 12, "decode": 44, "append": 4}
+    expected = {"launcher": 1, "forward": 48, "forward_fp8": 6, "forward_cached": 12, "decode": 44, "append": 5}
     assert counted == {**expected, "mla": 12}
     assert {spec.route for spec in specs} == {"host", "cuda"}
     assert hopper.all_variants(Target("cuda", "sm_100")) == []
@@ -118,7 +118,6 @@ def test_every_multiple_of_8_has_a_kernel_that_warm_up_compiles(d: int) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"dtype": "e4m3", "kv_dtype": "e4m3", "cache": True, "ragged_k": False, "rotary": True}, "rotary_cos"),
         ({"dtype": "e4m3", "kv_dtype": "e4m3", "qv": True}, "qv"),
         ({"dtype": "fp32"}, "dtype fp32"),
         ({"head_dim": 100}, "multiples of 8"),
@@ -207,8 +206,7 @@ MIXED = dataclasses.replace(CALL, kv_dtype="e4m3", cache=True, ragged_k=False, g
 def test_an_e4m3_cache_is_served_with_every_feature_of_caches(change: dict[str, object]) -> None:
     decision = hopper.decide(TARGET, dataclasses.replace(MIXED, **change))  # type: ignore[arg-type]
     assert isinstance(decision, Accepted), decision
-    # Beside q in e4m3 as well, by the same kernels, but for rotary embeddings.
-    e4m3 = dataclasses.replace(MIXED, **{**change, "dtype": "e4m3", "rotary": False})  # type: ignore[arg-type]
+    e4m3 = dataclasses.replace(MIXED, dtype="e4m3", **change)  # type: ignore[arg-type]  # by the same kernels
     assert isinstance(hopper.decide(TARGET, e4m3), Accepted)
 
 
@@ -224,7 +222,6 @@ def test_an_e4m3_cache_is_served_with_every_feature_of_caches(change: dict[str, 
         ({"kv_dtype": "bf16", "descale": True}, "q_descale"),
         ({"dtype": "e4m3", "head_dim": 72}, "head sizes 72/128: of e4m3 the copy engine moves multiples of 16"),
         ({"dtype": "e4m3", "group": 71}, "q, k and v in e4m3, 71 query heads for a key head: its tiles have 64"),
-        ({"dtype": "e4m3", "rotary": True}, "rotary_cos and rotary_sin and rotary_seqlens: its kernels have none"),
     ],
     ids=str,
 )

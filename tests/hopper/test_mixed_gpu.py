@@ -86,7 +86,7 @@ def test_what_no_query_sees_reaches_no_result(say: list[str]) -> None:
 
 
 def test_random_cases_of_queries_in_e4m3(say: list[str]) -> None:
-    """Appends of bytes and every form of a cache but rotary embeddings are among them."""
+    """Appends of bytes, of keys that are turned, and every form of a cache are among them."""
     found = in_processes(jobs_of("fp8-judge", (0, 120, 131), CASES // 3, 4))
     assert len(found) >= CASES
     worst = max(found, key=lambda words: float(words[2]))

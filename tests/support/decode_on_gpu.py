@@ -63,7 +63,6 @@ FP8_SPACE = dataclasses.replace(
     MIXED_SPACE,
     name="fp8 cache",
     dtypes=(cases.FP8,),
-    features=MIXED_SPACE.features - ({"rotary"} - hopper.CLAIMED_FP8_CACHE),
 )
 ROOT = Path(__file__).resolve().parents[2]
 MOST_SPARE = 5  # rows that a plan with seqused_q has more of a sequence than queries, at most

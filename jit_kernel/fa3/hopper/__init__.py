@@ -2,8 +2,7 @@
 
 bf16 and fp16, head sizes up to 256 that are multiples of 8. Dense and ragged prefill, also in e4m3 with head sizes that
 are multiples of 16; over caches, in pages or dense, prefill and decode, with new keys appended first, and with draft
-masks; a cache in e4m3 beside queries in 16 bit or in e4m3, the latter without rotary embeddings. With qv (MLA) over a
-16-bit cache, without draft masks.
+masks; a cache in e4m3 beside queries in 16 bit or in e4m3. With qv (MLA) over a 16-bit cache, without draft masks.
 """
 
 from __future__ import annotations
@@ -38,11 +37,9 @@ CLAIMED_WITH_CACHE = CLAIMED - {"ragged_k"} | frozenset(
         *("split", "metadata", "draft_mask", "qv", "only_qv"),
     )
 )
-# Of a cache in e4m3 beside queries of 16 bits.
+# Of a cache in e4m3 beside queries of 16 bits or in e4m3.
 _SCALES = frozenset(("descale", "token_scales"))
 CLAIMED_MIXED = CLAIMED_WITH_CACHE - {"qv", "only_qv"} | _SCALES
-# The same beside queries in e4m3, whose rotary tables would be, too: the append kernel turns 16 bits.
-CLAIMED_FP8_CACHE = CLAIMED_MIXED - {"rotary"}
 _UNALIGNED = "strides or addresses that are no multiple of the copy engine's 16 bytes"
 # What a faster way takes of these: an append is a launch that must not be lost where the next one is declined.
 _KNOWN_WITH_CACHE = CLAIMED_WITH_CACHE - {"append", "ragged_append", "rotary", "metadata"}
@@ -119,9 +116,7 @@ def _decide_qv(features: Features) -> Decision:
 def _claimed(features: Features) -> frozenset[str]:
     if not features.cache:
         return CLAIMED_IN_FP8 if features.dtype == "e4m3" else CLAIMED
-    if features.dtype == "e4m3":
-        return CLAIMED_FP8_CACHE
-    return CLAIMED_MIXED if features.kv_dtype == "e4m3" else CLAIMED_WITH_CACHE
+    return CLAIMED_MIXED if "e4m3" in (features.dtype, features.kv_dtype) else CLAIMED_WITH_CACHE
 
 
 def prepare(device: str) -> None:

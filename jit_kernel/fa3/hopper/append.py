@@ -17,7 +17,6 @@ def append(
 
     rotated: memory for the rotated q, of q's shape and with rows at multiples of 16 bytes; made here where it is
     needed and absent. The queries of no sequence, behind cu_seqlens_q[-1], are not written there.
-    q in e4m3 does not rotate: `decide` rejects rotary tables beside it.
     None, and nothing is written, where a row of the caches or of `rotated` does not begin at a multiple of 16 bytes,
     and with only_known where the kernel is not loaded yet.
     """
@@ -26,11 +25,12 @@ def append(
         return q
     k, v = call.k, call.v
     quantises = k.dtype is not k_new.dtype
-    if k_new.element_size() == 1:  # they are the cache's bytes already, which move two by two
+    dtype = q.dtype
+    if k_new.element_size() == 1 and cos is None:  # they are the cache's bytes already, which move two by two
         if not (_is_aligned(k) and _is_aligned(v)):
             return None
         k_new, v_new, k, v = (x.view(torch.int16) for x in (_aligned(k_new), _aligned(v_new), k, v))
-    dtype = result_dtype(q.dtype)  # beside q in e4m3 bytes move alone, by any kernel
+        dtype = result_dtype(dtype)  # any kernel of 16 bits
     key = ("append", dtype, quantises)
     handle = device.handles.get(key)
     if handle is None:

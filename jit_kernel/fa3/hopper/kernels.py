@@ -80,7 +80,7 @@ def fp8_spec(head_dim: int, head_dim_v: int, masked: bool) -> KernelSpec:
 def append_spec(dtype: str, quantises: bool = False) -> KernelSpec:
     """The kernel that puts new keys and values into a cache and rotates: every head size and layout.
 
-    quantises: the cache is in e4m3.
+    quantises: the cache is in e4m3 and the new keys are not. dtype: of all, "e4m3" where keys in it are turned.
     """
     unit = (
         '#include "flash_attention_v3/hopper/append/append.cuh"\n'
@@ -129,6 +129,7 @@ def all_specs() -> Iterator[KernelSpec]:
     for head_dim in FP8_HEAD_DIMS:
         for masked in (False, True):
             yield fp8_spec(head_dim, head_dim, masked)
+    yield append_spec("e4m3")
     for dtype in DTYPES:
         yield append_spec(dtype)
         yield append_spec(dtype, quantises=True)
