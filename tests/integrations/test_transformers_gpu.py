@@ -80,7 +80,11 @@ def test_continuous_batching(family: str) -> None:
     prompts = [tokens(n, seed=n)["input_ids"][0].tolist() for n in (5, 17, 30, 9)]
     ours.set_attn_implementation(client.FLASH_NAME)
     options = transformers.GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    settings = transformers.ContinuousBatchingConfig(page_size=16, num_blocks=64, max_batch_tokens=256)
+    # Asynchronous batching (5.23) rewrites its pinned buffers while warming up, before their copies have run: on a GPU
+    # that others use, too, its own gather is then out of bounds, in 3 of 3 processes within 3 calls; so 0 of 25.
+    settings = transformers.ContinuousBatchingConfig(
+        page_size=16, num_blocks=64, max_batch_tokens=256, use_async_batching=False
+    )
     found = ours.generate_batch(prompts, generation_config=options, continuous_batching_config=settings)
     answers = {tuple(answer.prompt_ids): answer.generated_tokens for answer in found.values()}
     clear = 0

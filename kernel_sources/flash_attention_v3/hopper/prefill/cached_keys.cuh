@@ -8,6 +8,20 @@
 
 namespace jit_kernel::hopper {
 
+// Whether keys and values come by the copy engine.
+template <class C>
+__device__ __forceinline__ bool uses_boxes(const typename C::Params& params) {
+  if constexpr (C::kCached) return params.box_rows > 0;
+  return true;
+}
+
+// Whether this thread of a consumer gives a stage of values back: one of a warp; but each of them
+// where rows are copied as ordinary stores, which may follow the zeros that any thread wrote there.
+template <class C>
+__device__ __forceinline__ bool gives_values_back(const typename C::Params& params) {
+  return threadIdx.x % 32 == 0 || !uses_boxes<C>(params);
+}
+
 // Rows of tiles that hold the queries of one sequence and head, or group of heads.
 template <class C>
 __device__ __forceinline__ int tile_rows(const typename C::Params& params, int len_q) {

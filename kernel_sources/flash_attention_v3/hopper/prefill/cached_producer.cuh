@@ -18,13 +18,6 @@ namespace jit_kernel::hopper {
 
 enum : int { kRowLoaders = 3 };  // warps; enumerators leave no symbol in cubins without them
 
-// Whether keys and values come by the copy engine.
-template <class C>
-__device__ __forceinline__ bool uses_boxes(const typename C::Params& params) {
-  if constexpr (C::kCached) return params.box_rows > 0;
-  return true;
-}
-
 // Threads that arrive when they have loaded a stage of keys or values.
 template <class C>
 __device__ __forceinline__ int loaders_of_stage(const typename C::Params& params) {

@@ -61,6 +61,10 @@ struct Consumer {
     mbarrier_arrive_if(barrier, threadIdx.x % 32 == 0);
   }
 
+  __device__ __forceinline__ void release_values() {
+    mbarrier_arrive_if(shared.v_empty(v_at.stage()), gives_values_back<C>(params));
+  }
+
   __device__ __forceinline__ void issue_scores() {
     constexpr int kSwizzle = C::kElementBytes * C::kPanel;
     constexpr int kSteps = kSwizzle / 32;  // of k in a panel
@@ -232,7 +236,7 @@ struct Consumer {
 
   __device__ __forceinline__ void release_output() {
     if constexpr (!C::kFp8) pin_registers(output);
-    release(shared.v_empty(v_at.stage()));
+    release_values();
     v_at.advance();
   }
 
@@ -252,7 +256,7 @@ struct Consumer {
   __device__ __forceinline__ void skip_values(int blocks) {
     for (int i = 0; i < blocks; ++i) {
       mbarrier_wait(shared.v_full(v_at.stage()), v_at.parity());
-      release(shared.v_empty(v_at.stage()));
+      release_values();
       v_at.advance();
     }
   }

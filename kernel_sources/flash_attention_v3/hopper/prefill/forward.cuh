@@ -27,7 +27,7 @@ __device__ __forceinline__ void initialise_barriers(const typename C::Params& pa
     mbarrier_init(shared.k_full(stage), loaders);
     mbarrier_init(shared.k_empty(stage), 4 * C::kWarpgroups);
     mbarrier_init(shared.v_full(stage), C::kFp8 ? C::kTransposers : loaders);
-    mbarrier_init(shared.v_empty(stage), 4 * C::kWarpgroups);
+    mbarrier_init(shared.v_empty(stage), (uses_boxes<C>(params) ? 4 : 128) * C::kWarpgroups);
   }
   for (int stage = 0; C::kFp8 && stage < C::kStagesLoaded; ++stage) {
     mbarrier_init(shared.loaded_v_full(stage), loaders);
