@@ -99,7 +99,7 @@ def _unserved_of_fp8_cache(features: Features, dtypes: str, sizes: str) -> str |
     if features.head_dim % 16 or features.head_dim_v % 16:
         return f"{dtypes}, {sizes}: the copy engine moves multiples of 16 bytes"
     most = decode.most_group(features.head_dim, features.head_dim_v)
-    if features.group > most:
+    if features.token_scales and features.group > most:
         return f"{dtypes}, {features.group} query heads for a key head: its tiles have {most} at {sizes}"
     return None
 
@@ -139,7 +139,7 @@ def canonical(spec: KernelSpec, field: str, value: str) -> str:
     if not value.isdecimal() or field not in ("head_dim", "head_dim_v", "rows"):
         return value
     function = dict(spec.variant)["function"]
-    if function == kernels.FP8:
+    if function in (kernels.FP8, kernels.MIXED):
         sizes = sorted(kernels.FP8_HEAD_DIMS)
     elif function == "mla":
         sizes = sorted(kernels.MLA_ROWS if field == "rows" else kernels.MLA_HEAD_DIMS_V)
@@ -201,8 +201,6 @@ def _attend_cache(call: Call, *, only_known: bool) -> Result | None:
     key = decode.key_of(call)
     if key is not None:
         return decode.attend(call, key, only_known=only_known)
-    if decode.is_mixed(call):
-        return None
     return cached.try_attend(call, only_known=only_known)
 
 
