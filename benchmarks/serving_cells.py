@@ -39,6 +39,7 @@ class Cell:
     deterministic: as the argument; the same call without it is timed beside it, and `over_free` is in units of that.
     mixed: the cache is in e4m3, with a factor of each sequence and head, or, "tokens", of each token and head besides;
     Hopper's time over the same numbers in bf16 is beside it, and `times_bf16` says how many times faster this is.
+    fp8: q is in e4m3 as well, with a factor of each sequence and key head.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Cell:
     latent: int = 0
     deterministic: bool = False
     mixed: str = ""
+    fp8: bool = False
 
     @property
     def is_read_bound(self) -> bool:
@@ -91,7 +93,7 @@ class Cell:
         facts: dict[str, object] = {
             "case": self.name, "function": self.function, "batch": self.batch, "queries": self.queries,
             "context": self.context, "heads": self.heads, "kv_heads": self.kv_heads, "head_dim": self.head_dim,
-            "page_size": self.page, "dtype": "bfloat16",
+            "page_size": self.page, "dtype": "float8_e4m3fn" if self.fp8 else "bfloat16",
         }  # fmt: skip
         if self.latent:
             facts["head_dim_v"] = self.latent
@@ -189,7 +191,7 @@ def _fixed() -> list[Cell]:
 
 
 def _mixed() -> list[Cell]:
-    """bf16 queries over an e4m3 cache: factors of sequences, and once of tokens."""
+    """bf16 queries over an e4m3 cache: factors of sequences, and once of tokens. Some with queries in e4m3 as well."""
     goals = {"1x8k": 0.0142, "16x8k": 0.080, "128x4k": 0.260, "64x32k": 0.985}
     cells = []
     for name, ms in goals.items():
@@ -207,7 +209,16 @@ def _mixed() -> list[Cell]:
     for d in (64, 256):
         cells.append(Cell(f"mixed d {d}", 64, 8192, head_dim=d, mixed="sequences"))
     chunk = next(cell for cell in _chunks() if cell.name == "chunk 256")
-    return [*cells, replace(chunk, name="mixed chunk 256", mixed="sequences", goal=None, limits=(), peer=None)]
+    cells.append(replace(chunk, name="mixed chunk 256", mixed="sequences", goal=None, limits=(), peer=None))
+    prefill = next(cell for cell in _chunks() if cell.name == "chunk 4x2048")
+    cells.append(replace(prefill, name="mixed chunk 4x2048", mixed="sequences", limits=(), peer=None))
+    names = ("mixed 64x32k", "mixed verify q8", "mixed chunk 256", "mixed chunk 4x2048")
+    in_fp8 = [
+        replace(cell, name=cell.name.replace("mixed", "fp8"), fp8=True, goal=None, limits=(), twin=cell.name)
+        for cell in cells
+        if cell.name in names
+    ]
+    return cells + in_fp8
 
 
 def _chunks() -> list[Cell]:

@@ -64,17 +64,20 @@ def make(cell: Cell, device: str) -> Inputs:
         if cell.mixed == "tokens":
             shapes["scale"] = tuple(k_cache.shape[:-1])
         for name, shape in shapes.items():
-            for letter in "kv":
+            for letter in "qkv" if cell.fp8 and name == "descale" else "kv":
                 factors[f"{letter}_{name}"] = 0.5 + torch.rand(shape, generator=dice, device=device)
     q = normal(cell.batch, cell.queries, cell.heads, cell.head_dim)
+    out = torch.empty_like(q)
+    if cell.fp8:
+        q = q.to(torch.float8_e4m3fn)
     mask = tree_mask(cell.batch, cell.queries).to(device) if cell.tree else None
-    return Inputs(q, k_cache, v_cache, table, counts, mask, torch.empty_like(q), factors=factors)
+    return Inputs(q, k_cache, v_cache, table, counts, mask, out, factors=factors)
 
 
 def in_bf16(inputs: Inputs) -> Inputs:
-    """The same cache in bf16, without its factors; the result has memory of its own."""
-    k, v = inputs.k_cache.bfloat16(), inputs.v_cache.bfloat16()
-    return replace(inputs, k_cache=k, v_cache=v, out=torch.empty_like(inputs.out), factors={})
+    """The same queries and cache in bf16, without factors; the result has memory of its own."""
+    q, k, v = inputs.q.bfloat16(), inputs.k_cache.bfloat16(), inputs.v_cache.bfloat16()
+    return replace(inputs, q=q, k_cache=k, v_cache=v, out=torch.empty_like(inputs.out), factors={})
 
 
 def tree_mask(batch: int, queries: int) -> torch.Tensor:
@@ -156,11 +159,14 @@ def reference(cell: Cell, inputs: Inputs, sequence: int, tokens: list[int]) -> t
     pages = inputs.page_table[sequence, : -(-length // cell.page)].long()
     k, v = (tokens_of(inputs, letter, sequence, pages)[:length] for letter in "kv")
     group = cell.heads // cell.kv_heads
-    q = inputs.q[sequence, tokens].float().unflatten(1, (cell.kv_heads, group))
+    q = inputs.q[sequence].float()[tokens].unflatten(1, (cell.kv_heads, group))
     scores = torch.einsum("thgd,nhd->hgtn", q, k)
     if inputs.qv is not None:
         qv = inputs.qv[sequence, tokens].float().unflatten(1, (cell.kv_heads, group))
         scores += torch.einsum("thgd,nhd->hgtn", qv, v)
+    q_descale = inputs.factors.get("q_descale")
+    if q_descale is not None:
+        scores *= q_descale[sequence, :, None, None, None]
     scores /= math.sqrt(cell.head_dim + cell.latent)
     rows = torch.tensor(tokens, device=q.device)
     seen = torch.arange(length, device=q.device) <= (length - cell.queries + rows)[:, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from typing import ClassVar
@@ -18,6 +19,7 @@ from tests.support.hopper_variants import compile_spec
 
 SPACE, ANYWHERE = appends.space("append", 8), appends.space("append anywhere", 1)
 MIXED = appends.mixed_space("mixed append", 16)
+FP8, FP8_ANYWHERE = appends.fp8_space("fp8 append", 16), appends.fp8_space("fp8 append anywhere", 1)
 MIXED_ANYWHERE = appends.mixed_space("mixed append anywhere", 1)
 
 # Names that the host side has for what the launcher calls otherwise.
@@ -39,8 +41,9 @@ def on_host() -> appends.OnHost:
     return appends.OnHost()
 
 
-@pytest.mark.parametrize("quantises", [False, True])
-@pytest.mark.parametrize("dtype", hopper_kernels.DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "quantises"), [*itertools.product(hopper_kernels.DTYPES, [False, True]), ("e4m3", False)]
+)
 def test_the_kernel_compiles_without_spills(dtype: str, quantises: bool) -> None:
     image, log = compile_spec(hopper_kernels.append_spec(dtype, quantises))
     assert image[:4] == b"\x7fELF"
@@ -66,6 +69,17 @@ def test_random_appends_to_an_e4m3_cache_are_the_cpus_byte_by_byte(on_host: appe
         appends.compare(plan, on_host) for plan in appends.with_append(MIXED_ANYWHERE, 200) if plan.kv_dtype is not None
     )
     assert min(launched.values()) > 10
+    assert set(launched) == {True, False}
+
+
+def test_random_appends_beside_queries_in_e4m3_are_the_cpus_byte_by_byte(on_host: appends.OnHost) -> None:
+    plans = appends.with_append(FP8, 130)
+    assert all(appends.compare(plan, on_host) for plan in plans)
+    counted = cases.coverage(plans)
+    for feature in ("paged", "new_ragged", "rotary", "batch_idx", "leftpad", "strides", "tail"):
+        assert counted[feature] > 5, feature
+    launched = Counter(appends.compare(plan, on_host) for plan in appends.with_append(FP8_ANYWHERE, 60))
+    assert min(launched.values()) > 5
     assert set(launched) == {True, False}
 
 

@@ -13,9 +13,10 @@ from jit_kernel import flash_attention_v3 as fa3
 from jit_kernel.fa3 import call as calls
 from jit_kernel.fa3 import hopper
 from jit_kernel.fa3.call import Call
+from jit_kernel.fa3.features import features_of
 from jit_kernel.fa3.hopper import kernels as hopper_kernels
 from tests.support import cases, decode_on_gpu, shared_numbers
-from tests.support.hopper_variants import compile_spec
+from tests.support.hopper_variants import TARGET, compile_spec
 
 LAUNCH = shared_numbers.HOPPER / "launch" / "decode_launch.h"
 TILES = [
@@ -164,3 +165,14 @@ def test_the_answers_are_the_launchers() -> None:
     text = LAUNCH.read_text(encoding="utf-8")
     assert f"kUnaligned = {UNALIGNED}, kLaunched = {LAUNCHED}, kNeedsRoom = {NEEDS_ROOM};" in text
     assert (hopper.decode._LAUNCHED, hopper.decode._NEEDS_ROOM) == (LAUNCHED, NEEDS_ROOM)
+
+
+def test_a_cache_in_e4m3_has_one_kernel_for_queries_in_bf16_and_in_e4m3() -> None:
+    keys = []
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        call = call_of(3)
+        call.q, call.k, call.v = call.q.to(dtype), *(x.to(torch.float8_e4m3fn) for x in (call.k, call.v))
+        keys.append(hopper.decode.key_of(call))
+        variant = hopper.variant(TARGET, features_of(call), call)
+        assert variant == hopper_kernels.decode_spec("bf16", 128, 16, mixed=True)
+    assert keys[0] == keys[1] == (torch.bfloat16, 128, 16, True)

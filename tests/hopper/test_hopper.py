@@ -21,7 +21,7 @@ from jit_kernel.fa3.decision import Accepted, Rejected
 from jit_kernel.fa3.features import Features
 from jit_kernel.fa3.hopper import kernels as hopper_kernels
 from jit_kernel.jit import KernelSpec
-from tests.support.hopper_variants import NAMED, NAMED_CACHED, NAMED_FP8, NAMED_MLA, TARGET, compile_spec
+from tests.support.hopper_variants import NAMED, NAMED_CACHED, NAMED_FP8, NAMED_MIXED, NAMED_MLA, TARGET, compile_spec
 
 CALL = Features(
     dtype="bf16",
@@ -70,6 +70,12 @@ def test_a_kernel_on_cached_keys_compiles_as_well(fields: tuple[str, int, int]) 
     compiles_well(hopper_kernels.cached_spec(*fields))
 
 
+@pytest.mark.parametrize("fields", NAMED_MIXED, ids=str)
+def test_a_kernel_on_a_cache_in_e4m3_compiles_as_well(fields: tuple[str, int]) -> None:
+    dtype, head_dim = fields
+    compiles_well(hopper_kernels.mixed_spec(dtype, head_dim, head_dim))
+
+
 @pytest.mark.parametrize("fields", NAMED_MLA, ids=str)
 def test_an_mla_kernel_compiles_as_well(fields: tuple[str, int, int]) -> None:
     compiles_well(hopper_kernels.mla_spec(*fields))
@@ -92,8 +98,8 @@ def test_the_whole_space_has_no_more_kernels_than_are_counted_here() -> None:
     specs = hopper.all_variants(TARGET)
     assert len(specs) == len(set(specs))
     counted = Counter(str(dict(spec.variant)["function"]) for spec in specs)
-    expected = {"launcher": 1, "forward": 48, "forward_fp8": 6, "forward_cached": 12, "decode": 44, "append": 4}
-    assert counted == {**expected, "mla": 12}
+    expected = {"launcher": 1, "forward": 48, "forward_fp8": 6, "forward_cached": 12, "decode": 44, "append": 5}
+    assert counted == {**expected, "forward_mixed": 6, "mla": 12}
     assert {spec.route for spec in specs} == {"host", "cuda"}
     assert hopper.all_variants(Target("cuda", "sm_100")) == []
 
@@ -118,7 +124,6 @@ def test_every_multiple_of_8_has_a_kernel_that_warm_up_compiles(d: int) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"dtype": "e4m3", "cache": True}, "e4m3 over a cache"),
         ({"dtype": "e4m3", "kv_dtype": "e4m3", "qv": True}, "qv"),
         ({"dtype": "fp32"}, "dtype fp32"),
         ({"head_dim": 100}, "multiples of 8"),
@@ -151,7 +156,7 @@ def test_qv_is_served_over_a_cache_and_there_alone() -> None:
     for change, reason in (
         ({"draft_mask": True}, "draft_mask"),
         ({"aligned": False}, "16 bytes"),
-        ({"dtype": "e4m3"}, "dtype e4m3"),
+        ({"dtype": "e4m3", "kv_dtype": "e4m3"}, "qv: its kernels have none over a cache beside q in e4m3"),
         ({"descale": True}, "q_descale"),
         ({"cache": False, "page_size": 0}, "qv"),
     ):
@@ -199,7 +204,8 @@ MIXED = dataclasses.replace(CALL, kv_dtype="e4m3", cache=True, ragged_k=False, g
         {"descale": True, "token_scales": True},
         {"page_size": 1, "draft_mask": True, "softcap": True, "sinks": True, "window": True, "deterministic": True},
         {"append": True, "rotary": True, "ragged_append": True, "cache_batch_idx": True, "cache_leftpad": True},
-        {"group": 64, "split": True},
+        {"group": 71, "split": True},
+        {"group": 64, "token_scales": True},
         {"head_dim": 256, "head_dim_v": 16, "group": 32},
     ],
     ids=str,
@@ -207,6 +213,8 @@ MIXED = dataclasses.replace(CALL, kv_dtype="e4m3", cache=True, ragged_k=False, g
 def test_an_e4m3_cache_is_served_with_every_feature_of_caches(change: dict[str, object]) -> None:
     decision = hopper.decide(TARGET, dataclasses.replace(MIXED, **change))  # type: ignore[arg-type]
     assert isinstance(decision, Accepted), decision
+    e4m3 = dataclasses.replace(MIXED, dtype="e4m3", **change)  # type: ignore[arg-type]  # by the same kernels
+    assert isinstance(hopper.decide(TARGET, e4m3), Accepted)
 
 
 @pytest.mark.parametrize(
@@ -215,10 +223,12 @@ def test_an_e4m3_cache_is_served_with_every_feature_of_caches(change: dict[str, 
         ({"cache": False}, "q in bf16 with k and v in e4m3: its kernels take one dtype without a cache"),
         ({"head_dim": 72}, "q in bf16 with k and v in e4m3, head sizes 72/128: the copy engine moves multiples of 16"),
         ({"dtype": "fp16", "token_scales": True}, "k_scale and v_scale: weights times scales are rounded to fp16"),
-        ({"group": 71}, "71 query heads for a key head: its tiles have 64"),
-        ({"head_dim": 256, "group": 33}, "33 query heads for a key head: its tiles have 32"),
+        ({"token_scales": True, "group": 71}, "71 query heads for a key head: its tiles have 64"),
+        ({"token_scales": True, "head_dim": 256, "group": 33}, "33 query heads for a key head: its tiles have 32"),
         ({"qv": True}, "qv"),
         ({"kv_dtype": "bf16", "descale": True}, "q_descale"),
+        ({"dtype": "e4m3", "head_dim": 72}, "head sizes 72/128: of e4m3 the copy engine moves multiples of 16"),
+        ({"dtype": "e4m3", "token_scales": True, "group": 71}, "q, k and v in e4m3, 71 query heads for a key head"),
     ],
     ids=str,
 )

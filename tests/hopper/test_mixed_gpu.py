@@ -1,4 +1,4 @@
-"""Queries of 16 bits over an e4m3 cache, on the Hopper GPU that the kernels are for: numbers, bits, graphs."""
+"""Queries of 16 bits or in e4m3 over an e4m3 cache, on the GPU that the kernels are for: numbers, bits, graphs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from jit_kernel import config, device
-from tests.support import decode_on_gpu
+from tests.support import cases, decode_on_gpu
 from tests.support.decode_on_gpu import Paged, in_processes, jobs_of
 from tests.support.hopper_inputs import poisoned
 
@@ -83,6 +83,45 @@ def test_what_no_query_sees_reaches_no_result(say: list[str]) -> None:
     counts = [int(words[2]) for words in found]
     assert sum(count > 0 for count in counts) > len(counts) // 2
     say.append(f"hopper over e4m3: {len(counts)} calls, {sum(counts)} hidden elements not finite")
+
+
+def test_random_cases_of_queries_in_e4m3(say: list[str]) -> None:
+    """Appends of bytes, of keys that are turned, and every form of a cache are among them."""
+    found = in_processes(jobs_of("fp8-judge", (0, 120, 131), CASES // 3, 4))
+    assert len(found) >= CASES
+    worst = max(found, key=lambda words: float(words[2]))
+    assert float(worst[2]) <= 1
+    say.append(f"hopper, e4m3 over e4m3: {len(found)} random cases, worst share {worst[2]} (seed {worst[1]})")
+
+
+def test_what_no_query_in_e4m3_sees_reaches_no_result() -> None:
+    found = in_processes(jobs_of("fp8-hidden", (0, 131), 120, 2))
+    assert sum(int(words[2]) > 0 for words in found) > len(found) // 2
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_queries_in_e4m3_give_the_bits_that_bf16_gives(shape: tuple[Any, ...], launched: list[None]) -> None:
+    """Of the same numbers: both become fp16 without a rounding; q's factor joins the keys'. In a graph as well."""
+    call = made(shape, 8)
+    batch, heads_k = shape[0], shape[3][1]
+    q8, q_descale = call.q.to(cases.FP8), 0.5 + torch.rand(batch, heads_k, device="cuda")
+    given = call.given | {"q_descale": q_descale}
+    ours = dataclasses.replace(call, q=q8, given=given)
+    joined = call.given | {"k_descale": q_descale * call.given["k_descale"]}
+    theirs = dataclasses.replace(call, q=q8.bfloat16(), given=joined)
+    out, lse = theirs(return_softmax_lse=True)
+    found, found_lse = ours(return_softmax_lse=True)
+    assert found.dtype is torch.bfloat16
+    assert torch.equal(found, out)
+    assert torch.equal(found_lse, lse)
+    assert len(launched) == 2
+    result = poisoned(*call.q.shape)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ours(out=result)
+    call.draw_lengths(8)
+    graph.replay()
+    assert torch.equal(result, theirs())
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

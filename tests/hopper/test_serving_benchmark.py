@@ -140,10 +140,10 @@ def test_units_are_the_pages_that_hold_keys() -> None:
         pure_read.launch_arguments(units, k[..., :2].contiguous(), v[..., :2].contiguous())
 
 
-@pytest.mark.parametrize("mixed", ["", "sequences", "tokens"])
+@pytest.mark.parametrize(("mixed", "fp8"), [("", False), ("sequences", False), ("tokens", False), ("sequences", True)])
 @pytest.mark.parametrize("function", ["flash_attn_with_kvcache", "flash_attn_varlen_func"])
-def test_a_right_result_is_right_and_a_wrong_page_is_wrong(function: str, mixed: str) -> None:
-    cell = replace(SMALL, function=function, mixed=mixed)
+def test_a_right_result_is_right_and_a_wrong_page_is_wrong(function: str, mixed: str, fp8: bool) -> None:
+    cell = replace(SMALL, function=function, mixed=mixed, fp8=fp8)
     inputs = serving_inputs.make(cell, "cpu")
     call = serving_inputs.our_call(cell, inputs)
     assert serving_inputs.fault_of(cell, inputs, call) is None

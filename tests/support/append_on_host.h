@@ -49,7 +49,8 @@ struct Grid {
   unsigned x;
 };
 struct Kernel {
-  bool is_bf16, quantises;
+  int element;  // 0: fp16, 1: bf16, 2: e4m3
+  bool quantises;
   void launch_overlapped(int device, Grid grid, unsigned cluster, void** params);
 };
 }  // namespace jit_kernel::cuda
@@ -61,6 +62,7 @@ struct Kernel {
 namespace jit_kernel {
 struct host_bf16 {};
 struct host_fp16 {};
+struct host_e4m3 {};
 template <>
 constexpr bool kIsBf16<host_bf16> = true;
 template <>
@@ -71,20 +73,22 @@ inline u32 pack<host_bf16>(float low, float high) {
   };
   return rounded(low) | rounded(high) << 16;
 }
-// To nearest even: what e4m3 holds are 127 numbers of each sign, in the order of their codes.
+// 127 numbers of each sign, in the order of their codes, then NaN.
+inline float e4m3_value(u32 code) {
+  if (code == 0x7f) return NAN;
+  const int exponent = code >> 3 ? static_cast<int>(code >> 3) - 7 : -6;
+  const float fraction = static_cast<float>((code & 7) + (code >> 3 ? 8 : 0)) / 8;
+  return std::ldexp(fraction, exponent);
+}
+// To nearest even.
 inline u32 e4m3_of(float x) {
   const u32 sign = same_bits<u32>(x) >> 31 << 7;
   const float size = x < 0 ? -x : x;
   if (size != size) return 0x7f;
-  const auto value = [](u32 code) {
-    const int exponent = code >> 3 ? static_cast<int>(code >> 3) - 7 : -6;
-    const float fraction = static_cast<float>((code & 7) + (code >> 3 ? 8 : 0)) / 8;
-    return std::ldexp(fraction, exponent);
-  };
-  if (size >= value(0x7e)) return sign | 0x7e;
+  if (size >= e4m3_value(0x7e)) return sign | 0x7e;
   u32 below = 0;
-  while (value(below + 1) <= size) ++below;
-  const float to_below = size - value(below), to_above = value(below + 1) - size;
+  while (e4m3_value(below + 1) <= size) ++below;
+  const float to_below = size - e4m3_value(below), to_above = e4m3_value(below + 1) - size;
   const bool up = to_above < to_below || (to_above == to_below && below % 2 == 1);
   return sign | (below + up);
 }
@@ -103,10 +107,30 @@ inline u32 pack<host_fp16>(float low, float high) {
   };
   return rounded(low) | rounded(high) << 16;
 }
+template <>
+inline u32 pack_e4m3<host_e4m3>(float low, float high) {
+  return pack_e4m3<host_bf16>(low, high);
+}
 namespace hopper {
+template <>
+constexpr bool kIsE4m3<host_e4m3> = true;
 template <>
 inline float low_of<host_fp16>(u32 word) {
   return static_cast<float>(same_bits<_Float16>(static_cast<uint16_t>(word)));
+}
+template <>
+inline float low_of<host_e4m3>(u32 word) {
+  return low_of<host_fp16>(word);
+}
+template <>
+inline u32 two_halves<host_e4m3>(u32 bytes) {
+  u32 halves = 0;
+  for (int i = 0; i < 2; ++i) {
+    const u32 code = bytes >> (8 * i) & 0xff;
+    const auto half = static_cast<_Float16>((code & 0x80 ? -1 : 1) * e4m3_value(code & 0x7f));
+    halves |= static_cast<u32>(same_bits<uint16_t>(half)) << (16 * i);
+  }
+  return halves;
 }
 }  // namespace hopper
 }  // namespace jit_kernel
@@ -119,21 +143,23 @@ inline void jit_kernel::cuda::Kernel::launch_overlapped(int, Grid grid, unsigned
   const auto& params = *static_cast<const hopper::AppendParams*>(arguments[0]);
   for (unsigned block = 0; block < grid.x; ++block) {
     for (unsigned thread = 0; thread < hopper::kAppendThreads; ++thread) {
-      if (quantises) {
-        is_bf16 ? hopper::append_rows<host_bf16, true>(params, block, thread)
-                : hopper::append_rows<host_fp16, true>(params, block, thread);
+      if (element == 2) {
+        hopper::append_rows<host_e4m3, false>(params, block, thread);
+      } else if (quantises) {
+        element == 1 ? hopper::append_rows<host_bf16, true>(params, block, thread)
+                     : hopper::append_rows<host_fp16, true>(params, block, thread);
       } else {
-        is_bf16 ? hopper::append_rows<host_bf16, false>(params, block, thread)
-                : hopper::append_rows<host_fp16, false>(params, block, thread);
+        element == 1 ? hopper::append_rows<host_bf16, false>(params, block, thread)
+                     : hopper::append_rows<host_fp16, false>(params, block, thread);
       }
     }
   }
 }
 
-inline int64_t load(bool is_bf16, bool quantises) {
+inline int64_t load(int64_t element, bool quantises) {
   using jit_kernel::cuda::Kernel;
   return jit_kernel::cuda::KernelTable<Kernel>::get().add(
-      std::make_unique<Kernel>(Kernel{is_bf16, quantises}));
+      std::make_unique<Kernel>(Kernel{static_cast<int>(element), quantises}));
 }
 
 inline int64_t quotient(int64_t number, int64_t divisor) {

@@ -26,7 +26,7 @@ FEATURES = frozenset(
 def space(name: str, where: str = "cpu", features: frozenset[str] = FEATURES) -> cases.Space:
     """Calls with a cache whose rows begin at multiples of 16 bytes."""
     return cases.Space(
-        name, device=where, dtypes=DTYPES, head_dims=((64, 64), (128, 128), (256, 256)), any_head_dim=256,
+        name, device=where, dtypes=(*DTYPES, cases.FP8), head_dims=((64, 64), (128, 128), (256, 256)), any_head_dim=256,
         head_dim_step=8, qv_head_dims=(), functions=(cases.KVCACHE,), features=features, lengths=(6, 130, 700),
         stride_step=8,
     )  # fmt: skip

@@ -2,8 +2,7 @@
 
 bf16 and fp16, head sizes up to 256 that are multiples of 8. Dense and ragged prefill, also in e4m3 with head sizes that
 are multiples of 16; over caches, in pages or dense, prefill and decode, with new keys appended first, and with draft
-masks; a cache in e4m3 beside queries in 16 bit. With qv (MLA) over a 16-bit cache, without draft masks. Queries in e4m3
-over a cache are not claimed: the portable kernels say what they do.
+masks; a cache in e4m3 beside queries in 16 bit or in e4m3. With qv (MLA) over a 16-bit cache, without draft masks.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ CLAIMED_WITH_CACHE = CLAIMED - {"ragged_k"} | frozenset(
         *("split", "metadata", "draft_mask", "qv", "only_qv"),
     )
 )
-# Of a cache in e4m3 beside queries of 16 bits.
+# Of a cache in e4m3 beside queries of 16 bits or in e4m3.
 _SCALES = frozenset(("descale", "token_scales"))
 CLAIMED_MIXED = CLAIMED_WITH_CACHE - {"qv", "only_qv"} | _SCALES
 _UNALIGNED = "strides or addresses that are no multiple of the copy engine's 16 bytes"
@@ -63,19 +62,18 @@ def supports(target: Target) -> Decision:
 
 
 def decide(target: Target, features: Features) -> Decision:
-    """bf16 and fp16, head sizes that are multiples of 8 up to 256, rows that the copy engine can reach; without a cache
-    e4m3, too, in multiples of 16."""
+    """bf16 and fp16, head sizes that are multiples of 8 up to 256, rows that the copy engine can reach; e4m3, too, in
+    multiples of 16."""
     fp8 = features.dtype == "e4m3"
     if not fp8 and features.dtype not in kernels.DTYPES:
         return Rejected(f"dtype {features.dtype}: it computes in bf16, fp16 and e4m3", claimed=False)
-    if fp8 and features.cache:
-        return Rejected("dtype e4m3 over a cache: its kernels there compute in bf16 and fp16", claimed=False)
     mixed = mixed_dtypes(features)
     if mixed is not None and not features.cache:
         return Rejected(f"{mixed}: its kernels take one dtype without a cache", claimed=False)
     arguments = unclaimed(features, _claimed(features))
     if arguments is not None:
         where = "over a cache" if features.cache else "without a cache"
+        where += " beside q in e4m3" if fp8 and features.cache else ""
         return Rejected(f"{arguments}: its kernels have none {where}", claimed=False)
     if features.qv:
         return _decide_qv(features)
@@ -85,19 +83,25 @@ def decide(target: Target, features: Features) -> Decision:
         return Rejected(f"{sizes}: of {features.dtype} the copy engine moves multiples of {step}", claimed=False)
     if kernels.padded(features.head_dim, features.head_dim_v) is None:
         return Rejected(f"{sizes}: it serves head sizes up to 256", claimed=False)
-    if mixed is not None:
-        if features.token_scales and features.dtype == "fp16":  # see docs/decisions.md
-            text = f"{mixed}, k_scale and v_scale: weights times scales are rounded to fp16, too coarse beside such a q"
-            return Rejected(text, claimed=False)
-        if features.head_dim % 16 or features.head_dim_v % 16:
-            return Rejected(f"{mixed}, {sizes}: the copy engine moves multiples of 16 bytes", claimed=False)
-        most = decode.most_group(features.head_dim, features.head_dim_v)
-        if features.group > most:
-            text = f"{mixed}, {features.group} query heads for a key head: its tiles have {most} at {sizes}"
-            return Rejected(text, claimed=False)
+    if features.cache and features.kv_dtype == "e4m3":
+        reason = _unserved_of_fp8_cache(features, mixed or "q, k and v in e4m3", sizes)
+        if reason is not None:
+            return Rejected(reason, claimed=False)
     if not features.aligned:
         return Rejected(_UNALIGNED, claimed=False)
     return Accepted()
+
+
+def _unserved_of_fp8_cache(features: Features, dtypes: str, sizes: str) -> str | None:
+    """What no decode kernel over a cache in e4m3 does of a call, None where there is nothing."""
+    if features.token_scales and features.dtype == "fp16":  # see docs/decisions.md
+        return f"{dtypes}, k_scale and v_scale: weights times scales are rounded to fp16, too coarse beside such a q"
+    if features.head_dim % 16 or features.head_dim_v % 16:
+        return f"{dtypes}, {sizes}: the copy engine moves multiples of 16 bytes"
+    most = decode.most_group(features.head_dim, features.head_dim_v)
+    if features.token_scales and features.group > most:
+        return f"{dtypes}, {features.group} query heads for a key head: its tiles have {most} at {sizes}"
+    return None
 
 
 def _decide_qv(features: Features) -> Decision:
@@ -112,7 +116,7 @@ def _decide_qv(features: Features) -> Decision:
 def _claimed(features: Features) -> frozenset[str]:
     if not features.cache:
         return CLAIMED_IN_FP8 if features.dtype == "e4m3" else CLAIMED
-    return CLAIMED_WITH_CACHE if features.kv_dtype == features.dtype else CLAIMED_MIXED
+    return CLAIMED_MIXED if "e4m3" in (features.dtype, features.kv_dtype) else CLAIMED_WITH_CACHE
 
 
 def prepare(device: str) -> None:
@@ -135,7 +139,7 @@ def canonical(spec: KernelSpec, field: str, value: str) -> str:
     if not value.isdecimal() or field not in ("head_dim", "head_dim_v", "rows"):
         return value
     function = dict(spec.variant)["function"]
-    if function == kernels.FP8:
+    if function in (kernels.FP8, kernels.MIXED):
         sizes = sorted(kernels.FP8_HEAD_DIMS)
     elif function == "mla":
         sizes = sorted(kernels.MLA_ROWS if field == "rows" else kernels.MLA_HEAD_DIMS_V)
@@ -165,11 +169,12 @@ def try_known(call: Call) -> Result | None:
     What `decide` looks at takes 5 us to gather; here a loaded kernel's key answers for dtype and head sizes, the
     launcher for addresses and strides, and the arguments that ask for an unclaimed feature must be absent.
     """
-    if call.k.dtype is not call.q.dtype:
-        asks_for_more = _mixed_asks_for_more(call) or not has_cache(call)
+    cached = has_cache(call)
+    if call.k.dtype is not call.q.dtype or (cached and call.q.dtype is _FP8):
+        asks_for_more = _mixed_asks_for_more(call) or not cached
         asks_for_more |= call.q.dtype is torch.float16 and (call.k_scale is not None or call.v_scale is not None)
         return None if asks_for_more else _attend_cache(call, only_known=True)
-    if has_cache(call):
+    if cached:
         return None if _cache_asks_for_more(call) else _attend_cache(call, only_known=True)
     more = _fp8_asks_for_more if call.q.dtype is _FP8 else _asks_for_more
     return None if more(call) else prefill.attend(call, only_known=True)
@@ -196,8 +201,6 @@ def _attend_cache(call: Call, *, only_known: bool) -> Result | None:
     key = decode.key_of(call)
     if key is not None:
         return decode.attend(call, key, only_known=only_known)
-    if decode.is_mixed(call):
-        return None
     return cached.try_attend(call, only_known=only_known)
 
 

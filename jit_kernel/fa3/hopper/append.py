@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from jit_kernel.fa3.call import Call
+from jit_kernel.fa3.call import Call, result_dtype
 from jit_kernel.fa3.features import DTYPE_NAMES
 from jit_kernel.fa3.hopper.kernels import DeviceKernels, append_spec
 
@@ -25,16 +25,18 @@ def append(
         return q
     k, v = call.k, call.v
     quantises = k.dtype is not k_new.dtype
-    if k_new.element_size() == 1:  # they are the cache's bytes already, which move two by two
+    dtype = q.dtype
+    if k_new.element_size() == 1 and cos is None:  # they are the cache's bytes already, which move two by two
         if not (_is_aligned(k) and _is_aligned(v)):
             return None
         k_new, v_new, k, v = (x.view(torch.int16) for x in (_aligned(k_new), _aligned(v_new), k, v))
-    key = ("append", q.dtype, quantises)
+        dtype = result_dtype(dtype)  # any kernel of 16 bits
+    key = ("append", dtype, quantises)
     handle = device.handles.get(key)
     if handle is None:
         if only_known:
             return None
-        handle = device.load(key, append_spec(DTYPE_NAMES[q.dtype], quantises))
+        handle = device.load(key, append_spec(DTYPE_NAMES[dtype], quantises))
     if cos is None:
         rotated = None
     elif rotated is None:

@@ -28,8 +28,8 @@ def cache_tensors(call: Call, result: Tensor, lse: Tensor | None) -> tuple[objec
 
 
 def scales(call: Call) -> tuple[Tensor | None, ...]:
-    """The factors of a cache in e4m3; the checks have taken those away that a 16-bit one has no use for."""
-    return call.k_descale, call.v_descale, call.k_scale, call.v_scale
+    """The factors of what is in e4m3; the checks have taken those away that 16 bits have no use for."""
+    return call.q_descale, call.k_descale, call.v_descale, call.k_scale, call.v_scale
 
 
 def new_rows(call: Call) -> int:

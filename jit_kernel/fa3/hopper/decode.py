@@ -18,7 +18,7 @@ from jit_kernel.fa3.hopper import arguments, kernels
 from jit_kernel.fa3.hopper.kernels import DECODE_HEAD_DIMS, DECODE_MOST_ROWS, DECODE_ROWS, DeviceKernels
 from jit_kernel.jit import KernelSpec
 
-Key = tuple[torch.dtype, int, int, bool]  # q's dtype, head size, rows, whether the cache is in e4m3
+Key = tuple[torch.dtype, int, int, bool]  # the result's dtype, head size, rows, whether the cache is in e4m3
 # What the launcher's `decode` answers, as it has them.
 _LAUNCHED, _NEEDS_ROOM = 1, 2
 
@@ -26,8 +26,9 @@ _LAUNCHED, _NEEDS_ROOM = 1, 2
 def key_of(call: Call) -> Key | None:
     """The variant that serves a call over a cache; None where it has more query rows than any serves.
 
-    Without splits a sequence's bits must not depend on the others' lengths, so it is prefill's whatever they are. A
-    cache in e4m3 has no other kernels: of more rows than a tile has a sequence is several.
+    Without splits a sequence's bits must not depend on the others' lengths, so it is prefill's whatever they are. Over a
+    cache in e4m3 it is then the decode kernels', as several tiles where one has too few rows; so it is with factors of
+    tokens, which prefill's kernels do not have.
     """
     q = call.q
     mixed = is_mixed(call)
@@ -36,13 +37,14 @@ def key_of(call: Call) -> Key | None:
     *_, heads, d = q.shape
     *_, heads_k, dv = call.v.shape
     group = heads // heads_k
-    tile = _tile_of(max(d, dv), (call.max_seqlen_q or 0) * group, group if mixed else 0)
-    return None if tile is None else (q.dtype, *tile, mixed)
+    in_tiles = mixed and (call.num_splits == 1 or call.k_scale is not None or call.v_scale is not None)
+    tile = _tile_of(max(d, dv), (call.max_seqlen_q or 0) * group, group if in_tiles else 0)
+    return None if tile is None else (calls.result_dtype(q.dtype), *tile, mixed)
 
 
 def is_mixed(call: Call) -> bool:
-    """Whether q has 16 bits and the cache is in e4m3."""
-    return call.k.dtype is not call.q.dtype
+    """Whether the cache is in e4m3: its products are made in fp16, whichever dtype q has."""
+    return call.k.dtype is torch.float8_e4m3fn
 
 
 def most_group(head_dim: int, head_dim_v: int) -> int:
@@ -88,6 +90,8 @@ def attend(call: Call, key: Key, *, only_known: bool) -> Result | None:
     handle = device.handles.get(key)
     if handle is None and only_known:
         return None
+    if call.sinks is not None and call.sinks.dtype is torch.float8_e4m3fn:
+        call.sinks = call.sinks.float()  # as q's dtype allows; the kernels read the result's or float32
     result: Tensor = calls.new_result(call) if call.out is None else call.out
     lse = arguments.new_lse(call)
     if result.numel() == 0 or (offsets is not None and offsets.shape[0] == 1):

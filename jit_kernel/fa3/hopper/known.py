@@ -16,7 +16,7 @@ from torch import Tensor, contiguous_format, empty, empty_like, is_grad_enabled
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from jit_kernel.fa3.call import FIELDS, KVCACHE, UNBOUNDED, Arguments, Result, lse_shape
+from jit_kernel.fa3.call import FIELDS, KVCACHE, UNBOUNDED, Arguments, Result, lse_shape, result_dtype
 from jit_kernel.fa3.checks.plain import all_in_memory
 from jit_kernel.fa3.checks.values import need_window
 from jit_kernel.fa3.features import fields_ask_for_more
@@ -27,6 +27,7 @@ CLAIMED = frozenset(
     ("ragged_q", "page_size", "seqused_k", "ragged_append", "causal", "window", "chunk", "softcap", "sinks", "lse",
      "split", "metadata", "deterministic", "descale", "token_scales")
 )  # fmt: skip
+_FP8 = torch.float8_e4m3fn
 # What the launcher answers, as it has them.
 _LAUNCHED, _UNSURE = 1, 2
 # What an argument of another kind comes to on its way to the launcher, and room that no machine has for the result of
@@ -89,7 +90,7 @@ def try_unchecked(arguments: Arguments) -> Result | None:
     ):  # fmt: skip
         return None
     if not (
-        (q_descale is None or q_descale.__class__ is Tensor)  # it is not read beside a q of 16 bits
+        (q_descale is None or (q_descale.__class__ is Tensor if q.dtype is not _FP8 else _is_plain(q_descale)))
         and (k_descale is None or _is_plain(k_descale)) and (v_descale is None or _is_plain(v_descale))
         and (k_scale is None or _is_scale(k_scale, q)) and (v_scale is None or _is_scale(v_scale, q))
     ):  # fmt: skip
@@ -98,11 +99,11 @@ def try_unchecked(arguments: Arguments) -> Result | None:
     try:
         is_ours = out is None
         if out is None:  # of q's head size: another one is declined
-            out = empty_like(q, memory_format=contiguous_format)
+            out = empty_like(q, dtype=result_dtype(q.dtype), memory_format=contiguous_format)
         lse = _new_lse(q, not is_ours and offsets_q is not None) if with_lse else None
         call = (
-            q, k, v, out, lse, used_k, table, offsets_q, offsets_new, sinks, metadata, k_descale, v_descale,
-            k_scale, v_scale, longest_q, scale, causal,
+            q, k, v, out, lse, used_k, table, offsets_q, offsets_new, sinks, metadata,
+            q_descale if q.dtype is _FP8 else None, k_descale, v_descale, k_scale, v_scale, longest_q, scale, causal,
             left, right, chunk, softcap, num_splits, sm_margin, deterministic, is_ours and offsets_q is not None,
         )  # fmt: skip
         answer = _UNSURE if _asks_first else _decode(*call, False)

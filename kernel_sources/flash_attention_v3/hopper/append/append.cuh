@@ -16,13 +16,18 @@ struct Pieces {
 };
 
 // Loads of all rows are issued before the first one is used.
-template <bool kWide>
+template <class Element, bool kWide>
 __device__ __forceinline__ void load_own(Pieces& pieces) {
 #pragma unroll
   for (int r = 0; r < kAppendRows; ++r) {
     pieces.own[r] = {};
     if (pieces.places[r].destination == nullptr) continue;
-    pieces.own[r] = load_elements<kWide>(pieces.places[r].source + pieces.chunk * kChunkBytes);
+    const char* const from = pieces.places[r].source + pieces.chunk * kPieceBytes<Element>;
+    if constexpr (kIsE4m3<Element>) {
+      pieces.own[r] = load_bytes<kWide>(from);
+    } else {
+      pieces.own[r] = load_elements<kWide>(from);
+    }
   }
 }
 
@@ -38,7 +43,7 @@ __device__ __forceinline__ void load_turns(const AppendParams& params, const Pie
     turns[r] = load_angles<Element, kWide>(params, place.position, pieces.chunk);
     if (params.interleaved) continue;
     const int partner = partner_of(params, pieces.chunk);
-    turns[r].other = load_elements<kWide>(place.source + partner * kChunkBytes);
+    turns[r].other = load_piece<Element, kWide>(place.source, partner);
   }
 #pragma unroll
   for (int r = 0; r < kAppendRows; ++r) {
@@ -49,8 +54,12 @@ __device__ __forceinline__ void load_turns(const AppendParams& params, const Pie
 template <class Element, bool kWide>
 __device__ __forceinline__ void move(const AppendParams& params, const AppendPart& part,
                                      Pieces& pieces) {
-  load_own<kWide>(pieces);
+  load_own<Element, kWide>(pieces);
   if (part.rotates && pieces.chunk < params.rotary_chunks) {
+    if constexpr (kIsE4m3<Element>) {  // what is not turned keeps its bytes, NaN's too
+#pragma unroll
+      for (Chunk& own : pieces.own) own = widened<Element>(own);
+    }
     Turn turns[kAppendRows];
     load_turns<Element, kWide>(params, pieces, turns);
 #pragma unroll
@@ -62,9 +71,13 @@ __device__ __forceinline__ void move(const AppendParams& params, const AppendPar
   for (int r = 0; r < kAppendRows; ++r) {
     char* const row = pieces.places[r].destination;
     if (row == nullptr) continue;
-    const Chunk& words = pieces.own[r];
-    *reinterpret_cast<uint4*>(row + pieces.chunk * kChunkBytes) =
-        make_uint4(words.words[0], words.words[1], words.words[2], words.words[3]);
+    const u32(&words)[4] = pieces.own[r].words;
+    char* const to = row + pieces.chunk * kPieceBytes<Element>;
+    if constexpr (kIsE4m3<Element>) {
+      *reinterpret_cast<uint2*>(to) = make_uint2(words[0], words[1]);
+    } else {
+      *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+    }
   }
 }
 
@@ -72,7 +85,7 @@ __device__ __forceinline__ void move(const AppendParams& params, const AppendPar
 template <class Element, bool kWide>
 __device__ __forceinline__ void move_quantised(const AppendParams& params, const AppendPart& part,
                                                Pieces& pieces) {
-  load_own<kWide>(pieces);
+  load_own<Element, kWide>(pieces);
   const bool turns_piece = part.rotates && pieces.chunk < params.rotary_chunks;
   Turn turns[kAppendRows];
   if (turns_piece) load_turns<Element, kWide>(params, pieces, turns);

@@ -31,7 +31,7 @@ struct AppendPart {
   unsigned first_block;
   Divisor heads;
   Divisor tokens;   // of a dense sequence
-  int chunks;       // pieces of 16 bytes in a row
+  int chunks;       // pieces of eight elements in a row
   int lanes_shift;  // 2^lanes_shift lanes move a row, a piece each; at least as many as pieces
   bool
       wide;  // rows of the source, and of the tables that turn them, begin at multiples of 16 bytes

@@ -1,5 +1,6 @@
-// Rotary embedding of 16-byte pieces of rows: in float32, rounded once. A product of two elements
-// has at most 22 bits, so that only the sum rounds, fused or not: the bits are the CPU's.
+// Rotary embedding of pieces of rows, eight elements each: in float32, rounded once. A product of
+// two elements has at most 22 bits, so that only the sum rounds, fused or not: the bits are the
+// CPU's.
 #pragma once
 
 #include "flash_attention_v3/hopper/append/params.h"
@@ -7,16 +8,56 @@
 
 namespace jit_kernel::hopper {
 
-// Eight elements, two in a register.
+// Eight elements, two in a register. Those of e4m3 are turned as fp16, which holds them; as they
+// come they are the first two registers.
 struct Chunk {
   u32 words[4];
 };
+
+template <class Element>
+constexpr bool kIsE4m3 = false;
+template <>
+constexpr bool kIsE4m3<e4m3> = true;
+template <class Element>
+constexpr int kPieceBytes = kIsE4m3<Element> ? kChunkElements : kChunkBytes;
+
+// Two e4m3 in the low half of a register as fp16. Element: of the kernel, as of pack_e4m3.
+template <class Element>
+__device__ __forceinline__ u32 two_halves(u32 bytes) {
+  u32 halves;
+  asm("{\n.reg .b16 pair;\ncvt.u16.u32 pair, %1;\ncvt.rn.f16x2.e4m3x2 %0, pair;\n}"
+      : "=r"(halves)
+      : "r"(bytes & 0xffffu));
+  return halves;
+}
+
+// Eight e4m3 as they come.
+template <bool kWide>
+__device__ __forceinline__ Chunk load_bytes(const char* from) {
+  if constexpr (kWide) {
+    const uint2 words = *reinterpret_cast<const uint2*>(from);
+    return {words.x, words.y, 0, 0};
+  }
+  Chunk chunk = {};
+  const auto* bytes = reinterpret_cast<const unsigned char*>(from);
+#pragma unroll
+  for (int i = 0; i < kChunkElements; ++i) {
+    chunk.words[i / 4] |= static_cast<u32>(bytes[i]) << i % 4 * 8;
+  }
+  return chunk;
+}
+
+template <class Element>
+__device__ __forceinline__ Chunk widened(const Chunk& bytes) {
+  return {two_halves<Element>(bytes.words[0]), two_halves<Element>(bytes.words[0] >> 16),
+          two_halves<Element>(bytes.words[1]), two_halves<Element>(bytes.words[1] >> 16)};
+}
 
 // The elements of a register as float32.
 template <class Element>
 __device__ __forceinline__ float low_of(u32 word) {
   if constexpr (kIsBf16<Element>) return __int_as_float(word << 16);
-  float value;
+  float value;  // of e4m3, too, which is turned as fp16
   asm("{\n.reg .b16 h;\ncvt.u16.u32 h, %1;\ncvt.f32.f16 %0, h;\n}" : "=f"(value) : "r"(word));
   return value;
 }
@@ -48,6 +89,29 @@ __device__ __forceinline__ Chunk load_elements(const char* from) {
   return chunk;
 }
 
+// A piece of a row of 16-bit elements, or of e4m3 as fp16.
+template <class Element, bool kWide>
+__device__ __forceinline__ Chunk load_piece(const char* row, int chunk) {
+  if constexpr (kIsE4m3<Element>) {
+    return widened<Element>(load_bytes<kWide>(row + chunk * kPieceBytes<Element>));
+  } else {
+    return load_elements<kWide>(row + chunk * kPieceBytes<Element>);
+  }
+}
+
+// The first half of one.
+template <class Element, bool kWide>
+__device__ __forceinline__ Chunk load_half_piece(const char* row, int chunk) {
+  if constexpr (kIsE4m3<Element>) {
+    // Four bytes of eight that lie in the row, whose length is a multiple of eight.
+    Chunk bytes = load_bytes<kWide>(row + chunk / 2 * kPieceBytes<Element>);
+    bytes.words[0] = bytes.words[chunk % 2];
+    return widened<Element>(bytes);
+  } else {
+    return load_elements<kWide, kChunkElements / 2>(row + chunk * (kPieceBytes<Element> / 2));
+  }
+}
+
 // What a piece needs to be turned: every element's partner, with its sign, and its angle.
 struct Turn {
   Chunk other, cos, sin;
@@ -74,10 +138,10 @@ __device__ __forceinline__ Chunk load_table(const AppendParams& params, const ch
   }
   const char* row = table + position * stride;
   if (params.interleaved) {
-    return doubled(load_elements<kWide, 4>(row + chunk * (kChunkBytes / 2)));
+    return doubled(load_half_piece<Element, kWide>(row, chunk));
   }
   const int half = params.rotary_chunks / 2;
-  return load_elements<kWide>(row + (chunk < half ? chunk : chunk - half) * kChunkBytes);
+  return load_piece<Element, kWide>(row, chunk < half ? chunk : chunk - half);
 }
 
 template <class Element, bool kWide>
@@ -124,11 +188,15 @@ __device__ __forceinline__ TwoFloats turned_pair(u32 x, const Turn& turn, int i)
 
 template <class Element>
 __device__ __forceinline__ Chunk turned(const Chunk& own, const Turn& turn) {
-  Chunk result;
+  Chunk result = {};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const TwoFloats pair = turned_pair<Element>(own.words[i], turn, i);
-    result.words[i] = pack<Element>(pair.low, pair.high);
+    if constexpr (kIsE4m3<Element>) {
+      result.words[i / 2] |= pack_e4m3<Element>(pair.low, pair.high) << i % 2 * 16;
+    } else {
+      result.words[i] = pack<Element>(pair.low, pair.high);
+    }
   }
   return result;
 }

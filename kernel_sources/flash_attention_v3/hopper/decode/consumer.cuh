@@ -81,13 +81,30 @@ struct DecodeConsumer {
     stream_sync(stream);
   }
 
+  // Only the kernels whose result is in bf16 take q in e4m3: which one it is costs a branch an
+  // item.
+  __device__ __forceinline__ bool has_q_in_e4m3() const {
+    if constexpr (C::kMixed && kIsBf16<Element>) return params.q_is_e4m3;
+    return false;
+  }
+
+  // Eight elements of q, of e4m3 as fp16.
+  __device__ __forceinline__ uint4 query_piece(long long place) const {
+    if (has_q_in_e4m3()) {
+      const uint2 bytes =
+          *reinterpret_cast<const uint2*>(static_cast<const unsigned char*>(params.q) + place);
+      const HalvesOfWord first = widen(bytes.x), second = widen(bytes.y);
+      return {first.low, first.high, second.low, second.high};
+    }
+    return *reinterpret_cast<const uint4*>(static_cast<const unsigned short*>(params.q) + place);
+  }
+
   // The queries to shared memory, 0 where there is none.
   __device__ __forceinline__ void load_queries(const DecodeItem& item) {
     constexpr int kPieces = C::kHeadDim / 8, kAtOnce = 128 / kPieces;
     const int piece = threadIdx.x % kPieces;
-    const unsigned short* const q = static_cast<const unsigned short*>(params.q) +
-                                    item.batch * params.q_batch_stride +
-                                    item.offset_q * params.q_row_stride + piece * 8;
+    const long long first_place =
+        item.batch * params.q_batch_stride + item.offset_q * params.q_row_stride + piece * 8;
 #pragma unroll
     for (int first = 0; first < C::kRows; first += kAtOnce) {
       const int index = first + threadIdx.x % 128 / kPieces;
@@ -95,8 +112,8 @@ struct DecodeConsumer {
       const DecodeQuery query = *shared.query(stream, index);
       uint4 words = {0, 0, 0, 0};
       if (query.token >= 0 && piece * 8 < params.head_dim) {
-        words = *reinterpret_cast<const uint4*>(q + query.token * params.q_row_stride +
-                                                query.head * params.q_head_stride);
+        words = query_piece(first_place + query.token * params.q_row_stride +
+                            query.head * params.q_head_stride);
       }
       if constexpr (C::kMixed) {
         store_scaled_query(item, index, piece, {words.x, words.y, words.z, words.w});
@@ -117,7 +134,12 @@ struct DecodeConsumer {
                                                      const uint4& loaded) {
     u32 words[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
     float factor = 1.f;
-    if constexpr (kIsBf16<Element>) factor = scale_to_fp16<C::kHeadDim / 8>(words);
+    if (has_q_in_e4m3()) {
+      factor = factor_of(params.q_descale, params.q_descale_batch_stride,
+                         params.q_descale_head_stride, item);
+    } else if constexpr (kIsBf16<Element>) {
+      factor = scale_to_fp16<C::kHeadDim / 8>(words);
+    }
     store_query<C>(shared.q(stream), index, piece, words);
     if (piece == 0) {
       shared.score_factors(stream)[index] = factor * descale_of(params.k, item);
@@ -126,9 +148,13 @@ struct DecodeConsumer {
 
   __device__ __forceinline__ float descale_of(const DecodeRows& rows,
                                               const DecodeItem& item) const {
-    if (rows.descale == nullptr) return 1.f;
-    return rows
-        .descale[item.batch * rows.descale_batch_stride + my_head() * rows.descale_head_stride];
+    return factor_of(rows.descale, rows.descale_batch_stride, rows.descale_head_stride, item);
+  }
+  // Of the item's sequence and head; 1 where no factors are given.
+  __device__ __forceinline__ float factor_of(const float* factors, long long batch_stride,
+                                             long long head_stride, const DecodeItem& item) const {
+    if (factors == nullptr) return 1.f;
+    return factors[item.batch * batch_stride + my_head() * head_stride];
   }
 
   __device__ __forceinline__ void multiply_scores() {

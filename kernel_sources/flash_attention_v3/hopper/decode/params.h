@@ -22,6 +22,8 @@ struct DecodeRows {
 struct DecodeParams {
   DecodeRows k, v;
   const void* q;
+  const float* q_descale;  // of q in e4m3: of each sequence and head; null for 1
+  long long q_descale_batch_stride, q_descale_head_stride;
   void* out;
   float* lse;         // null when not wanted
   const void* sinks;  // (heads_q,), null when there are none
@@ -71,6 +73,7 @@ struct DecodeParams {
   unsigned chunk_multiplier, chunk_shift;  // as in ForwardParams; the same for the group
   unsigned group_multiplier, group_shift;
   unsigned place_multiplier, place_shift;
+  bool q_is_e4m3;           // over an e4m3 cache, with a result in bf16
   bool sinks_are_elements;  // sinks in the inputs' dtype, else float32
   bool clear_rest;          // rows that hold no query become 0, their lse -inf
 };

@@ -15,7 +15,6 @@ namespace jit_kernel::hopper {
 
 using MaybeTensor = tvm::ffi::Optional<tvm::ffi::TensorView>;
 
-constexpr int64_t kElementBytes = 2;  // of new keys and values, queries and tables
 // Items are counted in 31 bits, those of the last block's lanes included.
 constexpr int64_t kMostItems = (int64_t{1} << 31) - (1 << 16);
 
@@ -28,12 +27,15 @@ inline Divisor divisor_of(int64_t number) {
   return divisor;
 }
 
+// Of an element.
+inline int64_t bytes_of(const tvm::ffi::TensorView& x) { return x.dtype().bits / 8; }
+
 // Whether every row begins at a multiple of 16 bytes; the stride of a dimension of one element
 // moves nothing.
 inline bool has_wide_rows(const tvm::ffi::TensorView& x) {
   auto bits = reinterpret_cast<uint64_t>(cuda::data_of(x));
   for (int i = 0; i + 1 < x.ndim(); ++i) {
-    if (x.size(i) > 1) bits |= static_cast<uint64_t>(x.stride(i) * (x.dtype().bits / 8));
+    if (x.size(i) > 1) bits |= static_cast<uint64_t>(x.stride(i) * bytes_of(x));
   }
   return bits % kChunkBytes == 0;
 }
@@ -53,10 +55,10 @@ inline AppendPart part_of(const char* name, const tvm::ffi::TensorView& source,
   AppendPart part = {};
   part.source = static_cast<const char*>(cuda::data_of(source));
   part.destination = static_cast<char*>(cuda::data_of(destination));
-  part.source_batch = n == 4 ? source.stride(0) * kElementBytes : 0;
-  part.source_token = source.stride(n - 3) * kElementBytes;
-  part.source_head = source.stride(n - 2) * kElementBytes;
-  const int64_t bytes = destination.dtype().bits / 8;
+  const int64_t own_bytes = bytes_of(source), bytes = bytes_of(destination);
+  part.source_batch = n == 4 ? source.stride(0) * own_bytes : 0;
+  part.source_token = source.stride(n - 3) * own_bytes;
+  part.source_head = source.stride(n - 2) * own_bytes;
   part.destination_batch = m == 4 ? destination.stride(0) * bytes : 0;
   part.destination_token = destination.stride(m - 3) * bytes;
   part.destination_head = destination.stride(m - 2) * bytes;
@@ -109,8 +111,8 @@ inline void set_tables(AppendParams& params, const MaybeTensor& cos, const Maybe
   if (!cos.has_value() || !sin.has_value()) return;
   params.rotary_cos = cuda::data_of<const char>(cos);
   params.rotary_sin = cuda::data_of<const char>(sin);
-  params.cos_stride = cos.value().stride(0) * kElementBytes;
-  params.sin_stride = sin.value().stride(0) * kElementBytes;
+  params.cos_stride = cos.value().stride(0) * bytes_of(cos.value());
+  params.sin_stride = sin.value().stride(0) * bytes_of(sin.value());
   params.rotary_positions = static_cast<int>(cos.value().size(0));
   params.rotary_chunks = static_cast<int>(2 * cos.value().size(1) / kChunkElements);
   const bool wide_tables = has_wide_rows(cos.value()) && has_wide_rows(sin.value());

@@ -21,6 +21,7 @@
 
 #include "flash_attention_v3/hopper/decode/config.h"
 #include "flash_attention_v3/hopper/decode/params.h"
+#include "flash_attention_v3/hopper/launch/decode_scales.h"
 #include "flash_attention_v3/hopper/launch/exports.h"
 #include "flash_attention_v3/hopper/launch/prefill_launch.h"
 #include "flash_attention_v3/hopper/launch/tensor_map.h"
@@ -261,6 +262,7 @@ inline void set_decode_tensors(DecodeParams& params, const DecodeShape& shape, c
                                const TensorView& k, const TensorView& v, const TensorView& out,
                                bool ragged, bool paged) {
   params.q = cuda::data_of(q);
+  params.q_is_e4m3 = q.dtype().bits == 8;
   params.out = cuda::data_of(out);
   params.q_batch_stride = ragged ? 0 : q.stride(0);
   params.out_batch_stride = ragged ? 0 : out.stride(0);
@@ -324,7 +326,7 @@ struct DecodeCall {
   TensorView q, k, v, out;
   Optional<TensorView> lse, cu_seqlens_q, seqused_q, seqused_k, cu_seqlens_k_new, page_table,
       cache_batch_idx, cache_leftpad, draft_mask, sinks, partials;
-  Optional<TensorView> k_descale, v_descale, k_scale, v_scale;  // of an e4m3 cache
+  Optional<TensorView> q_descale, k_descale, v_descale, k_scale, v_scale;  // of what is in e4m3
   int64_t new_rows;
   double softmax_scale, softcap;
   int64_t left, right, chunk, sm_margin;
@@ -399,26 +401,13 @@ inline void set_decode_indices(DecodeParams& params, const DecodeCall& call) {
   params.clear_rest = call.clear_rest;
 }
 
-inline void set_scales(DecodeRows& rows, const Optional<TensorView>& descale,
-                       const Optional<TensorView>& scales) {
-  rows.descale = cuda::data_of<float>(descale);
-  if (descale.has_value()) {
-    rows.descale_batch_stride = descale.value().stride(0);
-    rows.descale_head_stride = descale.value().stride(1);
-  }
-  rows.scales = cuda::data_of<float>(scales);
-  if (!scales.has_value()) return;
-  rows.scales_place_stride = scales.value().stride(0);
-  rows.scales_row_stride = scales.value().stride(1);
-  rows.scales_head_stride = scales.value().stride(2);
-}
-
 // kLaunched or kNeedsRoom.
 inline int64_t launch_decode(DecodeVariant& variant, const DecodeCall& call) {
   const int device = cuda::checked_device(call.q.device().device_id);
   const cuda::ContextGuard context(device);
   DecodeParams params = {};
   set_decode_grid(params, variant.shape, call, device);
+  set_q_descale(params, call.q_descale);
   set_scales(params.k, call.k_descale, call.k_scale);
   set_scales(params.v, call.v_descale, call.v_scale);
   set_decode_tensors(params, variant.shape, call.q, call.k, call.v, call.out,
@@ -456,11 +445,12 @@ inline int64_t decode(int64_t handle, TensorView q, TensorView k, TensorView v, 
                       Optional<TensorView> cu_seqlens_k_new, Optional<TensorView> page_table,
                       Optional<TensorView> cache_batch_idx, Optional<TensorView> cache_leftpad,
                       Optional<TensorView> sinks, Optional<TensorView> draft_mask,
-                      Optional<TensorView> k_descale, Optional<TensorView> v_descale,
-                      Optional<TensorView> k_scale, Optional<TensorView> v_scale,
-                      Optional<TensorView> partials, int64_t new_rows, double softmax_scale,
-                      double softcap, int64_t left, int64_t right, int64_t chunk, int64_t sm_margin,
-                      bool clear_rest, bool fixed_ranges, int64_t tiles, bool if_aligned) {
+                      Optional<TensorView> q_descale, Optional<TensorView> k_descale,
+                      Optional<TensorView> v_descale, Optional<TensorView> k_scale,
+                      Optional<TensorView> v_scale, Optional<TensorView> partials, int64_t new_rows,
+                      double softmax_scale, double softcap, int64_t left, int64_t right,
+                      int64_t chunk, int64_t sm_margin, bool clear_rest, bool fixed_ranges,
+                      int64_t tiles, bool if_aligned) {
   const DecodeCall call = {q,
                            k,
                            v,
@@ -476,6 +466,7 @@ inline int64_t decode(int64_t handle, TensorView q, TensorView k, TensorView v, 
                            draft_mask,
                            sinks,
                            partials,
+                           q_descale,
                            k_descale,
                            v_descale,
                            k_scale,

@@ -25,7 +25,7 @@ using PlainTensor = std::optional<TensorView>;
 // Members are initialised in the order of their declaration, so the order of the lines is the order
 // of the call: one line declares an argument and reads it.
 struct KnownDecodeArguments {
-  static constexpr int32_t kCount = 27;
+  static constexpr int32_t kCount = 28;
   explicit KnownDecodeArguments(FfiArguments& arguments) : from(arguments) {}
 
   FfiArguments& from;
@@ -40,6 +40,7 @@ struct KnownDecodeArguments {
   PlainTensor cu_seqlens_k_new = from.maybe_tensor();
   PlainTensor sinks = from.maybe_tensor();
   PlainTensor scheduler_metadata = from.maybe_tensor();
+  PlainTensor q_descale = from.maybe_tensor();
   PlainTensor k_descale = from.maybe_tensor();
   PlainTensor v_descale = from.maybe_tensor();
   PlainTensor k_scale = from.maybe_tensor();
@@ -57,7 +58,8 @@ struct KnownDecodeArguments {
   bool clear_rest = from.boolean();
   bool all_in_memory = from.boolean();  // whether torch was asked, and says so
 
-  bool is_mixed() const { return k.dtype().bits == 8; }
+  bool is_mixed() const { return k.dtype().bits == 8; }  // q has 16 bits, or is in e4m3, too
+  bool has_q_in_e4m3() const { return q.dtype().bits == 8; }
   bool is_ragged() const { return cu_seqlens_q.has_value(); }
   int64_t batch() const { return is_ragged() ? cu_seqlens_q->size(0) - 1 : q.size(0); }
   double scale() const {
@@ -70,7 +72,8 @@ inline bool is_vector(const PlainTensor& t, DLDevice device, DLDataType dtype, i
   return !t.has_value() || (is_dense(*t, device, 1, dtype, 1) && t->size(0) == size);
 }
 
-constexpr DLDataType kFloatType = {kDLFloat, 32, 1}, kE4m3Type = {kDLFloat8_e4m3fn, 8, 1};
+constexpr DLDataType kFloatType = {kDLFloat, 32, 1}, kBf16Type = {kDLBfloat, 16, 1},
+                     kE4m3Type = {kDLFloat8_e4m3fn, 8, 1};
 
 inline bool is_half(DLDataType dtype) {
   return (dtype.code == kDLBfloat || dtype.code == kDLFloat) && dtype.bits == 16;
@@ -93,7 +96,7 @@ inline bool keys_fit(const KnownDecodeArguments& a, DLDevice device, int64_t bat
 // Absent, or of an e4m3 cache: of each sequence and head, of each token and head.
 inline bool scales_fit(const KnownDecodeArguments& a, DLDevice device, int64_t batch) {
   const TensorView& k = a.k;
-  for (const PlainTensor* t : {&a.k_descale, &a.v_descale}) {
+  for (const PlainTensor* t : {&a.q_descale, &a.k_descale, &a.v_descale}) {
     if (!t->has_value()) continue;
     const TensorView& x = **t;
     if (!a.is_mixed() || !is_strided(x, device, 1, kFloatType, 2) || x.size(0) != batch ||
@@ -115,11 +118,13 @@ inline bool scales_fit(const KnownDecodeArguments& a, DLDevice device, int64_t b
 // Types, shapes and devices.
 inline bool tensors_fit(const KnownDecodeArguments& a) {
   const DLDevice device = a.q.device();
-  const DLDataType dtype = a.q.dtype(), of_cache = a.is_mixed() ? kE4m3Type : dtype;
+  const DLDataType dtype = a.has_q_in_e4m3() ? kE4m3Type : a.q.dtype();
+  const DLDataType of_cache = a.is_mixed() ? kE4m3Type : dtype;
+  const DLDataType of_out = a.has_q_in_e4m3() ? kBf16Type : dtype;
   const int32_t dims = a.is_ragged() ? 3 : 4;
-  if (!is_half(dtype) || !is_dense(a.q, device, 1, dtype, dims) ||
+  if (!(is_half(dtype) || a.has_q_in_e4m3()) || !is_dense(a.q, device, 1, dtype, dims) ||
       !is_dense(a.k, device, 1, of_cache, 4) || !is_dense(a.v, device, 1, of_cache, 4) ||
-      !is_dense(a.out, device, 1, dtype, dims) || !heads_fit(a, dims)) {
+      !is_dense(a.out, device, 1, of_out, dims) || !heads_fit(a, dims)) {
     return false;
   }
   if (a.is_ragged() && !is_dense(*a.cu_seqlens_q, device, 1, kIndexType, 1)) return false;
@@ -150,7 +155,7 @@ inline bool all_read(const KnownDecodeArguments& a, F&& f) {
   }
   for (const PlainTensor* t :
        {&a.seqused_k, &a.page_table, &a.cu_seqlens_q, &a.cu_seqlens_k_new, &a.sinks,
-        &a.scheduler_metadata, &a.k_descale, &a.v_descale, &a.k_scale, &a.v_scale}) {
+        &a.scheduler_metadata, &a.q_descale, &a.k_descale, &a.v_descale, &a.k_scale, &a.v_scale}) {
     if (t->has_value() && !f(**t)) return false;
   }
   return true;
@@ -178,7 +183,8 @@ struct KnownKernel {
 };
 
 // The loaded kernel for a call's longest sequence of queries; null where there is none, or more
-// rows than any has. Over an e4m3 cache the kernel of the most rows takes more of them in tiles.
+// rows than any has. Over an e4m3 cache the kernel of the most rows takes more of them in tiles,
+// where those of many rows do not take them: with factors of tokens and without splits.
 // Without cu_seqlens_q the length is q's, and a smaller max_seqlen_q a mistake.
 inline KnownKernel kernel_of(const KnownDecodeArguments& a) {
   const int32_t dims = a.q.ndim();
@@ -197,10 +203,11 @@ inline KnownKernel kernel_of(const KnownDecodeArguments& a) {
   int64_t tiles = 1;
   if (longest * group > found->rows) {
     const int64_t tokens = found->rows / group;
-    if (!a.is_mixed() || tokens == 0) return {};
+    const bool in_tiles = a.k_scale.has_value() || a.v_scale.has_value() || a.num_splits == 1;
+    if (!a.is_mixed() || !in_tiles || tokens == 0) return {};
     tiles = (longest + tokens - 1) / tokens;
   }
-  return {LoadedDecodes::at(a.q.device().device_id, a.q.dtype().code == kDLBfloat, *found)
+  return {LoadedDecodes::at(a.q.device().device_id, a.out.dtype().code == kDLBfloat, *found)
               .load(std::memory_order_acquire),
           tiles};
 }
@@ -226,6 +233,7 @@ inline DecodeCall decode_call_of(const KnownDecodeArguments& a, int64_t tiles) {
           none,  // draft_mask
           optional_of(a.sinks),
           none,  // partials
+          optional_of(a.q_descale),
           optional_of(a.k_descale),
           optional_of(a.v_descale),
           optional_of(a.k_scale),

@@ -196,6 +196,7 @@ inline int64_t mla(int64_t handle, TensorView q, TensorView k, TensorView v, Ten
                          {},
                          {},
                          {},
+                         {},
                          {},  // keys of the queries' type have no factors
                          new_rows,
                          softmax_scale,

@@ -44,7 +44,7 @@ struct Consumer {
   float of_block[C::kFp8 ? C::kPartColumns / 2 : 1];  // the sums of a block's products, or a part
   u32 probabilities[C::kKeys * C::kElementBytes / 8];
   float scale;         // of scores to exponents of 2
-  int changes_scores;  // of e4m3: scores are multiplied before they are masked
+  int changes_scores;  // with factors: scores are multiplied before they are masked
   u32 queries[C::kQuerySteps > 0 ? 4 * C::kQuerySteps : 1];
 
   __device__ __forceinline__ Consumer(const typename C::Params& params, const Shared<C>& shared,
@@ -201,7 +201,7 @@ struct Consumer {
 
   template <class Between>
   __device__ __forceinline__ void work_on_scores(int block, Between between) {
-    if constexpr (C::kFp8) {
+    if constexpr (C::kFactors) {
       if (changes_scores) {
         change_scores(scores, shared.tile(tile_at.stage())->before, params.softcap_scale > 0.f);
       }
@@ -214,7 +214,7 @@ struct Consumer {
     const int column = block * C::kKeys;
     if (column + C::kKeys > every_high) mask_block<true>(column);
     if (C::kMasked && column < every_low) mask_block<false>(column);
-    softmax_step<Element>(scores, softmax, C::kFp8 ? scale : params.scale_log2, between);
+    softmax_step<Element>(scores, softmax, C::kFactors ? scale : params.scale_log2, between);
   }
   __device__ __forceinline__ void work_on_scores(int block) {
     work_on_scores(block, [](int) {});
@@ -422,10 +422,15 @@ struct Consumer {
     return C::kOverlap ? run_overlapped() : run_in_turn();
   }
 
-  __device__ __forceinline__ void start_fp8_tile() {
-    const typename C::Info& tile = *shared.tile(tile_at.stage());
-    scale = tile.scale_log2;
-    changes_scores = uniform(tile.before != 1.f || params.softcap_scale > 0.f);
+  __device__ __forceinline__ void take_factors() {
+    if constexpr (C::kFactors) {
+      const typename C::Info& tile = *shared.tile(tile_at.stage());
+      scale = tile.scale_log2;
+      changes_scores = uniform(tile.before != 1.f || params.softcap_scale > 0.f);
+    }
+  }
+
+  __device__ __forceinline__ void clear_output() {
 #pragma unroll
     for (float& each : output) each = 0.f;
   }
@@ -438,8 +443,9 @@ struct Consumer {
     issue_scores();
     wgmma_wait<0>();
     while (true) {
-      if constexpr (C::kFp8) start_fp8_tile();
-      start_row(softmax, (C::kFp8 ? scale : params.scale_log2) > largest_scale());
+      take_factors();
+      if constexpr (C::kFp8) clear_output();
+      start_row(softmax, (C::kFactors ? scale : params.scale_log2) > largest_scale());
       skip_values(skipped_first());
       const bool pending = run_blocks();
       const int skipped = skipped_last();
