@@ -2,8 +2,8 @@
 
 bf16 and fp16, head sizes up to 256 that are multiples of 8. Dense and ragged prefill, also in e4m3 with head sizes that
 are multiples of 16; over caches, in pages or dense, prefill and decode, with new keys appended first, and with draft
-masks; a cache in e4m3 beside queries in 16 bit. With qv (MLA) over a 16-bit cache, without draft masks. Queries in e4m3
-over a cache are not claimed: the portable kernels say what they do.
+masks; a cache in e4m3 beside queries in 16 bit. With qv (MLA) over a cache, also one in e4m3 beside queries of 16 bits
+or in e4m3. Other queries in e4m3 over a cache are not claimed: the portable kernels say what they do.
 """
 
 from __future__ import annotations
@@ -40,12 +40,17 @@ CLAIMED_WITH_CACHE = CLAIMED - {"ragged_k"} | frozenset(
 )
 # Of a cache in e4m3 beside queries of 16 bits.
 _SCALES = frozenset(("descale", "token_scales"))
-CLAIMED_MIXED = CLAIMED_WITH_CACHE - {"qv", "only_qv"} | _SCALES
+_QV = frozenset(("qv", "only_qv"))
+CLAIMED_MIXED = CLAIMED_WITH_CACHE - _QV | _SCALES
+# The same with qv: keys and values of a token have no factors. Of queries in e4m3 nothing is appended.
+CLAIMED_MIXED_QV = CLAIMED_WITH_CACHE | {"descale"}
+CLAIMED_E4M3_QV = CLAIMED_MIXED_QV - {"append", "ragged_append", "rotary"}
 _UNALIGNED = "strides or addresses that are no multiple of the copy engine's 16 bytes"
 # What a faster way takes of these: an append is a launch that must not be lost where the next one is declined.
 _KNOWN_WITH_CACHE = CLAIMED_WITH_CACHE - {"append", "ragged_append", "rotary", "metadata"}
 
 _KNOWN_MIXED = _KNOWN_WITH_CACHE & CLAIMED_MIXED | _SCALES
+_KNOWN_MIXED_QV = _KNOWN_WITH_CACHE | {"descale"}
 
 _FP8 = torch.float8_e4m3fn
 
@@ -53,6 +58,7 @@ _asks_for_more = asks_for_more(CLAIMED)
 _fp8_asks_for_more = asks_for_more(CLAIMED_IN_FP8)
 _cache_asks_for_more = asks_for_more(_KNOWN_WITH_CACHE)
 _mixed_asks_for_more = asks_for_more(_KNOWN_MIXED)
+_mixed_qv_asks_for_more = asks_for_more(_KNOWN_MIXED_QV)
 
 
 def supports(target: Target) -> Decision:
@@ -68,7 +74,7 @@ def decide(target: Target, features: Features) -> Decision:
     fp8 = features.dtype == "e4m3"
     if not fp8 and features.dtype not in kernels.DTYPES:
         return Rejected(f"dtype {features.dtype}: it computes in bf16, fp16 and e4m3", claimed=False)
-    if fp8 and features.cache:
+    if fp8 and features.cache and not features.qv:
         return Rejected("dtype e4m3 over a cache: its kernels there compute in bf16 and fp16", claimed=False)
     mixed = mixed_dtypes(features)
     if mixed is not None and not features.cache:
@@ -102,8 +108,6 @@ def decide(target: Target, features: Features) -> Decision:
 
 def _decide_qv(features: Features) -> Decision:
     """Head sizes 64/256 and 64/512, which the checks ask for."""
-    if features.draft_mask:
-        return Rejected("draft_mask: its kernels have none with qv", claimed=False)
     if not features.aligned:
         return Rejected(_UNALIGNED, claimed=False)
     return Accepted()
@@ -112,16 +116,21 @@ def _decide_qv(features: Features) -> Decision:
 def _claimed(features: Features) -> frozenset[str]:
     if not features.cache:
         return CLAIMED_IN_FP8 if features.dtype == "e4m3" else CLAIMED
-    return CLAIMED_WITH_CACHE if features.kv_dtype == features.dtype else CLAIMED_MIXED
+    if features.kv_dtype != "e4m3":
+        return CLAIMED_WITH_CACHE
+    if not features.qv:
+        return CLAIMED_MIXED
+    return CLAIMED_E4M3_QV if features.dtype == "e4m3" else CLAIMED_MIXED_QV
 
 
 def prepare(device: str) -> None:
     """Compile or load the launcher."""
-    global _asks_for_more, _fp8_asks_for_more, _cache_asks_for_more, _mixed_asks_for_more
+    global _asks_for_more, _fp8_asks_for_more, _cache_asks_for_more, _mixed_asks_for_more, _mixed_qv_asks_for_more
     _asks_for_more = asks_for_more(CLAIMED)
     _fp8_asks_for_more = asks_for_more(CLAIMED_IN_FP8)
     _cache_asks_for_more = asks_for_more(_KNOWN_WITH_CACHE)
     _mixed_asks_for_more = asks_for_more(_KNOWN_MIXED)
+    _mixed_qv_asks_for_more = asks_for_more(_KNOWN_MIXED_QV)
     kernels.kernels_of(torch.device(device))
 
 
@@ -132,6 +141,9 @@ def all_variants(target: Target) -> list[KernelSpec]:
 
 def canonical(spec: KernelSpec, field: str, value: str) -> str:
     """The value of a variant's field that serves a user's value: the next head size, or rows, of its kind."""
+    if field == "dtype" and value in kernels.DTYPES and dict(spec.variant).get("dtype") == "e4m3":
+        # Beside a cache in e4m3 one kernel serves queries of every dtype.
+        return "e4m3" if dict(spec.variant)["function"] == "mla" else value
     if not value.isdecimal() or field not in ("head_dim", "head_dim_v", "rows"):
         return value
     function = dict(spec.variant)["function"]
@@ -165,6 +177,9 @@ def try_known(call: Call) -> Result | None:
     What `decide` looks at takes 5 us to gather; here a loaded kernel's key answers for dtype and head sizes, the
     launcher for addresses and strides, and the arguments that ask for an unclaimed feature must be absent.
     """
+    if call.qv is not None and call.k.dtype is _FP8:
+        asks_for_more = _mixed_qv_asks_for_more(call) or not has_cache(call)
+        return None if asks_for_more else _attend_cache(call, only_known=True)
     if call.k.dtype is not call.q.dtype:
         asks_for_more = _mixed_asks_for_more(call) or not has_cache(call)
         asks_for_more |= call.q.dtype is torch.float16 and (call.k_scale is not None or call.v_scale is not None)

@@ -10,8 +10,12 @@ namespace jit_kernel::hopper {
 struct MlaParams : DecodeParams {
   const void* qv;
   long long qv_batch_stride, qv_row_stride, qv_head_stride;
+  const float* q_descale;  // of q and qv in e4m3: one of each sequence and key head; null for 1
+  long long q_descale_batch_stride, q_descale_head_stride;
   int row_tiles;  // of 64 packed query rows, of the longest sequence
   bool only_qv;   // q and k are not read
+  // Of an e4m3 cache: the type of q and qv, and of the result.
+  bool e4m3_q, bf16_q, bf16_out;
 };
 
 }  // namespace jit_kernel::hopper
