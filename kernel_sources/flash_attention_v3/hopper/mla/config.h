@@ -14,7 +14,8 @@ constexpr int kMlaThreads = 384;             // four producer warps, two consume
 constexpr int kMlaCounters = 4;  // of a cut sequence: arrived, slices taken, parts that have left
 
 struct MlaItem : DecodeItem {
-  int is_last;  // of this part's
+  int is_last;    // of this part's
+  int plain_end;  // rows of the cache from here on are another part's, or have bits in a draft mask
 };
 
 // The keys' latent columns are the values as well: panels of 64 columns, in a left and a right

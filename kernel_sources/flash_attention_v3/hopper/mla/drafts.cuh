@@ -5,11 +5,11 @@
 
 namespace jit_kernel::hopper {
 
-// Whether a buffer whose first key is `row` of the cache has one with a bit in the draft mask.
+// Whether a buffer whose first key is `row` of the cache has one with a bit in the draft mask:
+// asked where not all rows see all keys, so that other buffers do not pay for it.
 __device__ __forceinline__ bool has_mla_drafts(const MlaParams& params, const DecodeItem& item,
                                                int row) {
-  return params.draft_mask != nullptr &&
-         row + kMlaKeys > item.leftpad + item.len_k - 32 * params.draft_words;
+  return params.draft_mask != nullptr && row + kMlaKeys > first_draft(params, item);
 }
 
 // By the draft mask alone; older keys are seen. A row without a query has nobody to hide from.

@@ -122,7 +122,7 @@ struct MlaHalf {
   }
 
   // Softcap, and -inf for keys that a row does not see. `row`: the cache's row of the first key.
-  __device__ __forceinline__ void work_on_scores(const DecodeItem& item, int row) {
+  __device__ __forceinline__ void work_on_scores(const MlaItem& item, int row) {
     if constexpr (C::kMixed) {
       float factors[2];
       hear(shared.score_factors(), factors);
@@ -133,16 +133,15 @@ struct MlaHalf {
 #pragma unroll
       for (float& score : scores) score = tanh_fast(score * params.softcap_scale);
     }
-    const bool drafts = has_mla_drafts(params, item, row);
     const bool all_see = row >= shared.query(C::kRows - 1)->low &&
-                         row + kMlaKeys <= shared.query(0)->high && !drafts;
+                         row + kMlaKeys <= min(shared.query(0)->high, item.plain_end);
     if (uniform(all_see) != 0) return;
     const int mine = accumulator_row(0);
     const DecodeQuery first = *shared.query(mine), second = *shared.query(mine + 8);
     const KeyInterval rows[2] = {{first.low, first.high}, {second.low, second.high}};
     mask_scores<true>(scores, rows, accumulator_column(row));
     mask_scores<false>(scores, rows, accumulator_column(row));
-    if (uniform(drafts) == 0) return;
+    if (uniform(has_mla_drafts(params, item, row)) == 0) return;
     mask_drafts<0>(drafts_of(params, item, first.token, row));
     mask_drafts<1>(drafts_of(params, item, second.token, row));
   }
@@ -163,7 +162,7 @@ struct MlaHalf {
 
   // Zeros for this half's values of keys that no row sees: they may hold anything, and 0 times NaN
   // is NaN.
-  __device__ __forceinline__ void clear_hidden(const DecodeItem& item, int row, int buffer) {
+  __device__ __forceinline__ void clear_hidden(const MlaItem& item, int row, int buffer) {
     const u64 seen = seen_keys<C>(params, shared, item, row);
     const u32 v = shared.keys(buffer, kFirstPanel);
 #pragma unroll 1
@@ -190,7 +189,7 @@ struct MlaHalf {
     numbers[1] = from[accumulator_row(8)];
   }
 
-  __device__ __forceinline__ void run_block_of_first(const DecodeItem& item, int block) {
+  __device__ __forceinline__ void run_block_of_first(const MlaItem& item, int block) {
     pin_registers(scores);
     issue_scores<0, true>();
     issue_scores<1, false>();
@@ -240,18 +239,17 @@ struct MlaHalf {
   }
 
   // Clears what is hidden of a buffer. meets: the warps may still read it for scores.
-  __device__ __forceinline__ void own_sync_if_cleared(const DecodeItem& item, int block, int buffer,
+  __device__ __forceinline__ void own_sync_if_cleared(const MlaItem& item, int block, int buffer,
                                                       bool meets) {
     const int row = block * kMlaBlockKeys + buffer * kMlaKeys;
-    const bool all_seen = row >= item.low && row + kMlaKeys <= end_of_keys(item) &&
-                          !has_mla_drafts(params, item, row);
+    const bool all_seen = row >= item.low && row + kMlaKeys <= item.plain_end;
     if (uniform(all_seen) != 0) return;
     if (meets) own_sync();
     clear_hidden(item, row, buffer);
     after_clearing();
   }
 
-  __device__ __forceinline__ void run_block_of_second(const DecodeItem& item, int block) {
+  __device__ __forceinline__ void run_block_of_second(const MlaItem& item, int block) {
     pin_registers(scores);
     issue_scores<1, true>();
     issue_scores<0, false>();
@@ -294,7 +292,7 @@ struct MlaHalf {
     release(0);
   }
 
-  __device__ __forceinline__ void run_blocks(const DecodeItem& item) {
+  __device__ __forceinline__ void run_blocks(const MlaItem& item) {
     const int begin = uniform(item.begin[0]), end = uniform(item.end[0]);
 #pragma unroll 1
     for (int block = begin; block < end; ++block) {

@@ -112,8 +112,15 @@ __device__ __forceinline__ void find_mla_items(const MlaParams& params,
 #pragma unroll 1
   while (found) {
     found = schedule.next(item);
-    if (!found) item.batch = -1;
     item.is_last = schedule.is_done();
+    if (!found) {
+      item.batch = -1;
+    } else {
+      item.plain_end = end_of_keys(item);
+      if (params.draft_mask != nullptr) {
+        item.plain_end = min(item.plain_end, first_draft(params, item));
+      }
+    }
     mbarrier_wait(shared.item_empty(at.stage()), at.parity() ^ 1);
     if (threadIdx.x % 32 == 0) {
       *shared.item(at.stage()) = item;

@@ -111,7 +111,7 @@ struct MlaSwapped {
   }
 
   // -inf for keys that a query does not see.
-  __device__ __forceinline__ void mask_scores_of(const DecodeItem& item, int row) {
+  __device__ __forceinline__ void mask_scores_of(const MlaItem& item, int row) {
     const int first = first_key();
     const bool drafts = has_mla_drafts(params, item, row);
 #pragma unroll
@@ -128,7 +128,7 @@ struct MlaSwapped {
   }
 
   // Zeros for values that no query sees: they may hold anything, and 0 times NaN is NaN.
-  __device__ __forceinline__ void clear_hidden_values(const DecodeItem& item, int row) {
+  __device__ __forceinline__ void clear_hidden_values(const MlaItem& item, int row) {
     constexpr int kPanels = C::kIsStreamed ? C::kPairs : C::kPanelsV;  // of 128 bytes a row
     const u64 seen = seen_keys<C>(params, shared, item, row);
 #pragma unroll 1
@@ -148,11 +148,10 @@ struct MlaSwapped {
     }
   }
 
-  __device__ __forceinline__ void run_block(const DecodeItem& item, int block, bool is_first) {
+  __device__ __forceinline__ void run_block(const MlaItem& item, int block, bool is_first) {
     const int row = block * kMlaBlockKeys + stream * kMlaKeys;
-    const bool drafts = has_mla_drafts(params, item, row);
     const bool all_see = row >= shared.query(C::kRows - 1)->low &&
-                         row + kMlaKeys <= shared.query(0)->high && !drafts;
+                         row + kMlaKeys <= min(shared.query(0)->high, item.plain_end);
     if constexpr (C::kIsStreamed) {
       multiply_scores_streamed();
     } else {
@@ -167,7 +166,7 @@ struct MlaSwapped {
     const float threshold = fminf(kRescaleThreshold / scale, kLargestFloat);
     float sums[kQueries];
     const float of_keys[2] = {1.f, 1.f};  // none in 16 bit
-    bool clears = drafts || row < item.low || row + kMlaKeys > end_of_keys(item), raises = is_first;
+    bool clears = row < item.low || row + kMlaKeys > item.plain_end, raises = is_first;
     if (clears) stream_sync(stream);  // all scores are there
 #pragma unroll 1
     while (true) {  // once, or again with references that were raised
@@ -196,8 +195,7 @@ struct MlaSwapped {
 
   // Each half of the columns in turn: one warpgroup's numbers, then the sum with the other's, then
   // all threads store rows. `by`: what each query's numbers are multiplied by.
-  __device__ __forceinline__ void store_halves(const DecodeItem& item,
-                                               const float (&by)[kQueries]) {
+  __device__ __forceinline__ void store_halves(const MlaItem& item, const float (&by)[kQueries]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       consumers_sync();
@@ -222,7 +220,7 @@ struct MlaSwapped {
     }
   }
 
-  __device__ __forceinline__ void store_rows_of_half(const DecodeItem& item, int half) {
+  __device__ __forceinline__ void store_rows_of_half(const MlaItem& item, int half) {
     constexpr int kPieces = C::kHeadDimV / 2 / 8;  // of a row, 8 numbers each
     const int thread = stream * 128 + threadIdx.x % 128, piece = thread % kPieces;
 #pragma unroll 1
@@ -248,7 +246,7 @@ struct MlaSwapped {
 
   // The two warpgroups' sums become one, of a row a thread: its reference, its sum, and by what
   // each warpgroup's numbers are multiplied.
-  __device__ __forceinline__ void join(const DecodeItem& item) {
+  __device__ __forceinline__ void join(const MlaItem& item) {
     const int row = threadIdx.x % 128;
     if (stream == 0 && row < C::kRows) {
       const JoinFactors join =
@@ -276,7 +274,7 @@ struct MlaSwapped {
     }
   }
 
-  __device__ __forceinline__ void run_item(const DecodeItem& item) {
+  __device__ __forceinline__ void run_item(const MlaItem& item) {
     start_queries<C>(softmax);
 #pragma unroll
     for (int panel = 0; panel < C::kPanelsV; ++panel) {
