@@ -79,7 +79,7 @@ class Cell:
     def kv_bytes(self) -> int:
         """Bytes of keys and values, and of the factors of tokens, that the call must read."""
         if self.latent:
-            return sum(self.lengths()) * self.kv_heads * (self.latent + self.head_dim) * 2
+            return sum(self.lengths()) * self.kv_heads * (self.latent + self.head_dim) * (1 if self.mixed else 2)
         of_row = self.head_dim * (1 if self.mixed else 2) + (4 if self.mixed == "tokens" else 0)
         return sum(self.lengths()) * self.kv_heads * 2 * of_row
 
@@ -246,6 +246,8 @@ def _latent() -> list[Cell]:
         replace(few, name="mla 16 q4", queries=4, twin="mla 16", limits=(Limit("over_twin", 1.1, 1.05),)),
         replace(few, name="mla 16 page 1", page=1, twin="mla 16", limits=()),
         replace(cell, name="mla 1x32k", batch=1, context=32768, limits=_ms(0.040, 0.035)),
+        *(replace(cell, name=f"mixed mla {heads}", heads=heads, mixed="sequences") for heads in (128, 64, 16)),
+        replace(few, name="mixed mla 16 page 1", page=1, mixed="sequences", twin="mixed mla 16", limits=()),
     ]
 
 

@@ -50,14 +50,18 @@ def make(cell: Cell, device: str) -> Inputs:
     used = torch.arange(max(pages), device=device) < torch.tensor(pages, device=device)[:, None]
     table[used] = order
     counts = torch.tensor(lengths, dtype=torch.int32, device=device)
+    factors = {}
     if cell.latent:
         width = cell.latent + cell.head_dim
         qv, q = normal(cell.batch, cell.queries, cell.heads, width).split((cell.latent, cell.head_dim), dim=-1)
-        v_cache, k_cache = normal(sum(pages), cell.page, cell.kv_heads, width).split((cell.latent, cell.head_dim), -1)
+        buffer = normal(sum(pages), cell.page, cell.kv_heads, width)
+        if cell.mixed:
+            buffer = buffer.to(torch.float8_e4m3fn)
+            factors = {f"{letter}_descale": torch.ones(cell.batch, 1, device=device) for letter in "kv"}
+        v_cache, k_cache = buffer.split((cell.latent, cell.head_dim), -1)
         out = torch.empty_like(qv, memory_format=torch.contiguous_format)
-        return Inputs(q, k_cache, v_cache, table, counts, None, out, qv)
+        return Inputs(q, k_cache, v_cache, table, counts, None, out, qv, factors)
     k_cache, v_cache = (normal(sum(pages), cell.page, cell.kv_heads, cell.head_dim) for _ in "kv")
-    factors = {}
     if cell.mixed:
         k_cache, v_cache = (x.to(torch.float8_e4m3fn) for x in (k_cache, v_cache))
         shapes = {"descale": (cell.batch, cell.kv_heads)}
@@ -111,7 +115,7 @@ def read_caches(cell: Cell, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]
     if not cell.latent:
         return inputs.k_cache, inputs.v_cache
     shape = (*inputs.v_cache.shape[:3], (cell.latent + cell.head_dim) // 2)
-    k_cache, v_cache = (torch.randn(shape, device=inputs.q.device, dtype=inputs.q.dtype) for _ in "kv")
+    k_cache, v_cache = (torch.randn(shape, device=inputs.q.device).to(inputs.v_cache.dtype) for _ in "kv")
     return k_cache, v_cache
 
 

@@ -23,6 +23,7 @@ from jit_kernel.fa3.hopper import kernels as hopper_kernels
 from jit_kernel.jit import KernelSpec
 from tests.support.hopper_variants import NAMED, NAMED_CACHED, NAMED_FP8, NAMED_MIXED, NAMED_MLA, TARGET, compile_spec
 
+FP8 = torch.float8_e4m3fn
 CALL = Features(
     dtype="bf16",
     kv_dtype="bf16",
@@ -99,7 +100,7 @@ def test_the_whole_space_has_no_more_kernels_than_are_counted_here() -> None:
     assert len(specs) == len(set(specs))
     counted = Counter(str(dict(spec.variant)["function"]) for spec in specs)
     expected = {"launcher": 1, "forward": 48, "forward_fp8": 6, "forward_cached": 12, "decode": 44, "append": 5}
-    assert counted == {**expected, "forward_mixed": 6, "mla": 12}
+    assert counted == {**expected, "forward_mixed": 6, "mla": 18}
     assert {spec.route for spec in specs} == {"host", "cuda"}
     assert hopper.all_variants(Target("cuda", "sm_100")) == []
 
@@ -153,12 +154,18 @@ def test_qv_is_served_over_a_cache_and_there_alone() -> None:
     assert isinstance(
         hopper.decide(TARGET, dataclasses.replace(LATENT, only_qv=True, split=True, sinks=True)), Accepted
     )
+    e4m3 = {"dtype": "e4m3", "kv_dtype": "e4m3"}
+    for change in ({"kv_dtype": "e4m3"}, e4m3):
+        given = {**change, "draft_mask": True, "descale": True, "deterministic": True, "only_qv": True, "softcap": True}
+        assert isinstance(hopper.decide(TARGET, dataclasses.replace(LATENT, **given)), Accepted)  # type: ignore[arg-type]
     for change, reason in (
-        ({"draft_mask": True}, "draft_mask"),
         ({"aligned": False}, "16 bytes"),
-        ({"dtype": "e4m3", "kv_dtype": "e4m3"}, "qv: its kernels have none over a cache beside q in e4m3"),
         ({"descale": True}, "q_descale"),
         ({"cache": False, "page_size": 0}, "qv"),
+        ({"cache": False, "page_size": 0, **e4m3}, "qv"),
+        ({"kv_dtype": "e4m3", "token_scales": True}, "k_scale and v_scale"),
+        ({"token_scales": True, **e4m3}, "k_scale and v_scale"),
+        ({"append": True, **e4m3}, "new keys and values"),
     ):
         decision = hopper.decide(TARGET, dataclasses.replace(LATENT, **change))  # type: ignore[arg-type]
         assert isinstance(decision, Rejected)
@@ -190,9 +197,12 @@ def test_the_rows_of_a_tile_are_the_least_that_hold_a_sequence(
         "return_softmax_lse": False, "out": None, "sinks": None, "q_descale": None, "k_descale": None,
         "v_descale": None, "pack_gqa": None, "sm_margin": 0,
     } | given)  # type: ignore[arg-type]  # fmt: skip
-    spec = hopper.variant(TARGET, LATENT, call)
-    assert dict(spec.variant)["rows"] == rows
-    assert spec in hopper.all_variants(TARGET)
+    for k in (cache, cache.to(FP8)):
+        call.k, call.v = k[..., 512:], k[..., :512]
+        spec = hopper.variant(TARGET, LATENT, call)
+        assert dict(spec.variant)["rows"] == rows
+        assert ("cache" in dict(spec.variant)) is (k is not cache)
+        assert spec in hopper.all_variants(TARGET)
 
 
 MIXED = dataclasses.replace(CALL, kv_dtype="e4m3", cache=True, ragged_k=False, group=8)
@@ -225,7 +235,6 @@ def test_an_e4m3_cache_is_served_with_every_feature_of_caches(change: dict[str, 
         ({"dtype": "fp16", "token_scales": True}, "k_scale and v_scale: weights times scales are rounded to fp16"),
         ({"token_scales": True, "group": 71}, "71 query heads for a key head: its tiles have 64"),
         ({"token_scales": True, "head_dim": 256, "group": 33}, "33 query heads for a key head: its tiles have 32"),
-        ({"qv": True}, "qv"),
         ({"kv_dtype": "bf16", "descale": True}, "q_descale"),
         ({"dtype": "e4m3", "head_dim": 72}, "head sizes 72/128: of e4m3 the copy engine moves multiples of 16"),
         ({"dtype": "e4m3", "token_scales": True, "group": 71}, "q, k and v in e4m3, 71 query heads for a key head"),
@@ -261,11 +270,11 @@ def test_selecting_by_size_finds_the_kernel_that_pads_it() -> None:
         (latent, "head_dim_v", "260", "512"),
         (latent, "rows", "17", "32"),
         (latent, "rows", "65", "65"),
+        (latent, "dtype", "fp16", "fp16"),
+        (hopper_kernels.mla_spec("e4m3", 512, 16), "dtype", "bf16", "e4m3"),
+        (hopper_kernels.fp8_spec(64, 48, True), "dtype", "bf16", "bf16"),
     ):
         assert hopper.canonical(spec, field, wanted) == found
-
-
-FP8 = torch.float8_e4m3fn
 
 
 class KernelsDouble:

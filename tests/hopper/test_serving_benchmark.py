@@ -169,8 +169,9 @@ def test_a_draft_sees_its_ancestors_and_what_stands_before_all() -> None:
     assert drafts_seen.sum() < 5 * 36  # and not all are chains
 
 
-def test_a_cell_of_one_latent_buffer_is_called_and_judged() -> None:
-    cell = replace(SMALL, kv_heads=1, latent=256)
+@pytest.mark.parametrize("mixed", ["", "sequences"])
+def test_a_cell_of_one_latent_buffer_is_called_and_judged(mixed: str) -> None:
+    cell = replace(SMALL, kv_heads=1, latent=256, mixed=mixed)
     inputs = serving_inputs.make(cell, "cpu")
     assert inputs.k_cache.untyped_storage().data_ptr() == inputs.v_cache.untyped_storage().data_ptr()
     call = serving_inputs.our_call(cell, inputs)
@@ -180,7 +181,8 @@ def test_a_cell_of_one_latent_buffer_is_called_and_judged() -> None:
     reads = serving_inputs.read_caches(cell, inputs)
     of_page = sum(x[0].numel() for x in reads)
     assert of_page == inputs.k_cache[0].numel() + inputs.v_cache[0].numel()
-    assert cell.kv_bytes() == sum(cell.lengths()) * 2 * of_page // cell.page
+    assert {x.dtype for x in reads} == {inputs.k_cache.dtype}
+    assert cell.kv_bytes() == sum(cell.lengths()) * inputs.k_cache.element_size() * of_page // cell.page
     assert serving_peers.calls(["flashinfer", "fa3"], cell, inputs) == {}
 
 

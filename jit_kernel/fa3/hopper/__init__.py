@@ -2,7 +2,7 @@
 
 bf16 and fp16, head sizes up to 256 that are multiples of 8. Dense and ragged prefill, also in e4m3 with head sizes that
 are multiples of 16; over caches, in pages or dense, prefill and decode, with new keys appended first, and with draft
-masks; a cache in e4m3 beside queries in 16 bit or in e4m3. With qv (MLA) over a 16-bit cache, without draft masks.
+masks; a cache in e4m3 beside queries in 16 bit or in e4m3. With qv (MLA) over caches, too.
 """
 
 from __future__ import annotations
@@ -39,12 +39,17 @@ CLAIMED_WITH_CACHE = CLAIMED - {"ragged_k"} | frozenset(
 )
 # Of a cache in e4m3 beside queries of 16 bits or in e4m3.
 _SCALES = frozenset(("descale", "token_scales"))
-CLAIMED_MIXED = CLAIMED_WITH_CACHE - {"qv", "only_qv"} | _SCALES
+_QV = frozenset(("qv", "only_qv"))
+CLAIMED_MIXED = CLAIMED_WITH_CACHE - _QV | _SCALES
+# The same with qv: keys and values of a token have no factors. Of queries in e4m3 nothing is appended.
+CLAIMED_MIXED_QV = CLAIMED_WITH_CACHE | {"descale"}
+CLAIMED_E4M3_QV = CLAIMED_MIXED_QV - {"append", "ragged_append", "rotary"}
 _UNALIGNED = "strides or addresses that are no multiple of the copy engine's 16 bytes"
 # What a faster way takes of these: an append is a launch that must not be lost where the next one is declined.
 _KNOWN_WITH_CACHE = CLAIMED_WITH_CACHE - {"append", "ragged_append", "rotary", "metadata"}
 
 _KNOWN_MIXED = _KNOWN_WITH_CACHE & CLAIMED_MIXED | _SCALES
+_KNOWN_MIXED_QV = _KNOWN_WITH_CACHE | {"descale"}
 
 _FP8 = torch.float8_e4m3fn
 
@@ -52,6 +57,7 @@ _asks_for_more = asks_for_more(CLAIMED)
 _fp8_asks_for_more = asks_for_more(CLAIMED_IN_FP8)
 _cache_asks_for_more = asks_for_more(_KNOWN_WITH_CACHE)
 _mixed_asks_for_more = asks_for_more(_KNOWN_MIXED)
+_mixed_qv_asks_for_more = asks_for_more(_KNOWN_MIXED_QV)
 
 
 def supports(target: Target) -> Decision:
@@ -106,8 +112,6 @@ def _unserved_of_fp8_cache(features: Features, dtypes: str, sizes: str) -> str |
 
 def _decide_qv(features: Features) -> Decision:
     """Head sizes 64/256 and 64/512, which the checks ask for."""
-    if features.draft_mask:
-        return Rejected("draft_mask: its kernels have none with qv", claimed=False)
     if not features.aligned:
         return Rejected(_UNALIGNED, claimed=False)
     return Accepted()
@@ -116,16 +120,21 @@ def _decide_qv(features: Features) -> Decision:
 def _claimed(features: Features) -> frozenset[str]:
     if not features.cache:
         return CLAIMED_IN_FP8 if features.dtype == "e4m3" else CLAIMED
-    return CLAIMED_MIXED if "e4m3" in (features.dtype, features.kv_dtype) else CLAIMED_WITH_CACHE
+    if features.kv_dtype != "e4m3":
+        return CLAIMED_WITH_CACHE
+    if not features.qv:
+        return CLAIMED_MIXED
+    return CLAIMED_E4M3_QV if features.dtype == "e4m3" else CLAIMED_MIXED_QV
 
 
 def prepare(device: str) -> None:
     """Compile or load the launcher."""
-    global _asks_for_more, _fp8_asks_for_more, _cache_asks_for_more, _mixed_asks_for_more
+    global _asks_for_more, _fp8_asks_for_more, _cache_asks_for_more, _mixed_asks_for_more, _mixed_qv_asks_for_more
     _asks_for_more = asks_for_more(CLAIMED)
     _fp8_asks_for_more = asks_for_more(CLAIMED_IN_FP8)
     _cache_asks_for_more = asks_for_more(_KNOWN_WITH_CACHE)
     _mixed_asks_for_more = asks_for_more(_KNOWN_MIXED)
+    _mixed_qv_asks_for_more = asks_for_more(_KNOWN_MIXED_QV)
     kernels.kernels_of(torch.device(device))
 
 
@@ -136,6 +145,9 @@ def all_variants(target: Target) -> list[KernelSpec]:
 
 def canonical(spec: KernelSpec, field: str, value: str) -> str:
     """The value of a variant's field that serves a user's value: the next head size, or rows, of its kind."""
+    if field == "dtype" and value in kernels.DTYPES and dict(spec.variant).get("dtype") == "e4m3":
+        # Beside a cache in e4m3 one kernel serves queries of every dtype.
+        return "e4m3" if dict(spec.variant)["function"] == "mla" else value
     if not value.isdecimal() or field not in ("head_dim", "head_dim_v", "rows"):
         return value
     function = dict(spec.variant)["function"]
@@ -170,6 +182,9 @@ def try_known(call: Call) -> Result | None:
     launcher for addresses and strides, and the arguments that ask for an unclaimed feature must be absent.
     """
     cached = has_cache(call)
+    if call.qv is not None and call.k.dtype is _FP8:
+        asks_for_more = _mixed_qv_asks_for_more(call) or not cached
+        return None if asks_for_more else _attend_cache(call, only_known=True)
     if call.k.dtype is not call.q.dtype or (cached and call.q.dtype is _FP8):
         asks_for_more = _mixed_asks_for_more(call) or not cached
         asks_for_more |= call.q.dtype is torch.float16 and (call.k_scale is not None or call.v_scale is not None)

@@ -47,15 +47,18 @@ def try_attend(call: Call, *, only_known: bool) -> Result | None:
         handle = device.load(key, spec_of(call))
     splits = calls.splits_of(call)
     scratch = None if splits == 1 else _scratch(call, device.multiprocessors)
-    tensors = arguments.cache_tensors(call, result, lse)
-    launch = device.forward_cached
     if mixed:
-        tensors = (q.to(dtype), *tensors[1:], call.q_descale, call.k_descale, call.v_descale)
-        launch = device.forward_mixed
-    launched = launch(
-        handle, *tensors, scratch, splits, arguments.new_rows(call),
-        *arguments.scalars(call, *calls.mask_bounds(call)), only_known,
-    )  # fmt: skip
+        call.q = q.to(dtype)
+        launched = device.forward_mixed(
+            handle, *arguments.cache_tensors(call, result, lse), call.q_descale, call.k_descale, call.v_descale,
+            scratch, splits, arguments.new_rows(call), *arguments.scalars(call, *calls.mask_bounds(call)), only_known,
+        )  # fmt: skip
+        call.q = q
+    else:
+        launched = device.forward_cached(
+            handle, *arguments.cache_tensors(call, result, lse), scratch, splits, arguments.new_rows(call),
+            *arguments.scalars(call, *calls.mask_bounds(call)), only_known,
+        )  # fmt: skip
     if not launched:
         return None
     return result if lse is None else (result, lse)

@@ -26,9 +26,9 @@ _LAUNCHED, _NEEDS_ROOM = 1, 2
 def key_of(call: Call) -> Key | None:
     """The variant that serves a call over a cache; None where it has more query rows than any serves.
 
-    Without splits a sequence's bits must not depend on the others' lengths, so it is prefill's whatever they are. Over a
-    cache in e4m3 it is then the decode kernels', as several tiles where one has too few rows; so it is with factors of
-    tokens, which prefill's kernels do not have.
+    Without splits a sequence's bits must not depend on the others' lengths, so it is prefill's whatever they are. Not
+    so over a cache in e4m3: there it is the decode kernels', as several tiles where one has too few rows. So it is with
+    factors of tokens, too, which prefill's kernels do not have.
     """
     q = call.q
     mixed = is_mixed(call)

@@ -106,9 +106,15 @@ def decode_spec(dtype: str, head_dim: int, rows: int, mixed: bool = False) -> Ke
 
 
 def mla_spec(dtype: str, head_dim_v: int, rows: int) -> KernelSpec:
-    """The kernel for scores of q k + qv v, of 64 and `head_dim_v` columns, with tiles of `rows` packed query rows."""
-    unit = f'#include "flash_attention_v3/hopper/mla/mla.cuh"\nJIT_KERNEL_EXPORT_MLA({dtype}, {head_dim_v}, {rows})\n'
-    variant = (("function", "mla"), ("dtype", dtype), ("head_dim_v", head_dim_v), ("rows", rows))
+    """The kernel for scores of q k + qv v, of 64 and `head_dim_v` columns, with tiles of `rows` packed query rows.
+
+    dtype: of the cache; beside one in e4m3 queries have any, and products are made in fp16.
+    """
+    mixed = dtype == "e4m3"
+    arguments = f"{'fp16' if mixed else dtype}, {head_dim_v}, {rows}, {str(mixed).lower()}"
+    unit = f'#include "flash_attention_v3/hopper/mla/mla.cuh"\nJIT_KERNEL_EXPORT_MLA({arguments})\n'
+    cache = (("cache", "e4m3"),) if mixed else ()
+    variant = (("function", "mla"), ("dtype", dtype), *cache, ("head_dim_v", head_dim_v), ("rows", rows))
     return KernelSpec(FOLDER, unit, "cuda", variant, _FLAGS)
 
 
@@ -160,6 +166,9 @@ def all_specs() -> Iterator[KernelSpec]:
         for head_dim_v in MLA_HEAD_DIMS_V:
             for rows in MLA_ROWS:
                 yield mla_spec(dtype, head_dim_v, rows)
+    for head_dim_v in MLA_HEAD_DIMS_V:
+        for rows in MLA_ROWS:
+            yield mla_spec("e4m3", head_dim_v, rows)
 
 
 def _is_plain(spec: KernelSpec) -> bool:
@@ -235,7 +244,7 @@ class DeviceKernels(cubin.DeviceKernels):
         if fields["function"] == "decode":
             return fields["dtype"] == "bf16", "cache" in fields, fields["head_dim"], fields["rows"], self._index
         if fields["function"] == "mla":
-            return fields["head_dim_v"], fields["rows"]
+            return "cache" in fields, fields["head_dim_v"], fields["rows"]
         function = fields["function"]
         cached, head_dim_v = function in (CACHED, MIXED), fields.get("head_dim_v", fields["head_dim"])
         masked = cached or fields["masked"]

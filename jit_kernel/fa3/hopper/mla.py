@@ -1,6 +1,7 @@
 """A compressed cache (MLA in its absorbed form: qv beside q) of any number of pages: the host side of the kernels.
 
-Scores are q k + qv v, of 64 and 256 or 512 columns. Nothing here synchronises.
+Scores are q k + qv v, of 64 and 256 or 512 columns. Beside a cache in e4m3 one kernel serves queries of every dtype.
+Nothing here synchronises.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from jit_kernel.fa3.hopper import arguments, kernels
 from jit_kernel.fa3.hopper.kernels import DeviceKernels
 from jit_kernel.jit import KernelSpec
 
-Key = tuple[str, torch.dtype, int, int]  # dtype, head size of v, rows of a tile
+Key = tuple[str, torch.dtype, int, int]  # the cache's dtype, head size of v, rows of a tile
 TILE_ROWS = max(kernels.MLA_ROWS)
 # What the launcher's `mla` answers, as it has them.
 _LAUNCHED, _NEEDS_ROOM = 1, 2
@@ -31,7 +32,7 @@ def key_of(call: Call) -> Key:
     rows = packed_rows(call)
     if never_cut(call) or rows > TILE_ROWS:
         rows = TILE_ROWS
-    return "mla", call.q.dtype, call.v.shape[-1], next(each for each in kernels.MLA_ROWS if rows <= each)
+    return "mla", call.v.dtype, call.v.shape[-1], next(each for each in kernels.MLA_ROWS if rows <= each)
 
 
 def never_cut(call: Call) -> bool:
@@ -52,14 +53,15 @@ def spec_of(key: Key) -> KernelSpec:
 def attend(call: Call, *, only_known: bool) -> Result | None:
     """Attention of a checked call with qv over a cache; new keys are in it, and queries rotated.
 
-    only_known: None, and nothing is launched, where the kernel is not loaded yet, a row is not aligned or a draft mask
-    is given, which the kernels do not have.
+    only_known: None, and nothing is launched, where the kernel is not loaded yet or a row is not aligned.
     """
     q, v, offsets = call.q, call.v, call.cu_seqlens_q
     device = kernels.kernels_of(q.device)
+    if call.sinks is not None and call.sinks.dtype is torch.float8_e4m3fn:
+        call.sinks = call.sinks.float()  # the kernels read them in float32 or in the result's type
     key = key_of(call)
     handle = device.handles.get(key)
-    if only_known and (handle is None or call.draft_mask is not None):
+    if only_known and handle is None:
         return None
     result: Tensor = calls.new_result(call) if call.out is None else call.out
     lse = arguments.new_lse(call)
@@ -97,6 +99,7 @@ def _launch(
 ) -> int:
     row_tiles, is_whole = tiles_of(call), never_cut(call)
     return device.mla(
-        handle, *arguments.cache_tensors(call, result, lse), call.qv, partials, arguments.new_rows(call),
+        handle, *arguments.cache_tensors(call, result, lse), call.qv, call.q_descale, call.k_descale, call.v_descale,
+        partials, arguments.new_rows(call),
         *arguments.scalars(call, *calls.mask_bounds(call)), row_tiles, call.only_qv, is_whole, if_aligned,
     )  # fmt: skip

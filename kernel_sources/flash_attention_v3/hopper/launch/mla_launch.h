@@ -1,6 +1,6 @@
 // The host side of the MLA kernels.
 //
-//   load_mla(image, head_dim_v, rows) -> handle
+//   load_mla(image, mixed, head_dim_v, rows) -> handle; mixed: of an e4m3 cache
 //   mla_partial_floats(handle, device, row_tiles, batch, sm_margin) -> room for partial results
 //   mla(handle, tensors..., scalars...) -> kLaunched, or why it was not
 #pragma once
@@ -21,13 +21,20 @@
 namespace jit_kernel::hopper {
 
 struct MlaShape {
-  int head_dim_v, rows, shared_bytes, partial_floats;
+  int head_dim_v, rows;
+  bool mixed;  // of an e4m3 cache
+  int shared_bytes, partial_floats;
 };
 
+template <int kHeadDimV, int kRows, bool kMixed>
+constexpr MlaShape shape_of_mla() {
+  using C = MlaConfig<void, kHeadDimV, kRows, kMixed>;
+  return {kHeadDimV, kRows, kMixed, C::kSharedBytes, C::kPartialFloats};
+}
+
 constexpr MlaShape kMlaShapes[] = {
-#define JIT_KERNEL_MLA_SHAPE(head_dim_v, rows)                        \
-  {head_dim_v, rows, MlaConfig<void, head_dim_v, rows>::kSharedBytes, \
-   MlaConfig<void, head_dim_v, rows>::kPartialFloats},
+#define JIT_KERNEL_MLA_SHAPE(head_dim_v, rows) \
+  shape_of_mla<head_dim_v, rows, false>(), shape_of_mla<head_dim_v, rows, true>(),
     JIT_KERNEL_MLA_TILES(JIT_KERNEL_MLA_SHAPE)
 #undef JIT_KERNEL_MLA_SHAPE
 };
@@ -40,9 +47,9 @@ struct MlaVariant {
   cuda::Kernel kernel;
 };
 
-inline int64_t load_mla(tvm::ffi::Bytes image, int64_t head_dim_v, int64_t rows) {
+inline int64_t load_mla(tvm::ffi::Bytes image, bool mixed, int64_t head_dim_v, int64_t rows) {
   for (const MlaShape& shape : kMlaShapes) {
-    if (shape.head_dim_v == head_dim_v && shape.rows == rows) {
+    if (shape.head_dim_v == head_dim_v && shape.rows == rows && shape.mixed == mixed) {
       return cuda::KernelTable<MlaVariant>::get().add(
           std::make_unique<MlaVariant>(shape, std::string(image)));
     }
@@ -73,9 +80,11 @@ struct MlaCall {
   bool only_qv, is_whole;
 };
 
-// As decode/ moves keys: a box holds one panel of 64 columns.
-constexpr DecodeShape kMlaPanels = {kDecodePanel,     0,     false, 0, 0, 0, 0, 1, kDecodePanel,
-                                    2 * kDecodePanel, false, false};
+// As decode/ moves keys: a box holds one panel of 64 columns, or of 128 in e4m3.
+constexpr DecodeShape mla_panels(bool mixed) {
+  const int columns = mixed ? 2 * kDecodePanel : kDecodePanel;
+  return {columns, 0, mixed, 0, 0, 0, 0, 1, columns, 2 * kDecodePanel, false, false};
+}
 
 inline void set_mla_tensors(MlaParams& params, const MlaCall& call) {
   const DecodeCall& decode = call.decode;
@@ -109,8 +118,15 @@ inline void set_mla_tensors(MlaParams& params, const MlaCall& call) {
   if (params.box_rows > 0) {
     while (params.box_rows << params.boxes_log2 < kMlaKeys) ++params.boxes_log2;
   }
-  set_cache_rows(params.k, k, params.box_rows, 1, kMlaPanels);
-  set_cache_rows(params.v, v, params.box_rows, 1, kMlaPanels);
+  const DecodeShape panels = mla_panels(v.dtype().bits == 8);
+  set_cache_rows(params.k, k, params.box_rows, 1, panels);
+  set_cache_rows(params.v, v, params.box_rows, 1, panels);
+  params.e4m3_q = q.dtype().bits == 8;
+  params.bf16_q = q.dtype().code == kDLBfloat;
+  params.bf16_out = out.dtype().code == kDLBfloat;
+  set_scales(params.k, decode.k_descale, {});
+  set_scales(params.v, decode.v_descale, {});
+  set_q_descale(params, decode.q_descale);
 }
 
 inline void set_mla_grid(MlaParams& params, const MlaCall& call, int device) {
@@ -174,10 +190,11 @@ inline int64_t mla(int64_t handle, TensorView q, TensorView k, TensorView v, Ten
                    Optional<TensorView> cu_seqlens_k_new, Optional<TensorView> page_table,
                    Optional<TensorView> cache_batch_idx, Optional<TensorView> cache_leftpad,
                    Optional<TensorView> sinks, Optional<TensorView> draft_mask, TensorView qv,
-                   Optional<TensorView> partials, int64_t new_rows, double softmax_scale,
-                   double softcap, int64_t left, int64_t right, int64_t chunk, int64_t sm_margin,
-                   bool clear_rest, int64_t row_tiles, bool only_qv, bool is_whole,
-                   bool if_aligned) {
+                   Optional<TensorView> q_descale, Optional<TensorView> k_descale,
+                   Optional<TensorView> v_descale, Optional<TensorView> partials, int64_t new_rows,
+                   double softmax_scale, double softcap, int64_t left, int64_t right, int64_t chunk,
+                   int64_t sm_margin, bool clear_rest, int64_t row_tiles, bool only_qv,
+                   bool is_whole, bool if_aligned) {
   const MlaCall call = {{q,
                          k,
                          v,
@@ -193,11 +210,11 @@ inline int64_t mla(int64_t handle, TensorView q, TensorView k, TensorView v, Ten
                          draft_mask,
                          sinks,
                          partials,
+                         q_descale,
+                         k_descale,
+                         v_descale,
                          {},
-                         {},
-                         {},
-                         {},
-                         {},  // keys of the queries' type have no factors
+                         {},  // tokens have no factors
                          new_rows,
                          softmax_scale,
                          softcap,

@@ -14,30 +14,39 @@ constexpr int kMlaThreads = 384;             // four producer warps, two consume
 constexpr int kMlaCounters = 4;  // of a cut sequence: arrived, slices taken, parts that have left
 
 struct MlaItem : DecodeItem {
-  int is_last;  // of this part's
+  int is_last;    // of this part's
+  int plain_end;  // rows of the cache from here on are another part's, or have bits in a draft mask
 };
 
 // The keys' latent columns are the values as well: panels of 64 columns, in a left and a right
 // half. The last panel holds the 64 columns of k. Of 64 rows a consumer warpgroup has one half of
 // the output (halves.cuh); of fewer, which are the columns of the products then, it has every
 // second 64 keys (swapped.cuh).
-template <class Element_, int kHeadDimV_, int kRows_>
+//
+// Of an e4m3 cache products are made in fp16, which holds it exactly, and the queries' type is
+// settled at run time. Up to 32 rows the consumers convert what they load into registers
+// (streamed.cuh), else in place, before they score it (mixed.cuh).
+template <class Element_, int kHeadDimV_, int kRows_, bool kMixed_ = false>
 struct MlaConfig {
-  using Element = Element_;
+  using Element = Element_;                // of products: fp16 where the cache is in e4m3
+  static constexpr bool kMixed = kMixed_;  // k and v are in e4m3
   static constexpr int kHeadDimV = kHeadDimV_;
   static constexpr int kRows = kRows_;
   static constexpr bool kIsSwapped = kRows < kMlaTileRows;
+  static constexpr bool kIsStreamed = kMixed && kIsSwapped;  // keys stay in e4m3 in shared memory
   // With fewer consumers' registers 512 columns spill, with fewer producers' 256 do.
-  static constexpr int kProducerRegisters = kHeadDimV > 256 ? 40 : 56;
-  static constexpr int kConsumerRegisters = kHeadDimV > 256 ? 232 : 224;
+  static constexpr bool kIsWide = kHeadDimV > 256 && !(kIsStreamed && kRows <= 16);
+  static constexpr int kProducerRegisters = kIsWide ? 40 : 56;
+  static constexpr int kConsumerRegisters = kIsWide ? 232 : 224;
   static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * (65536 / kMlaThreads / 8 * 8),
                 "no more registers than the block has at its start");
-  static constexpr bool kMixed = false;    // keys are of the queries' type, as decode/ asks
   static constexpr int kBlocksAtOnce = 1;  // of which decode/ keeps probabilities
   static constexpr int kPanelsV = kHeadDimV / 64;
   static constexpr int kHalf = kPanelsV / 2;
   static constexpr int kPanels = kPanelsV + 1;
-  static constexpr int kBytesKeys = kPanels * kMlaBytesPanel;  // of a buffer
+  static constexpr int kPairs = kPanelsV / 2;  // of panels: 128 columns, a row of 128 bytes in e4m3
+  static constexpr int kBuffers = kIsStreamed ? 4 : 2;  // two for each warpgroup, or one
+  static constexpr int kBytesKeys = (kIsStreamed ? kPairs + 1 : kPanels) * kMlaBytesPanel;
   static constexpr int kBytesPanelQ = kRows * 64 * 2;
   static constexpr int kBytesQueries = kPanels * kBytesPanelQ;
   static constexpr int kBytesP = kRows * kMlaKeys * 2;
@@ -48,15 +57,22 @@ struct MlaConfig {
   static constexpr int kOffsetP = kBytesQueries;
   static constexpr int kOffsetSecond = kPanelsV * kBytesPanelQ;
   static constexpr int kOffsetKeys = kOffsetP + (kIsSwapped ? 4 : 1) * kBytesP;
-  static constexpr int kOffsetStatistics = kOffsetKeys + 2 * kBytesKeys;
-  static constexpr int kBytesStatistics = (kIsSwapped ? 7 : 3) * kRows * 4;  // of a warpgroup
+  static constexpr int kOffsetStatistics = kOffsetKeys + kBuffers * kBytesKeys;
+  static constexpr int kBytesStatistics = (kIsStreamed  ? 8
+                                           : kIsSwapped ? 7
+                                                        : 3) *
+                                          kRows * 4;  // of a warpgroup
   static constexpr int kOffsetQueries = kOffsetStatistics + 2 * kBytesStatistics;
   static constexpr int kOffsetItem = kOffsetQueries + kRows * 16;
   static constexpr int kBytesItem = 80;
   static constexpr int kOffsetAnswer = kOffsetItem + kDecodeItemSlots * kBytesItem;
   static constexpr int kOffsetBarriers = kOffsetAnswer + 8;
-  // Full: of each panel. Empty: of each half of a buffer. Items: full and empty.
-  static constexpr int kBarriers = 2 * kPanels + 4 + 2 * kDecodeItemSlots;
+  // Full: of each panel, or pair of panels in e4m3. Empty: of each half of a buffer. Items: full
+  // and empty.
+  static constexpr int kFulls = kMixed ? kPairs + 1 : kPanels;  // of a buffer
+  static constexpr int kFirstEmpty = kBuffers * kFulls;
+  static constexpr int kFirstItem = kFirstEmpty + 2 * kBuffers;
+  static constexpr int kBarriers = kFirstItem + 2 * kDecodeItemSlots;
   static constexpr int kSharedBytes = kOffsetBarriers + kBarriers * 8;
   static constexpr int kPartialFloats = kRows * (kHeadDimV + 2);
 
@@ -66,6 +82,7 @@ struct MlaConfig {
 
   static_assert(sizeof(MlaItem) <= kBytesItem, "an item has its place in shared memory");
   static_assert(kHeadDimV % 128 == 0, "two halves of whole panels");
+  static_assert(kHalf % 2 == 0, "pairs of panels do not cross the halves");
   static_assert(kRows % 16 == 0, "panels of queries are aligned to the swizzle");
   static_assert(!kIsSwapped || kRows * kResultPitch * 4 <= kOffsetKeys, "a result has its place");
   static_assert(kSharedBytes <= kMostSharedBytes, "a block of sm_90 has 227 KiB of shared memory");

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "flash_attention_v3/hopper/mla/halves.cuh"
-#include "flash_attention_v3/hopper/mla/swapped.cuh"
+#include "flash_attention_v3/hopper/mla/streamed.cuh"
 
 namespace jit_kernel::hopper {
 
@@ -11,7 +11,7 @@ template <class C>
 __device__ __forceinline__ void consume_mla_items(const MlaParams& params,
                                                   const MlaShared<C>& shared, int head) {
   const int thread = threadIdx.x - 128;
-  u32 parity = 0;
+  u32 phase = 0;  // of the buffers
   RingPosition<kDecodeItemSlots> at;
 #pragma unroll 1
   while (true) {
@@ -20,22 +20,26 @@ __device__ __forceinline__ void consume_mla_items(const MlaParams& params,
     if (uniform(item.batch) < 0) return;
     find_mla_queries<C>(params, item, shared, head, thread);
     consumers_sync();
-    load_mla_queries<C>(params, item, shared, thread);
+    if constexpr (C::kMixed) {
+      load_mixed_queries<C>(params, item, shared, head, thread);
+    } else {
+      load_mla_queries<C>(params, item, shared, thread);
+    }
     proxy_fence();
     consumers_sync();
     const int warpgroup = uniform(thread / 128);
     if constexpr (C::kIsSwapped) {
-      MlaSwapped<C> consumer{params, shared, warpgroup, parity};
+      MlaSwapped<C> consumer{params, shared, warpgroup, phase};
       consumer.run_item(item);
-      parity = consumer.parity;
+      phase = consumer.phase;
     } else if (warpgroup == 0) {
-      MlaHalf<C, 0> consumer{params, shared, parity};
+      MlaHalf<C, 0> consumer{params, shared, phase};
       consumer.run_item(item);
-      parity = consumer.parity;
+      phase = consumer.parity;
     } else {
-      MlaHalf<C, 1> consumer{params, shared, parity};
+      MlaHalf<C, 1> consumer{params, shared, phase};
       consumer.run_item(item);
-      parity = consumer.parity;
+      phase = consumer.parity;
     }
     if (item.parts > 1) merge_mla_parts<C>(params, item, shared, thread);
     consumers_sync();                                // queries and statistics are free again

@@ -12,7 +12,9 @@
 #pragma once
 
 #include "flash_attention_v3/hopper/common/fragments.cuh"
+#include "flash_attention_v3/hopper/mla/drafts.cuh"
 #include "flash_attention_v3/hopper/mla/merge.cuh"
+#include "flash_attention_v3/hopper/mla/mixed.cuh"
 #include "flash_attention_v3/hopper/mla/softmax.cuh"
 
 namespace jit_kernel::hopper {
@@ -42,9 +44,26 @@ struct MlaHalf {
 
   // Products may begin behind it: a loop that waits ends what a fence before it has said.
   __device__ __forceinline__ void wait_keys(int panel) {
-    mbarrier_wait(shared.full(kSide, panel), parity);
-    if (params.box_rows == 0) proxy_fence();
+    if constexpr (C::kMixed) {
+      if (panel % 2 == 0) convert_keys(panel);
+    } else {
+      mbarrier_wait(shared.full(kSide, panel), parity);
+      if (params.box_rows == 0) proxy_fence();
+    }
     wgmma_fence();
+  }
+
+  // Of an e4m3 cache, two panels or k. The other warpgroup reads its half of them behind a barrier
+  // that this one reaches with all its scores.
+  __device__ __forceinline__ void convert_keys(int panel) {
+    mbarrier_wait(shared.full(kSide, panel / 2), parity);
+    if (panel < C::kPanelsV) {
+      convert_pair(shared.keys(kSide, panel));
+    } else if (!params.only_qv) {
+      convert_k(shared.keys(kSide, panel));
+    }
+    proxy_fence();
+    own_sync();
   }
 
   // Scores over the columns of one half of the values; with the right half goes q k.
@@ -103,35 +122,54 @@ struct MlaHalf {
   }
 
   // Softcap, and -inf for keys that a row does not see. `row`: the cache's row of the first key.
-  __device__ __forceinline__ void work_on_scores(int row) {
+  __device__ __forceinline__ void work_on_scores(const MlaItem& item, int row) {
+    if constexpr (C::kMixed) {
+      float factors[2];
+      hear(shared.score_factors(), factors);
+#pragma unroll
+      for (int i = 0; i < 32; ++i) scores[i] *= factors[i / 2 % 2];
+    }
     if (params.softcap_scale != 0.f) {
 #pragma unroll
       for (float& score : scores) score = tanh_fast(score * params.softcap_scale);
     }
-    const bool all_see =
-        row >= shared.query(C::kRows - 1)->low && row + kMlaKeys <= shared.query(0)->high;
+    const bool all_see = row >= shared.query(C::kRows - 1)->low &&
+                         row + kMlaKeys <= min(shared.query(0)->high, item.plain_end);
     if (uniform(all_see) != 0) return;
     const int mine = accumulator_row(0);
     const DecodeQuery first = *shared.query(mine), second = *shared.query(mine + 8);
     const KeyInterval rows[2] = {{first.low, first.high}, {second.low, second.high}};
     mask_scores<true>(scores, rows, accumulator_column(row));
     mask_scores<false>(scores, rows, accumulator_column(row));
+    if (uniform(has_mla_drafts(params, item, row)) == 0) return;
+    mask_drafts<0>(drafts_of(params, item, first.token, row));
+    mask_drafts<1>(drafts_of(params, item, second.token, row));
+  }
+
+  // -inf for the keys that one of the thread's rows does not see.
+  template <int kRow>
+  __device__ __forceinline__ void mask_drafts(u64 seen) {
+    const u64 of_thread = seen >> accumulator_column(0);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        float& score = scores[4 * i + 2 * kRow + c];
+        score = (of_thread >> (8 * i + c) & 1) != 0 ? score : minus_infinity();
+      }
+    }
   }
 
   // Zeros for this half's values of keys that no row sees: they may hold anything, and 0 times NaN
-  // is NaN. Returns whether there were any; the warpgroup has to meet before it multiplies them.
-  __device__ __forceinline__ bool clear_hidden(const DecodeItem& item, int block, int buffer) {
-    const int row = block * kMlaBlockKeys + buffer * kMlaKeys;
-    const int below = uniform(min(max(item.low - row, 0), kMlaKeys));
-    const int above = uniform(min(max(end_of_keys(item) - row, 0), kMlaKeys));
-    if (below == 0 && above == kMlaKeys) return false;
+  // is NaN.
+  __device__ __forceinline__ void clear_hidden(const MlaItem& item, int row, int buffer) {
+    const u64 seen = seen_keys<C>(params, shared, item, row);
     const u32 v = shared.keys(buffer, kFirstPanel);
 #pragma unroll 1
     for (int i = threadIdx.x % 128; i < C::kHalf * kMlaKeys * 8; i += 128) {
       const int key = i % (kMlaKeys * 8) / 8;
-      if (key < below || key >= above) store_zeros(v + i * 16);
+      if ((seen >> key & 1) == 0) store_zeros(v + i * 16);
     }
-    return true;
   }
 
   __device__ __forceinline__ void after_clearing() {
@@ -151,13 +189,13 @@ struct MlaHalf {
     numbers[1] = from[accumulator_row(8)];
   }
 
-  __device__ __forceinline__ void run_block_of_first(const DecodeItem& item, int block) {
+  __device__ __forceinline__ void run_block_of_first(const MlaItem& item, int block) {
     pin_registers(scores);
     issue_scores<0, true>();
     issue_scores<1, false>();
     wgmma_wait<0>();
     pin_registers(scores);
-    work_on_scores(block * kMlaBlockKeys);
+    work_on_scores(item, block * kMlaBlockKeys);
     float tops[2], factors[2];
     find_tops(scores, tops);
     raise_rows(tops, params.scale_log2, references, factors);
@@ -201,21 +239,23 @@ struct MlaHalf {
   }
 
   // Clears what is hidden of a buffer. meets: the warps may still read it for scores.
-  __device__ __forceinline__ void own_sync_if_cleared(const DecodeItem& item, int block, int buffer,
+  __device__ __forceinline__ void own_sync_if_cleared(const MlaItem& item, int block, int buffer,
                                                       bool meets) {
     const int row = block * kMlaBlockKeys + buffer * kMlaKeys;
-    if (uniform(row >= item.low && row + kMlaKeys <= end_of_keys(item)) != 0) return;
+    const bool all_seen = row >= item.low && row + kMlaKeys <= item.plain_end;
+    if (uniform(all_seen) != 0) return;
     if (meets) own_sync();
-    if (clear_hidden(item, block, buffer)) after_clearing();
+    clear_hidden(item, row, buffer);
+    after_clearing();
   }
 
-  __device__ __forceinline__ void run_block_of_second(const DecodeItem& item, int block) {
+  __device__ __forceinline__ void run_block_of_second(const MlaItem& item, int block) {
     pin_registers(scores);
     issue_scores<1, true>();
     issue_scores<0, false>();
     wgmma_wait<0>();
     pin_registers(scores);
-    work_on_scores(block * kMlaBlockKeys + kMlaKeys);
+    work_on_scores(item, block * kMlaBlockKeys + kMlaKeys);
     float tops[2], before[2], factors[2];
     find_tops(scores, tops);
     named_barrier_sync(kMlaFirstRaised, 256);
@@ -252,7 +292,7 @@ struct MlaHalf {
     release(0);
   }
 
-  __device__ __forceinline__ void run_blocks(const DecodeItem& item) {
+  __device__ __forceinline__ void run_blocks(const MlaItem& item) {
     const int begin = uniform(item.begin[0]), end = uniform(item.end[0]);
 #pragma unroll 1
     for (int block = begin; block < end; ++block) {
@@ -275,6 +315,12 @@ struct MlaHalf {
 #pragma unroll
     for (float& value : output) value = 0.f;
     run_blocks(item);
+    if constexpr (C::kMixed) {
+      const int head = static_cast<int>(blockIdx.x) / params.row_tiles;
+      const float factor = descale_of_rows(params.v, item.batch, head);
+#pragma unroll
+      for (float& value : output) value *= factor;
+    }
     const float mine[2] = {quad_sum(sums[0]), quad_sum(sums[1])};
     tell(shared.sums(kSide), mine);
     consumers_sync();

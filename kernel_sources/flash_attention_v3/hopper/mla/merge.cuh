@@ -6,8 +6,7 @@
 // them.
 #pragma once
 
-#include "flash_attention_v3/hopper/decode/merge.cuh"
-#include "flash_attention_v3/hopper/mla/queries.cuh"
+#include "flash_attention_v3/hopper/mla/mixed_queries.cuh"
 
 namespace jit_kernel::hopper {
 
@@ -30,7 +29,7 @@ __device__ __forceinline__ void store_mla_rows(const MlaParams& params, const De
   for (int r = 0; r < 2; ++r) {
     const DecodeQuery query = *shared.query(accumulator_row(8 * r));
     const bool exists = query.token >= 0;
-    const float sink = half_sink_log2<typename C::Element>(params, exists ? query.head : 0);
+    const float sink = mla_half_sink<C>(params, exists ? query.head : 0);
     const RowResult result = finish_query(sums[r], half_of(references[r], params.scale_log2), sink);
     if (kSide == 0 && exists && thread == 0) store_lse(params, item, query, result.lse);
     unsigned short* const out = out_of(params, item, query) + kSide * C::kHalf * 64 + 8 * thread;
@@ -41,7 +40,7 @@ __device__ __forceinline__ void store_mla_rows(const MlaParams& params, const De
       for (int j = 0; j < 4; ++j) {
         const int at = 16 * i + 4 * j + 2 * r;
         words[j] =
-            pack<typename C::Element>(output[at] * result.factor, output[at + 1] * result.factor);
+            pack_result<C>(params, output[at] * result.factor, output[at + 1] * result.factor);
       }
       transpose_quad(words, thread);
       store_16_if(out + 32 * i, words, exists);
@@ -158,8 +157,7 @@ __device__ __forceinline__ void merge_few_parts(const MlaParams& params, const D
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       if (at + 256 * j > last) break;
-      merged[j].store<typename C::Element>(params, item, *shared.query(quads[j] / kQuads),
-                                           quads[j] % kQuads);
+      store_merged<C>(params, item, merged[j], *shared.query(quads[j] / kQuads), quads[j] % kQuads);
     }
   }
 }
@@ -194,7 +192,7 @@ __device__ __forceinline__ void merge_row(const MlaParams& params, const DecodeI
     const float2 end_of_other[1] = {ends[thread + other * kQuads]};
     merged[0].add(value, end_of_other);
   }
-  merged[0].store<typename C::Element>(params, item, *shared.query(row), quad);
+  store_merged<C>(params, item, merged[0], *shared.query(row), quad);
 }
 
 // By all consumers, whose partial result is written. The counters are zero again when the last part

@@ -12,6 +12,8 @@ struct MlaParams : DecodeParams {
   long long qv_batch_stride, qv_row_stride, qv_head_stride;
   int row_tiles;  // of 64 packed query rows, of the longest sequence
   bool only_qv;   // q and k are not read
+  // Of an e4m3 cache: the type of q and qv, and of the result.
+  bool e4m3_q, bf16_q, bf16_out;
 };
 
 }  // namespace jit_kernel::hopper

@@ -1,6 +1,6 @@
-// The producer warps: one finds the items, two keep a buffer each full. The halves of the first one
-// are emptied left before right, those of the second right before left but where the operands are
-// swapped.
+// The producer warps: one finds the items, two keep a buffer each full by boxes of the copy engine.
+// The halves of the first one are emptied left before right, those of the second right before left
+// but where the operands are swapped.
 #pragma once
 
 #include "flash_attention_v3/hopper/decode/producer.cuh"
@@ -37,7 +37,7 @@ struct MlaProducer {
 
   // The copy engine takes a box of rows of a panel at a time. A lane knows the place of a box, and
   // the place of the next block's is on its way.
-  __device__ __forceinline__ void load_boxes(const DecodeItem& item) {
+  __device__ __forceinline__ void load(const DecodeItem& item) {
     const int lane = threadIdx.x % 32;
     const int row_of_lane = (lane & ((1 << params.boxes_log2) - 1)) * params.box_rows;
     const CachePlaces places(params, item.batch);
@@ -82,97 +82,23 @@ struct MlaProducer {
     }
     __syncwarp();
   }
-
-  // Of this lane's two rows of a buffer, 32 apart.
-  __device__ __forceinline__ void find_rows(const DecodeItem& item, const CachePlaces& places,
-                                            int block, int (&place)[2]) const {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = first_row(block) + 32 * i + threadIdx.x % 32;
-      place[i] = row >= item.low && row < end_of_keys(item) ? places.place(row) : -1;
-    }
-  }
-
-  __device__ __forceinline__ void copy_16(u32 destination, const char* source, bool copies) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.u32 p, %2, 0;\n"
-        "@p cp.async.cg.shared.global [%0], [%1], 16;\n}" ::"r"(destination),
-        "l"(source), "r"(static_cast<u32>(copies))
-        : "memory");
-  }
-
-  // 16 bytes a lane, of four rows at a time; the next block's rows are found ahead.
-  __device__ __forceinline__ void load_each_row(const DecodeItem& item) {
-    const CachePlaces places(params, item.batch);
-    int next[2];
-    find_rows(item, places, item.begin[0], next);
-#pragma unroll 1
-    for (int block = item.begin[0]; block < item.end[0]; ++block) {
-      int place[2], in_place[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        place[i] = next[i];
-        in_place[i] = places.row_in_place(first_row(block) + 32 * i + threadIdx.x % 32);
-      }
-      find_rows(item, places, block + 1, next);
-#pragma unroll 1
-      for (int i = 0; i < 2; ++i) load_rows(i ^ (C::kIsSwapped ? 0 : buffer), place, in_place);
-      parity ^= 1;
-    }
-  }
-
-  __device__ __forceinline__ void load_rows(int half, const int (&place)[2],
-                                            const int (&in_place)[2]) {
-    const int lane = threadIdx.x % 32, piece = lane % 8, first_panel = half * C::kHalf;
-    const bool loads_k = half == 1 && !params.only_qv;
-    wait_empty(half);
-#pragma unroll 1
-    for (int pass = 0; pass < kMlaKeys / 4; ++pass) {
-      const int row = pass * 4 + lane / 8;
-      const bool is_upper = pass >= kMlaKeys / 8;
-      const int here = __shfl_sync(0xffffffffu, is_upper ? place[1] : place[0], row % 32);
-      const int in_here = __shfl_sync(0xffffffffu, is_upper ? in_place[1] : in_place[0], row % 32);
-      const u32 to = shared.keys(buffer, first_panel) + row * 128 + (piece ^ (row % 8)) * 16;
-      const char* const v = row_of(params.v, here, in_here) + (first_panel * 8 + piece) * 16;
-#pragma unroll
-      for (int i = 0; i < C::kHalf; ++i) copy_16(to + i * kMlaBytesPanel, v + i * 128, here >= 0);
-      copy_16(to + C::kHalf * kMlaBytesPanel, row_of(params.k, here, in_here) + piece * 16,
-              loads_k && here >= 0);
-    }
-#pragma unroll
-    for (int i = 0; i < C::kHalf + 1; ++i) {
-      if (i < C::kHalf + half) {
-        asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(
-                         shared.full(buffer, first_panel + i))
-                     : "memory");
-      }
-    }
-  }
-
-  __device__ __forceinline__ const char* row_of(const DecodeRows& rows, int place,
-                                                int in_place) const {
-    return static_cast<const char*>(rows.data) +
-           (place * rows.place_stride + in_place * rows.row_stride + head * rows.head_stride) * 2;
-  }
-
-  // Until the items end.
-  __device__ __forceinline__ void run() {
-    RingPosition<kDecodeItemSlots> at;
-#pragma unroll 1
-    while (true) {
-      mbarrier_wait(shared.item_full(at.stage()), at.parity());
-      const MlaItem& item = *shared.item(at.stage());
-      if (uniform(item.batch) < 0) return;
-      if (params.box_rows > 0) {
-        load_boxes(item);
-      } else {
-        load_each_row(item);
-      }
-      mbarrier_arrive(shared.item_empty(at.stage()));
-      at.advance();
-    }
-  }
 };
+
+// A loading warp, until the items end.
+template <class C, class Producer>
+__device__ __forceinline__ void load_mla_items(const MlaShared<C>& shared, Producer& producer) {
+  RingPosition<kDecodeItemSlots> at;
+#pragma unroll 1
+  while (true) {
+    mbarrier_wait(shared.item_full(at.stage()), at.parity());
+    const MlaItem& item = *shared.item(at.stage());
+    if (uniform(item.batch) < 0) return;
+    producer.load(item);
+    asm volatile("" : "+r"(at.state));  // its address is not kept meanwhile: it would spill
+    mbarrier_arrive(shared.item_empty(at.stage()));
+    at.advance();
+  }
+}
 
 // One warp: hands this part's items over to all others.
 template <class C>
@@ -186,8 +112,15 @@ __device__ __forceinline__ void find_mla_items(const MlaParams& params,
 #pragma unroll 1
   while (found) {
     found = schedule.next(item);
-    if (!found) item.batch = -1;
     item.is_last = schedule.is_done();
+    if (!found) {
+      item.batch = -1;
+    } else {
+      item.plain_end = end_of_keys(item);
+      if (params.draft_mask != nullptr) {
+        item.plain_end = min(item.plain_end, first_draft(params, item));
+      }
+    }
     mbarrier_wait(shared.item_empty(at.stage()), at.parity() ^ 1);
     if (threadIdx.x % 32 == 0) {
       *shared.item(at.stage()) = item;

@@ -26,26 +26,45 @@ __device__ __forceinline__ void find_mla_queries(const MlaParams& params, const 
                            head * params.group + index - token * params.group};
 }
 
-// qv, then q, in the copy engine's 128-byte swizzle; 0 where there is no query.
+// Eight columns of a row's panel, in the copy engine's 128-byte swizzle.
+template <class C>
+__device__ __forceinline__ void store_query_piece(const MlaShared<C>& shared, int panel, int index,
+                                                  int piece, const uint4& words) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(
+                   shared.queries(panel) + index * 128 + (piece ^ (index % 8)) * 16),
+               "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w)
+               : "memory");
+}
+
+// Where a query's columns begin, of qv and q, counted in elements.
+struct QueryPlace {
+  long long qv, q;
+};
+__device__ __forceinline__ QueryPlace place_of_query(const MlaParams& params,
+                                                     const DecodeItem& item,
+                                                     const DecodeQuery& query) {
+  const long long token = static_cast<long long>(item.offset_q) + query.token;
+  return {item.batch * params.qv_batch_stride + token * params.qv_row_stride +
+              query.head * params.qv_head_stride,
+          item.batch * params.q_batch_stride + token * params.q_row_stride +
+              query.head * params.q_head_stride};
+}
+
+// qv, then q; 0 where there is no query.
 template <class C>
 __device__ __forceinline__ void load_mla_queries(const MlaParams& params, const DecodeItem& item,
                                                  const MlaShared<C>& shared, int thread) {
-  const unsigned short* const qv = static_cast<const unsigned short*>(params.qv) +
-                                   item.batch * params.qv_batch_stride +
-                                   item.offset_q * params.qv_row_stride;
-  const unsigned short* const q = static_cast<const unsigned short*>(params.q) +
-                                  item.batch * params.q_batch_stride +
-                                  item.offset_q * params.q_row_stride;
   const int piece = thread % 8;
 #pragma unroll
   for (int first = 0; first < C::kRows; first += 32) {
     const int index = first + thread / 8;
     if (C::kRows < 32 && index >= C::kRows) break;
     const DecodeQuery query = *shared.query(index);
+    const QueryPlace at = place_of_query(params, item, query);
     const unsigned short* const of_qv =
-        qv + query.token * params.qv_row_stride + query.head * params.qv_head_stride + piece * 8;
+        static_cast<const unsigned short*>(params.qv) + at.qv + piece * 8;
     const unsigned short* const of_q =
-        q + query.token * params.q_row_stride + query.head * params.q_head_stride + piece * 8;
+        static_cast<const unsigned short*>(params.q) + at.q + piece * 8;
     uint4 words[C::kPanels];
 #pragma unroll
     for (int panel = 0; panel < C::kPanels; ++panel) {
@@ -57,11 +76,7 @@ __device__ __forceinline__ void load_mla_queries(const MlaParams& params, const 
     }
 #pragma unroll
     for (int panel = 0; panel < C::kPanels; ++panel) {
-      const uint4& each = words[panel];
-      asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(
-                       shared.queries(panel) + index * 128 + (piece ^ (index % 8)) * 16),
-                   "r"(each.x), "r"(each.y), "r"(each.z), "r"(each.w)
-                   : "memory");
+      store_query_piece(shared, panel, index, piece, words[panel]);
     }
   }
 }

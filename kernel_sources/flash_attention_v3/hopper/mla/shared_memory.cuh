@@ -15,6 +15,12 @@ struct MlaShared {
   __device__ u32 keys(int buffer, int panel) const {
     return address(C::kOffsetKeys + buffer * C::kBytesKeys + panel * kMlaBytesPanel);
   }
+  // Where a pair of panels in e4m3 is loaded to, or k behind them: to stay, or to be converted in
+  // place.
+  __device__ u32 pair(int buffer, int pair) const {
+    if constexpr (C::kIsStreamed) return keys(buffer, pair);
+    return keys(buffer, pair < C::kPairs ? 2 * pair + 1 : C::kPanelsV);
+  }
   __device__ u32 probabilities(int buffer) const {
     return address(buffer == 0 ? C::kOffsetP : C::kOffsetSecond);
   }
@@ -26,6 +32,9 @@ struct MlaShared {
   __device__ float* references(int side) const { return statistics(side); }
   __device__ float* factors(int side) const { return statistics(2 + side); }
   __device__ float* sums(int side) const { return statistics(4 + side); }
+  // Of an e4m3 cache: what a row's scores are multiplied by. Not swapped where the first sums are
+  // told behind the last scores.
+  __device__ float* score_factors() const { return statistics(C::kIsSwapped ? 7 : 4); }
   // For a number from one thread to all.
   __device__ volatile int* answer() const {
     return reinterpret_cast<int*>(base + C::kOffsetAnswer);
@@ -37,13 +46,14 @@ struct MlaShared {
     return reinterpret_cast<MlaItem*>(base + C::kOffsetItem + slot * C::kBytesItem);
   }
   __device__ u32 barrier(int index) const { return address(C::kOffsetBarriers + 8 * index); }
-  __device__ u32 full(int buffer, int panel) const { return barrier(buffer * C::kPanels + panel); }
+  // Of an e4m3 cache a part is a pair of panels, or k behind them.
+  __device__ u32 full(int buffer, int part) const { return barrier(buffer * C::kFulls + part); }
   __device__ u32 empty(int buffer, int half) const {
-    return barrier(2 * C::kPanels + 2 * buffer + half);
+    return barrier(C::kFirstEmpty + 2 * buffer + half);
   }
-  __device__ u32 item_full(int slot) const { return barrier(2 * C::kPanels + 4 + slot); }
+  __device__ u32 item_full(int slot) const { return barrier(C::kFirstItem + slot); }
   __device__ u32 item_empty(int slot) const {
-    return barrier(2 * C::kPanels + 4 + kDecodeItemSlots + slot);
+    return barrier(C::kFirstItem + kDecodeItemSlots + slot);
   }
 };
 

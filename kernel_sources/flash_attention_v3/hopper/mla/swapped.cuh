@@ -3,8 +3,10 @@
 // The operands are swapped, as in decode/: 64 keys are the rows of the first product, 64 columns of
 // the values those of the second, and the query rows the columns of both. 16 rows then cost a
 // quarter of what a tile of 64 would, and the two warpgroups meet at an item's end alone.
+// streamed.cuh says what differs for an e4m3 cache.
 #pragma once
 
+#include "flash_attention_v3/hopper/mla/drafts.cuh"
 #include "flash_attention_v3/hopper/mla/merge.cuh"
 
 namespace jit_kernel::hopper {
@@ -17,7 +19,7 @@ struct MlaSwapped {
   const MlaParams& params;
   const MlaShared<C> shared;
   const int stream;  // which of the warpgroups
-  u32 parity;        // of the buffer's present phase
+  u32 phase;         // of the buffers
   DecodeSoftmax<C> softmax;
   float scores[C::kRows / 2];
   float output[C::kPanelsV][C::kRows / 2];
@@ -25,9 +27,27 @@ struct MlaSwapped {
 
   // What decode/'s functions find statistics and probabilities by.
   __device__ __forceinline__ DecodeShared<C> decode() const { return {shared.base}; }
-  __device__ __forceinline__ void release(int half) {
-    mbarrier_arrive_if(shared.empty(stream, half), threadIdx.x % 32 == 0);
+  __device__ __forceinline__ int buffer() const {
+    return C::kIsStreamed ? stream + 2 * static_cast<int>(phase % 2) : stream;
   }
+  __device__ __forceinline__ u32 parity() const { return C::kIsStreamed ? phase / 2 : phase; }
+  __device__ __forceinline__ void next_buffer() {
+    phase = C::kIsStreamed ? (phase + 1) % 4 : phase ^ 1;
+  }
+  __device__ __forceinline__ void release(int half) {
+    mbarrier_arrive_if(shared.empty(buffer(), half), threadIdx.x % 32 == 0);
+  }
+
+  // Of an e4m3 cache, in streamed.cuh.
+  using Keys = u32[4][4];
+  using RawKeys = u32[2][4];
+  using Values = u32[C::kPanelsV][4];
+  using RawValues = u32[2][2][C::kHeadDimV / 128];
+  __device__ void load_keys_of(RawKeys& raw, int panel);
+  __device__ void multiply_scores_streamed();
+  __device__ void load_values_of(RawValues& raw, int step);
+  __device__ void multiply_values_streamed();
+  __device__ void store_half_streamed(int half, bool adds, const float (&by)[kQueries]);
 
   __device__ __forceinline__ void multiply_scores() {
     const u32 k = wgmma_descriptor_low(shared.keys(stream, 0), 16);
@@ -36,7 +56,7 @@ struct MlaSwapped {
 #pragma unroll
     for (int i = 0; i < C::kPanels; ++i) {
       // In the order in which they come: left half, right half, k.
-      mbarrier_wait(shared.full(stream, i), parity);
+      mbarrier_wait(shared.full(stream, i), phase);
       if (params.box_rows == 0) proxy_fence();
       wgmma_fence();
 #pragma unroll
@@ -84,29 +104,37 @@ struct MlaSwapped {
     release(1);
   }
 
+  // Of a buffer: the first of the thread's two keys, the other is the eighth behind.
+  __device__ __forceinline__ int first_key() const {
+    if constexpr (!C::kIsStreamed) return accumulator_row(0);
+    return first_row_of_warp() + key_of_row(threadIdx.x % 32 / 4);
+  }
+
   // -inf for keys that a query does not see.
-  __device__ __forceinline__ void mask_scores_of(int row) {
-    const int key = accumulator_row(row);
+  __device__ __forceinline__ void mask_scores_of(const MlaItem& item, int row) {
+    const int first = first_key();
+    const bool drafts = has_mla_drafts(params, item, row);
 #pragma unroll
     for (int i = 0; i < kQueries; ++i) {
       const DecodeQuery query = *shared.query(i / 2 * 8 + threadIdx.x % 4 * 2 + i % 2);
+      u64 seen = keys_between(query.low, query.high, row);
+      if (drafts) seen &= drafts_of(params, item, query.token, row);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int at = key + 8 * r;
         float& score = scores[i / 2 * 4 + 2 * r + i % 2];
-        score = at >= query.low && at < query.high ? score : minus_infinity();
+        score = (seen >> (first + 8 * r) & 1) != 0 ? score : minus_infinity();
       }
     }
   }
 
   // Zeros for values that no query sees: they may hold anything, and 0 times NaN is NaN.
-  __device__ __forceinline__ void clear_hidden_values(const DecodeItem& item, int row) {
-    const int below = min(max(item.low - row, 0), kMlaKeys);
-    const int above = min(max(end_of_keys(item) - row, 0), kMlaKeys);
+  __device__ __forceinline__ void clear_hidden_values(const MlaItem& item, int row) {
+    constexpr int kPanels = C::kIsStreamed ? C::kPairs : C::kPanelsV;  // of 128 bytes a row
+    const u64 seen = seen_keys<C>(params, shared, item, row);
 #pragma unroll 1
-    for (int i = threadIdx.x % 128; i < C::kPanelsV * kMlaKeys * 8; i += 128) {
+    for (int i = threadIdx.x % 128; i < kPanels * kMlaKeys * 8; i += 128) {
       const int key = i % (kMlaKeys * 8) / 8;
-      if (key < below || key >= above) store_zeros(shared.keys(stream, 0) + i * 16);
+      if ((seen >> key & 1) == 0) store_zeros(shared.keys(buffer(), 0) + i * 16);
     }
   }
 
@@ -120,21 +148,25 @@ struct MlaSwapped {
     }
   }
 
-  __device__ __forceinline__ void run_block(const DecodeItem& item, int block, bool is_first) {
+  __device__ __forceinline__ void run_block(const MlaItem& item, int block, bool is_first) {
     const int row = block * kMlaBlockKeys + stream * kMlaKeys;
-    const bool all_see =
-        row >= shared.query(C::kRows - 1)->low && row + kMlaKeys <= shared.query(0)->high;
-    multiply_scores();
+    const bool all_see = row >= shared.query(C::kRows - 1)->low &&
+                         row + kMlaKeys <= min(shared.query(0)->high, item.plain_end);
+    if constexpr (C::kIsStreamed) {
+      multiply_scores_streamed();
+    } else {
+      multiply_scores();
+    }
     if (params.softcap_scale != 0.f) {
 #pragma unroll
       for (float& score : scores) score = tanh_fast(score * params.softcap_scale);
     }
-    if (!all_see) mask_scores_of(row);
+    if (!all_see) mask_scores_of(item, row);
     const float scale = params.scale_log2;
     const float threshold = fminf(kRescaleThreshold / scale, kLargestFloat);
     float sums[kQueries];
     const float of_keys[2] = {1.f, 1.f};  // none in 16 bit
-    bool clears = row < item.low || row + kMlaKeys > end_of_keys(item), raises = is_first;
+    bool clears = row < item.low || row + kMlaKeys > item.plain_end, raises = is_first;
     if (clears) stream_sync(stream);  // all scores are there
 #pragma unroll 1
     while (true) {  // once, or again with references that were raised
@@ -150,7 +182,11 @@ struct MlaSwapped {
     }
 #pragma unroll
     for (int i = 0; i < kQueries; ++i) softmax.sum[i] += sums[i];
-    multiply_values();
+    if constexpr (C::kIsStreamed) {
+      multiply_values_streamed();
+    } else {
+      multiply_values();
+    }
     probabilities ^= 1;
   }
 
@@ -159,14 +195,15 @@ struct MlaSwapped {
 
   // Each half of the columns in turn: one warpgroup's numbers, then the sum with the other's, then
   // all threads store rows. `by`: what each query's numbers are multiplied by.
-  __device__ __forceinline__ void store_halves(const DecodeItem& item,
-                                               const float (&by)[kQueries]) {
+  __device__ __forceinline__ void store_halves(const MlaItem& item, const float (&by)[kQueries]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       consumers_sync();
 #pragma unroll
       for (int adds = 0; adds < 2; ++adds) {
-        if (stream == adds) {
+        if constexpr (C::kIsStreamed) {
+          if (stream == adds) store_half_streamed(half, adds != 0, by);
+        } else if (stream == adds) {
 #pragma unroll
           for (int i = 0; i < C::kHalf * C::kRows / 2; ++i) {
             const int panel = i / (C::kRows / 2), j = i % (C::kRows / 2);
@@ -183,7 +220,7 @@ struct MlaSwapped {
     }
   }
 
-  __device__ __forceinline__ void store_rows_of_half(const DecodeItem& item, int half) {
+  __device__ __forceinline__ void store_rows_of_half(const MlaItem& item, int half) {
     constexpr int kPieces = C::kHeadDimV / 2 / 8;  // of a row, 8 numbers each
     const int thread = stream * 128 + threadIdx.x % 128, piece = thread % kPieces;
 #pragma unroll 1
@@ -200,8 +237,8 @@ struct MlaSwapped {
         to[0] = a;
         to[1] = b;
       } else {
-        const uint4 words = {pack<Element>(a.x, a.y), pack<Element>(a.z, a.w),
-                             pack<Element>(b.x, b.y), pack<Element>(b.z, b.w)};
+        const uint4 words = {pack_result<C>(params, a.x, a.y), pack_result<C>(params, a.z, a.w),
+                             pack_result<C>(params, b.x, b.y), pack_result<C>(params, b.z, b.w)};
         *reinterpret_cast<uint4*>(out_of(params, item, query) + column) = words;
       }
     }
@@ -209,7 +246,7 @@ struct MlaSwapped {
 
   // The two warpgroups' sums become one, of a row a thread: its reference, its sum, and by what
   // each warpgroup's numbers are multiplied.
-  __device__ __forceinline__ void join(const DecodeItem& item) {
+  __device__ __forceinline__ void join(const MlaItem& item) {
     const int row = threadIdx.x % 128;
     if (stream == 0 && row < C::kRows) {
       const JoinFactors join =
@@ -223,17 +260,21 @@ struct MlaSwapped {
             mla_partial<C>(params, blockIdx.y, item.is_first) + C::kRows * C::kHeadDimV);
         ends[row] = {join.top, total};
       } else {
-        const float sink = half_sink_log2<Element>(params, query.token >= 0 ? query.head : 0);
+        const float sink = mla_half_sink<C>(params, query.token >= 0 ? query.head : 0);
         const RowResult result = finish_query(total, join.top, sink);
         if (query.token >= 0) store_lse(params, item, query, result.lse);
         factor = result.factor;
+      }
+      if constexpr (C::kMixed) {
+        const int head = static_cast<int>(blockIdx.x) / params.row_tiles;
+        factor *= descale_of_rows(params.v, item.batch, head);
       }
       decode().factors(0)[row] = factor * join.first;
       decode().factors(1)[row] = factor * join.second;
     }
   }
 
-  __device__ __forceinline__ void run_item(const DecodeItem& item) {
+  __device__ __forceinline__ void run_item(const MlaItem& item) {
     start_queries<C>(softmax);
 #pragma unroll
     for (int panel = 0; panel < C::kPanelsV; ++panel) {
@@ -244,7 +285,7 @@ struct MlaSwapped {
 #pragma unroll 1
     for (int block = begin; block < end; ++block) {
       run_block(item, block, block == begin);
-      parity ^= 1;
+      next_buffer();
     }
     gather_statistics<C>(decode(), stream, softmax, params.scale_log2);
     consumers_sync();

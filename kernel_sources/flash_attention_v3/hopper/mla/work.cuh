@@ -48,4 +48,9 @@ __device__ __forceinline__ int end_of_keys(const DecodeItem& item) {
   return min(item.high, item.end[0] * kMlaBlockKeys);
 }
 
+// The first row of the cache with a bit in the draft mask, where there is one.
+__device__ __forceinline__ int first_draft(const MlaParams& params, const DecodeItem& item) {
+  return item.leftpad + item.len_k - 32 * params.draft_words;
+}
+
 }  // namespace jit_kernel::hopper
