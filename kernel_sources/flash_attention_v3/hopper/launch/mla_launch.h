@@ -74,8 +74,8 @@ struct MlaCall {
 };
 
 // As decode/ moves keys: a box holds one panel of 64 columns.
-constexpr DecodeShape kMlaPanels = {kDecodePanel,     0,     false, 0, 0, 0, 0, 1, kDecodePanel,
-                                    2 * kDecodePanel, false, false};
+constexpr DecodeShape kMlaPanels = {kDecodePanel,     0, false, 0, 0, 0, 0, 1, kDecodePanel,
+                                    2 * kDecodePanel, 0};
 
 inline void set_mla_tensors(MlaParams& params, const MlaCall& call) {
   const DecodeCall& decode = call.decode;
