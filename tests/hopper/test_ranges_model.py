@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -17,17 +19,24 @@ from tests.support.decode_model import CLUSTER_PARTS, KEYS, Mask, Schedule, Seen
 from tests.support.decode_ranges import Launch, Range, Ranges, RangeSchedule
 
 DECODE, LAUNCH = shared_numbers.HOPPER / "decode", shared_numbers.HOPPER / "launch"
-KINDS = [Ranges.of(streams, d, heads_k, 4) for streams, d in ((2, 64), (2, 128), (1, 256)) for heads_k in (1, 2, 4, 8)]
+KINDS = [Ranges.of(d, heads_k, 4, halves) for d in (64, 128) for heads_k in (1, 4, 8) for halves in (False, True)]
 LONGEST = 6000  # rows of a cache that holds any sequence of `works`
 
 
-def cuts(items: list[Range]) -> list[tuple[int, int, int]]:
-    return [(item.range, item.block_begin, item.block_end) for item in items]
+def cuts(items: list[Range], kind: Ranges) -> list[tuple[int, list[int]]]:
+    """Ranges and their blocks, of all streams."""
+    found = []
+    for item in items:
+        for stream in (0, 1) if kind.halves and item.ranges > 1 else (0,):
+            blocks = blocks_of_stream(item, 2, 1 if kind.halves else 2, stream)[0]
+            found.append((item.range + stream * (item.ranges // 2), blocks))
+    return sorted(found)
 
 
-def alone(seen: Seen, kind: Ranges) -> list[tuple[int, int, int]]:
-    """The cuts of a sequence that one thread block has to itself."""
-    return cuts(list(RangeSchedule([seen], 0, 1, kind).items()))
+def alone(seen: Seen, kind: Ranges) -> list[tuple[int, list[int]]]:
+    """The cuts of a sequence that one thread block has to itself, which has both of two heads."""
+    together = dataclasses.replace(kind, halves=False)
+    return cuts(list(RangeSchedule([seen], 0, 1, together).items()), together)
 
 
 def every_cut() -> None:
@@ -41,35 +50,37 @@ def every_cut() -> None:
             items = list(schedule.items())
             for item in items:
                 found.setdefault(item.batch, []).append(item)
-            largest = max((kind.blocks_of(seen) for seen in sequences if seen.cost > 0), default=1)
-            assert sum(max(1, item.block_end - item.block_begin) for item in items) < end - begin + largest
+            largest = max((-(-seen.cost >> kind.cuts(seen)) for seen in sequences if seen.cost > 0), default=1)
+            held = sum(max(1, len(blocks)) for item in items for _, blocks in cuts([item], kind))
+            assert held < end - begin + 2 * largest * (2 if kind.halves else 1)
         assert set(found) == {batch for batch, seen in enumerate(sequences) if seen.cost > 0}
         for batch, items in found.items():
             seen = sequences[batch]
-            assert cuts(items) == alone(seen, kind)
-            blocks = [block for item in items for block in range(item.block_begin, item.block_end)]
+            made = cuts(items, kind)
+            assert made == alone(seen, kind)
+            blocks = [block for _, of_range in made for block in of_range]
             first = seen.low // KEYS
             assert blocks == list(range(first, first + seen.cost if seen.high > seen.low else first))
-            assert len(items) == items[0].ranges <= kind.slots(LONGEST)
+            assert len(made) == items[0].ranges == 1 << kind.cuts(seen) <= 1 << kind.log2_of(LONGEST)
 
 
 def every_join() -> None:
-    """One result of each sequence, its ranges joined one after the other, in whatever order the parts come."""
+    """One result of each sequence, its ranges joined as their tree says, in whatever order the parts come."""
     dice = Random(4)
     shared = 0
     for number, (sequences, parts, _) in enumerate(checks.works()):
         kind = KINDS[number % len(KINDS)]
-        slots = kind.slots(LONGEST)
+        slots = 1 << kind.log2_of(LONGEST)
         launch = Launch(sequences, parts, kind, slots)
         order = dice.sample(range(parts), parts)
         results = launch.run(order)
-        room = ranges.partials_of_head(parts, len(sequences), slots, keeps_in_shared=True)
+        room = ranges.partials_of_head(parts, len(sequences), slots, kind.halves, 0)
         assert max(launch.partials, default=-1) < room
         assert max(launch.counters, default=-1) < parts
         shared += len(launch.counters)
         for batch, seen in enumerate(sequences):
             if seen.cost > 0:
-                assert results.pop(batch) == ranges.joined(len(alone(seen, kind)))
+                assert results.pop(batch) == ranges.tree_of(1 << kind.cuts(seen))
         assert not results
     assert shared > 100
 
@@ -78,14 +89,15 @@ def every_cluster() -> None:
     """The streams of a cluster have the ranges that the sequence has without one."""
     for sequences, _, _ in checks.works():
         for seen in sequences:
-            kind = Ranges.of(2, 128, 8)
+            kind = Ranges.of(128, 8)
             if seen.cost == 0 or seen.cost > ranges.BLOCKS_OF_SHORT:
                 continue
             items = ranges.items_of_cluster(seen, kind)
+            streams = (0, 1) if items[0].ranges > CLUSTER_PARTS else (0,)
             held = [blocks_of_stream(item, 2, 1, stream)[0] for item in items for stream in (0, 1)]
-            found = [(blocks[0], blocks[-1] + 1) for blocks in held if blocks]
-            assert all(not blocks for blocks in held[len(found) :])
-            assert found == [cut[1:] for cut in alone(seen, kind) if seen.high > seen.low]
+            found = [blocks_of_stream(item, 2, 1, stream)[0] for item in items for stream in streams]
+            assert [blocks for blocks in held if blocks] == [blocks for blocks in found if blocks]
+            assert found[: items[0].ranges] == [blocks for _, blocks in alone(seen, kind)]
 
 
 def test_cuts_are_a_sequences_own() -> None:
@@ -108,7 +120,7 @@ def test_a_cache_has_room_for_every_sequence(kind: Ranges) -> None:
             for len_q in (1, 16):
                 seen = Seen(0, cost * KEYS, cost, len_q)
                 if 0 < cost <= blocks:
-                    assert -(-cost // kind.blocks_of(seen)) <= kind.slots(rows)
+                    assert kind.cuts(seen) <= kind.log2_of(rows) <= ranges.MOST_RANGES_LOG2
 
 
 def loads(lengths: list[int], capacity: int, heads_k: int = 8, d: int = 128) -> tuple[list[int], list[int]]:
@@ -116,13 +128,13 @@ def loads(lengths: list[int], capacity: int, heads_k: int = 8, d: int = 128) -> 
     grid = ranges.grid_of(2, d, 132, heads_k, len(lengths), capacity)
     assert not grid.in_clusters
     sequences = [seen_rows(Mask(right=0), 1, n, 0) for n in lengths]
-    kind = Ranges.of(2, d, heads_k, 4)
-    made = []
-    for schedule in (RangeSchedule, Schedule):
-        given = (kind,) if schedule is RangeSchedule else ()
-        runs = [schedule(sequences, part, grid.parts, *given).items() for part in range(grid.parts)]
-        made.append([sum(item.block_end - item.block_begin for item in run) for run in runs])
-    return made[0], made[1]
+    kind = Ranges.of(d, heads_k, 4, grid.heads_of_block == 1)
+    fixed = [list(RangeSchedule(sequences, part, grid.parts, kind).items()) for part in range(grid.parts)]
+    free = [list(Schedule(sequences, part, grid.parts).items()) for part in range(grid.parts)]
+    return (
+        [sum(len(blocks) for _, blocks in cuts(items, kind)) for items in fixed],
+        [sum(item.block_end - item.block_begin for item in items) for items in free],
+    )
 
 
 CELLS = [([8192] * 16, 8192), ([4096] * 128, 4096), ([32768] * 64, 32768), ([8192] * 32, 8192), ([131072], 131072)]
@@ -150,59 +162,53 @@ def test_the_model_has_the_kernels_own_numbers() -> None:
         ("kBlocksOfShort", ranges.BLOCKS_OF_SHORT),
         ("kRowsOfNarrowRange", ranges.ROWS_OF_NARROW),
         ("kBlocksOfWideRange", ranges.BLOCKS_OF_WIDE),
+        ("kMostRangesLog2", ranges.MOST_RANGES_LOG2),
     ):
         assert re.findall(rf"\b{name} = (\d+)[,;]", text) == [str(number)]
     launch = (LAUNCH / "decode_launch.h").read_text(encoding="utf-8")
     assert "most_log2 = heads_k >= 8 ? 4 : heads_k >= 4 ? 5 : 6;" in launch
-    assert "blocks = shape.streams == 2 && heads_k % 2 != 0 ? 4 : shape.head_dim <= 64 ? 2 : 1;" in launch
-    assert Ranges.of(2, 128, 8).slots(8192) <= 2 * CLUSTER_PARTS
-
-
-def by_the_batch(kind: Ranges, seen: Seen) -> int:
-    return max(1, BLOCKS_OF(kind, seen) + len(BATCHES) % 3)
+    assert "blocks = shape.head_dim <= 64 ? 2 : 1;" in launch
+    assert 1 << Ranges.of(128, 8).log2_of(8192) <= 2 * CLUSTER_PARTS
 
 
 BATCHES: list[int] = []
 
 
-def blocks_of_any(kind: Ranges, seen: Seen) -> int:
+def cuts_by_the_batch(kind: Ranges, seen: Seen) -> int:
     BATCHES.append(0)
-    return by_the_batch(kind, seen)
+    return max(0, CUTS(kind, seen) - len(BATCHES) % 3)
 
 
 def next_part_too(schedule: RangeSchedule, *given: int) -> dict[str, Any]:
     made = SET_RANGE(schedule, *given)
-    return {**made, "arrivals": made["arrivals"] and made["arrivals"] + (made.get("parts", 1) > 1)}
+    return {**made, "to": made["to"] + (made.get("parts", 1) > 1)}
 
 
-def first_of_all(schedule: RangeSchedule, *given: int) -> dict[str, Any]:
-    return {**SET_RANGE(schedule, *given), "is_first": True}
-
-
-def merge_all(schedule: RangeSchedule, *given: int) -> dict[str, Any]:
-    return {**SET_RANGE(schedule, *given), "merge_from": 0}
+def all_from_the_first(schedule: RangeSchedule, *given: int) -> dict[str, Any]:
+    return {**SET_RANGE(schedule, *given), "first": 0}
 
 
 def never_here(schedule: RangeSchedule, *given: int) -> dict[str, Any]:
     return {**SET_RANGE(schedule, *given), "first_part": 0}
 
 
-def in_two_halves(launch: Launch, item: Range) -> ranges.Tree:
-    right = MERGED(launch, item)
-    return (right[0][0], (right[0][1], right[1])) if item.ranges - item.merge_from > 2 else right
+def one_after_the_other(launch: Launch, item: Range) -> ranges.Tree:
+    nodes, first = [], 0
+    while first < item.ranges:
+        level, tree = launch.partials[ranges.range_slot(item, first, launch.slots)]
+        nodes, first = [*nodes, tree], first + (1 << level)
+    return functools.reduce(ranges.join, nodes)
 
 
-MERGED = Launch._merged
-BLOCKS_OF, SET_RANGE = Ranges.blocks_of, RangeSchedule.set_range
+CUTS, SET_RANGE = Ranges.cuts, RangeSchedule.set_range
 MISTAKES: list[tuple[Callable[[], None], Any, str, Any]] = [
-    (every_cut, Ranges, "blocks_of", blocks_of_any),
-    (every_cut, Ranges, "slots", lambda kind, rows_k: 8),
+    (every_cut, Ranges, "cuts", cuts_by_the_batch),
+    (every_cut, Ranges, "log2_of", lambda kind, rows_k: 3),
     (every_join, RangeSchedule, "set_range", next_part_too),
-    (every_join, RangeSchedule, "set_range", first_of_all),
-    (every_join, RangeSchedule, "set_range", merge_all),
+    (every_join, RangeSchedule, "set_range", all_from_the_first),
     (every_join, RangeSchedule, "set_range", never_here),
-    (every_join, ranges, "range_slot", lambda item, slots: item.first_part * slots + item.before),
-    (every_join, Launch, "_merged", in_two_halves),
+    (every_join, ranges, "range_slot", lambda item, first, slots: item.first_part * slots + first - item.first),
+    (every_join, Launch, "_merged", one_after_the_other),
     (every_cluster, ranges, "items_of_cluster", lambda seen, kind: CLUSTER(seen, Ranges(3, 1))),
 ]
 CLUSTER = ranges.items_of_cluster

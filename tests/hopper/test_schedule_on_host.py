@@ -19,7 +19,7 @@ from tests.support.decode_model import CLUSTER_PARTS, Item, Mask, Schedule, Seen
 from tests.support.decode_ranges import Range, Ranges, RangeSchedule
 
 HEADER = Path(__file__).parents[1] / "support" / "schedule_on_host.h"
-KINDS = [None, Ranges.of(2, 128, 8, 4), Ranges.of(2, 64, 2, 8), Ranges.of(2, 128, 1, 8), Ranges.of(1, 256, 4, 16)]
+KINDS = [None, Ranges.of(128, 8, 4), Ranges.of(64, 2, 8), Ranges.of(128, 1, 8, True), Ranges.of(256, 4, 16, True)]
 Numbers = tuple[int, ...]
 
 
@@ -37,7 +37,7 @@ def items_of() -> Callable[..., bytes]:
 def numbers_of(item: Item, in_cluster: bool = False) -> Numbers:
     """The fields of a DecodeItem, but for those that a call without ranges, or a cluster, does not read."""
     bounds = (item.block_begin, item.block_begin + item.distance, item.end_of_first, item.block_end)
-    rest = astuple(item)[9:] if isinstance(item, Range) else (0, 0, 0, 0, 0)
+    rest = astuple(item)[10:] if isinstance(item, Range) else (0, 0, 0, 0)
     shared = (item.first_part, item.parts, int(item.is_first))
     return (item.batch, item.low, item.high, *bounds, *((0, 1, 0) if in_cluster else shared), *rest)
 
@@ -63,7 +63,7 @@ def test_the_items_of_parts_are_the_models(items_of: Callable[..., bytes]) -> No
             expected = [numbers_of(item) for item in schedule.items()]
             found = items_from(items_of, lengths, len_q, kind, parts, part, mask)
             if kind is None:
-                found = [numbers[:10] + (0,) * 5 for numbers in found]
+                found = [numbers[:10] + (0,) * 4 for numbers in found]
             assert found == expected, (lengths, len_q, parts, part, kind)
             ranged += sum(numbers[11] > 1 for numbers in found)
     assert ranged > 1000
@@ -85,9 +85,9 @@ def test_the_tiles_of_a_sequence_are_sequences_of_its_tokens(tiles: int, items_o
             expected = [(item.batch // tiles, *numbers_of(item)[1:], item.batch % tiles * len_q) for item in items]
             found = items_from(items_of, lengths, len_q * tiles, kind, parts, part, mask, tiles=tiles)
             if kind is None:
-                found = [numbers[:10] + (0,) * 5 + numbers[15:] for numbers in found]
+                found = [numbers[:10] + (0,) * 4 + numbers[14:] for numbers in found]
             assert found == expected, (lengths, len_q, parts, part, kind)
-            found_tiles |= {numbers[15] // len_q for numbers in found}
+            found_tiles |= {numbers[14] // len_q for numbers in found}
     assert found_tiles == set(range(tiles))
 
 
@@ -113,9 +113,7 @@ def cluster_item(seen: Seen, batch: int, part: int) -> Numbers:
 
 def ranges_of_cluster(seen: Seen, batch: int, part: int, kind: Ranges) -> Numbers:
     item = decode_ranges.items_of_cluster(seen, kind)[part]
-    blocks = seen.cost if seen.high > seen.low else 0
-    end = min(item.block_begin + item.distance, seen.low // model.KEYS + blocks)
-    return (batch, *numbers_of(item, in_cluster=True)[1:5], end, item.block_end)
+    return (batch, *numbers_of(item, in_cluster=True)[1:7])
 
 
 def items_from(
@@ -130,7 +128,7 @@ def items_from(
     tiles: int = 1,
 ) -> list[Numbers]:
     """What a DecodeItem has, and behind it, where a sequence is several tiles, the first token of its own."""
-    log2, blocks, group = (0, 1, 1) if kind is None else (kind.most_log2, kind.blocks, kind.group)
+    log2, blocks, group, halves = (0, 1, 1, False) if kind is None else astuple(kind)
     packed = struct.pack(f"{len(lengths)}i", *lengths)
-    data = bytes(items_of(packed, len_q, group, parts, part, log2, blocks, mask.left, in_clusters, tiles))
-    return [numbers if tiles > 1 else numbers[:15] for numbers in struct.iter_unpack("16i", data)]
+    data = bytes(items_of(packed, len_q, group, parts, part, log2, blocks, halves, mask.left, in_clusters, tiles))
+    return [numbers if tiles > 1 else numbers[:14] for numbers in struct.iter_unpack("15i", data)]

@@ -215,9 +215,8 @@ def decode_grid(
     batch: int,
     rows_k: int,
     may_cluster: bool = True,
-    two: bool | None = None,
 ) -> Grid:
-    """decode_grid on so many multiprocessors, sm_margin taken away; the last two are fixed ranges' own."""
+    """decode_grid on so many multiprocessors, sm_margin taken away; the last is fixed ranges' own."""
     clusters = heads_k * batch
     if (
         may_cluster
@@ -227,8 +226,7 @@ def decode_grid(
     ):
         return Grid(1, CLUSTER_PARTS, True)
     most = max(1, multiprocessors)
-    if two is None:
-        two = streams == 2 and heads_k % 2 == 0 and 2 * batch * heads_k >= 3 * most
+    two = streams == 2 and heads_k % 2 == 0 and 2 * batch * heads_k >= 3 * most
     groups = heads_k // 2 if two else heads_k
     parts = even = max(1, most // groups)
     if batch >= parts:

@@ -15,49 +15,75 @@ from tests.support.decode_model import CLUSTER_PARTS, KEYS, Item, Schedule, Seen
 
 BLOCKS_OF_SHORT = 128  # kBlocksOfShort
 ROWS_OF_NARROW, BLOCKS_OF_WIDE = 32, 16  # kRowsOfNarrowRange, kBlocksOfWideRange
+MOST_RANGES_LOG2 = 7  # kMostRangesLog2
 Tree = Any  # the number of a range, or a pair of trees
 
 
 @dataclass(frozen=True)
 class Ranges:
-    """DecodeRanges: what calls of a model share; `group` query heads a key head."""
+    """DecodeRanges: what calls of a model share; `group` query heads a key head; whether streams have halves."""
 
     most_log2: int
     blocks: int
     group: int = 1
+    halves: bool = False
 
     @classmethod
-    def of(cls, streams: int, head_dim: int, heads_k: int, group: int = 1) -> Ranges:
-        most_log2 = 4 if heads_k >= 8 else 5 if heads_k >= 4 else 6
-        joined = streams == 2 and heads_k % 2 != 0
-        return cls(most_log2, 4 if joined else 2 if head_dim <= 64 else 1, group)
+    def of(cls, head_dim: int, heads_k: int, group: int = 1, halves: bool = False) -> Ranges:
+        return cls(4 if heads_k >= 8 else 5 if heads_k >= 4 else 6, 2 if head_dim <= 64 else 1, group, halves)
 
-    def slots(self, rows_k: int) -> int:
+    def log2_of(self, rows_k: int) -> int:
         """Of a sequence of the longest cache."""
         longest = -(-rows_k // KEYS)
-        return max(1, min(1 << self.most_log2 + (longest > BLOCKS_OF_SHORT), -(-longest // self.blocks)))
+        return self._log2_of(longest, self.blocks) if longest else 0
 
-    def blocks_of(self, seen: Seen) -> int:
-        """blocks_of_range."""
-        log2 = self.most_log2 + (seen.cost > BLOCKS_OF_SHORT)
+    def cuts(self, seen: Seen) -> int:
+        """range_cuts."""
         wide = BLOCKS_OF_WIDE if seen.len_q * self.group > ROWS_OF_NARROW else 1
-        return max(self.blocks, wide, seen.cost + (1 << log2) - 1 >> log2)
+        return self._log2_of(seen.cost, max(self.blocks, wide))
+
+    def _log2_of(self, blocks: int, least: int) -> int:
+        most = max(blocks // least, min(blocks, 2))
+        return min(self.most_log2 + (blocks > BLOCKS_OF_SHORT), most.bit_length() - 1)
+
+    def of_stream(self, log2: int) -> int:
+        """How many of 2^log2 ranges a stream has."""
+        return 1 << log2 - (self.halves and log2 > 0)
 
 
-def ranges_before(block: int, start: int, end: int, size: int) -> int:
-    """How many of a sequence's ranges belong to the parts whose runs end at a block of it, or behind it."""
-    return -(-(end - start) // size) if block >= end else (block - start + (size - 1) // 2) // size
+def begin_of_range(blocks: int, log2: int, number: int) -> int:
+    """begin_of_range."""
+    if number >> log2:
+        return blocks
+    begin = 0
+    for bit in reversed(range(log2)):
+        first = (blocks + 1) // 2
+        if number >> bit & 1:
+            begin, blocks = begin + first, blocks - first
+        else:
+            blocks = first
+    return begin
+
+
+def ranges_before(blocks: int, log2: int, block: int) -> int:
+    """How many ranges have their middle before a block: ranges_before, by where each begins."""
+    bounds = [begin_of_range(blocks, log2, number) for number in range((1 << log2) + 1)]
+    return sum(block - bounds[i] >= -(-(bounds[i + 1] - bounds[i]) // 2) for i in range(1 << log2))
 
 
 @dataclass(frozen=True)
 class Range(Item):
     """DecodeItem of a call with fixed ranges."""
 
+    first_end: int = 0  # end[0]
     range: int = 0
     ranges: int = 0
-    before: int = 0
-    arrivals: int = 0
-    merge_from: int = 0
+    first: int = 0  # from
+    to: int = 0
+
+    @property
+    def end_of_first(self) -> int:
+        return self.first_end
 
 
 class RangeSchedule(Schedule):
@@ -70,69 +96,106 @@ class RangeSchedule(Schedule):
     def begin_of(self, part: int) -> int:
         return part * self.run + min(part, self.longer)
 
+    def before(self, block: int, start: int, end: int, log2: int) -> int:
+        """How many of a stream's ranges belong to the parts whose runs end at a block of a sequence, or behind it."""
+        of_stream = self.ranges.of_stream(log2)
+        return of_stream if block >= end else ranges_before(end - start, log2, (block - start) * of_stream >> log2)
+
     def items(self) -> Iterator[Range]:
         """What `next` gives, until it gives nothing."""
         while self.at < self.end:
             source, start, end = self.find()
             seen = self.seen[source]
-            size = self.ranges.blocks_of(seen)
-            number = ranges_before(self.at, start, end, size)
-            if number >= ranges_before(self.end, start, end, size):
+            log2 = self.ranges.cuts(seen)
+            of_stream, number = self.ranges.of_stream(log2), self.before(self.at, start, end, log2)
+            if number >= self.before(self.end, start, end, log2):
                 self.at = end
                 continue
-            begin = start + number * size
-            stop = min(begin + size, end)
-            first_block = seen.low // KEYS
-            block_begin = first_block + begin - start
-            block_end = first_block + stop - start if seen.high > seen.low else block_begin
-            made = self.set_range(self.first + source, start, end, begin, size)
-            yield Range(self.first + source, seen.low, seen.high, block_begin, block_end, **made)
-            self.at = stop
+            made = self.set_range(self.first + source, start, end, log2, number)
+            bounds = blocks_of_range(seen, log2, number, self.ranges)
+            yield Range(self.first + source, seen.low, seen.high, **bounds, **made)
+            begin = begin_of_range(end - start, log2, number + 1) * (1 << log2) // of_stream
+            self.at = start + begin if number + 1 < of_stream else end
 
-    def set_range(self, batch: int, start: int, end: int, begin: int, size: int) -> dict[str, Any]:
+    def set_range(self, batch: int, start: int, end: int, log2: int, number: int) -> dict[str, Any]:
         """What an item has to know of its sequence's ranges."""
-        ranges, number = -(-(end - start) // size), (begin - start) // size
-        first = ranges_before(max(start, self.begin_of(self.part)), start, end, size)
-        behind = ranges_before(self.end, start, end, size)
-        made = {"range": number, "ranges": ranges, "is_first": first == 0, "before": number - first}
-        made["arrivals"] = behind - first if number + 1 == behind else 0
-        if behind - first < ranges:
-            first_part = self.part_of(min(start + size // 2, end - 1))
+        of_stream = self.ranges.of_stream(log2)
+        first = self.before(max(start, self.begin_of(self.part)), start, end, log2)
+        to = self.before(self.end, start, end, log2)
+        made = {"range": number, "ranges": 1 << log2, "first": first, "to": to, "is_first": first == 0}
+        if to - first < of_stream:
+            half = (begin_of_range(end - start, log2, 1) + 1) // 2 * (1 << log2) // of_stream
             made["parts"] = 2
+            first_part = self.part_of(min(start + half, end) - 1)
             made["first_part"] = batch if len(self.sequences) < self.parts else first_part
-            made["merge_from"] = ranges_before(self.begin_of(first_part + 1), start, end, size) - 1
         return made
 
 
-def items_of_cluster(seen: Seen, ranges: Ranges) -> list[Item]:
+def blocks_of_range(seen: Seen, log2: int, number: int, ranges: Ranges) -> dict[str, int]:
+    """set_range_blocks."""
+
+    def begin(at: int) -> int:
+        return seen.low // KEYS + (begin_of_range(seen.cost, log2, at) if seen.high > seen.low else 0)
+
+    block, end = begin(number), begin(number + 1)
+    if ranges.halves and log2 > 0:
+        second = number + ranges.of_stream(log2)
+        distance, last = begin(second) - block, begin(second + 1)
+    else:
+        distance, last = max(1, end - block) if ranges.halves else 1, end
+    return {"block_begin": block, "block_end": last, "distance": distance, "first_end": end}
+
+
+def items_of_cluster(seen: Seen, ranges: Ranges) -> list[Range]:
     """item_of_cluster for each block of a sequence's cluster."""
-    first, blocks = seen.low // KEYS, seen.cost if seen.high > seen.low else 0
-    size = ranges.blocks_of(seen)
-    bounds = [first + min(blocks, 2 * part * size) for part in range(CLUSTER_PARTS + 1)]
-    return [Item(0, seen.low, seen.high, *bounds[part : part + 2], distance=size) for part in range(CLUSTER_PARTS)]
+    log2 = ranges.cuts(seen)
+    of_block = 2 if 1 << log2 > CLUSTER_PARTS else 1
+    blocks = seen.cost if seen.high > seen.low else 0
+
+    def begin(at: int) -> int:
+        return seen.low // KEYS + begin_of_range(blocks, log2, min(at, 1 << log2))
+
+    made = []
+    for part in range(CLUSTER_PARTS):
+        at = min(part * of_block, 1 << log2)
+        distance = max(1, begin(at + 1) - begin(at))
+        given = {"first_end": begin(at + 1), "distance": distance, "ranges": 1 << log2}
+        made.append(Range(0, seen.low, seen.high, begin(at), begin(at + of_block), **given))
+    return made
 
 
-def range_slot(item: Range, slots: int) -> int:
-    """range_of: of a key head."""
-    return item.first_part * slots + item.range
+def range_slot(item: Range, first: int, slots: int) -> int:
+    """range_of: of a key head; the node's first range."""
+    return item.first_part * slots + first
 
 
-def partials_of_head(parts: int, batch: int, slots: int, keeps_in_shared: bool) -> int:
-    """Room of a key head."""
-    return min(batch, parts) * slots + (0 if keeps_in_shared else parts)
+def partials_of_head(parts: int, batch: int, slots: int, halves: bool, kept_levels: int) -> int:
+    """Room of a key head: RangeRoom."""
+    return min(batch, parts) * slots + parts * (2 if halves else 1) * kept_levels
 
 
 def join(first: Tree, second: Tree) -> Tree:
-    """join_kept, join_ranges."""
+    """join_kept, join_before, join_streams."""
     return (first, second)
 
 
-def joined(count: int, begin: Tree = 0, first: int = 0) -> Tree:
-    """All ranges of a sequence, in their order."""
-    tree = begin
-    for number in range(first + 1, count):
-        tree = join(tree, number)
-    return tree
+def tree_of(count: int, first: int = 0) -> Tree:
+    """All of so many ranges from one on."""
+    return join(tree_of(count // 2, first), tree_of(count // 2, first + count // 2)) if count > 1 else first
+
+
+def climb(item: Range, tree: Tree, kept: dict[int, Tree]) -> tuple[int, Tree]:
+    """A range's result up the tree; level -1 where it is kept."""
+    level = 0
+    while True:
+        parent = item.range >> level + 1 << level + 1
+        if parent < item.first or parent + (2 << level) > item.to:
+            return level, tree
+        if item.range >> level & 1 == 0:
+            kept[level] = tree
+            return -1, None
+        tree = join(kept.pop(level), tree)
+        level += 1
 
 
 class Launch:
@@ -140,46 +203,62 @@ class Launch:
 
     def __init__(self, sequences: list[Seen], parts: int, ranges: Ranges, slots: int) -> None:
         self.runs = [list(RangeSchedule(sequences, part, parts, ranges).items()) for part in range(parts)]
-        self.slots = slots
-        self.partials: dict[int, Tree] = {}
+        self.ranges, self.slots = ranges, slots
+        self.partials: dict[int, tuple[int, Tree]] = {}
         self.counters: dict[int, int] = {}
         self.results: dict[int, Tree] = {}
 
     def run(self, order: list[int]) -> dict[int, Tree]:
         """`finish` of every item. Each slot is written once, and the counters are zero at the end."""
         for part in order:
-            kept: Tree = None
-            for item in self.runs[part]:
-                tree: Tree = item.range
-                if item.is_first:
-                    tree = join(kept, tree) if item.range > 0 else tree
-                    if item.arrivals == 0:
-                        kept = tree
-                        continue
-                if item.parts == 1:
-                    self._give(item, tree)
-                    continue
-                slot = range_slot(item, self.slots)
-                assert slot not in self.partials, "a slot is written twice"
-                assert item.range < self.slots, "a slot of another sequence"
-                self.partials[slot] = tree
-                self._arrive(item)
+            halves: dict[int, Tree] = {}
+            for stream in (0, 1) if self.ranges.halves else (0,):
+                self._run_stream(self.runs[part], stream, halves)
         assert not any(self.counters.values()), "a counter that is not zero"
         return self.results
 
-    def _arrive(self, item: Range) -> None:
-        if item.arrivals == 0:
+    def _run_stream(self, items: list[Range], stream: int, halves: dict[int, Tree]) -> None:
+        kept: dict[int, Tree] = {}
+        for item in items:
+            if stream == 1 and item.ranges == 1:
+                continue
+            before = stream * (item.ranges // 2)
+            level, tree = climb(item, item.range + before, kept)
+            assert max(kept, default=0) < MOST_RANGES_LOG2
+            if level < 0:
+                continue
+            if item.parts > 1:
+                self._share(item, before + (item.range >> level << level), level, tree)
+            elif self.ranges.halves and item.ranges > 1 and stream == 0:
+                halves[item.batch] = tree
+            else:
+                self._give(item, join(halves.pop(item.batch), tree) if stream == 1 else tree)
+        assert not kept, "something that was kept is lost"
+
+    def _share(self, item: Range, first: int, level: int, tree: Tree) -> None:
+        """finish_node."""
+        slot = range_slot(item, first, self.slots)
+        assert slot not in self.partials, "a slot is written twice"
+        assert first < self.slots, "a slot of another sequence"
+        self.partials[slot] = (level, tree)
+        if item.range + 1 < item.to:
             return
-        count = self.counters[item.first_part] = self.counters.get(item.first_part, 0) + item.arrivals
+        count = self.counters[item.first_part] = self.counters.get(item.first_part, 0) + item.to - item.first
         if count == item.ranges:
             self.counters[item.first_part] = 0
             self._give(item, self._merged(item))
 
     def _merged(self, item: Range) -> Tree:
-        """merge_parts."""
-        tree = self.partials[item.first_part * self.slots + item.merge_from]
-        for number in range(item.merge_from + 1, item.ranges):
-            tree = join(tree, self.partials[item.first_part * self.slots + number])
+        """merge_ranges."""
+        kept: dict[int, Tree] = {}
+        first, tree = 0, None
+        while first < item.ranges:
+            level, tree = self.partials[range_slot(item, first, self.slots)]
+            number = first >> level
+            first += 1 << level
+            while number & 1:
+                tree, level, number = join(kept[level], tree), level + 1, number >> 1
+            kept[level] = tree
         return tree
 
     def _give(self, item: Range, tree: Tree) -> None:
@@ -187,11 +266,7 @@ class Launch:
         self.results[item.batch] = tree
 
 
-def grid_of(
-    streams: int, head_dim: int, multiprocessors: int, heads_k: int, batch: int, rows_k: int, has_room: bool = True
-) -> model.Grid:
-    """decode_grid of a call with fixed ranges; has_room: for what the blocks of a cluster send each other."""
-    ranges = Ranges.of(streams, head_dim, heads_k)
-    pairs = streams == 2 and heads_k % 2 == 0
-    fits = has_room and pairs and ranges.slots(rows_k) <= streams * CLUSTER_PARTS
-    return model.decode_grid(streams, multiprocessors, heads_k, batch, rows_k, may_cluster=fits, two=pairs)
+def grid_of(streams: int, head_dim: int, multiprocessors: int, heads_k: int, batch: int, rows_k: int) -> model.Grid:
+    """decode_grid of a call with fixed ranges."""
+    fits = 1 << Ranges.of(head_dim, heads_k).log2_of(rows_k) <= streams * CLUSTER_PARTS
+    return model.decode_grid(streams, multiprocessors, heads_k, batch, rows_k, may_cluster=fits)

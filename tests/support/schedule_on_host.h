@@ -104,6 +104,7 @@ inline float __int_as_float(unsigned bits) {
   return value;
 }
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
+inline int __clz(unsigned value) { return __builtin_clz(value); }
 
 #include "flash_attention_v3/hopper/decode/schedule.cuh"
 #include "flash_attention_v3/hopper/mla/work.cuh"
@@ -120,7 +121,7 @@ inline void keep(const DecodeItem& item) {
   const int numbers[] = {item.batch,    item.low,      item.high,       item.begin[0],
                          item.begin[1], item.end[0],   item.end[1],     item.first_part,
                          item.parts,    item.is_first, item.range,      item.ranges,
-                         item.before,   item.arrivals, item.merge_from, item.first_token};
+                         item.from,     item.to,       item.first_token};
   found.append(reinterpret_cast<const char*>(numbers), sizeof(numbers));
 }
 
@@ -158,7 +159,7 @@ inline void set_tiles(int64_t tiles, int64_t len_q) {
 // each tile.
 inline tvm::ffi::Bytes items_of(tvm::ffi::Bytes lengths, int64_t len_q, int64_t group,
                                 int64_t parts, int64_t part, int64_t ranges_log2,
-                                int64_t range_blocks, int64_t window, bool in_clusters,
+                                int64_t range_blocks, bool halves, int64_t window, bool in_clusters,
                                 int64_t tiles) {
   const std::string bytes = lengths;
   used.assign(bytes.size() / sizeof(int), 0);
@@ -173,6 +174,7 @@ inline tvm::ffi::Bytes items_of(tvm::ffi::Bytes lengths, int64_t len_q, int64_t 
   params.window_left = static_cast<int>(window);
   params.ranges_log2 = static_cast<int>(ranges_log2);
   params.range_blocks = static_cast<int>(range_blocks);
+  params.halves = halves;
   set_parts(parts);
   found.clear();
   if (in_clusters) {

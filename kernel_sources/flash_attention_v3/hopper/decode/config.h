@@ -15,6 +15,7 @@ constexpr int kPartialsPerBlock = 2;  // a block's run of work is cut at most at
 // whose results take as long to keep as keys to read.
 constexpr int kBlocksOfShort = 128;
 constexpr int kRowsOfNarrowRange = 32, kBlocksOfWideRange = 16;
+constexpr int kMostRangesLog2 = 7;
 
 // A sequence, and the blocks of its keys that are this part's.
 struct DecodeItem {
@@ -29,14 +30,13 @@ struct DecodeItem {
   int first_part;          // the parts that share the item
   short parts;             // 1: it is whole
   unsigned char is_first;  // of a shared item: whether it begins in this part
-  // An item of a call with fixed ranges is one range of a sequence, or a cluster's part of them.
-  // first_part: where the ranges of a sequence meet that several parts share; is_first: whether
-  // the first one is this part's.
-  unsigned char range;  // which one it is, of so many; no ranges: the call's splits are free
-  short ranges;
-  short before;      // how many of the sequence's ranges this part has had
-  short arrivals;    // of this part's last range of the sequence: how many it has, else 0
-  short merge_from;  // the last range of the first part, whose result is that of all up to it
+  // An item of a call with fixed ranges is one range of a sequence, or a cluster's part of them; of
+  // two streams of one head the second one's range lies so many behind as a half has. first_part:
+  // where the ranges of a sequence meet that several parts share.
+  unsigned char range;  // which one it is
+  short ranges;         // of the whole sequence; 0: the call's splits are free
+  short from, to;       // this part's ranges of the sequence, those of the first half where streams
+                        // have halves
 };
 
 // A packed query row: which query it is and the rows of the cache that it sees.
@@ -58,8 +58,10 @@ struct DecodeConfig {
   static constexpr int kStreams = kHeadDim * kCacheBytes > 256 ? 1 : 2;
   static constexpr int kThreads = 128 + 128 * kStreams;  // four producer warps
   // setmaxnreg: the producer's warps leave registers to the consumers. With 88 of their own they
-  // spill beside 64 rows of head size 64.
-  static constexpr int kProducerRegisters = 104, kConsumerRegisters = 200;
+  // spill beside 64 rows of head size 64; with 200 the consumers do beside 64 rows of 128.
+  static constexpr bool kManyNumbers = kHeadDim == 128 && kRows == 64 && !kMixed;
+  static constexpr int kProducerRegisters = kManyNumbers ? 88 : 104;
+  static constexpr int kConsumerRegisters = kManyNumbers ? 208 : 200;
   static constexpr int kPanels = kHeadDim / kDecodePanel;  // of queries and of the result
   // Of keys and values: 128 bytes, the widest swizzle, or a row where it is shorter.
   static constexpr int kCachePanel = kMixed && kHeadDim > 64 ? 128 : 64;  // columns
@@ -83,7 +85,7 @@ struct DecodeConfig {
   static constexpr int kFitting = kRoom / kBytesTile;
   static constexpr int kStages = kFitting > 10 ? 10 : kFitting;
   static constexpr int kOffsetStatistics = kOffsetTiles + kStages * kBytesTile;
-  static constexpr int kBytesStatistics = (kMixed ? 8 : 7) * kRows * 4;
+  static constexpr int kBytesStatistics = (kMixed ? 7 : 6) * kRows * 4;
   // Of an e4m3 cache with a scale of each token and head: those of a stage's keys, or values.
   static constexpr int kOffsetScales = kOffsetStatistics + kStreams * kBytesStatistics;
   static constexpr int kBytesScales = kMixed ? kStreams * kDecodeKeys * 4 : 0;
@@ -94,32 +96,34 @@ struct DecodeConfig {
   static constexpr int kBarriers = 2 * kStages + 2 * kDecodeItemSlots + 1;
   static constexpr int kOffsetBehind = (kOffsetBarriers + kBarriers * 8 + 15) / 16 * 16;
 
-  // The result of the ranges before, of a call with fixed ranges: behind all else where there is
-  // room, else in the launch's memory for partial results.
-  static constexpr int kBytesKept = kRows * kHeadDim * 4;  // of a stream
-  static constexpr bool kKeepsInShared = kOffsetBehind + kStreams * kBytesKept <= kMostSharedBytes;
+  // Results of ranges that wait for those behind them, of a call with fixed ranges, a level of the
+  // tree of ranges each: references and sums, then units of 16 bytes a thread, behind all else as
+  // far as there is room, else in the launch's memory for partial results.
+  static constexpr int kKeptLevels = kMostRangesLog2;
+  static constexpr int kUnits = kRows * kHeadDim / 512, kBytesOfUnit = 128 * 16;  // of a stream
+  static constexpr int kOffsetUnits = kOffsetBehind + kStreams * kKeptLevels * kRows * 8;
+  static constexpr int kRoomForUnits = (kMostSharedBytes - kOffsetUnits) / kStreams / kBytesOfUnit;
+  static constexpr int kSharedUnits =
+      kRoomForUnits < kKeptLevels * kUnits ? kRoomForUnits : kKeptLevels * kUnits;
+  static constexpr int kSharedLevels = kSharedUnits / kUnits;  // that lie there as a whole
 
   // In the same place what the blocks of a cluster send each other, four numbers of a row with
-  // their reference and sum: of each block, or, of fixed ranges, of each of its streams. Without
-  // room among the tiles, behind the streams' own results.
+  // their reference and sum. Without room among the tiles, behind the streams' own results.
   static constexpr int kQuadsOfBlock = kRows * kHeadDim / 4 / kClusterParts;
   static constexpr int kBytesOfQuad = 24;
-  static constexpr int kBytesOfSlot = kQuadsOfBlock * kBytesOfQuad;
-  static constexpr bool kRoomForRanges =
-      kOffsetBehind + kStreams * kClusterParts * kBytesOfSlot <= kMostSharedBytes;
-  static constexpr int kSlots = (kRoomForRanges ? kStreams : 1) * kClusterParts;
-  static constexpr int kBytesIncoming = kSlots * kBytesOfSlot;
+  static constexpr int kBytesIncoming = kClusterParts * kQuadsOfBlock * kBytesOfQuad;
   static constexpr bool kRoomForIncoming = kOffsetBehind + kBytesIncoming <= kMostSharedBytes;
   static constexpr int kBytesResults = kStreams * kRows * kHeadDim * 4;
   static constexpr int kOffsetIncoming =
       kRoomForIncoming ? kOffsetBehind : kOffsetTiles + kBytesResults;
-  static constexpr int kOffsetEnds = kOffsetIncoming + kSlots * kQuadsOfBlock * 16;
+  static constexpr int kOffsetEnds = kOffsetIncoming + kClusterParts * kQuadsOfBlock * 16;
 
-  static constexpr int kBytesBehind[] = {kKeepsInShared ? kStreams * kBytesKept : 0,
-                                         kRoomForIncoming ? kBytesIncoming : 0};
-  static constexpr int kSharedBytes =
-      kOffsetBehind + (kBytesBehind[0] > kBytesBehind[1] ? kBytesBehind[0] : kBytesBehind[1]);
-  static constexpr int kPartialFloats = kRows * (kHeadDim + 2);
+  static constexpr int kEndOfUnits = kOffsetUnits + kStreams * kSharedUnits * kBytesOfUnit;
+  static constexpr int kEndOfIncoming = kOffsetBehind + (kRoomForIncoming ? kBytesIncoming : 0);
+  static constexpr int kSharedBytes = kEndOfUnits > kEndOfIncoming ? kEndOfUnits : kEndOfIncoming;
+  // A row's numbers, reference and sum, and behind all rows the level of the tree of ranges.
+  static constexpr int kOffsetLevel = kRows * (kHeadDim + 2);
+  static constexpr int kPartialFloats = kOffsetLevel + 4;
 
   // Which columns of the result a thread has: of each panel two, kHalfStep apart. Of 16 bits a
   // panel's are the panel's rows in the second product; of e4m3 those whose bytes a thread loads
@@ -138,7 +142,8 @@ struct DecodeConfig {
   static_assert(kOffsetIncoming + kBytesIncoming <=
                     (kRoomForIncoming ? kSharedBytes : kOffsetStatistics),
                 "results and what others send lie where the tiles did");
-  static_assert(kSharedBytes <= 227 * 1024, "a block of sm_90 has 227 KiB of shared memory");
+  static_assert(kRoomForUnits >= 0, "references and sums of ranges have room");
+  static_assert(kSharedBytes <= kMostSharedBytes, "a block of sm_90 has 227 KiB of shared memory");
 };
 
 // The one table of decode tiles: padded head size, packed query rows.

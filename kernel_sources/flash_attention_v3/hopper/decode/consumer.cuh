@@ -380,8 +380,8 @@ struct DecodeConsumer {
 
   __device__ __forceinline__ void run_item(const DecodeItem& item) {
     const bool in_turns = C::kStreams == 2 && params.heads_of_block == 1;
-    // Streams that are joined overwrite the queries of the range before.
-    if (in_turns || uniform(item.before) == 0) {
+    // A sequence's other ranges have the queries of its first one.
+    if (uniform(item.range) == uniform(item.from)) {
       find_queries(item);
       load_queries(item);
     }
@@ -393,69 +393,78 @@ struct DecodeConsumer {
       for (float& value : output[panel]) value = 0.f;
     }
     const int turn = in_turns ? stream : 0;
-    const int step = in_turns && item.begin[1] - item.begin[0] == 1 ? 2 : 1;
+    const auto step_of = [&] { return in_turns && item.begin[1] - item.begin[0] == 1 ? 2 : 1; };
     int block = item.begin[turn];
-    bool is_first = true;
 #pragma unroll 1
     while (block < item.end[turn]) {
+      const bool is_first = block == item.begin[turn];
       if constexpr (C::kMixed) {
         // A step is 1 or 2.
+        const int step = step_of();
         const int left = item.end[turn] - block;
         const int count = C::kBlocksAtOnce == 2 && left > step ? 2 : 1;
         run_mixed(item, block, step, count, is_first);
         block += count * step;
       } else {
         run_block(item, block, is_first);
-        block += step;
+        block += step_of();
       }
-      is_first = false;
     }
-    if (in_turns) pass_blocks(item, block, step);
+    if (in_turns) pass_blocks(item, block, step_of());
     if constexpr (C::kMixed) descale_output(item);
     gather_statistics<C>(shared, stream, softmax, params.scale_log2);
     if (params.in_clusters) {
       merge_in_cluster<C>(params, item, shared, stream, my_part(), output);
       return;
     }
-    if (in_turns) join_streams<C>(shared, stream, output);
-    const bool has_result = !in_turns || stream == 0;
-    if (has_result) {
+    const bool of_ranges = uniform(item.ranges) > 0;
+    const int level =
+        of_ranges ? climb<C>(params, item, shared, stream, my_part(), my_head(), output) : 0;
+    // Two halves become one where a part has both, a range that is alone is the first stream's.
+    const bool is_whole = uniform(item.parts) == 1;
+    const bool joins = in_turns && (!of_ranges || (is_whole && level >= 0));
+    if (joins && uniform(item.ranges) != 1) join_streams<C>(shared, stream, output);
+    if (level >= 0 && !(joins && stream == 1)) {
       stream_sync(stream);
-      finish(item);
+      finish(item, level);
     }
     // The queries' memory and the statistics are free again.
-    if (in_turns) {
+    if (joins) {
       named_barrier_sync(kStreamsBarrier, 256);
     } else {
       stream_sync(stream);
     }
   }
 
-  __device__ __forceinline__ void finish(const DecodeItem& item) {
-    const int head = my_head(), part = my_part();
-    const bool of_ranges = item.ranges > 0;
-    if (of_ranges && item.is_first) {
-      // Up to its first range's part a sequence's ranges are joined here, one after the other.
-      float* const kept = kept_of<C>(params, shared, stream, part, head);
-      if (item.range > 0) join_kept<C>(shared, stream, kept, output);
-      if (item.arrivals == 0) {
-        keep<C>(shared, stream, kept, output);
-        return;
-      }
-    }
+  // level: of a call with fixed ranges, how many of them the result is of, as exponent of 2.
+  __device__ __forceinline__ void finish(const DecodeItem& item, int level) {
     if (item.parts == 1) {
       store_rows<C>(params, item, shared, stream, output);
       return;
     }
-    store_partial<C>(shared, stream,
-                     of_ranges ? range_of<C>(params, item, item.range, head)
-                               : partial_of<C>(params, part, head, item.is_first),
-                     output);
-    if (of_ranges && item.arrivals == 0) return;
+    const int head = my_head(), part = my_part();
+    if (item.ranges > 0) {
+      finish_node(item, level, head);
+      return;
+    }
+    store_partial<C>(shared, stream, partial_of<C>(params, part, head, item.is_first), output);
     int* const answer = reinterpret_cast<int*>(shared.factors(stream));
-    if (arrive_last(params, item, of_ranges ? item.arrivals : 1,
-                    of_ranges ? item.ranges : item.parts, head, stream, answer)) {
+    if (arrive_last(params, item, 1, item.parts, head, stream, answer)) {
       merge_parts<C>(params, item, shared, stream, head);
+    }
+  }
+
+  // A node of the tree of a sequence's ranges, which several parts share.
+  __device__ __forceinline__ void finish_node(const DecodeItem& item, int level, int head) {
+    const int of_half = params.halves && stream == 1 ? item.ranges / 2 : 0;
+    const int first = (item.range >> level << level) + of_half;
+    float* const partial = range_of<C>(params, item, first, head);
+    store_partial<C>(shared, stream, partial, output);
+    if (threadIdx.x % 128 == 0) partial[C::kOffsetLevel] = __int_as_float(level);
+    if (item.range + 1 < item.to) return;
+    int* const answer = reinterpret_cast<int*>(shared.factors(stream));
+    if (arrive_last(params, item, item.to - item.from, item.ranges, head, stream, answer)) {
+      merge_ranges<C>(params, item, shared, stream, head);
     }
   }
 

@@ -100,25 +100,13 @@ struct MergedQuad {
     }
   }
 
-  // The next of `count` ranges, of which the first one begins the sum where `begins` says so.
-  template <int kCount>
-  __device__ __forceinline__ void join_ranges(const float4 (&value)[kCount],
-                                              const float2 (&end)[kCount], int count, bool begins) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (i >= count) break;
-      if (i == 0 && begins) {
-        top = end[0].x;
-        sum = end[0].y;
-        total = value[0];
-        continue;
-      }
-      const JoinFactors by = join_factors(top, end[i].x);
-      top = by.top;
-      sum = join(sum, end[i].y, by);
-      total = {join(total.x, value[i].x, by), join(total.y, value[i].y, by),
-               join(total.z, value[i].z, by), join(total.w, value[i].w, by)};
-    }
+  // Of fixed ranges: those before this node become one with it.
+  __device__ __forceinline__ void join_before(const MergedQuad& before) {
+    const JoinFactors by = join_factors(before.top, top);
+    top = by.top;
+    sum = join(before.sum, sum, by);
+    total = {join(before.total.x, total.x, by), join(before.total.y, total.y, by),
+             join(before.total.z, total.z, by), join(before.total.w, total.w, by)};
   }
 
   template <class Element>
@@ -132,21 +120,15 @@ struct MergedQuad {
   }
 };
 
-// Merges the parts of an item, or the ranges of its sequence, in their order, four numbers of a row
-// a thread.
+// Merges the parts of an item in their order, four numbers of a row a thread.
 template <class C>
 __device__ __forceinline__ void merge_parts(const DecodeParams& params, const DecodeItem& item,
                                             const DecodeShared<C>& shared, int stream, int head) {
   constexpr int kQuads = C::kHeadDim / 4;
   constexpr int kAtOnce = C::kRows <= 16 ? 8 : 4;  // loads on their way
   const int rows = min(C::kRows, tokens_of(params, item) * params.group);
-  const bool of_ranges = item.ranges > 0;
-  const float* const first = of_ranges ? range_of<C>(params, item, item.merge_from, head)
-                                       : partial_of<C>(params, item.first_part, head, false);
-  const int step = (of_ranges ? 1 : 2) * params.heads_k * C::kPartialFloats;
-  const int count = of_ranges ? item.ranges - item.merge_from : item.parts;
-  // The first part wrote the end of its run, the others the beginning of theirs.
-  const int more_of_first = of_ranges ? 0 : C::kPartialFloats;
+  const float* const first = partial_of<C>(params, item.first_part, head, false);
+  const int step = 2 * params.heads_k * C::kPartialFloats, count = item.parts;
 #pragma unroll 1
   for (int at = threadIdx.x % 128; at < rows * kQuads; at += 128) {
     const int index = at / kQuads, quad = at % kQuads;
@@ -161,15 +143,102 @@ __device__ __forceinline__ void merge_parts(const DecodeParams& params, const De
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         const int part = min(begin + i, count - 1);
-        const int offset = part * step + (part == 0 ? more_of_first : 0);
+        // The first part wrote the end of its run, the others the beginning of theirs.
+        const int offset = part * step + (part == 0 ? C::kPartialFloats : 0);
         value[i] = load_other(of_thread + offset);
         end[i] = load_other_pair(of_row + offset);
         if (begin + i >= count) end[i].x = minus_infinity();
       }
-      if (of_ranges) {
-        merged.join_ranges(value, end, count - begin, begin == 0);
-      } else {
-        merged.add(value, end);
+      merged.add(value, end);
+    }
+    merged.store<typename C::Element>(params, item, *shared.query(stream, index), quad);
+  }
+}
+
+// The nodes that a sequence's ranges were joined to, to shared memory; how many there are. A slot
+// that none begins in holds another launch's, which is not looked at.
+template <class C>
+__device__ __forceinline__ int find_nodes(const DecodeParams& params, const DecodeItem& item,
+                                          const DecodeShared<C>& shared, int stream, int head,
+                                          int thread) {
+  constexpr int kOfLane = (1 << kMostRangesLog2) / 32;
+  const int lane = thread % 32;
+  int levels[kOfLane];
+#pragma unroll
+  for (int i = 0; i < kOfLane; ++i) {
+    const int range = 32 * i + lane;
+    if (range < item.ranges) {
+      asm volatile("ld.global.cg.s32 %0, [%1];"
+                   : "=r"(levels[i])
+                   : "l"(range_of<C>(params, item, range, head) + C::kOffsetLevel)
+                   : "memory");
+    }
+  }
+  int count = 0;
+#pragma unroll 1
+  for (int range = 0; range < item.ranges; ++count) {
+    int level = 0;
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) {
+      const int found = __shfl_sync(0xffffffffu, levels[i], range % 32);
+      if (range / 32 == i) level = found;
+    }
+    if (thread == 0) {
+      shared.nodes(stream)[count] = {static_cast<unsigned char>(range),
+                                     static_cast<unsigned char>(level)};
+    }
+    range += 1 << level;
+  }
+  stream_sync(stream);
+  return count;
+}
+
+// Merges the ranges of a sequence as their tree says, four numbers of a row a thread.
+template <class C>
+__device__ __forceinline__ void merge_ranges(const DecodeParams& params, const DecodeItem& item,
+                                             const DecodeShared<C>& shared, int stream, int head) {
+  constexpr int kQuads = C::kHeadDim / 4;
+  constexpr int kAhead = C::kRows <= 16 ? 8 : 4;  // loads on their way
+  const int rows = min(C::kRows, tokens_of(params, item) * params.group);
+  const float* const first = range_of<C>(params, item, 0, head);
+  const int step = params.heads_k * C::kPartialFloats;
+  int thread = threadIdx.x % 128;
+  asm volatile("" : "+r"(thread));  // as in merge_in_cluster
+  const int count = find_nodes<C>(params, item, shared, stream, head, thread);
+  const uchar2* const nodes = shared.nodes(stream);
+#pragma unroll 1
+  for (int at = thread; at < rows * kQuads; at += 128) {
+    const int index = at / kQuads, quad = at % kQuads;
+    if (quad * 4 >= params.head_dim_v) continue;
+    const float* const of_thread = first + index * C::kHeadDim + 4 * quad;
+    const float* const of_row = first + C::kRows * C::kHeadDim + 2 * index;
+    float4 value[kAhead];
+    float2 end[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int offset = nodes[min(i, count - 1)].x * step;
+      value[i] = load_other(of_thread + offset);
+      end[i] = load_other_pair(of_row + offset);
+    }
+    MergedQuad merged, kept[kMostRangesLog2];
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) {
+      merged = {end[0].x, end[0].y, value[0]};
+#pragma unroll
+      for (int ahead = 0; ahead + 1 < kAhead; ++ahead) {
+        value[ahead] = value[ahead + 1];
+        end[ahead] = end[ahead + 1];
+      }
+      const int offset = nodes[min(i + kAhead, count - 1)].x * step;
+      value[kAhead - 1] = load_other(of_thread + offset);
+      end[kAhead - 1] = load_other_pair(of_row + offset);
+      // The first level, from the node's own on, where it is a first half waits for the second one.
+      const uchar2 node = nodes[i];
+      const int waits = __ffs(~(node.x >> node.y)) - 1 + node.y;
+#pragma unroll
+      for (int level = 0; level < kMostRangesLog2; ++level) {
+        if (level >= node.y && level < waits) merged.join_before(kept[level]);
+        if (level == waits) kept[level] = merged;
       }
     }
     merged.store<typename C::Element>(params, item, *shared.query(stream, index), quad);
@@ -209,9 +278,8 @@ __device__ __forceinline__ void send_quad(u32 quad, u32 end, u32 barrier, const 
       : "memory");
 }
 
-// The results of a block's streams, which have the same head, are sent to the blocks of the
-// cluster: quad i of all rows is block i % kClusterParts's. They join before; fixed ranges do not,
-// of which each stream has one. `thread`: of all consumers.
+// The results of a block's streams, which have the same head, are joined and sent to the blocks of
+// the cluster: quad i of all rows is block i % kClusterParts's. `thread`: of all consumers.
 template <class C>
 __device__ __forceinline__ void send_results(const DecodeItem& item, const DecodeShared<C>& shared,
                                              int part, int quads, int thread) {
@@ -222,11 +290,6 @@ __device__ __forceinline__ void send_results(const DecodeItem& item, const Decod
   for (int at = thread; at < quads; at += 128 * C::kStreams) {
     const int owner = at % kClusterParts, place = at / kClusterParts;
     const u32 there = in_block(shared_address(shared.base), owner);
-    const auto send = [&](int slot, const MergedQuad& own) {
-      const int quad = slot * C::kQuadsOfBlock + place;
-      send_quad(there + C::kOffsetIncoming + quad * 16, there + C::kOffsetEnds + quad * 8,
-                there + C::kOffsetBarriers + (C::kBarriers - 1) * 8, own);
-    };
     float4 value[C::kStreams];
     float2 end[C::kStreams];
 #pragma unroll
@@ -234,18 +297,39 @@ __device__ __forceinline__ void send_results(const DecodeItem& item, const Decod
       value[of] = *reinterpret_cast<const float4*>(results + of * kResults + 4 * at);
       end[of] = ends[of * C::kRows + at / kQuads];
     }
-    if (!C::kRoomForRanges || item.ranges == 0) {
-      MergedQuad own;
+    MergedQuad own;
+    if (item.ranges == 0) {
       own.add(value, end);
-      send(part, own);
-      continue;
+    } else {
+      own = {end[0].x, end[0].y, value[0]};
+      if (C::kStreams == 2 && item.ranges > kClusterParts) {
+        constexpr int kSecond = C::kStreams - 1;
+        own = {end[kSecond].x, end[kSecond].y, value[kSecond]};
+        own.join_before({end[0].x, end[0].y, value[0]});
+      }
     }
+    const int quad = part * C::kQuadsOfBlock + place;
+    send_quad(there + C::kOffsetIncoming + quad * 16, there + C::kOffsetEnds + quad * 8,
+              there + C::kOffsetBarriers + (C::kBarriers - 1) * 8, own);
+  }
+}
+
+// What a cluster's blocks have sent of fixed ranges, as their tree says. `nodes`: a power of two.
+__device__ __forceinline__ MergedQuad merge_nodes(const float4 (&value)[kClusterParts],
+                                                  const float2 (&end)[kClusterParts], int nodes) {
+  MergedQuad merged[kClusterParts];
 #pragma unroll
-    for (int of = 0; of < C::kStreams; ++of) {
-      const int range = part * C::kStreams + of;
-      if (range < item.ranges) send(range, {end[of].x, end[of].y, value[of]});
+  for (int i = 0; i < kClusterParts; ++i) merged[i] = {end[i].x, end[i].y, value[i]};
+#pragma unroll
+  for (int width = 1; width < kClusterParts; width *= 2) {
+    if (width >= nodes) break;
+#pragma unroll
+    for (int i = 0; i < kClusterParts; i += 2 * width) {
+      merged[i + width].join_before(merged[i]);
+      merged[i] = merged[i + width];
     }
   }
+  return merged[0];
 }
 
 // The results of a cluster's streams become one: each of its threads has some of the numbers. Who
@@ -275,10 +359,7 @@ __device__ __forceinline__ void merge_in_cluster(const DecodeParams& params, con
         shared.references(stream)[thread], sum_of(shared, stream, thread)};
   }
   const int quads = min(C::kRows, tokens_of(params, item) * params.group) * kQuads;
-  const int slots = C::kRoomForRanges && item.ranges > 0 ? item.ranges : kClusterParts;
-  if (of_all == 0) {
-    mbarrier_arrive_expect(shared.incoming_full(), quads / kClusterParts * slots * C::kBytesOfQuad);
-  }
+  if (of_all == 0) mbarrier_arrive_expect(shared.incoming_full(), quads * C::kBytesOfQuad);
   named_barrier_sync(kStreamsBarrier, 128 * C::kStreams);
   cluster_wait();                                      // all blocks run
   if constexpr (!C::kRoomForIncoming) cluster_sync();  // and are done with their tiles
@@ -289,22 +370,18 @@ __device__ __forceinline__ void merge_in_cluster(const DecodeParams& params, con
     const int at = place * kClusterParts + part;
     const int index = at / kQuads, quad = at % kQuads;
     if (quad * 4 >= params.head_dim_v) continue;
-    MergedQuad merged;
-#pragma unroll 1
-    for (int begin = 0; begin < slots; begin += kClusterParts) {
-      float4 value[kClusterParts];
-      float2 end[kClusterParts];
+    float4 value[kClusterParts];
+    float2 end[kClusterParts];
 #pragma unroll
-      for (int i = 0; i < kClusterParts; ++i) {
-        const int slot = min(begin + i, slots - 1);
-        value[i] = shared.incoming_quads(slot)[place];
-        end[i] = shared.incoming_ends(slot)[place];
-      }
-      if (C::kRoomForRanges && item.ranges > 0) {
-        merged.join_ranges(value, end, slots - begin, begin == 0);
-      } else {
-        merged.add(value, end);
-      }
+    for (int i = 0; i < kClusterParts; ++i) {
+      value[i] = shared.incoming_quads(i)[place];
+      end[i] = shared.incoming_ends(i)[place];
+    }
+    MergedQuad merged;
+    if (item.ranges > 0) {
+      merged = merge_nodes(value, end, item.ranges);
+    } else {
+      merged.add(value, end);
     }
     merged.store<typename C::Element>(params, item, *shared.query(stream, index), quad);
   }

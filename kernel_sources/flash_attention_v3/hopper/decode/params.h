@@ -57,12 +57,15 @@ struct DecodeParams {
   int ranges_log2;   // fixed ranges: 2^ranges_log2 of a short sequence at most; 0: free splits
   int range_blocks;  // a range has at least so many blocks
   int range_slots;   // slots of a sequence whose ranges several parts share
-  int place_rows;    // rows of a place: of a page, or of a cache entry
-  int box_rows;      // rows of a box of the copy engine; 0: threads load
-  int box_panels;    // and its panels, of one head or of two
-  int boxes_log2;    // boxes of rows of a stage
-  int copies;        // boxes of a stage
-  int copy_warps;    // warps that ask for them
+  int first_kept;   // behind those of all sequences: levels of the tree of ranges that streams keep
+  int kept_levels;  // of each stream
+  bool halves;      // each of a block's two streams has half of a sequence's ranges
+  int place_rows;   // rows of a place: of a page, or of a cache entry
+  int box_rows;     // rows of a box of the copy engine; 0: threads load
+  int box_panels;   // and its panels, of one head or of two
+  int boxes_log2;   // boxes of rows of a stage
+  int copies;       // boxes of a stage
+  int copy_warps;   // warps that ask for them
   unsigned long long policy;  // of the L2 cache
   int draft_words;
   float scale_log2;  // scores to exponents of 2: softmax_scale * log2(e), with softcap: softcap *

@@ -1,4 +1,6 @@
-// Fixed ranges: what a part keeps of a sequence's ranges before, and how the next one joins it.
+// Fixed ranges: a sequence's ranges are the leaves of a tree, and two neighbours of one level
+// become one result wherever they are computed, so that its bits are its own. A part joins what it
+// has of the tree as it goes; only the largest nodes that it has as a whole are partial results.
 #pragma once
 
 #include "flash_attention_v3/hopper/decode/epilogue.cuh"
@@ -17,68 +19,12 @@ __device__ __forceinline__ JoinFactors join_factors(float first, float second) {
           second == top ? 1.f : exp2_fast(2.f * (second - top))};
 }
 
-// The one order in which ranges are summed: that of their indices, one after the other. So a
-// sequence has the same bits wherever its ranges are computed and merged.
+// As join_streams does.
 __device__ __forceinline__ float join(float first, float second, const JoinFactors& by) {
-  return fmaf(second, by.second, first * by.first);
+  return fmaf(first, by.first, second * by.second);
 }
 
-// A range's result joins what was kept of those before it. `kept`: a thread's numbers lie apart
-// from each other, those of neighbouring threads side by side.
-template <class C>
-__device__ __forceinline__ void join_kept(const DecodeShared<C>& shared, int stream,
-                                          const float* kept,
-                                          float (&output)[C::kPanels][C::kRows / 2]) {
-  const int thread = threadIdx.x % 128;
-#pragma unroll
-  for (int i = 0; i < DecodeSoftmax<C>::kQueries; ++i) {
-    const int query = i / 2 * 8 + thread % 4 * 2 + i % 2;
-    const JoinFactors by =
-        join_factors(shared.kept_references(stream)[query], shared.references(stream)[query]);
-#pragma unroll
-    for (int panel = 0; panel < C::kPanels; ++panel) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float& number = output[panel][i / 2 * 4 + 2 * half + i % 2];
-        const int place = ((panel * DecodeSoftmax<C>::kQueries + i) * 2 + half) * 128 + thread;
-        number = join(kept[place], number, by);
-      }
-    }
-  }
-  stream_sync(stream);  // every thread has read the references
-  if (thread < C::kRows) {
-    const JoinFactors by =
-        join_factors(shared.kept_references(stream)[thread], shared.references(stream)[thread]);
-    shared.statistics(stream, 0)[thread] =
-        join(shared.kept_sums(stream)[thread], sum_of(shared, stream, thread), by);
-    shared.references(stream)[thread] = by.top;
-#pragma unroll
-    for (int warp = 1; warp < 4; ++warp) shared.statistics(stream, warp)[thread] = 0.f;
-  }
-}
-
-template <class C>
-__device__ __forceinline__ void keep(const DecodeShared<C>& shared, int stream, float* kept,
-                                     const float (&output)[C::kPanels][C::kRows / 2]) {
-  const int thread = threadIdx.x % 128;
-#pragma unroll
-  for (int i = 0; i < DecodeSoftmax<C>::kQueries; ++i) {
-#pragma unroll
-    for (int panel = 0; panel < C::kPanels; ++panel) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        kept[((panel * DecodeSoftmax<C>::kQueries + i) * 2 + half) * 128 + thread] =
-            output[panel][i / 2 * 4 + 2 * half + i % 2];
-      }
-    }
-  }
-  if (thread < C::kRows) {
-    shared.kept_references(stream)[thread] = shared.references(stream)[thread];
-    shared.kept_sums(stream)[thread] = sum_of(shared, stream, thread);
-  }
-}
-
-// The slot of a range of a sequence whose ranges several parts share.
+// The slot of the ranges from `range` on, of a sequence whose ranges several parts share.
 template <class C>
 __device__ __forceinline__ float* range_of(const DecodeParams& params, const DecodeItem& item,
                                            int range, int head) {
@@ -87,14 +33,172 @@ __device__ __forceinline__ float* range_of(const DecodeParams& params, const Dec
   return params.partials + (slot + head) * C::kPartialFloats;
 }
 
-// Where a part keeps the result of the ranges before.
+// Where a stream keeps a level's result: what shared memory has no room for lies in the launch's.
+// It is written and read once, with as much as keys bring into the L2 cache in between: to have 64
+// rows of two heads of 132 blocks pushed out to memory and back takes as long as 6 % of their keys.
 template <class C>
-__device__ __forceinline__ float* kept_of(const DecodeParams& params, const DecodeShared<C>& shared,
-                                          int stream, int part, int head) {
-  if constexpr (C::kKeepsInShared) return shared.kept(stream);
-  const long long slots =
-      static_cast<long long>(min(params.all_tiles, params.parts)) * params.range_slots + part;
-  return params.partials + (slots * params.heads_k + head) * C::kPartialFloats;
+struct KeptLevel {
+  static constexpr unsigned long long kEvictLast = 0x14F0000000000000ull,
+                                      kEvictFirst = 0x12F0000000000000ull;
+  const DecodeShared<C>& shared;
+  int stream, level, thread;
+  float4* outside;  // this level's
+
+  __device__ __forceinline__ KeptLevel(const DecodeParams& params, const DecodeShared<C>& shared,
+                                       int stream, int level, int part, int head, int thread)
+      : shared(shared), stream(stream), level(level), thread(thread) {
+    const int of_part = params.halves ? 2 * part + stream : part;
+    const long long slot = static_cast<long long>(params.first_kept + of_part * params.kept_levels +
+                                                  level - C::kSharedLevels) *
+                               params.heads_k +
+                           head;
+    outside = reinterpret_cast<float4*>(params.partials + slot * C::kPartialFloats);
+  }
+
+  __device__ __forceinline__ bool is_shared(int unit) const {
+    return level * C::kUnits + unit < C::kSharedUnits;
+  }
+  __device__ __forceinline__ void store(int unit, const float4& value) const {
+    if (is_shared(unit)) {
+      shared.kept_unit(stream, level * C::kUnits + unit)[thread] = value;
+    } else {
+      asm volatile("st.global.L2::cache_hint.v4.f32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(
+                       outside + unit * 128 + thread),
+                   "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w), "l"(kEvictLast)
+                   : "memory");
+    }
+  }
+  __device__ __forceinline__ float4 load(int unit) const {
+    if (is_shared(unit)) return shared.kept_unit(stream, level * C::kUnits + unit)[thread];
+    float4 value;
+    asm volatile("ld.global.L2::cache_hint.v4.f32 {%0, %1, %2, %3}, [%4], %5;"
+                 : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+                 : "l"(outside + unit * 128 + thread), "l"(kEvictFirst)
+                 : "memory");
+    return value;
+  }
+};
+
+// The references and sums of a node: each thread has the references of its queries, and the first
+// kRows a row's reference and sum.
+template <class C>
+struct NodeEnds {
+  static constexpr int kQueries = DecodeSoftmax<C>::kQueries;
+  float references[kQueries];
+  float row_reference, row_sum;
+
+  __device__ __forceinline__ NodeEnds(const DecodeShared<C>& shared, int stream, int thread) {
+#pragma unroll
+    for (int i = 0; i < kQueries; ++i) {
+      references[i] = shared.references(stream)[i / 2 * 8 + thread % 4 * 2 + i % 2];
+    }
+    if (thread < C::kRows) {
+      row_reference = shared.references(stream)[thread];
+      row_sum = sum_of(shared, stream, thread);
+    }
+  }
+
+  // As gather_statistics leaves them.
+  __device__ __forceinline__ void store(const DecodeShared<C>& shared, int stream,
+                                        int thread) const {
+    if (thread >= C::kRows) return;
+    shared.references(stream)[thread] = row_reference;
+    shared.statistics(stream, 0)[thread] = row_sum;
+#pragma unroll
+    for (int warp = 1; warp < 4; ++warp) shared.statistics(stream, warp)[thread] = 0.f;
+  }
+};
+
+// A node joins the one of the same level before it, which was kept.
+template <class C>
+__device__ __forceinline__ void join_kept(const KeptLevel<C>& kept, NodeEnds<C>& ends,
+                                          float (&output)[C::kPanels][C::kRows / 2]) {
+  // Pairs of queries whose numbers are on their way at once: as many as registers allow.
+  constexpr int kPairs = C::kRows / 8, kAtOnce = kPairs > 4 ? 4 : kPairs;
+  const int thread = kept.thread;
+  const float2* const kept_ends = kept.shared.kept_ends(kept.stream, kept.level);
+#pragma unroll
+  for (int begin = 0; begin < kPairs; begin += kAtOnce) {
+    float4 before[kAtOnce][C::kPanels];
+#pragma unroll
+    for (int i = 0; i < kAtOnce * C::kPanels; ++i) {
+      const int pair = i / C::kPanels, panel = i % C::kPanels;
+      before[pair][panel] = kept.load(panel * kPairs + begin + pair);
+    }
+#pragma unroll
+    for (int pair = 0; pair < kAtOnce; ++pair) {
+      JoinFactors by[2];
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        float& reference = ends.references[2 * (begin + pair) + c];
+        by[c] = join_factors(kept_ends[(begin + pair) * 8 + thread % 4 * 2 + c].x, reference);
+        reference = by[c].top;
+      }
+#pragma unroll
+      for (int panel = 0; panel < C::kPanels; ++panel) {
+        float* const at = output[panel] + 4 * (begin + pair);
+        const float4& first = before[pair][panel];
+        at[0] = join(first.x, at[0], by[0]);
+        at[1] = join(first.y, at[1], by[1]);
+        at[2] = join(first.z, at[2], by[0]);
+        at[3] = join(first.w, at[3], by[1]);
+      }
+    }
+  }
+  if (thread < C::kRows) {
+    const float2 first = kept_ends[thread];
+    const JoinFactors by = join_factors(first.x, ends.row_reference);
+    ends.row_sum = join(first.y, ends.row_sum, by);
+    ends.row_reference = by.top;
+  }
+}
+
+template <class C>
+__device__ __forceinline__ void keep(const KeptLevel<C>& kept, const NodeEnds<C>& ends,
+                                     const float (&output)[C::kPanels][C::kRows / 2]) {
+  constexpr int kPairs = C::kRows / 8;
+#pragma unroll
+  for (int unit = 0; unit < C::kUnits; ++unit) {
+    const float* const at = output[unit / kPairs] + 4 * (unit % kPairs);
+    kept.store(unit, {at[0], at[1], at[2], at[3]});
+  }
+  if (kept.thread < C::kRows) {
+    kept.shared.kept_ends(kept.stream, kept.level)[kept.thread] = {ends.row_reference,
+                                                                   ends.row_sum};
+  }
+}
+
+// A range's result, with its statistics gathered, goes up the tree as far as this part has what
+// lies before it. The level of a node that stays so, whose statistics are where the range's were;
+// -1: it is kept for what comes behind it.
+template <class C>
+__device__ __forceinline__ int climb(const DecodeParams& params, const DecodeItem& item,
+                                     const DecodeShared<C>& shared, int stream, int part, int head,
+                                     float (&output)[C::kPanels][C::kRows / 2]) {
+  stream_sync(stream);  // the statistics are there
+  const int range = item.range;
+  int thread = threadIdx.x % 128;
+  // As in merge_in_cluster: nothing of this is worked out in front of the loop over items.
+  asm volatile("" : "+r"(thread));
+  NodeEnds<C> ends(shared, stream, thread);
+  int level = 0;
+#pragma unroll 1
+  while (true) {
+    const int parent = range >> level + 1 << level + 1;
+    if (parent < item.from || parent + (2 << level) > item.to) break;
+    const KeptLevel<C> kept(params, shared, stream, level, part, head, thread);
+    if ((range >> level & 1) == 0) {
+      keep<C>(kept, ends, output);
+      return -1;
+    }
+    join_kept<C>(kept, ends, output);
+    ++level;
+  }
+  if (level > 0) {
+    stream_sync(stream);  // every thread has read the range's
+    ends.store(shared, stream, thread);
+  }
+  return level;
 }
 
 }  // namespace jit_kernel::hopper

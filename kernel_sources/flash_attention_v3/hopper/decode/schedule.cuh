@@ -90,15 +90,71 @@ __device__ __forceinline__ SeenRows seen_rows(const DecodeParams& params, const 
   return seen;
 }
 
-// The blocks of a range, of a sequence of `rows` query rows that sees so many blocks. By these and
-// by what all calls of a model share, so that no other sequence has a say: few enough that a
-// multiprocessor has some share of a sequence that is alone, more where it is long.
-__device__ __forceinline__ unsigned blocks_of_range(const DecodeParams& params, int rows,
-                                                    unsigned blocks) {
-  const int log2 = params.ranges_log2 + (blocks > kBlocksOfShort);
+// A sequence's ranges: 2^log2 of them, and what each of a block's streams has of these.
+struct RangeCuts {
+  int log2;
+  bool halves;
+};
+
+// Of a sequence of `rows` query rows that sees so many blocks. By these and by what all calls of a
+// model share, so that no other sequence has a say: few enough that a multiprocessor has some share
+// of a sequence that is alone, more where it is long.
+__device__ __forceinline__ RangeCuts range_cuts(const DecodeParams& params, int rows,
+                                                unsigned blocks) {
   const unsigned least =
       max(params.range_blocks, rows > kRowsOfNarrowRange ? kBlocksOfWideRange : 1);
-  return max(least, (blocks + (1u << log2) - 1) >> log2);
+  const unsigned most = max(blocks / least, min(blocks, 2u));
+  const int log2 = min(params.ranges_log2 + (blocks > kBlocksOfShort), 31 - __clz(most));
+  return {log2, params.halves};
+}
+
+// The blocks of a range, of 2^log2 of so many blocks; behind the last range there is none. The
+// ranges are the leaves of a tree, of whose halves the first one is the longer where they are not
+// of one length.
+struct RangeBlocks {
+  unsigned begin, end;
+};
+
+__device__ __forceinline__ RangeBlocks blocks_of_range(unsigned blocks, int log2, unsigned range) {
+  if (range >> log2) return {blocks, blocks};
+  unsigned begin = 0;
+#pragma unroll 1
+  for (int bit = log2 - 1; bit >= 0; --bit) {
+    const unsigned first = (blocks + 1) / 2;
+    const bool second = range >> bit & 1;
+    begin += second ? first : 0;
+    blocks = second ? blocks - first : first;
+  }
+  return {begin, begin + blocks};
+}
+
+// How many of these ranges have their middle before a block.
+__device__ __forceinline__ unsigned ranges_before(unsigned blocks, int log2, unsigned block) {
+  unsigned range = 0;
+#pragma unroll 1
+  for (int level = 0; level < log2; ++level) {
+    const unsigned first = (blocks + 1) / 2;
+    const bool second = block >= first;
+    block -= second ? first : 0;
+    blocks = second ? blocks - first : first;
+    range = 2 * range + second;
+  }
+  return range + (2 * block >= blocks);
+}
+
+// The ranges of a cluster's block: one each stream, or one alone where the blocks are enough.
+__device__ __forceinline__ void set_ranges_of_cluster(DecodeItem& item, int first, unsigned blocks,
+                                                      int log2, int part) {
+  const unsigned ranges = 1u << log2;
+  const bool two = ranges > kClusterParts;
+  const unsigned range = min(static_cast<unsigned>(two ? 2 * part : part), ranges);
+  const RangeBlocks own = blocks_of_range(blocks, log2, range);
+  item.begin[0] = first + static_cast<int>(own.begin);
+  item.end[0] = first + static_cast<int>(own.end);
+  item.begin[1] = max(item.end[0], item.begin[0] + 1);
+  item.end[1] =
+      two ? first + static_cast<int>(blocks_of_range(blocks, log2, range + 1).end) : item.end[0];
+  item.ranges = static_cast<short>(ranges);
 }
 
 // The only item of a block of a cluster; false where the sequence has no query.
@@ -122,21 +178,17 @@ __device__ __forceinline__ bool item_of_cluster(const DecodeParams& params, int 
   item.end[0] = item.end[1] = first + (part + 1) * blocks / kClusterParts;
   item.first_part = 0;
   item.parts = 1;
-  item.is_first = item.ranges = item.before = 0;
+  item.is_first = item.range = 0;
+  item.ranges = item.from = item.to = 0;
   if (params.ranges_log2 > 0) {
-    // A range each stream, of which a block has two.
-    const int size = static_cast<int>(blocks_of_range(params, of.len_q * params.group, seen.cost));
-    item.begin[0] = first + min(blocks, 2 * part * size);
-    item.begin[1] = item.begin[0] + size;
-    item.end[0] = first + min(blocks, (2 * part + 1) * size);
-    item.end[1] = first + min(blocks, (2 * part + 2) * size);
-    item.ranges = static_cast<short>(max(1, (blocks + size - 1) / size));
+    const int log2 = range_cuts(params, of.len_q * params.group, seen.cost).log2;
+    set_ranges_of_cluster(item, first, static_cast<unsigned>(blocks), log2, part);
   }
   return seen.cost > 0;
 }
 
 // All lanes of one warp together: a lane has a sequence of 32. Params: what lengths_of, seen_rows
-// and blocks_of_range are found for, with blocks of kKeys rows.
+// and range_cuts are found for, with blocks of kKeys rows.
 template <class Params, int kKeys>
 class ScheduleOf {
  public:
@@ -213,7 +265,8 @@ class ScheduleOf {
     item.is_first = at_ == start;
     item.first_part = 0;
     item.parts = 1;
-    item.ranges = item.before = 0;
+    item.range = 0;
+    item.ranges = item.from = item.to = 0;
     if (start < at_ || end > end_) {
       item.first_part = part_of(start);
       item.parts = part_of(end - 1) - item.first_part + 1;
@@ -225,36 +278,57 @@ class ScheduleOf {
   // The next range of the sequence from `start` to `end`; false, and on to the next sequence, where
   // none is left for this part.
   __device__ __forceinline__ bool set_range(DecodeItem& item, unsigned start, unsigned end) {
-    const unsigned size = blocks_of_range(params_, item.len_q * params_.group, end - start);
-    const unsigned ranges = (end - start + size - 1) / size;
+    const unsigned blocks = end - start;
+    const RangeCuts cuts = range_cuts(params_, item.len_q * params_.group, blocks);
+    // Of two streams with a half each, this counts the first one's ranges and half of the blocks.
+    const int shift = cuts.halves && cuts.log2 > 0;
+    const unsigned ranges = 1u << (cuts.log2 - shift);
     // A range belongs to the part whose run has its middle. How many do before that of a run that
     // ends at a block:
-    const auto ranges_before = [&](unsigned block) {
-      return block >= end ? ranges : (block - start + (size - 1) / 2) / size;
+    const auto before = [&](unsigned block) {
+      return block >= end ? ranges : ranges_before(blocks, cuts.log2, (block - start) >> shift);
     };
-    const unsigned range = ranges_before(at_), behind = ranges_before(end_);
-    if (range >= behind) {
+    const unsigned range = before(at_), to = before(end_);
+    if (range >= to) {
       at_ = end;
       return false;
     }
-    const unsigned first = ranges_before(max(start, begin_of(blockIdx.y)));
+    const unsigned from = before(max(start, begin_of(blockIdx.y)));
     item.range = static_cast<unsigned char>(range);
-    item.ranges = static_cast<short>(ranges);
-    item.is_first = first == 0;
-    item.before = static_cast<short>(range - first);
-    item.arrivals = range + 1 == behind ? static_cast<short>(behind - first) : 0;
+    item.ranges = static_cast<short>(1 << cuts.log2);
+    item.from = static_cast<short>(from);
+    item.to = static_cast<short>(to);
+    item.is_first = from == 0;
     item.first_part = 0;
     item.parts = 1;
-    item.merge_from = 0;
-    if (behind - first < ranges) {
-      const unsigned first_part = part_of(min(start + size / 2, end - 1));
+    if (to - from < ranges) {
+      // Up to the first range's middle.
+      const unsigned half = (((blocks + (1u << cuts.log2) - 1) >> cuts.log2) + 1) / 2 << shift;
       item.parts = 2;  // or more
-      item.first_part = params_.all_tiles < params_.parts ? tile_ : static_cast<int>(first_part);
-      item.merge_from = static_cast<short>(ranges_before(begin_of(first_part + 1)) - 1);
+      item.first_part = params_.all_tiles < params_.parts
+                            ? tile_
+                            : static_cast<int>(part_of(min(start + half, end) - 1));
     }
-    at_ = start + range * size;
-    set_blocks(item, start, min(at_ + size, end));
+    const RangeBlocks own = blocks_of_range(blocks, cuts.log2, range);
+    set_range_blocks(item, own, blocks, cuts, ranges);
+    at_ = range + 1 < ranges ? start + (own.end << shift) : end;
     return true;
+  }
+
+  // The blocks of a range, and of the second stream's where streams have halves of `ranges` each.
+  __device__ __forceinline__ void set_range_blocks(DecodeItem& item, const RangeBlocks& own,
+                                                   unsigned blocks, const RangeCuts& cuts,
+                                                   unsigned ranges) {
+    const int first = item.low / kKeys, sees = item.high > item.low;
+    item.begin[0] = first + static_cast<int>(own.begin);
+    item.end[0] = item.end[1] = first + static_cast<int>(own.end) * sees;
+    item.begin[1] = item.begin[0] + 1;
+    if (!cuts.halves) return;
+    item.begin[1] = max(item.begin[1], item.end[0]);
+    if (cuts.log2 == 0) return;
+    const RangeBlocks second = blocks_of_range(blocks, cuts.log2, ranges + item.range);
+    item.begin[1] = first + static_cast<int>(second.begin);
+    item.end[1] = first + static_cast<int>(second.end);
   }
 
   // Where a part's run of blocks begins.

@@ -25,17 +25,25 @@ struct DecodeShared {
   }
   __device__ float* references(int stream) const { return statistics(stream, 4); }
   __device__ float* factors(int stream) const { return statistics(stream, 5); }
-  // Of the ranges before: the factors' place, which their sequence's end alone needs, and one more.
-  __device__ float* kept_references(int stream) const { return statistics(stream, 5); }
-  __device__ float* kept_sums(int stream) const { return statistics(stream, 6); }
   // Of queries in fp16 and keys in e4m3: what scores are multiplied by.
-  __device__ float* score_factors(int stream) const { return statistics(stream, 7); }
+  __device__ float* score_factors(int stream) const { return statistics(stream, 6); }
   __device__ float* scales(int stage, int stream) const {
     return reinterpret_cast<float*>(base + C::kOffsetScales + stage * C::kBytesScales) +
            stream * kDecodeKeys;
   }
-  __device__ float* kept(int stream) const {
-    return reinterpret_cast<float*>(base + C::kOffsetBehind + stream * C::kBytesKept);
+  // Of a result that is kept: a reference and a sum for each row.
+  __device__ float2* kept_ends(int stream, int level) const {
+    return reinterpret_cast<float2*>(base + C::kOffsetBehind) +
+           (stream * C::kKeptLevels + level) * C::kRows;
+  }
+  __device__ float4* kept_unit(int stream, int unit) const {
+    return reinterpret_cast<float4*>(base + C::kOffsetUnits) +
+           (stream * C::kSharedUnits + unit) * 128;
+  }
+  // Of a sequence's partial results: first ranges and levels, where the probabilities lay.
+  __device__ uchar2* nodes(int stream) const {
+    return reinterpret_cast<uchar2*>(base + C::kOffsetP +
+                                     2 * C::kBlocksAtOnce * stream * C::kBytesP);
   }
   __device__ DecodeQuery* query(int stream, int index) const {
     return reinterpret_cast<DecodeQuery*>(base + C::kOffsetQueries) + stream * C::kRows + index;
@@ -43,8 +51,8 @@ struct DecodeShared {
   __device__ DecodeItem* item(int slot) const {
     return reinterpret_cast<DecodeItem*>(base + C::kOffsetItem + slot * C::kBytesItem);
   }
-  // What the cluster's blocks send to this one, a slot each or a slot each range: quads of results,
-  // then a reference and a sum for each.
+  // What the cluster's blocks send to this one, a slot each: quads of results, then a reference and
+  // a sum for each.
   __device__ float4* incoming_quads(int slot) const {
     return reinterpret_cast<float4*>(base + C::kOffsetIncoming) + slot * C::kQuadsOfBlock;
   }

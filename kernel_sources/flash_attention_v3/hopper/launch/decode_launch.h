@@ -44,24 +44,16 @@ struct DecodeShape {
   bool mixed;  // of an e4m3 cache
   int streams, threads, shared_bytes, partial_floats;
   int panels, panel_columns, panel_bytes;  // of a row of the cache
-  bool keeps_in_shared, room_for_ranges;
+  int shared_levels;                       // of ranges' results that are kept
 };
 
 template <int kHeadDim, int kRows, bool kMixed>
 constexpr DecodeShape shape_of_decode() {
   using C = DecodeConfig<void, kHeadDim, kRows, kMixed>;
-  return {kHeadDim,
-          kRows,
-          kMixed,
-          C::kStreams,
-          C::kThreads,
-          C::kSharedBytes,
-          C::kPartialFloats,
-          C::kCachePanels,
-          C::kCachePanel,
-          C::kPanelBytes,
-          C::kKeepsInShared,
-          C::kRoomForRanges};
+  return {kHeadDim,          kRows,           kMixed,
+          C::kStreams,       C::kThreads,     C::kSharedBytes,
+          C::kPartialFloats, C::kCachePanels, C::kCachePanel,
+          C::kPanelBytes,    C::kSharedLevels};
 }
 
 constexpr DecodeShape kDecodeShapes[] = {
@@ -138,20 +130,21 @@ constexpr int64_t kRowsOfCluster = 4096;
 // the batch: by what every call of a model has in common.
 struct DecodeRanges {
   int most_log2 = 0;  // of a short sequence, to base 2; 0: the call did not ask
-  int blocks = 1;     // a range has at least so many
+  int blocks = 1;     // a range has at least so many, but for the halves of a short sequence
 
   DecodeRanges() = default;
   DecodeRanges(const DecodeShape& shape, int64_t heads_k) {
     // A short sequence that is alone gives 64 blocks of two heads each a range, a long one 128.
     most_log2 = heads_k >= 8 ? 4 : heads_k >= 4 ? 5 : 6;
-    // Streams of one head are joined after each range; blocks of small heads are read fast.
-    blocks = shape.streams == 2 && heads_k % 2 != 0 ? 4 : shape.head_dim <= 64 ? 2 : 1;
+    blocks = shape.head_dim <= 64 ? 2 : 1;  // which are read fast
   }
-  // Of a sequence of the longest cache.
-  int64_t slots(int64_t rows_k) const {
+  // Of a sequence of the longest cache: how many, to base 2.
+  int log2_of(int64_t rows_k) const {
     const int64_t longest = (rows_k + kDecodeKeys - 1) / kDecodeKeys;
-    return std::max<int64_t>(1, std::min(int64_t{1} << (most_log2 + (longest > kBlocksOfShort)),
-                                         (longest + blocks - 1) / blocks));
+    const int64_t most = std::max(longest / blocks, std::min<int64_t>(longest, 2));
+    int log2 = 0;
+    while (log2 < most_log2 + (longest > kBlocksOfShort) && int64_t{2} << log2 <= most) ++log2;
+    return log2;
   }
 };
 
@@ -170,7 +163,6 @@ inline int even_parts(int64_t parts, int64_t batch) {
 // As many thread blocks as run at the same time, but up to 4 % less where sequences of one length
 // are then not cut: to write and merge partial results costs more. Two heads a block read longer
 // rows of memory; of little work each head's blocks are many, and fewer parts are merged sooner.
-// With fixed ranges the streams' share of a sequence must not depend on the batch.
 inline DecodeGrid decode_grid(const DecodeShape& shape, int device, int64_t heads_k, int64_t batch,
                               int64_t rows_k, int64_t sm_margin, bool fixed_ranges) {
   // Of 132 multiprocessors 15 clusters of 8 run at the same time. One that has long to read would
@@ -178,37 +170,49 @@ inline DecodeGrid decode_grid(const DecodeShape& shape, int device, int64_t head
   const int64_t clusters = heads_k * batch;
   const bool pairs = shape.streams == 2 && heads_k % 2 == 0;
   // A cluster's streams have a range each.
-  const bool fits = !fixed_ranges ||
-                    (pairs && shape.room_for_ranges &&
-                     DecodeRanges(shape, heads_k).slots(rows_k) <= shape.streams * kClusterParts);
+  const bool fits = !fixed_ranges || 1 << DecodeRanges(shape, heads_k).log2_of(rows_k) <=
+                                         shape.streams * kClusterParts;
   if (fits && clusters >= 4 &&
       clusters * (kClusterParts + 1) <= cuda::multiprocessors(device) - sm_margin &&
       rows_k <= clusters * kRowsOfCluster) {
     return {1, kClusterParts, true};
   }
   const int64_t most = std::max<int64_t>(1, cuda::multiprocessors(device) - sm_margin);
-  const bool two = pairs && (fixed_ranges || 2 * batch * heads_k >= 3 * most);
+  const bool two = pairs && 2 * batch * heads_k >= 3 * most;
   const int64_t groups = two ? heads_k / 2 : heads_k;
   const int64_t parts = std::max<int64_t>(1, most / groups);
   return {two ? 2 : 1, even_parts(parts, batch), false};
 }
 
-// Of each key head: two for a part, or, of fixed ranges, one for each of a sequence that several
-// parts share, of which no more than one begins in a part, and what a part keeps.
-inline int64_t partials_of_head(const DecodeShape& shape, int64_t parts, int64_t batch,
-                                int64_t range_slots) {
-  if (range_slots == 0) return kPartialsPerBlock * parts;
-  return std::min(batch, parts) * range_slots + (shape.keeps_in_shared ? 0 : parts);
-}
+// Fixed ranges in memory: slots of a sequence, whether streams have halves, and the levels that
+// each stream keeps there.
+struct RangeRoom {
+  int slots = 0;
+  bool halves = false;
+  int kept_levels = 0;
+
+  static RangeRoom of(const DecodeShape& shape, const DecodeGrid& grid, int64_t heads_k,
+                      int64_t rows_k) {
+    const int log2 = DecodeRanges(shape, heads_k).log2_of(rows_k);
+    const bool halves = shape.streams == 2 && grid.heads_of_block == 1 && !grid.in_clusters;
+    return {1 << log2, halves, std::max(0, log2 - halves - shape.shared_levels)};
+  }
+  // Of each key head: two for a part, or, of fixed ranges, one for each of a sequence that several
+  // parts share, of which no more than one begins in a part, and what the parts' streams keep.
+  int64_t partials_of_head(int64_t parts, int64_t batch) const {
+    if (slots == 0) return kPartialsPerBlock * parts;
+    return std::min(batch, parts) * slots + parts * (halves ? 2 : 1) * kept_levels;
+  }
+};
 
 inline int64_t partial_floats(int64_t handle, int64_t device, int64_t heads_k, int64_t tiles,
                               int64_t rows_k, int64_t sm_margin, bool fixed_ranges) {
   const DecodeShape& shape = cuda::KernelTable<DecodeVariant>::get().at(handle).shape;
   const DecodeGrid grid =
       decode_grid(shape, static_cast<int>(device), heads_k, tiles, rows_k, sm_margin, fixed_ranges);
-  const int64_t slots =
-      fixed_ranges ? DecodeRanges(shape, heads_k).slots(std::min(rows_k, kMostRows)) : 0;
-  return partials_of_head(shape, grid.parts, tiles, slots) * heads_k * shape.partial_floats;
+  const RangeRoom room =
+      fixed_ranges ? RangeRoom::of(shape, grid, heads_k, std::min(rows_k, kMostRows)) : RangeRoom{};
+  return room.partials_of_head(grid.parts, tiles) * heads_k * shape.partial_floats;
 }
 
 // Rows that the copy engine takes at a time: the most that divide a page and a block, at least the
@@ -366,7 +370,11 @@ inline void set_decode_grid(DecodeParams& params, const DecodeShape& shape, cons
     const DecodeRanges ranges(shape, heads_k);
     params.ranges_log2 = ranges.most_log2;
     params.range_blocks = ranges.blocks;
-    params.range_slots = static_cast<int>(ranges.slots(params.rows_k));
+    const RangeRoom room = RangeRoom::of(shape, grid, heads_k, params.rows_k);
+    params.range_slots = room.slots;
+    params.halves = room.halves;
+    params.kept_levels = room.kept_levels;
+    params.first_kept = std::min(params.all_tiles, params.parts) * room.slots;
   }
   // What a short launch reads should not push out what others wrote: 1 to 2 us of 1 x 8k. It costs
   // long ones 2 to 3 %.
@@ -414,12 +422,11 @@ inline int64_t launch_decode(DecodeVariant& variant, const DecodeCall& call) {
                      call.cu_seqlens_q.has_value(), call.page_table.has_value());
   set_decode_scores(params, call.softmax_scale, call.softcap, call.left, call.right, call.chunk);
   set_decode_indices(params, call);
-  const bool keeps = params.range_slots > 0 && !variant.shape.keeps_in_shared;
-  if ((params.parts > 1 || keeps) && !params.in_clusters) {
+  if ((params.parts > 1 || params.kept_levels > 0) && !params.in_clusters) {
     const int counters = params.parts * params.heads_k;
-    const int64_t floats =
-        partials_of_head(variant.shape, params.parts, params.all_tiles, params.range_slots) *
-        params.heads_k * variant.shape.partial_floats;
+    const RangeRoom room = {params.range_slots, params.halves, params.kept_levels};
+    const int64_t floats = room.partials_of_head(params.parts, params.all_tiles) * params.heads_k *
+                           variant.shape.partial_floats;
     const Workspace::Memory memory = Workspace::of(device).memory(
         cuda::current_stream(device), counters, floats, call.partials.has_value());
     params.counters = memory.counters;

@@ -83,7 +83,7 @@ struct MlaCall {
 // As decode/ moves keys: a box holds one panel of 64 columns, or of 128 in e4m3.
 constexpr DecodeShape mla_panels(bool mixed) {
   const int columns = mixed ? 2 * kDecodePanel : kDecodePanel;
-  return {columns, 0, mixed, 0, 0, 0, 0, 1, columns, 2 * kDecodePanel, false, false};
+  return {columns, 0, mixed, 0, 0, 0, 0, 1, columns, 2 * kDecodePanel, 0};
 }
 
 inline void set_mla_tensors(MlaParams& params, const MlaCall& call) {

@@ -37,8 +37,8 @@ __device__ __forceinline__ SeenRows seen_rows(const MlaParams& params, const Dec
 }
 
 // Where no sequence is cut, all blocks of one are one range.
-__device__ __forceinline__ unsigned blocks_of_range(const MlaParams&, int, unsigned blocks) {
-  return blocks;
+__device__ __forceinline__ RangeCuts range_cuts(const MlaParams&, int, unsigned) {
+  return {0, false};
 }
 
 using MlaSchedule = ScheduleOf<MlaParams, kMlaBlockKeys>;
