@@ -58,8 +58,9 @@ struct DecodeConfig {
   static constexpr int kStreams = kHeadDim * kCacheBytes > 256 ? 1 : 2;
   static constexpr int kThreads = 128 + 128 * kStreams;  // four producer warps
   // setmaxnreg: the producer's warps leave registers to the consumers. With 88 of their own they
-  // spill beside 64 rows of head size 64; with 200 the consumers do beside 64 rows of 128.
-  static constexpr bool kManyNumbers = kHeadDim == 128 && kRows == 64 && !kMixed;
+  // spill beside 64 rows of head size 64; with 200 the consumers do beside 64 rows of 128, and
+  // beside 32 rows of e4m3.
+  static constexpr bool kManyNumbers = kHeadDim == 128 && kRows == (kMixed ? 32 : 64);
   static constexpr int kProducerRegisters = kManyNumbers ? 88 : 104;
   static constexpr int kConsumerRegisters = kManyNumbers ? 208 : 200;
   static constexpr int kPanels = kHeadDim / kDecodePanel;  // of queries and of the result

@@ -187,7 +187,8 @@ struct DecodeProducer {
   // not seen become 0.
   __device__ __forceinline__ void load_scales(const DecodeItem& item) {
     constexpr int kSlots = C::kStreams * kDecodeKeys / kThreadsOfScales;
-    const int thread = threadIdx.x % kThreadsOfScales;
+    int thread = threadIdx.x % kThreadsOfScales;
+    asm volatile("" : "+r"(thread));  // what follows from it takes no registers between items
     const CachePlaces places(params, item.batch);
     const int step = step_of(item), high = min(item.high, item.end[1] * kDecodeKeys);
     const auto row_of = [&](int block, int slot) {
