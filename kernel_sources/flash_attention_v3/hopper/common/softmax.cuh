@@ -87,12 +87,18 @@ __device__ __forceinline__ void go_far(Softmax& state, float scale) {
   }
 }
 
+// Of at most 1. The rounded one is a call, for which the kernels in e4m3 spilled a register.
+template <class Element>
+__device__ __forceinline__ float reciprocal(float x) {
+  return ElementSize<Element>::kBytes == 1 ? __fdividef(1.f, x) : __frcp_rn(x);
+}
+
 // Scores become their differences from the rows' maxima so far, so that 0 takes the place of the
 // reference: a product is rounded before the difference, which is 0 for a maximum and never above.
-template <int kCount>
+template <class Element, int kCount>
 __device__ __forceinline__ void step_far(float (&scores)[kCount], Softmax& state,
                                          const float (&maxima)[2], float scale) {
-  const float unit = score_unit(scale), to_scores = __frcp_rn(unit);
+  const float unit = score_unit(scale), to_scores = reciprocal<Element>(unit);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float top = fmaxf(state.reference[r], __fmul_rn(maxima[r], unit));
@@ -132,23 +138,27 @@ __device__ __forceinline__ void settle(float (&scores)[kCount], Softmax& state, 
     }
     go_far<Element>(state, scale);
   }
-  step_far(scores, state, maxima, scale);
+  step_far<Element>(scores, state, maxima, scale);
 }
 
-// Turns scores into probabilities relative to the reference, and updates reference and sum.
+// Before take_exponents().
+template <class Element, int kCount>
+__device__ __forceinline__ void settle_rows(float (&scores)[kCount], Softmax& state, float scale) {
+  state.rescale[0] = state.rescale[1] = 1.f;
+  if (state.rows != RowsState::kSettled) settle<Element>(scores, state, scale);
+}
+
+// Turns scores into exponents of probabilities relative to the reference, and updates the
+// reference.
 //
 // Exponents come first: only those above the threshold matter, and positive floats are ordered like
 // integers, of which one instruction compares three. Threads of a row need not know of each other
 // unless one of them finds such an exponent. Together that is a fifth of the instructions less than
 // a true maximum in every block, and under load instructions are power, and power is clock.
-// `between` is called with 0 in front of the exponentials and with 1 between those of the two rows:
-// products that run beside them are waited for there.
-template <class Element, class Between, int kCount>
-__device__ __forceinline__ void softmax_step(float (&scores)[kCount], Softmax& state, float scale,
-                                             Between between) {
+template <class Element, int kCount>
+__device__ __forceinline__ void take_exponents(float (&scores)[kCount], Softmax& state,
+                                               float scale) {
   static_assert(kCount % 8 == 0, "a block has a multiple of 16 keys");
-  state.rescale[0] = state.rescale[1] = 1.f;
-  if (state.rows != RowsState::kSettled) settle<Element>(scores, state, scale);
   const bool far = state.rows == RowsState::kFar;
   int highest[2];
 #pragma unroll
@@ -166,9 +176,16 @@ __device__ __forceinline__ void softmax_step(float (&scores)[kCount], Softmax& s
     }
     highest[r] = max(high[0], high[1]);
   }
-  state.must_rescale =
-      far || __any_sync(0xffffffffu, max(highest[0], highest[1]) >
-                                         __float_as_int(ProbabilityRange<Element>::kThreshold));
+  const auto is_high = [&highest] {
+    return __any_sync(0xffffffffu, max(highest[0], highest[1]) >
+                                       __float_as_int(ProbabilityRange<Element>::kThreshold)) != 0;
+  };
+  if constexpr (ElementSize<Element>::kBytes == 1) {
+    // Asked whether the rows are far, the vote's answer is copied four times: 45 cycles.
+    state.must_rescale = is_high() | far;
+  } else {
+    state.must_rescale = far || is_high();
+  }
   if (state.must_rescale && !far) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -190,6 +207,16 @@ __device__ __forceinline__ void softmax_step(float (&scores)[kCount], Softmax& s
     if (__any_sync(0xffffffffu, highest_reference > kLargestReference))
       go_far<Element>(state, scale);
   }
+}
+
+// Turns scores into probabilities, and updates reference and sum. `between` is called with 0 in
+// front of the exponentials and with 1 between those of the two rows: products that run beside them
+// are waited for there.
+template <class Element, class Between, int kCount>
+__device__ __forceinline__ void softmax_step(float (&scores)[kCount], Softmax& state, float scale,
+                                             Between between) {
+  settle_rows<Element>(scores, state, scale);
+  take_exponents<Element>(scores, state, scale);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     between(r);
