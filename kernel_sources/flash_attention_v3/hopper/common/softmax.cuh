@@ -234,15 +234,20 @@ __device__ __forceinline__ void softmax_step(float (&scores)[kCount], Softmax& s
   }
 }
 
-// To wgmma's register operand. Of e4m3 there are four keys to a register, in the order that
-// transposed values have them: the third and fourth are the thread's two of the next 8 columns.
+// Of e4m3, the place of the first of the four scores that a register of wgmma's operand has, in the
+// order that transposed values have them: two neighbours, and two of the next 8 columns.
+__device__ __forceinline__ constexpr int first_packed(int packed) {
+  return packed / 2 * 8 + packed % 2 * 2;
+}
+
+// To wgmma's register operand.
 template <class Element, int kCount, int kPacked>
 __device__ __forceinline__ void pack_probabilities(const float (&scores)[kCount],
                                                    u32 (&packed)[kPacked]) {
 #pragma unroll
   for (int i = 0; i < kPacked; ++i) {
     if constexpr (ElementSize<Element>::kBytes == 1) {
-      const int at = i / 2 * 8 + i % 2 * 2;
+      const int at = first_packed(i);
       packed[i] = pack_e4m3(scores[at], scores[at + 1], scores[at + 4], scores[at + 5]);
     } else {
       packed[i] = pack<Element>(scores[2 * i], scores[2 * i + 1]);

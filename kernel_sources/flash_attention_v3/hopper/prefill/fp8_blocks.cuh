@@ -1,9 +1,10 @@
 // The blocks of keys of a tile in a consumer warpgroup, in e4m3.
 //
-// Exponentials leave seven of eight issue slots free. The additions of the block before and the
-// conversion to probabilities take some of them: one stretch of code without a branch or a wait, in
-// the order in which it should run. Between the two products they took 9 % of a step, as adding
-// there waits for registers that the tensor cores read and write.
+// Exponentials leave seven of eight issue slots free. The additions of the block before, or of a
+// part of this one, and the conversion to probabilities take some of them, in stretches of code
+// without a branch, written in the order in which they should run. Additions between the two
+// products took 9 % of a step at d 128, as registers that the tensor cores use come late, and the
+// conversion behind the exponentials another 10 %.
 #pragma once
 
 #include "flash_attention_v3/hopper/common/softmax.cuh"
@@ -16,32 +17,46 @@ namespace jit_kernel::hopper {
 template <class C>
 struct Consumer;
 
-// Exponents to probabilities, packed and summed, and the sums of a block added to the tile's.
-template <int kCount, int kPacked, int kSums>
-__device__ __forceinline__ void take_probabilities(const float (&scores)[kCount], Softmax& state,
-                                                   u32 (&packed)[kPacked], float (&output)[kSums],
-                                                   const float (&of_block)[kSums]) {
-  constexpr int kAdded = kSums / kPacked;  // beside four exponentials
-  float sums[2][2] = {};
+// Exponents of four keys, those of one packed register, become probabilities.
+template <int kCount>
+__device__ __forceinline__ void take_four(float (&scores)[kCount], int packed,
+                                          float (&sums)[2][2]) {
 #pragma unroll
-  for (int i = 0; i < kPacked; ++i) {
-    const int at = i / 2 * 8 + i % 2 * 2;  // as pack_probabilities()
-    const float a = exp2_fast(scores[at]), b = exp2_fast(scores[at + 1]);
-    const float c = exp2_fast(scores[at + 4]), d = exp2_fast(scores[at + 5]);
-    packed[i] = pack_e4m3(a, b, c, d);
-    sums[i % 2][0] += a;
-    sums[i % 2][1] += b;
-    sums[i % 2][0] += c;
-    sums[i % 2][1] += d;
-#pragma unroll
-    for (int j = i * kAdded; j < (i + 1) * kAdded; ++j) output[j] += of_block[j];
+  for (int i = 0; i < 4; ++i) {
+    float& score = scores[first_packed(packed) + i % 2 + i / 2 * 4];
+    score = exp2_fast(score);
+    sums[packed % 2][i % 2] += score;
   }
+}
+
+// Of packed registers kFirst to kEnd.
+template <int kFirst, int kEnd, int kCount>
+__device__ __forceinline__ void take_packed(float (&scores)[kCount], float (&sums)[2][2]) {
+#pragma unroll
+  for (int i = kFirst; i < kEnd; ++i) take_four(scores, i, sums);
+}
+
+// The same, and beside them what the tensor cores summed is added to the
+// output.
+template <int kFirst, int kEnd, int kCount, int kAdded>
+__device__ __forceinline__ void take_and_add(float (&scores)[kCount], float (&sums)[2][2],
+                                             float* output, const float (&added)[kAdded]) {
+  constexpr int kEach = kAdded / (kEnd - kFirst);
+#pragma unroll
+  for (int i = 0; i < kEnd - kFirst; ++i) {
+    take_four(scores, kFirst + i, sums);
+#pragma unroll
+    for (int j = i * kEach; j < (i + 1) * kEach; ++j) output[j] += added[j];
+  }
+}
+
+__device__ __forceinline__ void add_row_sums(Softmax& state, const float (&sums)[2][2]) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) state.sum[r] += sums[r][0] + sums[r][1];
 }
 
-// Most blocks need none of what a branch of its own leads to: each such jump over code that is not
-// run costs 15 to 25 cycles, as the instructions behind it are not there yet.
+// Most blocks need none of what one branch leads to: each jump over code that is not run costs 15
+// to 25 cycles, as the instructions behind it are not there yet.
 template <class C>
 __device__ __forceinline__ void exponents_of_block(Consumer<C>& at, int block) {
   const int column = block * C::kKeys;
@@ -54,25 +69,33 @@ __device__ __forceinline__ void exponents_of_block(Consumer<C>& at, int block) {
   take_exponents<e4m3>(at.scores, at.softmax, at.scale);
 }
 
-// Of all blocks before, the last one's sums with them.
+// What blocks before the present one left, where it has a new reference.
 template <class C>
 __device__ __forceinline__ void rescale_sums(Consumer<C>& at) {
-  at.add_part(0);
   rescale_output(at.output, at.softmax);
-#pragma unroll
-  for (float& each : at.of_block) each = 0.f;
 #pragma unroll
   for (int r = 0; r < 2; ++r) at.softmax.sum[r] *= at.softmax.rescale[r];
 }
 
-// All blocks but the output of the last one; the first one's scores have arrived.
+// Of a tile's first block: there is nothing to add to, nor to rescale.
 template <class C>
-__device__ __forceinline__ void run_fp8_whole(Consumer<C>& at) {
-  int block = at.block_end - 1;
+__device__ __forceinline__ void take_first_block(Consumer<C>& at) {
+  exponents_of_block(at, at.block_end - 1);
+  float sums[2][2] = {};
+  take_packed<0, C::kKeys / 8>(at.scores, sums);
+  add_row_sums(at.softmax, sums);
+  pack_probabilities<e4m3>(at.scores, at.probabilities);
+}
+
+// All blocks but the output of the last one; the first one's scores have arrived. The next tile's
+// queries have a stage of their own, so that these are given back at the end.
+template <class C>
+__device__ __forceinline__ void run_whole(Consumer<C>& at) {
+  static_assert(C::kStagesQ > 1, "queries are given back late");
+  constexpr int kPacked = C::kKeys / 8;
   at.release_scores(false);
-  exponents_of_block(at, block);
-  take_probabilities(at.scores, at.softmax, at.probabilities, at.output, at.of_block);
-  while (--block >= at.block_begin) {
+  take_first_block(at);
+  for (int block = at.block_end - 2; block >= at.block_begin; --block) {
     at.take_turn();
     at.wait_keys();
     at.issue_scores();
@@ -81,31 +104,35 @@ __device__ __forceinline__ void run_fp8_whole(Consumer<C>& at) {
     wgmma_wait<1>();
     at.release_scores(false);
     exponents_of_block(at, block);
-    wgmma_wait<0>();
+    wgmma_wait<0>();  // the output was done before the exponents were
     pin_registers(at.of_block);
     at.release_output();
-    if (at.softmax.must_rescale) rescale_sums(at);
-    take_probabilities(at.scores, at.softmax, at.probabilities, at.output, at.of_block);
+    if (at.softmax.must_rescale) {
+      at.add_part(0);
+      rescale_sums(at);
+#pragma unroll
+      for (float& each : at.of_block) each = 0.f;  // it is added below once more
+    }
+    float sums[2][2] = {};
+    take_and_add<0, kPacked>(at.scores, sums, at.output, at.of_block);
+    add_row_sums(at.softmax, sums);
+    pack_probabilities<e4m3>(at.scores, at.probabilities);
   }
   at.release_queries();
 }
 
-// As run_overlapped(), with four parts of the at.output: one in flight beside the at.scores'
-// product, the others beside the work on the at.scores.
+// The same with four parts of the output: one in flight beside the scores' product, the others
+// beside the exponentials.
 template <class C>
 __device__ __forceinline__ void run_in_parts(Consumer<C>& at) {
-  int block = at.block_end - 1;
-  at.release_scores(block == at.block_begin);
-  at.work_on_scores(block);
-  while (true) {
-    const bool keys_are_here = mbarrier_test(at.shared.k_full(at.k_at.stage()), at.k_at.parity());
-    const bool values_are_here = mbarrier_test(at.shared.v_full(at.v_at.stage()), at.v_at.parity());
-    rescale_output(at.output, at.softmax);
-    pack_probabilities<e4m3>(at.scores, at.probabilities);
-    if (--block < at.block_begin) return;
+  constexpr int kStep = C::kKeys / 32;  // packed registers between two parts
+  constexpr int kPart = C::kPartColumns / 2;
+  at.release_scores(at.block_end - 1 == at.block_begin);
+  take_first_block(at);
+  for (int block = at.block_end - 2; block >= at.block_begin; --block) {
     at.take_turn();
-    at.issue_output(0, values_are_here);
-    if (!keys_are_here) at.wait_keys();
+    at.issue_output(0);
+    at.wait_keys();
     at.issue_scores();
     at.pass_turn();
     wgmma_wait<1>();
@@ -113,10 +140,24 @@ __device__ __forceinline__ void run_in_parts(Consumer<C>& at) {
     at.issue_part(1);
     wgmma_wait<1>();
     at.release_scores(block == at.block_begin);
-    at.work_on_scores(block, [&](int i) { at.next_part(i + 2); });
+    exponents_of_block(at, block);
     wgmma_wait<0>();
-    at.add_part(3);
+    pin_registers(at.of_block);
+    float sums[2][2] = {};
+    take_and_add<0, kStep>(at.scores, sums, at.output + kPart, at.of_block);
+    at.issue_part(2);
+    take_packed<kStep, 2 * kStep>(at.scores, sums);
+    wgmma_wait<0>();
+    pin_registers(at.of_block);
+    take_and_add<2 * kStep, 3 * kStep>(at.scores, sums, at.output + 2 * kPart, at.of_block);
+    at.issue_part(3);
+    take_packed<3 * kStep, 4 * kStep>(at.scores, sums);
+    wgmma_wait<0>();
     at.release_output();
+    at.add_part(3);
+    if (at.softmax.must_rescale) rescale_sums(at);
+    add_row_sums(at.softmax, sums);
+    pack_probabilities<e4m3>(at.scores, at.probabilities);
   }
 }
 
@@ -125,7 +166,7 @@ __device__ __forceinline__ void run_fp8_blocks(Consumer<C>& consumer) {
   if constexpr (C::kParts > 1) {
     run_in_parts(consumer);
   } else {
-    run_fp8_whole(consumer);
+    run_whole(consumer);
   }
 }
 
