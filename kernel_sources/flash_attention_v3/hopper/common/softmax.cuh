@@ -141,29 +141,27 @@ __device__ __forceinline__ void settle(float (&scores)[kCount], Softmax& state, 
   step_far<Element>(scores, state, maxima, scale);
 }
 
-// Before take_exponents().
+// Before find_exponents().
 template <class Element, int kCount>
 __device__ __forceinline__ void settle_rows(float (&scores)[kCount], Softmax& state, float scale) {
   state.rescale[0] = state.rescale[1] = 1.f;
   if (state.rows != RowsState::kSettled) settle<Element>(scores, state, scale);
 }
 
-// Turns scores into exponents of probabilities relative to the reference, and updates the
-// reference.
+// Scores become exponents of probabilities relative to the reference; highest: of each row's in
+// this thread, as integers.
 //
 // Exponents come first: only those above the threshold matter, and positive floats are ordered like
 // integers, of which one instruction compares three. Threads of a row need not know of each other
 // unless one of them finds such an exponent. Together that is a fifth of the instructions less than
 // a true maximum in every block, and under load instructions are power, and power is clock.
 template <class Element, int kCount>
-__device__ __forceinline__ void take_exponents(float (&scores)[kCount], Softmax& state,
-                                               float scale) {
+__device__ __forceinline__ void find_exponents(float (&scores)[kCount], const Softmax& state,
+                                               float scale, int (&highest)[2]) {
   static_assert(kCount % 8 == 0, "a block has a multiple of 16 keys");
-  const bool far = state.rows == RowsState::kFar;
-  int highest[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const bool has_none = far || state.reference[r] == minus_infinity();
+    const bool has_none = state.rows == RowsState::kFar || state.reference[r] == minus_infinity();
     const float offset = has_none ? ProbabilityRange<Element>::kTop : -state.reference[r];
     int high[2] = {0, 0};
 #pragma unroll
@@ -176,37 +174,36 @@ __device__ __forceinline__ void take_exponents(float (&scores)[kCount], Softmax&
     }
     highest[r] = max(high[0], high[1]);
   }
-  const auto is_high = [&highest] {
-    return __any_sync(0xffffffffu, max(highest[0], highest[1]) >
-                                       __float_as_int(ProbabilityRange<Element>::kThreshold)) != 0;
-  };
-  if constexpr (ElementSize<Element>::kBytes == 1) {
-    // Asked whether the rows are far, the vote's answer is copied four times: 45 cycles.
-    state.must_rescale = is_high() | far;
-  } else {
-    state.must_rescale = far || is_high();
-  }
-  if (state.must_rescale && !far) {
+}
+
+template <class Element>
+__device__ __forceinline__ bool exceed_threshold(const int (&highest)[2]) {
+  return __any_sync(0xffffffffu, max(highest[0], highest[1]) >
+                                     __float_as_int(ProbabilityRange<Element>::kThreshold)) != 0;
+}
+
+// Where some exponent exceeds it and no row is far, all become relative to new references.
+template <class Element, int kCount>
+__device__ __forceinline__ void raise_references(float (&scores)[kCount], Softmax& state,
+                                                 float scale, const int (&highest)[2]) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float growth = fminf(quad_maximum(__int_as_float(highest[r])), kLargestFloat);
-      growth = growth > ProbabilityRange<Element>::kThreshold
-                   ? growth - ProbabilityRange<Element>::kTop
-                   : 0.f;
-      state.rescale[r] = exp2_fast(-growth);
-      state.reference[r] += growth;
+  for (int r = 0; r < 2; ++r) {
+    float growth = fminf(quad_maximum(__int_as_float(highest[r])), kLargestFloat);
+    growth = growth > ProbabilityRange<Element>::kThreshold
+                 ? growth - ProbabilityRange<Element>::kTop
+                 : 0.f;
+    state.rescale[r] = exp2_fast(-growth);
+    state.reference[r] += growth;
 #pragma unroll
-      for (int i = 0; i < kCount / 4; ++i) {
-        float& a = scores[4 * i + 2 * r];
-        float& b = scores[4 * i + 2 * r + 1];
-        a = (a > kLargestFloat ? kLargestFloat : a) - growth;  // NaN stays NaN
-        b = (b > kLargestFloat ? kLargestFloat : b) - growth;
-      }
+    for (int i = 0; i < kCount / 4; ++i) {
+      float& a = scores[4 * i + 2 * r];
+      float& b = scores[4 * i + 2 * r + 1];
+      a = (a > kLargestFloat ? kLargestFloat : a) - growth;  // NaN stays NaN
+      b = (b > kLargestFloat ? kLargestFloat : b) - growth;
     }
-    const float highest_reference = fmaxf(state.reference[0], state.reference[1]);
-    if (__any_sync(0xffffffffu, highest_reference > kLargestReference))
-      go_far<Element>(state, scale);
   }
+  const float highest_reference = fmaxf(state.reference[0], state.reference[1]);
+  if (__any_sync(0xffffffffu, highest_reference > kLargestReference)) go_far<Element>(state, scale);
 }
 
 // Turns scores into probabilities, and updates reference and sum. `between` is called with 0 in
@@ -216,7 +213,11 @@ template <class Element, class Between, int kCount>
 __device__ __forceinline__ void softmax_step(float (&scores)[kCount], Softmax& state, float scale,
                                              Between between) {
   settle_rows<Element>(scores, state, scale);
-  take_exponents<Element>(scores, state, scale);
+  const bool far = state.rows == RowsState::kFar;
+  int highest[2];
+  find_exponents<Element>(scores, state, scale, highest);
+  state.must_rescale = far || exceed_threshold<Element>(highest);
+  if (state.must_rescale && !far) raise_references<Element>(scores, state, scale, highest);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     between(r);

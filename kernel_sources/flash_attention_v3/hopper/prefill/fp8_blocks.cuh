@@ -58,7 +58,7 @@ __device__ __forceinline__ void add_row_sums(Softmax& state, const float (&sums)
 // Most blocks need none of what one branch leads to: each jump over code that is not run costs 15
 // to 25 cycles, as the instructions behind it are not there yet.
 template <class C>
-__device__ __forceinline__ void exponents_of_block(Consumer<C>& at, int block) {
+__device__ __forceinline__ void exponents_of_block(Consumer<C>& at, int block, int (&highest)[2]) {
   const int column = block * C::kKeys;
   bool is_plain = !at.changes_scores && column + C::kKeys <= at.every_high;
   if (C::kMasked) is_plain = is_plain && column >= at.every_low;
@@ -66,13 +66,28 @@ __device__ __forceinline__ void exponents_of_block(Consumer<C>& at, int block) {
     at.change_and_mask(block);
     settle_rows<e4m3>(at.scores, at.softmax, at.scale);
   }
-  take_exponents<e4m3>(at.scores, at.softmax, at.scale);
+  find_exponents<e4m3>(at.scores, at.softmax, at.scale, highest);
+}
+
+// Whether references change. Asked first whether the rows are far, the vote's answer goes through
+// four registers, 45 cycles.
+template <class C>
+__device__ __forceinline__ bool must_rescale(const Consumer<C>& at, const int (&highest)[2]) {
+  return exceed_threshold<e4m3>(highest) | (at.softmax.rows == RowsState::kFar);
+}
+
+template <class C>
+__device__ __forceinline__ void raise_references(Consumer<C>& at, const int (&highest)[2]) {
+  if (at.softmax.rows != RowsState::kFar) {
+    raise_references<e4m3>(at.scores, at.softmax, at.scale, highest);
+  }
 }
 
 // What blocks before the present one left, where it has a new reference.
 template <class C>
 __device__ __forceinline__ void rescale_sums(Consumer<C>& at) {
-  rescale_output(at.output, at.softmax);
+#pragma unroll
+  for (int i = 0; i < C::kHeadDimV / 2; ++i) at.output[i] *= at.softmax.rescale[i / 2 % 2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) at.softmax.sum[r] *= at.softmax.rescale[r];
 }
@@ -80,7 +95,9 @@ __device__ __forceinline__ void rescale_sums(Consumer<C>& at) {
 // Of a tile's first block: there is nothing to add to, nor to rescale.
 template <class C>
 __device__ __forceinline__ void take_first_block(Consumer<C>& at) {
-  exponents_of_block(at, at.block_end - 1);
+  int highest[2];
+  exponents_of_block(at, at.block_end - 1, highest);
+  if (must_rescale(at, highest)) raise_references(at, highest);
   float sums[2][2] = {};
   take_packed<0, C::kKeys / 8>(at.scores, sums);
   add_row_sums(at.softmax, sums);
@@ -103,11 +120,16 @@ __device__ __forceinline__ void run_whole(Consumer<C>& at) {
     at.pass_turn();
     wgmma_wait<1>();
     at.release_scores(false);
-    exponents_of_block(at, block);
-    wgmma_wait<0>();  // the output was done before the exponents were
+    int highest[2];
+    exponents_of_block(at, block, highest);
+    const bool rescales = must_rescale(at, highest);
+    if (rescales) raise_references(at, highest);
+    // The output was done before the exponents were. Without the branch in front of it ptxas moves
+    // this wait above them.
+    wgmma_wait<0>();
     pin_registers(at.of_block);
     at.release_output();
-    if (at.softmax.must_rescale) {
+    if (rescales) {
       at.add_part(0);
       rescale_sums(at);
 #pragma unroll
@@ -140,7 +162,10 @@ __device__ __forceinline__ void run_in_parts(Consumer<C>& at) {
     at.issue_part(1);
     wgmma_wait<1>();
     at.release_scores(block == at.block_begin);
-    exponents_of_block(at, block);
+    int highest[2];
+    exponents_of_block(at, block, highest);
+    const bool rescales = must_rescale(at, highest);
+    if (rescales) raise_references(at, highest);
     wgmma_wait<0>();
     pin_registers(at.of_block);
     float sums[2][2] = {};
@@ -155,7 +180,7 @@ __device__ __forceinline__ void run_in_parts(Consumer<C>& at) {
     wgmma_wait<0>();
     at.release_output();
     at.add_part(3);
-    if (at.softmax.must_rescale) rescale_sums(at);
+    if (rescales) rescale_sums(at);
     add_row_sums(at.softmax, sums);
     pack_probabilities<e4m3>(at.scores, at.probabilities);
   }
