@@ -14,29 +14,26 @@ import argparse
 import json
 import math
 import os
-import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 os.environ["JIT_KERNEL_IMPLEMENTATION"] = "hopper"
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import hopper_fp8  # noqa: E402
 import record  # noqa: E402
 import torch  # noqa: E402
-from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
+from prefill_timing import HIDDEN, TOKENS, Line, compete, cudnn, dense, line_of  # noqa: E402
 from torch.nn.functional import scaled_dot_product_attention  # noqa: E402
 
 from jit_kernel.flash_attention_v3 import flash_attn_func, flash_attn_varlen_func  # noqa: E402
 
-Line = dict[str, Any]
-TOKENS, HIDDEN = 16384, 2048
 # The best of cuDNN 9.19, FA3, FlashInfer 0.5.3, FA4 and FA2 over cuDNN, measured together on an H200 in bf16:
 # (head size, sequence length, causal).
 BEST_PEER = {
@@ -67,48 +64,6 @@ print(json.dumps({
 """
 
 
-def compete(competitors: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each competitor in each round."""
-    from triton.testing import do_bench
-
-    times: dict[str, list[float]] = {name: [] for name in competitors}
-    dice = random.Random(0)
-    for _ in range(rounds):
-        order = list(competitors)
-        dice.shuffle(order)
-        for name in order:
-            times[name].append(do_bench(competitors[name], warmup=25, rep=150, return_mode="median"))
-    return times
-
-
-def line_of(case: Line, operations: float, times: dict[str, list[float]]) -> Line:
-    """A case's result: median and range of TFLOP/s, and what it is in units of cuDNN's median."""
-    line = dict(case)
-    for name, milliseconds in times.items():
-        rates = sorted(operations / each / 1e9 for each in milliseconds)
-        line[f"{name}_tflops"] = round(statistics.median(rates), 1)
-        line[f"{name}_range"] = [round(rates[0], 1), round(rates[-1], 1)]
-    if {"ours", "cudnn"} <= times.keys():
-        line["over_cudnn"] = round(line["ours_tflops"] / line["cudnn_tflops"], 4)
-    return line
-
-
-def dense(head_dim: int, length: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    torch.manual_seed(0)
-    shape = (TOKENS // length, length, HIDDEN // head_dim, head_dim)
-    return [torch.randn(shape, device="cuda", dtype=dtype) for _ in range(3)]
-
-
-def cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> Callable[[], object]:
-    a, b, c = (x.transpose(1, 2) for x in (q, k, v))
-
-    def call() -> object:
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return scaled_dot_product_attention(a, b, c, is_causal=causal)
-
-    return call
-
-
 def prefill(rounds: int, dtype: torch.dtype = torch.bfloat16) -> list[Line]:
     """The 18 cells of the peers' table."""
     lines = []
@@ -121,42 +76,6 @@ def prefill(rounds: int, dtype: torch.dtype = torch.bfloat16) -> list[Line]:
         line = line_of(case, operations, times)
         line["best_peer_over_cudnn"] = best
         line["over_best_peer"] = round(line["over_cudnn"] / best, 4)
-        lines.append(line)
-    return lines
-
-
-# In e4m3, TFLOP/s asked for: (head size, sequence length, causal).
-FP8_GOALS = {
-    (64, 16384, False): None, (64, 16384, True): None,
-    (128, 4096, False): 860, (128, 4096, True): 780, (128, 16384, False): 1000, (128, 16384, True): 900,
-    (256, 4096, False): None, (256, 4096, True): None, (256, 16384, False): 1100, (256, 16384, True): None,
-}  # fmt: skip
-MATRIX = 8192  # rows and columns of the yardstick's matrices
-
-
-def matrix_product() -> Callable[[], object]:
-    """The product of two square matrices of e4m3, 2 * MATRIX**3 operations, with the fast sums of cuBLAS."""
-    a, b = (torch.randn(MATRIX, MATRIX, device="cuda").to(torch.float8_e4m3fn) for _ in range(2))
-    one = torch.ones((), device="cuda")
-    return lambda: torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
-
-
-def fp8(rounds: int) -> list[Line]:
-    """Prefill in e4m3: the matrix product beside it is its own competitor, in its own operations."""
-    product = matrix_product()
-    lines: list[Line] = []
-    for (head_dim, length, causal), goal in FP8_GOALS.items():
-        q, k, v = dense(head_dim, length, torch.bfloat16)
-        x, y, z = (each.to(torch.float8_e4m3fn) for each in (q, k, v))
-        ours = lambda x=x, y=y, z=z, causal=causal: flash_attn_func(x, y, z, causal=causal)  # noqa: E731
-        times = compete({"cudnn": cudnn(q, k, v, causal), "ours": ours, "product": product}, rounds)
-        operations = 4 * TOKENS * length * HIDDEN * (0.5 if causal else 1)
-        case = {"case": "prefill fp8", "head_dim": head_dim, "length": length, "causal": causal}
-        line = line_of(case, operations, {name: times[name] for name in ("cudnn", "ours")})
-        line |= line_of({}, 2.0 * MATRIX**3, {"product": times["product"]})
-        line["over_product"] = round(line["ours_tflops"] / line["product_tflops"], 4)
-        name = f"fp8 {length // 1024}k d {head_dim}{' causal' if causal else ''}"
-        line |= {"goal": name, "value": line["ours_tflops"], "asked": goal}
         lines.append(line)
     return lines
 
@@ -271,6 +190,13 @@ def summary(lines: list[Line]) -> Line:
     return {"case": "prefill summary", "geometric_mean": round(mean, 4), "worst": min(shares), "best": max(shares)}
 
 
+def printed(lines: Iterable[Line]) -> Iterator[Line]:
+    """The lines, each printed as it comes."""
+    for line in lines:
+        print(" ".join(f"{key}={value}" for key, value in line.items()), flush=True)
+        yield line
+
+
 def main() -> None:
     """Measure, print and append to results/hopper_prefill.jsonl."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -279,20 +205,18 @@ def main() -> None:
     parts = ("prefill", "fp16", "fp8", "ragged", "features", "compile", "host")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     options = parser.parse_args()
-    made: list[Line] = []
     for part in options.only:
-        lines: list[Line] = []
+        lines: Iterable[Line]
         if part in ("prefill", "fp16"):
-            lines = prefill(options.rounds, torch.bfloat16 if part == "prefill" else torch.float16)
-            lines.append({**summary(lines), "dtype": lines[0]["dtype"]})
-        elif part in ("fp8", "ragged", "features"):
-            lines = {"fp8": fp8, "ragged": ragged, "features": features}[part](options.rounds)
+            found = prefill(options.rounds, torch.bfloat16 if part == "prefill" else torch.float16)
+            lines = [*found, {**summary(found), "dtype": found[0]["dtype"]}]
+        elif part in ("ragged", "features"):
+            lines = {"ragged": ragged, "features": features}[part](options.rounds)
+        elif part == "fp8":
+            lines = hopper_fp8.measure(min(options.rounds, hopper_fp8.MOST_ROUNDS))
         else:
             lines = compile_times() if part == "compile" else host_time()
-        for line in lines:
-            print(" ".join(f"{key}={value}" for key, value in line.items()), flush=True)
-        made += lines
-        record.write("hopper_prefill", lines, "cuda:0", options.folder)
+        record.write("hopper_prefill", printed(lines), "cuda:0", options.folder)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@
 #include "flash_attention_v3/hopper/prefill/cached_epilogue.cuh"
 #include "flash_attention_v3/hopper/prefill/cached_keys.cuh"
 #include "flash_attention_v3/hopper/prefill/cached_parts.cuh"
+#include "flash_attention_v3/hopper/prefill/fp8_blocks.cuh"
 #include "flash_attention_v3/hopper/prefill/fp8_epilogue.cuh"
 #include "flash_attention_v3/hopper/prefill/fp8_products.cuh"
 #include "flash_attention_v3/hopper/prefill/hidden_values.cuh"
@@ -63,6 +64,16 @@ struct Consumer {
 
   __device__ __forceinline__ void release_values() {
     mbarrier_arrive_if(shared.v_empty(v_at.stage()), gives_values_back<C>(params));
+  }
+
+  // Warpgroups issue their products in turn.
+  __device__ __forceinline__ void take_turn() {
+    if constexpr (C::kPingPong) named_barrier_sync(kPingPongBarrier + warpgroup, 256);
+  }
+  __device__ __forceinline__ void pass_turn() {
+    if constexpr (C::kPingPong) {
+      named_barrier_arrive(kPingPongBarrier + (warpgroup + 1) % C::kWarpgroups, 256);
+    }
   }
 
   __device__ __forceinline__ void issue_scores() {
@@ -199,8 +210,8 @@ struct Consumer {
     }
   }
 
-  template <class Between>
-  __device__ __forceinline__ void work_on_scores(int block, Between between) {
+  // What comes before softmax.
+  __device__ __forceinline__ void change_and_mask(int block) {
     if constexpr (C::kFactors) {
       if (changes_scores) {
         change_scores(scores, shared.tile(tile_at.stage())->before, params.softcap_scale > 0.f);
@@ -214,6 +225,11 @@ struct Consumer {
     const int column = block * C::kKeys;
     if (column + C::kKeys > every_high) mask_block<true>(column);
     if (C::kMasked && column < every_low) mask_block<false>(column);
+  }
+
+  template <class Between>
+  __device__ __forceinline__ void work_on_scores(int block, Between between) {
+    change_and_mask(block);
     softmax_step<Element>(scores, softmax, C::kFactors ? scale : params.scale_log2, between);
   }
   __device__ __forceinline__ void work_on_scores(int block) {
@@ -314,68 +330,25 @@ struct Consumer {
       wgmma_wait<0>();
       if (pending) {
         release_output();
-        if constexpr (!C::kFp8) rescale_output(output, softmax);
+        rescale_output(output, softmax);
       }
       // Asked for early, the answers are back when they are needed.
       const bool keys_are_here = mbarrier_test(shared.k_full(k_at.stage()), k_at.parity());
       const bool values_are_here = mbarrier_test(shared.v_full(v_at.stage()), v_at.parity());
       pack_probabilities<Element>(scores, probabilities);
-      if (--block < block_begin) {
-        if constexpr (C::kFp8) add_block(pending);
-        return pending;
-      }
+      if (--block < block_begin) return pending;
       if constexpr (C::kCached) {
         if (!pending || has_drafts(block + 1)) clear_hidden_values(block + 1);
       }
-      if constexpr (C::kPingPong) named_barrier_sync(kPingPongBarrier + warpgroup, 256);
+      take_turn();
       if (!keys_are_here) wait_keys();
       issue_scores();
-      if constexpr (C::kFp8) add_block(pending);
       issue_output(pending, values_are_here);
-      if constexpr (C::kPingPong) {
-        named_barrier_arrive(kPingPongBarrier + (warpgroup + 1) % C::kWarpgroups, 256);
-      }
+      pass_turn();
       pending = true;
       wgmma_wait<1>();
       release_scores(block == block_begin);
       work_on_scores(block);
-    }
-  }
-
-  __device__ __forceinline__ void add_block(bool pending) {
-    if (!pending) return;
-    add_part(0);
-    rescale_output(output, softmax);
-  }
-
-  // As run_overlapped(), with four parts of the output: one in flight beside the scores' product,
-  // the others beside the work on the scores.
-  __device__ __forceinline__ void run_in_parts() {
-    int block = block_end - 1;
-    release_scores(block == block_begin);
-    work_on_scores(block);
-    while (true) {
-      const bool keys_are_here = mbarrier_test(shared.k_full(k_at.stage()), k_at.parity());
-      const bool values_are_here = mbarrier_test(shared.v_full(v_at.stage()), v_at.parity());
-      rescale_output(output, softmax);
-      pack_probabilities<Element>(scores, probabilities);
-      if (--block < block_begin) return;
-      if constexpr (C::kPingPong) named_barrier_sync(kPingPongBarrier + warpgroup, 256);
-      issue_output(0, values_are_here);
-      if (!keys_are_here) wait_keys();
-      issue_scores();
-      if constexpr (C::kPingPong) {
-        named_barrier_arrive(kPingPongBarrier + (warpgroup + 1) % C::kWarpgroups, 256);
-      }
-      wgmma_wait<1>();
-      add_part(0);
-      issue_part(1);
-      wgmma_wait<1>();
-      release_scores(block == block_begin);
-      work_on_scores(block, [this](int i) { next_part(i + 2); });
-      wgmma_wait<0>();
-      add_part(3);
-      release_output();
     }
   }
 
@@ -393,16 +366,14 @@ struct Consumer {
       if constexpr (C::kCached) {
         if (!pending || has_drafts(block + 1)) clear_hidden_values(block + 1);
       }
-      if constexpr (C::kPingPong) named_barrier_sync(kPingPongBarrier + warpgroup, 256);
+      take_turn();
       issue_output(pending, values_are_here);
       pending = true;
       if (!keys_are_here) wait_keys();
       wgmma_wait<0>();
       release_output();
       issue_scores();
-      if constexpr (C::kPingPong) {
-        named_barrier_arrive(kPingPongBarrier + (warpgroup + 1) % C::kWarpgroups, 256);
-      }
+      pass_turn();
       wgmma_wait<0>();
     }
   }
@@ -415,8 +386,8 @@ struct Consumer {
   }
 
   __device__ __forceinline__ bool run_blocks() {
-    if constexpr (C::kParts > 1) {
-      run_in_parts();
+    if constexpr (C::kFp8) {
+      run_fp8_blocks(*this);
       return false;
     }
     return C::kOverlap ? run_overlapped() : run_in_turn();
@@ -433,6 +404,8 @@ struct Consumer {
   __device__ __forceinline__ void clear_output() {
 #pragma unroll
     for (float& each : output) each = 0.f;
+#pragma unroll
+    for (float& each : of_block) each = 0.f;
   }
 
   __device__ __forceinline__ void run() {
