@@ -1,7 +1,7 @@
 """A CUDA driver that only remembers, in the place of libcuda.so.1: what a launch hands over, seen without a GPU.
 
-It stays in a process for good, so it is for processes of their own (tests.support.children). NVRTC asks a driver for more
-than it has: compile before.
+It stays in a process for good, so it is for processes of their own (tests.support.children). NVRTC asks a driver for
+more than it has: compile before.
 """
 
 from __future__ import annotations
