@@ -78,6 +78,7 @@ bench-gpu:
 	$(PYTHON) benchmarks/hopper_serving.py --check
 	$(PYTHON) benchmarks/portable.py
 	$(PYTHON) benchmarks/overhead.py --device cuda
+	$(PYTHON) benchmarks/toolkit.py
 
 # No test needs a Moore Threads GPU: these run a double of the machine and calls recorded from MATE's front end.
 test-musa: $(VENV)/.ready
