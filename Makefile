@@ -9,6 +9,7 @@ SETUP_FILES = pyproject.toml constraints.txt
 
 demo: $(VENV)/.ready $(VENV)/.demo
 	$(BIN)/python examples/first_call.py
+	$(BIN)/python examples/rms_norm.py
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/sentence_search.py
 
 # A file's tests stay in one process, as they share what their file compiles.
@@ -79,6 +80,7 @@ bench-gpu:
 	$(PYTHON) benchmarks/hopper_serving.py --check
 	$(PYTHON) benchmarks/portable.py
 	$(PYTHON) benchmarks/overhead.py --device cuda
+	$(PYTHON) benchmarks/toolkit.py
 
 # No test needs a Moore Threads GPU: these run a double of the machine and calls recorded from MATE's front end.
 test-musa: $(VENV)/.ready

@@ -17,7 +17,12 @@ from jit_kernel.engine.spec import KernelSpec
 
 def launcher_of(kernel: str) -> KernelSpec:
     """The launcher that knows no kernel, as an entry of a kernel's folder: the GPU target's warm-up builds it there."""
-    return KernelSpec(kernel, '#include "jit_kernel/cuda/cubin_launcher.cpp"\n', "host", (("function", "launcher"),))
+    # -O1 takes 2.8 s of a slow processor where -O3 takes 3.7; a launch is as fast.
+    unit, variant = '#include "jit_kernel/cuda/cubin_launcher.cpp"\n', (("function", "launcher"),)
+    return KernelSpec(kernel, unit, "host", variant, ("-O1",))
+
+
+LAUNCHER = launcher_of("launcher")
 
 
 class DeviceKernels:
@@ -84,6 +89,10 @@ class DeviceKernels:
         self.handles[key] = handle
         return handle
 
+    def _warmed_by(self) -> str:
+        """What compiles its kernels ahead, for a message."""
+        return f"run `python -m jit_kernel.warmup --target {self.target}`"
+
     def _refuse_to_compile_under_capture(self, spec: KernelSpec) -> None:
         if not is_capturing(torch.device("cuda", self._index)):
             return
@@ -91,6 +100,36 @@ class DeviceKernels:
         if missing:
             raise RuntimeError(
                 f"{' and '.join(missing)} would have to be compiled while a CUDA graph is being captured; "
-                f"run `python -m jit_kernel.warmup --target {self.target}` first, or make the call once before "
-                "the capture"
+                f"{self._warmed_by()} first, or make the call once before the capture"
             )
+
+
+class EntryKernels(DeviceKernels):
+    """The kernels of one GPU that say themselves what their parameters are: jit.cuda's and jit.triton's."""
+
+    def __init__(self, index: int, target: Target) -> None:
+        super().__init__(index, target, LAUNCHER)
+
+    def _keep(self, functions: Any) -> None:
+        self.launch_entry = functions["launch_entry"]
+
+    def _warmed_by(self) -> str:
+        return "have it compiled by jit_kernel.jit.warm"
+
+    def _load_function(self, spec: KernelSpec) -> str:
+        return "load_entry"
+
+    def _load_arguments(self, spec: KernelSpec, cubin: Cubin) -> tuple[Any, ...]:
+        made = cubin.metadata
+        title = made.get("title", made["name"])
+        sizes = ",".join(map(str, made.get("sizes", ())))
+        return made["name"], made["types"], made["elements"], sizes, ",".join(made["arguments"]), title
+
+
+_devices: dict[tuple[int, Target], EntryKernels] = {}
+
+
+def kernels_of(index: int, target: Target) -> EntryKernels:
+    """The kernels of a GPU for a target, the same at every call."""
+    found = _devices.get((index, target))
+    return found if found is not None else _devices.setdefault((index, target), EntryKernels(index, target))
