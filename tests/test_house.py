@@ -22,6 +22,7 @@ FLOORS: list[set[str]] = [
     {"moore_threads"},
     {"device"},
     {"engine"},
+    {"toolkit"},
     {"jit"},
     {"fa3.call", "fa3.decision"},
     {"fa3.features"},

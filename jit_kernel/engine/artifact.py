@@ -23,8 +23,8 @@ class UnfitError(ValueError):
     """A compiler made something else than was asked for; the message says what, "it" is the compiler."""
 
 
-def exported(unit: str, sources: Path) -> set[str]:
-    """The functions that a C++ unit exports itself, directly or by a macro of a file that it includes.
+def exported(unit: str, sources: Path | None) -> set[str]:
+    """The functions that a C++ unit exports itself, directly or by a macro of a file of `sources` that it includes.
 
     Those that an included file exports outside of a macro are not among them, nor any of a unit with an #if.
     """
@@ -34,6 +34,8 @@ def exported(unit: str, sources: Path) -> set[str]:
     names = {*_EXPORT.findall(text), *_DEFINED.findall(text)}
     called = set(re.findall(r"\b(\w+)\(", text))
     by_macro: dict[str, set[str]] = {}
+    if sources is None:
+        return names
     for file in closure.files_of(unit, "host", "", str(sources)):
         data = (sources / file).read_text(encoding="utf-8", errors="replace").replace("\\\n", " ")
         for macro, parameters, body in _DEFINE.findall(data):

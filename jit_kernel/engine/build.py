@@ -199,9 +199,11 @@ def _compile_into(folder: Path, wanted: _Wanted, reason: str, last_seconds: floa
     spec, target = wanted.spec, wanted.target
     started = time.perf_counter()
     unit = write_unit(folder, compiler.UNIT_NAMES[spec.route], spec.unit)
-    source_folder = config.kernel_sources_dir() / spec.kernel
+    if spec.sources is not None:
+        for name, text in spec.sources.text:
+            write_unit(folder, f"{compiler.TEXTS}/{name}", text)
     with progress.compiling(f"{spec} for {target}", last_seconds):
-        made = compiler.compile_unit(spec.route, folder, target, spec.flags, source_folder)
+        made = compiler.compile_unit(spec, folder, target)
     found = compiler.require(spec.route)
     names = [unit.name, made.artifact]
     names += [compiler.LAUNCH_METADATA] if (folder / compiler.LAUNCH_METADATA).exists() else []
@@ -236,11 +238,11 @@ def key_of(spec: KernelSpec, target: Target) -> tuple[str, dict[str, str]]:
     import tvm_ffi
 
     inputs = {"unit": hashlib.sha256(spec.unit.encode()).hexdigest()}
-    inputs |= closure.files_of(spec.unit, spec.route, spec.kernel, str(config.kernel_sources_dir()))
+    inputs |= closure.files_of(spec.unit, spec.route, spec.kernel, str(config.kernel_sources_dir()), spec.sources)
     inputs["flags"] = " ".join(compiler.flags(spec.route, target, spec.flags))
     inputs["target"] = str(target)
     inputs["tvm-ffi"] = tvm_ffi.__version__
-    text = json.dumps([spec.kernel, spec.route, sorted(inputs.items())])
+    text = json.dumps([spec.kernel, spec.route, *filter(None, [spec.entry]), sorted(inputs.items())])
     return hashlib.sha256(text.encode()).hexdigest()[:32], inputs
 
 

@@ -5,6 +5,10 @@ including file, in kernel_sources and in kernel_sources/include. An #include und
 is refused. What is found in none of the three is a system header: the compiler's identity stands for it. Triton: the
 unit's module and every import that is found below kernel_sources, with the __init__ of each package on the way.
 
+Of sources that lie elsewhere (engine/sources.py) the same holds, with their folder in the place of kernel_sources; of
+jit_kernel's own files they may include those of include/, which are named "jit_kernel:include/...". A Triton kernel's
+imports are followed inside its own package, or its own folder where it has no package.
+
 Files are read anew for every key: that takes 2 ms for the 31 files of a CPU kernel on a busy machine, less than 1 ms
 for the others, and a memory of them would have to notice edits.
 """
@@ -14,8 +18,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import posixpath
 import re
 from collections.abc import Iterable, Iterator
+
+from jit_kernel.engine.sources import Sources
+
+OURS = "jit_kernel:"  # before the names of our files among the sources of somebody else
 
 # Without a ^, which would cost ten times as much; what stands in a comment counts too.
 _INCLUDE = re.compile(rb'#[ \t]*include(?:_next)?\b[ \t]*(?:"([^"\n]+)"|<([^>\n]+)>|([^\n]*))')
@@ -29,40 +38,55 @@ class ClosureError(ValueError):
     """A source brings in a file in a way that no key can follow; the message names the file and the line."""
 
 
-def files_of(unit: str, route: str, kernel: str, sources: str) -> dict[str, str]:
+def files_of(unit: str, route: str, kernel: str, sources: str, own: Sources | None = None) -> dict[str, str]:
     """The sha256 of every file below the folder `sources` that a unit is made of, by its name below that folder.
 
-    Raises ClosureError for an #include of a macro or of a file outside `sources`.
+    own: where the unit's own files lie, if not there. Raises ClosureError for an #include of a macro or of a file
+    outside of both.
     """
     root = os.path.realpath(sources)
     digests: dict[str, str] = {}
+    top = ""
     if route == "triton":
-        waiting = list(_modules(f"{kernel.replace('/', '.')}.{json.loads(unit)['module']}", root))
+        module = json.loads(unit)["module"]
+        root = own.folder if own else root
+        installed = os.path.basename(root) in ("site-packages", "dist-packages")
+        top = module.partition(".")[0] if own and (installed or "." in module) else ""
+        waiting = list(_modules(module if own else f"{kernel.replace('/', '.')}.{module}", root, top))
     else:
-        waiting = list(_included(unit.encode(), "", root))
+        waiting = list(_included(unit.encode(), "", root, own))
     seen: set[str] = set()
     while waiting:
         name = waiting.pop()
         if name in seen:
             continue
         seen.add(name)
-        path = f"{root}/{name}"
-        if not os.access(path, os.F_OK):  # a failed open costs ten times as much
-            continue
-        try:
-            with open(path, "rb", buffering=0) as file:
-                data = file.read()
-        except IsADirectoryError:
+        data = _read(name, root, own)
+        if data is None:
             continue
         digests[name] = hashlib.sha256(data).hexdigest()
-        waiting += _imported(data, name, root) if route == "triton" else _included(data, name, root)
+        waiting += _imported(data, name, root, top) if route == "triton" else _included(data, name, root, own)
     return digests
 
 
-def _included(data: bytes, name: str, root: str) -> Iterator[str]:
+def _read(name: str, root: str, own: Sources | None) -> bytes | None:
+    if own is not None and not name.startswith(OURS):
+        return own.read(name)
+    path = f"{root}/{name.removeprefix(OURS)}"
+    if not os.access(path, os.F_OK):  # a failed open costs ten times as much
+        return None
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return file.read()
+    except IsADirectoryError:
+        return None
+
+
+def _included(data: bytes, name: str, root: str, own: Sources | None) -> Iterator[str]:
     """Where a compiler may find what a C++ file includes, by names below the root. `name` is "" for the unit."""
     if b"\\\n" in data:
         data = data.replace(b"\\\n", b"")
+    mark = OURS if name.startswith(OURS) else ""
     for quoted, angled, other in _INCLUDE.findall(data):
         if not (quoted or angled):
             raise ClosureError(
@@ -75,34 +99,41 @@ def _included(data: bytes, name: str, root: str) -> Iterator[str]:
                 yield f"{name.rpartition('/')[0]}/{wanted}"
             yield wanted
             yield f"include/{wanted}"
+            if own is not None:
+                yield f"{OURS}include/{wanted}"
             continue
-        for folder in (os.path.dirname(name), "", "include") if name else ("", "include"):
-            path = os.path.normpath(os.path.join(root, folder, wanted))
-            if path.startswith(root + os.sep):
-                yield os.path.relpath(path, root)
-            elif os.path.isfile(path):
-                raise ClosureError(
-                    f'{name or "the unit"}: #include "{wanted}" lies outside the kernel sources, '
-                    "and no key would cover it"
-                )
+        place = root if own is None or mark else own.folder
+        yield from _above(name.removeprefix(mark), mark, wanted, place)
 
 
-def _imported(data: bytes, name: str, root: str) -> Iterator[str]:
+def _above(name: str, mark: str, wanted: str, root: str) -> Iterator[str]:
+    """The same for an absolute path, or one with "..". A root of "" holds texts."""
+    for folder in (posixpath.dirname(name), "", "include") if name else ("", "include"):
+        path = os.path.normpath(os.path.join(root or "/", folder, wanted))
+        if path.startswith((root or "") + os.sep) and not (wanted.startswith("/") and not root):
+            yield mark + os.path.relpath(path, root or "/")
+        elif os.path.isfile(path):
+            raise ClosureError(
+                f'{name or "the unit"}: #include "{wanted}" lies outside the kernel sources, and no key would cover it'
+            )
+
+
+def _imported(data: bytes, name: str, root: str, top: str) -> Iterator[str]:
     """Where the modules may lie that a Python file imports, by names below the root."""
     package = name.split("/")[:-1]
     for source, names, plain in _IMPORT.findall(data.replace(b"\\\n", b"")):
         if plain:
             for module in _listed(plain):
-                yield from _modules(module, root)
+                yield from _modules(module, root, top)
             continue
         module = source.decode(errors="replace")
         dots = len(module) - len(module.lstrip("."))
         if dots:
             above = package[: len(package) - dots + 1]
             module = ".".join([*above, *filter(None, [module[dots:]])])
-        yield from _modules(module, root)
+        yield from _modules(module, root, top)
         for each in _listed(names):  # a name may be a submodule
-            yield from _modules(f"{module}.{each}", root)
+            yield from _modules(f"{module}.{each}", root, top)
 
 
 def _listed(names: bytes) -> Iterable[str]:
@@ -113,9 +144,14 @@ def _listed(names: bytes) -> Iterable[str]:
             yield name[0].decode(errors="replace")
 
 
-def _modules(module: str, root: str) -> Iterator[str]:
-    """The files that importing a module by its dotted name runs, wherever below the root they exist."""
+def _modules(module: str, root: str, top: str) -> Iterator[str]:
+    """The files that importing a module by its dotted name runs, wherever below the root they exist.
+
+    top: the package whose modules alone count; "" for all: somebody's root may hold every package that is installed.
+    """
     parts = module.split(".")
+    if top and parts[0] != top:
+        return
     if not os.path.exists(os.path.join(root, parts[0])) and not os.path.exists(os.path.join(root, f"{parts[0]}.py")):
         return
     for depth in range(1, len(parts) + 1):

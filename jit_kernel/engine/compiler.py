@@ -17,7 +17,7 @@ from pathlib import Path
 
 from jit_kernel import config
 from jit_kernel.device import Target
-from jit_kernel.engine import artifact, process
+from jit_kernel.engine import artifact, closure, cuda_entry, process
 from jit_kernel.engine.installed import CompileError as CompileError
 from jit_kernel.engine.installed import CompilerError as CompilerError
 from jit_kernel.engine.installed import CompilerNotFoundError as CompilerNotFoundError
@@ -27,11 +27,14 @@ from jit_kernel.engine.installed import fingerprint as fingerprint
 from jit_kernel.engine.installed import host_compilers as host_compilers
 from jit_kernel.engine.installed import identify as identify
 from jit_kernel.engine.installed import require as require
+from jit_kernel.engine.sources import Sources
+from jit_kernel.engine.spec import KernelSpec
 
 ROUTES = ("host", "cuda", "triton")
 UNIT_NAMES = {"host": "unit.cpp", "cuda": "unit.cu", "triton": "unit.json"}
 ARTIFACTS = {"host": "kernel.so", "cuda": "kernel.cubin", "triton": "kernel.cubin"}
 LAUNCH_METADATA = "launch.json"
+TEXTS = "sources"  # the folder beside a unit that holds sources that are texts
 
 # Every instruction set by its own name: gcc 9 knows these, and -march=x86-64-v4 only since gcc 11.
 _V3_FLAGS = ("-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mmovbe")
@@ -68,87 +71,115 @@ def flags(route: str, target: Target, extra: Sequence[str] = ()) -> list[str]:
     return list(extra)
 
 
-def compile_unit(route: str, folder: Path, target: Target, extra: Sequence[str], kernel_folder: Path) -> Compiled:
+def compile_unit(spec: KernelSpec, folder: Path, target: Target) -> Compiled:
     """Compile the unit that lies in `folder` into the route's artifact beside it.
 
     Raises CompilerNotFoundError or CompileError; whatever was left half-written is the caller's to remove.
     """
+    route = spec.route
     found = require(route)
     if route == "host" or found.name == "nvcc":
-        return _run_program(found, folder, target, extra)
+        made = _run_program(found, folder, target, spec)
+        if spec.entry:
+            _describe_entry(spec, folder, "", made.command)
+        return made
     started = time.perf_counter()
     source = (folder / UNIT_NAMES[route]).read_text(encoding="utf-8")
     if route == "cuda":
-        image, log, command = _nvrtc(source, folder, target, extra)
+        image, log, command, symbol = _nvrtc(source, folder, target, spec)
     else:
-        image, log, command = _triton(source, folder, target, extra, kernel_folder)
+        image, log, command = _triton(source, folder, target, spec)
     (folder / ARTIFACTS[route]).write_bytes(image)
     (folder / "compile.log").write_text(log, encoding="utf-8")
+    if route == "cuda" and spec.entry:
+        _describe_entry(spec, folder, symbol, command)
     return Compiled(ARTIFACTS[route], command, time.perf_counter() - started, 0)
 
 
-def _nvrtc(source: str, folder: Path, target: Target, extra: Sequence[str]) -> tuple[bytes, str, str]:
+def _nvrtc(source: str, folder: Path, target: Target, spec: KernelSpec) -> tuple[bytes, str, str, str]:
     from jit_kernel.engine import nvrtc
 
-    include_dirs = [*_kernel_includes(), *nvrtc.include_dirs()]
-    options = flags("cuda", target, extra)[1:]
+    include_dirs = [folder / path for path in _includes(spec.sources)]
+    options = flags("cuda", target, spec.flags)[1:]
     command = shlex.join(["nvrtc", f"--gpu-architecture={target.architecture}", *options])
     try:
-        image, log = nvrtc.compile_cubin(
+        image, log, symbol = nvrtc.compile_entry(
             source,
+            spec.entry,
             name=UNIT_NAMES["cuda"],
             architecture=target.architecture,
-            include_dirs=include_dirs,
+            include_dirs=[*include_dirs, *nvrtc.include_dirs()],
             flags=options,
         )
     except nvrtc.NvrtcError as error:
-        raise CompileError(_first_error(str(error)), log=str(error), command=command) from error
-    return image, log, command
+        words = _first_error(str(error)).replace(f"{folder / TEXTS}/", "")
+        raise CompileError(words, log=str(error), command=command) from error
+    return image, log, command, symbol
 
 
-def _triton(
-    source: str, folder: Path, target: Target, extra: Sequence[str], kernel_folder: Path
-) -> tuple[bytes, str, str]:
+def _describe_entry(spec: KernelSpec, folder: Path, symbol: str, command: str) -> None:
+    """Write what the launcher must know of a CUDA kernel beside its cubin."""
+    names = closure.files_of(spec.unit, "cuda", spec.kernel, str(config.kernel_sources_dir()), spec.sources)
+    read = spec.sources.read if spec.sources else lambda name: (config.kernel_sources_dir() / name).read_bytes()
+    texts = (read(name) for name in names if not name.startswith(closure.OURS))
+    try:
+        found = cuda_entry.metadata(
+            (folder / ARTIFACTS["cuda"]).read_bytes(),
+            symbol,
+            spec.entry,
+            (text.decode(errors="replace") for text in texts if text is not None),
+        )
+    except cuda_entry.EntryError as error:
+        raise CompileError(str(error), log=str(error), command=command) from error
+    (folder / LAUNCH_METADATA).write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
+def _triton(source: str, folder: Path, target: Target, spec: KernelSpec) -> tuple[bytes, str, str]:
     from jit_kernel.engine import triton_compiler
 
     command = f"triton.compile for {target}"
     try:
-        image, metadata, log = triton_compiler.compile_unit(source, kernel_folder, target, extra)
+        kernel_folder = Path(spec.sources.folder) if spec.sources else config.kernel_sources_dir() / spec.kernel
+        image, metadata, log = triton_compiler.compile_unit(source, kernel_folder, target, spec.flags)
     except triton_compiler.TritonError as error:
         raise CompileError(str(error), log=error.log, command=command) from error
     (folder / LAUNCH_METADATA).write_text(json.dumps(metadata, indent=1), encoding="utf-8")
     return image, log, command
 
 
-def _kernel_includes() -> list[Path]:
-    sources = config.kernel_sources_dir()
-    return [sources, sources / "include"]
+def _includes(own: Sources | None) -> list[Path]:
+    """Where a unit's files are searched for, in the order of closure.py."""
+    ours = config.kernel_sources_dir()
+    if own is None:
+        return [ours, ours / "include"]
+    home = Path(own.folder or TEXTS)
+    return [home, home / "include", ours / "include"]
 
 
-def program_command(found: Found, target: Target, extra: Sequence[str]) -> list[str]:
+def program_command(found: Found, target: Target, extra: Sequence[str], own: Sources | None = None) -> list[str]:
     """The command that compiles the unit in the present folder with a compiler that is a program."""
+    includes = [f"-I{path}" for path in _includes(own)]
     if found.route == "cuda":
         architecture = target.architecture.removeprefix("sm_")
         code = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
-        includes = [f"-I{path}" for path in _kernel_includes()]
         options = [*flags("cuda", target, extra)[1:], *includes]
         return [*found.command, "-cubin", code, *options, UNIT_NAMES["cuda"], "-o", ARTIFACTS["cuda"]]
     import tvm_ffi.libinfo
 
     library = Path(tvm_ffi.libinfo.find_libtvm_ffi())
-    includes = [*map(str, _kernel_includes()), *tvm_ffi.libinfo.include_paths()]
+    includes += [f"-I{path}" for path in tvm_ffi.libinfo.include_paths()]
     # The library is linked by name only: the process that loads the kernel has it loaded already.
     return [
-        *(*found.command, *flags("host", target, extra), *(f"-I{path}" for path in includes)),
+        *(*found.command, *flags("host", target, extra), *includes),
         *(UNIT_NAMES["host"], "-o", ARTIFACTS["host"], f"-L{library.parent}", "-ltvm_ffi"),
     ]
 
 
-def _run_program(found: Found, folder: Path, target: Target, extra: Sequence[str]) -> Compiled:
-    command = program_command(found, target, extra)
+def _run_program(found: Found, folder: Path, target: Target, spec: KernelSpec) -> Compiled:
+    command = program_command(found, target, spec.flags, spec.sources)
     started = time.perf_counter()
     environment = config.child_environment(LC_ALL="C", TMPDIR=str(folder))
-    functions = _exported(folder, found.route)
+    functions = _exported(folder, spec)
     try:
         ended = process.run(command, folder=folder, log=folder / "compile.log", environment=environment)
     except OSError as error:
@@ -162,6 +193,8 @@ def _run_program(found: Found, folder: Path, target: Target, extra: Sequence[str
         artifact.check(folder / ARTIFACTS[found.route], found.route, functions)
     except artifact.UnfitError as error:
         words = _first_error(ended.output)
+        if spec.sources is not None and spec.sources.text:
+            words = words.replace(f"{TEXTS}/", "")
         message = f"{words}\n{found}: {error}" if words else f"{found}: {error}"
         raise CompileError(message, log=ended.output, command=shlex.join(command)) from error
     return Compiled(ARTIFACTS[found.route], shlex.join(command), seconds, ended.peak_bytes, tuple(sorted(functions)))
@@ -177,11 +210,11 @@ def _ending(ended: process.Ended) -> str:
     return f"it was ended by {ended.killed_by}" if ended.killed_by else f"it ended with status {ended.status}"
 
 
-def _exported(folder: Path, route: str) -> set[str]:
-    if route != "host":
+def _exported(folder: Path, spec: KernelSpec) -> set[str]:
+    if spec.route != "host":
         return set()
-    sources = config.kernel_sources_dir()
-    return artifact.exported((folder / UNIT_NAMES[route]).read_text(encoding="utf-8"), sources)
+    unit = (folder / UNIT_NAMES[spec.route]).read_text(encoding="utf-8")
+    return artifact.exported(unit, None if spec.sources else config.kernel_sources_dir())
 
 
 _ERROR = re.compile(r"(?:\berror\b|\bfatal\b|No space left on device|undefined reference)")

@@ -20,6 +20,9 @@ def launcher_of(kernel: str) -> KernelSpec:
     return KernelSpec(kernel, '#include "jit_kernel/cuda/cubin_launcher.cpp"\n', "host", (("function", "launcher"),))
 
 
+LAUNCHER = launcher_of("launcher")
+
+
 class DeviceKernels:
     """The kernels of one GPU: compiled or loaded at first use, then a handle of the launcher's.
 
@@ -94,3 +97,30 @@ class DeviceKernels:
                 f"run `python -m jit_kernel.warmup --target {self.target}` first, or make the call once before "
                 "the capture"
             )
+
+
+class EntryKernels(DeviceKernels):
+    """The kernels of one GPU that say themselves what their parameters are: jit.cuda's and jit.triton's."""
+
+    def __init__(self, index: int, target: Target) -> None:
+        super().__init__(index, target, LAUNCHER)
+
+    def _keep(self, functions: Any) -> None:
+        self.launch_entry = functions["launch_entry"]
+
+    def _load_function(self, spec: KernelSpec) -> str:
+        return "load_entry"
+
+    def _load_arguments(self, spec: KernelSpec, cubin: Cubin) -> tuple[Any, ...]:
+        made = cubin.metadata
+        title = made.get("title", made["name"])
+        return made["name"], made["types"], made["elements"], ",".join(made["arguments"]), title
+
+
+_devices: dict[tuple[int, Target], EntryKernels] = {}
+
+
+def kernels_of(index: int, target: Target) -> EntryKernels:
+    """The kernels of a GPU for a target, the same at every call."""
+    found = _devices.get((index, target))
+    return found if found is not None else _devices.setdefault((index, target), EntryKernels(index, target))

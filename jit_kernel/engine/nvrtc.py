@@ -31,18 +31,20 @@ class NvrtcError(RuntimeError):
 
 
 def compile_cubin(
-    source: str,
-    *,
-    name: str,
-    architecture: str,
-    include_dirs: Sequence[Path],
-    flags: Sequence[str] = (),
+    source: str, *, name: str, architecture: str, include_dirs: Sequence[Path], flags: Sequence[str] = ()
 ) -> tuple[bytes, str]:
     """Compile one translation unit for `architecture` ("sm_90a") and return its cubin and the log.
 
     `name` is the unit's name in messages. `include_dirs` are searched before the CUDA headers of `include_dirs()`.
     Raises NvrtcError with the log when the library is missing or the source does not compile.
     """
+    return compile_entry(source, "", name=name, architecture=architecture, include_dirs=include_dirs, flags=flags)[:2]
+
+
+def compile_entry(
+    source: str, entry: str, *, name: str, architecture: str, include_dirs: Sequence[Path], flags: Sequence[str] = ()
+) -> tuple[bytes, str, str]:
+    """The same, with the kernel `entry` in the cubin, "scale<float, 4>" as C++ names it, and third its symbol."""
     library = _library()
     directories = [*include_dirs, *_cuda_include_dirs()]
     options = [f"--gpu-architecture={architecture}", "--std=c++17", *flags]
@@ -53,12 +55,17 @@ def compile_cubin(
         library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), name.encode(), 0, None, None),
     )
     try:
+        if entry:
+            _check(library, library.nvrtcAddNameExpression(program, entry.encode()))
         array = (ctypes.c_char_p * len(options))(*[option.encode() for option in options])
         status = library.nvrtcCompileProgram(program, len(options), array)
         log = _fetch(library, "ProgramLog", program).rstrip(b"\0").decode(errors="replace").strip()
         if status != 0:
             raise NvrtcError(f"{name} does not compile for {architecture}: {_error_text(library, status)}", log)
-        return _fetch(library, "CUBIN", program), log
+        symbol = ctypes.c_char_p()
+        if entry:
+            _check(library, library.nvrtcGetLoweredName(program, entry.encode(), ctypes.byref(symbol)))
+        return _fetch(library, "CUBIN", program), log, (symbol.value or b"").decode()
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
 
@@ -155,6 +162,8 @@ def _library() -> ctypes.CDLL:
         ctypes.c_void_p,
         ctypes.c_void_p,
     ]
+    library.nvrtcAddNameExpression.argtypes = [pointer, ctypes.c_char_p]
+    library.nvrtcGetLoweredName.argtypes = [pointer, ctypes.c_char_p, ctypes.POINTER(ctypes.c_char_p)]
     library.nvrtcCompileProgram.argtypes = [pointer, ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)]
     return library
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jit_kernel.device import Target
+from jit_kernel.engine.sources import Sources
 
 Scalar = str | int | bool
 
@@ -13,11 +14,14 @@ Scalar = str | int | bool
 class KernelSpec:
     """What to compile.
 
-    kernel: the folder below kernel_sources and below the store, "flash_attention_v3/cpu".
+    kernel: the folder below the store, "flash_attention_v3/cpu"; of jit_kernel's own, below kernel_sources too.
     unit: the text that is compiled: an #include of the real source and one export.
     route: "host" (a shared library), "cuda" or "triton" (a cubin).
     variant: the template arguments by name, for the manifest, warm-up and doctor.
     flags: compiler flags beyond the route's own.
+    sources: what the unit includes or imports; None for kernel_sources.
+    entry: of a "cuda" unit, the kernel that the generic launcher calls, with its template arguments; "" for a unit
+        whose launcher knows its kernel.
     """
 
     kernel: str
@@ -25,6 +29,8 @@ class KernelSpec:
     route: str
     variant: tuple[tuple[str, Scalar], ...] = ()
     flags: tuple[str, ...] = ()
+    sources: Sources | None = None
+    entry: str = ""
 
     def __str__(self) -> str:
         fields = ", ".join(f"{name}={value}" for name, value in self.variant)

@@ -212,7 +212,7 @@ class Store:
         (folder / "compile.log").write_text(log_text, encoding="utf-8", errors="replace")
         (folder / "repeat.sh").write_text(script, encoding="utf-8", errors="surrogateescape")
         for path in folder.iterdir():
-            path.chmod(0o700 if path.name == "repeat.sh" else 0o600)
+            path.chmod(0o700 if path.name == "repeat.sh" or path.is_dir() else 0o600)
         return folder
 
     def clear(self, waiting: Callable[[Holder | None, float], None]) -> int:
@@ -244,8 +244,6 @@ class Store:
             _remove_empty(self.root / place, self.root)
         return removed
 
-    # -- compilers seen ------------------------------------------------------------------------------
-
     def _compilers(self) -> dict[str, str]:
         """The identities on record, by fingerprint; none where the file holds anything else."""
         try:
@@ -268,8 +266,10 @@ class Store:
 
 
 def write_unit(private: Path, name: str, text: str) -> Path:
-    """Write the text that is to be compiled into a private folder."""
+    """Write a text that is to be compiled into a private folder."""
     path = private / name
+    for above in list(path.relative_to(private).parents)[-2::-1]:  # but not `private`: it may have been removed
+        (private / above).mkdir(exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return path
 

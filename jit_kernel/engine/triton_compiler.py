@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jit_kernel import config
 from jit_kernel.device import Target
@@ -74,20 +75,15 @@ def compile_unit(
     """Compile one kernel of a folder of Triton sources.
 
     unit: JSON with `module` (a file of the folder, without .py) and `function` in it; `types`, what stands behind
-        the names in that file's SIGNATURE; `constants`, the constexpr arguments; `num_warps` and `num_stages`.
+        the names in that file's SIGNATURE; `constants`, the constexpr arguments; `num_warps` and `num_stages`. With a
+        `signature` of its own the module's name is whole, and it is imported from the folder.
     Returns the cubin, what a launcher needs (`name`, `types` with one letter an argument, `threads`, `shared` in
     bytes, `arguments`), and the log. Raises TritonError; also when a block would need more shared memory than the
     target has, or scratch memory, which no launcher here gives.
     """
     if flags:
         raise TritonError(f"flags are {tuple(flags)}; Triton takes none, its options stand in the unit")
-    job = {
-        "unit": json.loads(unit),
-        "sources": str(kernel_folder.parents[1]),
-        "package": f"{kernel_folder.parent.name}.{kernel_folder.name}",
-        "capability": capability(target.architecture),
-        "path": sys.path,
-    }
+    title, job = _job(json.loads(unit), kernel_folder, target)
     with tempfile.TemporaryDirectory(prefix="jit_kernel-triton-") as private:
         environment = config.child_environment(
             without=lambda name: name.startswith("TRITON_") and name not in _TOOL_SETTINGS,
@@ -105,11 +101,11 @@ def compile_unit(
         except OSError as error:
             raise TritonError(f"{sys.executable} cannot be started: {error}") from error
         except process.TooSlowError as error:
-            raise TritonError(f"{job['package']} for {target} took more than {_SECONDS_LIMIT} s") from error
+            raise TritonError(f"{title} for {target} took more than {_SECONDS_LIMIT} s") from error
     if done.status != 0:
         ending = f"ended by {done.killed_by}" if done.killed_by else f"status {done.status}"
         lines = [line for line in done.errors.splitlines() if line.strip()] or [ending]
-        raise TritonError(f"{job['package']} for {target} did not compile: {lines[-1]}", done.errors)
+        raise TritonError(f"{title} for {target} did not compile: {lines[-1]}", done.errors)
     try:
         answer = json.loads(done.output.strip().rpartition("\n")[2])
         image, metadata = base64.b64decode(answer["image"]), answer["metadata"]
@@ -117,7 +113,7 @@ def compile_unit(
     except (ValueError, KeyError, TypeError) as error:
         said = repr(done.output[-_SHOWN_CHARACTERS:]) if done.output.strip() else "nothing"
         raise TritonError(
-            f"{job['package']} for {target}: {sys.executable} ended well and answered no cubin; it printed {said}",
+            f"{title} for {target}: {sys.executable} ended well and answered no cubin; it printed {said}",
             done.errors,
         ) from error
     if shared > shared_limit(target.architecture):
@@ -127,3 +123,16 @@ def compile_unit(
             done.errors,
         )
     return image, metadata, done.errors
+
+
+def _job(unit: dict[str, Any], kernel_folder: Path, target: Target) -> tuple[str, dict[str, object]]:
+    """What messages call a kernel, and what the compiler's process is told of it."""
+    whole = "signature" in unit
+    package = f"{kernel_folder.parent.name}.{kernel_folder.name}"
+    return f"{unit['module']}:{unit['function']}" if whole else package, {
+        "unit": unit,
+        "sources": str(kernel_folder if whole else kernel_folder.parents[1]),
+        "module": unit["module"] if whole else f"{package}.{unit['module']}",
+        "capability": capability(target.architecture),
+        "path": sys.path,
+    }

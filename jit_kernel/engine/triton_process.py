@@ -12,7 +12,14 @@ import sys
 import time
 from typing import Any
 
-_TYPE_LETTERS = {"i64": "l", "i32": "i", "fp32": "f"}
+# As the launcher's packed_arguments.h reads them: how a value is passed, and what a pointer points to.
+_TYPE_LETTERS = {
+    "i1": "?", "i8": "b", "i16": "h", "i32": "i", "i64": "l", "u8": "B", "u16": "H", "u32": "I", "u64": "L",
+    "fp32": "f", "fp64": "d",
+}  # fmt: skip
+_ELEMENT_LETTERS = {
+    "fp32": "f", "fp64": "d", "fp16": "h", "bf16": "b", "fp8e4nv": "8", "fp8e5": "9", "i32": "i", "i64": "l",
+}  # fmt: skip
 
 
 def _compile(job: dict[str, Any]) -> dict[str, Any]:
@@ -23,16 +30,24 @@ def _compile(job: dict[str, Any]) -> dict[str, Any]:
 
     started = time.perf_counter()
     unit = job["unit"]
-    module = importlib.import_module(f"{job['package']}.{unit['module']}")
+    module = importlib.import_module(job["module"])
     function = getattr(module, unit["function"])
-    types = {name: _substituted(kind, unit["types"]) for name, kind in module.SIGNATURE.items()}
+    function = function if hasattr(function, "arg_names") else triton.jit(function)
+    # A module of jit_kernel's own gives its signature itself, with names in it for which the unit has types.
+    given = unit.get("signature") or module.SIGNATURE
+    types = {name: _substituted(kind, unit.get("types", {})) for name, kind in given.items()}
     signature = {name: types.get(name, "constexpr") for name in function.arg_names}
     arguments = [name for name in function.arg_names if name not in unit["constants"]]
-    if arguments != list(module.SIGNATURE):
-        raise ValueError(f"the arguments of {unit['function']} are not those of SIGNATURE and the constants")
-    attributes = {
-        (function.arg_names.index(name),): [["tt.divisibility", 16]] for name in module.ALIGNED_POINTERS
-    } if unit["aligned"] else {}  # fmt: skip
+    if arguments != list(given):
+        raise ValueError(
+            f"the parameters of {unit['function']} that are not constants are {', '.join(arguments)}; those of the "
+            f"signature {', '.join(given)}"
+        )
+    unknown = [f"{name}: {kind}" for name, kind in types.items() if kind[0] != "*" and kind not in _TYPE_LETTERS]
+    if unknown:
+        raise ValueError(f"the launcher passes no {', '.join(unknown)}; it passes {', '.join(_TYPE_LETTERS)}")
+    aligned = unit["aligned"] if isinstance(unit["aligned"], list) else module.ALIGNED_POINTERS * unit["aligned"]
+    attributes = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     compiled = triton.compile(
         ASTSource(function, signature, unit["constants"], attributes),
         target=GPUTarget("cuda", job["capability"], 32),
@@ -46,6 +61,9 @@ def _compile(job: dict[str, Any]) -> dict[str, Any]:
         "metadata": {
             "name": metadata.name,
             "types": "".join("p" if types[n][0] == "*" else _TYPE_LETTERS[types[n]] for n in arguments),
+            "elements": "".join(
+                _ELEMENT_LETTERS.get(types[n][1:], "*") if types[n][0] == "*" else "-" for n in arguments
+            ),
             "threads": 32 * metadata.num_warps,
             "shared": metadata.shared,
             "arguments": arguments,

@@ -16,7 +16,7 @@ from tests.support import shared_numbers
 pytest.importorskip("triton")
 
 FOLDER = config.package_dir() / "fa3" / "portable"
-LAUNCHER = shared_numbers.INCLUDE / "cubin_launcher.cpp"
+PACKED = shared_numbers.INCLUDE / "packed_arguments.h"
 
 
 def signature(name: str) -> dict[str, str]:
@@ -37,16 +37,19 @@ def test_the_flag_bits_are_the_same_on_both_sides() -> None:
 
 @pytest.mark.parametrize("name", ["forward", "combine", "append"])
 def test_the_launcher_takes_the_kernels_arguments(name: str) -> None:
-    most = int(shared_numbers.constant(LAUNCHER, "kMaxArguments"))
+    most = int(shared_numbers.constant(PACKED, "kMaxArguments"))
     assert 0 < len(signature(name)) <= most
 
 
 def test_the_launchers_letters_are_the_compilers() -> None:
-    text = LAUNCHER.read_text(encoding="utf-8")
-    taken = set(re.findall(r"type == '(\w)'", text))
-    assert taken == {"p", *triton_process._TYPE_LETTERS.values()}
+    table = (shared_numbers.INCLUDE / "entry_table.cuh").read_text(encoding="utf-8")
+    values = set(re.findall(r"JIT_KERNEL_VALUE\([\w ]+, '(.)'\)", table))
+    assert set(triton_process._TYPE_LETTERS.values()) == values
+    elements = set(re.findall(r"JIT_KERNEL_LETTER\([\w ]+, '(.)'\)", table))
+    assert set(triton_process._ELEMENT_LETTERS.values()) == elements
+    assert set(re.findall(r"case '(.)':\s+return is\(", PACKED.read_text(encoding="utf-8"))) == elements
     kinds = {kind for name in ("forward", "combine", "append") for kind in signature(name).values()}
-    assert {kind for kind in kinds if not kind.startswith("*")} == set(triton_process._TYPE_LETTERS)
+    assert {kind for kind in kinds if not kind.startswith("*")} < set(triton_process._TYPE_LETTERS)
 
 
 def test_blocks_of_keys_and_rows_are_what_the_host_counts_with() -> None:

@@ -6,8 +6,9 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from jit_kernel import jit
 from jit_kernel.device import Target
-from jit_kernel.engine import cubin, triton_compiler
+from jit_kernel.engine import triton_compiler
 from jit_kernel.fa3.decision import Rejected, refusal
 from jit_kernel.fa3.portable import tiles as portable_tiles
 from jit_kernel.fa3.portable.tiles import padded
@@ -16,7 +17,7 @@ from jit_kernel.jit import KernelSpec
 Scalar = str | int | bool
 
 FOLDER = "flash_attention_v3/portable"
-LAUNCHER = cubin.launcher_of(FOLDER)
+LAUNCHER = jit.LAUNCHER
 DTYPES = ("bf16", "fp16", "e4m3")
 # What warm-up compiles; any other pair up to 512 compiles at its first call.
 WARM_HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
@@ -267,7 +268,7 @@ def _serving_specs(architecture: str) -> Iterator[KernelSpec]:
     yield append_spec("bf16", 128, 128, True, "e4m3", "bf16")
 
 
-class DeviceKernels(cubin.DeviceKernels):
+class DeviceKernels(jit.DeviceKernels):
     """The kernels of one GPU, and the plans made for its calls.
 
     `launch` takes a handle, a grid, tensors and scalars, and launches on the tensors' current stream.
