@@ -54,9 +54,11 @@ __global__ void __launch_bounds__(kMostThreads)
 namespace jit_kernel {
 
 inline simd::Vec silu(simd::Vec a) {
-  // Bounded so that 2^x does not overflow; a / 2^127 is next to nothing. A NaN goes on by way of a.
+  // 2^x must not overflow; where it would, the quotient is next to nothing, and a NaN stays one.
   const simd::Vec power = a * simd::set1(-1.44269504f), most = simd::set1(127.0f);
-  return a / (simd::set1(1.0f) + simd::exp2<6>(simd::where_less(power, most, power, most)));
+  const simd::Vec bounded = simd::where_less(power, most, power, most);
+  const simd::Vec quotient = a / (simd::set1(1.0f) + simd::exp2<6>(bounded));
+  return simd::where_less(power, most, quotient, a * simd::zero());
 }
 
 inline void silu_and_mul(TensorArguments& from) {

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +48,10 @@ class Plans:
 
     def of(self, *values: Any) -> Plan:
         """The plan for these tensors and other values, in the order of `make`'s parameters."""
-        key = (torch.is_grad_enabled(), *[_signature(value) if isinstance(value, Tensor) else value for value in values])
+        key = (
+            torch.is_grad_enabled(),
+            *[_signature(value) if isinstance(value, Tensor) else value for value in values],
+        )
         plan = self._known.get(key)
         if plan is None:
             if len(self._known) >= _MOST_PLANS:
@@ -57,6 +61,7 @@ class Plans:
 
 
 def _signature(value: Tensor) -> tuple[Any, ...]:
+    # 1 us on a slow machine, of which the shape and the strides are half.
     return value.dtype, value.shape, value.stride(), value.device, value.data_ptr() & 15, value.requires_grad
 
 
@@ -76,10 +81,9 @@ def cpu_library(file: str) -> jit.Library:
     return jit.library(None, f"ops/{file}.h", exports=[f"JIT_KERNEL_EXPORT_{file.upper()}()"])
 
 
-def cpu_function(file: str, name: str) -> Callable[..., Any]:
-    """One of them."""
-    function: Callable[..., Any] = cpu_library(file).load()[name]
-    return function
+def on_cpu(file: str, name: str, numbers: tuple[Any, ...]) -> Plan:
+    """One call of one of them."""
+    return Plan(cpu_library(file).load()[name], numbers, on_cpu=True)
 
 
 def declare(file: str, *entries: str) -> None:
@@ -93,12 +97,16 @@ def declare(file: str, *entries: str) -> None:
     jit.declare(kernels)
 
 
-def types(*dtypes: torch.dtype) -> str:
-    """Template arguments."""
-    return ", ".join(jit.ctype(dtype, "cpu") for dtype in dtypes)  # the headers' own names, on both devices
+def entry(name: str, *arguments: torch.dtype | bool | int) -> str:
+    """An instance of a template; the types by the names of the headers, which are the same on both devices."""
+    return f"{name}<{', '.join(map(_argument, arguments))}>"
 
 
-def nested(named: dict[str, Tensor | None], trailing: int = 1) -> tuple[int, int, dict[str, Strides]]:
+def _argument(value: torch.dtype | bool | int) -> str:
+    return jit.ctype(value, "cpu") if isinstance(value, torch.dtype) else str(value).lower()
+
+
+def nested(named: Mapping[str, Tensor | None], trailing: int = 1) -> tuple[int, int, dict[str, Strides]]:
     """The rows of tensors of one shape but for its last dimensions: how many, those of the inner of two dimensions,
     and each tensor's strides over both.
 
@@ -123,20 +131,20 @@ def _one(value: Tensor, places: Sequence[int]) -> int | None:
     """The stride of several dimensions taken as one; None if they are not evenly apart."""
     if not places:
         return 0
-    for place, following in zip(places, places[1:], strict=False):
+    for place, following in itertools.pairwise(places):
         if value.stride(place) != value.stride(following) * value.shape[following]:
             return None
     return value.stride(places[-1])
 
 
-def wide(*parts: tuple[Tensor | None, int]) -> bool:
-    """Whether tensors can be read in pieces of so many elements each: addresses, strides and sizes are such multiples."""
-    for value, elements in parts:
+def wide(elements: int, *values: Tensor | None) -> bool:
+    """Whether tensors can be read in pieces of so many elements: addresses, strides and sizes are such multiples."""
+    for value in values:
         if value is None:
             continue
-        piece = min(16, elements * value.element_size())
         steps = [step for size, step in zip(value.shape[:-1], value.stride(), strict=False) if size > 1]
-        if value.data_ptr() % piece or value.shape[-1] % elements or any(step % elements for step in steps):
+        aligned = value.data_ptr() % min(16, elements * value.element_size()) == 0
+        if not aligned or value.shape[-1] % elements or any(step % elements for step in steps):
             return False
     return True
 
@@ -156,8 +164,44 @@ def block_of(pieces: int, rows: int, kept: int = 2) -> tuple[tuple[int, int], in
     return (min(threads, MOST_THREADS), 1), each
 
 
-def blocks_for(rows: int, block: tuple[int, int]) -> int:
-    """The blocks of a grid for all rows. Raises ValueError for more rows than a kernel counts."""
+def on_gpu(
+    file: str,
+    name: str,
+    device: torch.device,
+    rows: int,
+    block: tuple[int, int],
+    numbers: tuple[Any, ...],
+    columns: int = 1,
+) -> Plan:
+    """One launch of an instance over rows, each by `columns` blocks. Raises ValueError for more than it counts."""
     if rows >= 1 << 32:
         raise ValueError(f"there are {rows} rows; there must be fewer than 2^32")
-    return math.ceil(rows / block[1])
+    kernel = cuda_kernel(file, name, device)
+    return Plan(kernel[(math.ceil(rows / block[1]), columns), block], numbers)
+
+
+def columns_of(pieces: int, rows: int) -> tuple[tuple[int, int], int, int]:
+    """For numbers that need no others of their row: the block, how many share a row, and a thread's pieces."""
+    if pieces <= _WARP:
+        return (*block_of(pieces, rows)[:1], 1, 1)
+    each, most = (1, 4 * _WARP) if rows <= _FEW_ROWS else (2, 8 * _WARP)
+    threads = min(most, math.ceil(math.ceil(pieces / each) / _WARP) * _WARP)
+    return (threads, 1), math.ceil(pieces / (threads * each)), each
+
+
+def head_block(threads: int) -> tuple[int, int]:
+    """The block for heads of so many threads each."""
+    return block_of(threads, 1)[0] if threads <= _WARP else (2 * _WARP, 1)
+
+
+def even(x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """The same numbers in rows of one size, where a size suits them: a long row alone would be one block's."""
+    size = math.gcd(x.numel(), 8192)
+    if size < 1024 or not (x.is_contiguous() and out.is_contiguous()):
+        return x, out
+    return x.view(-1, size), out.view(-1, size)
+
+
+def grouped(x: Tensor, groups: int) -> Tensor:
+    """A view of x with its last dimension in groups."""
+    return x.as_strided((*x.shape[:-1], groups, x.shape[-1] // groups), (*x.stride()[:-1], x.shape[-1] // groups, 1))
