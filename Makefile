@@ -9,6 +9,7 @@ SETUP_FILES = pyproject.toml constraints.txt
 
 demo: $(VENV)/.ready $(VENV)/.demo
 	$(BIN)/python examples/first_call.py
+	$(BIN)/python examples/rms_norm.py
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/sentence_search.py
 
 test: $(VENV)/.ready

@@ -22,6 +22,7 @@ from jit_kernel.engine import compiler, progress
 from jit_kernel.engine.store import CacheError
 from jit_kernel.fa3 import dispatch
 from jit_kernel.jit import KernelSpec
+from jit_kernel.toolkit import declared
 
 if TYPE_CHECKING:
     from jit_kernel.fa3.musa import prebuild
@@ -81,15 +82,16 @@ class Plan:
         return [job for job in self.jobs if not job.stored]
 
 
-def plan_of(targets: Sequence[Target], select: dict[str, str]) -> Plan:
-    """The jobs of every target that `select` lets through.
+def plan_of(targets: Sequence[Target], select: dict[str, str], modules: Sequence[str] = ()) -> Plan:
+    """The jobs of every target that `select` lets through: of `modules`, or of attention where none is named.
 
     Raises ValueError as `specs_of` does, CacheError for a store that cannot be used.
     """
     plan = Plan([], {})
     for target in dict.fromkeys(targets):
-        if target.vendor != "musa":
-            plan.jobs.extend(Job(spec, target, jit.is_stored(spec, target)) for spec in specs_of(target, select))
+        if modules or target.vendor != "musa":
+            specs = declared_by(modules, target, select) if modules else specs_of(target, select)
+            plan.jobs.extend(Job(spec, target, jit.is_stored(spec, target)) for spec in specs)
             continue
         major, minor = int(target.architecture[3]), int(target.architecture[4])
         if (major, minor) < moore_threads.MINIMUM_CAPABILITY:
@@ -115,6 +117,15 @@ def specs_of(target: Target, select: dict[str, str]) -> list[KernelSpec]:
         if not any(field in dict(spec.variant) for spec in specs):
             raise ValueError(f"--select {field}={value}: no variant for {target} serves it")
     return specs
+
+
+def declared_by(modules: Sequence[str], target: Target, select: dict[str, str]) -> list[KernelSpec]:
+    """Every kernel that modules declare for a target and that `select` lets through. Raises what `specs_of` raises."""
+    specs = dict.fromkeys(spec for module in modules for spec in declared.specs_of(module, target))
+    chosen = [spec for spec in specs if all(str(dict(spec.variant).get(name)) == each for name, each in select.items())]
+    if not chosen:
+        raise ValueError(f"--select {select}: no kernel of {', '.join(modules)} for {target} has these values")
+    return chosen
 
 
 def default_jobs() -> int:
@@ -199,6 +210,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FIELD=VALUE",
         help="only the variants that serve this, for example head_dim=128 dtype=bf16",
     )
+    parser.add_argument(
+        "--module",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="compile what this module declares (jit_kernel.jit.declare), instead of attention; may be repeated",
+    )
     parser.add_argument("--jobs", type=int, metavar="N", help="compilations at a time (default: what memory allows)")
     parser.add_argument("--list", action="store_true", help="list the variants and whether they are stored")
     parser.add_argument("--dry-run", action="store_true", help="say what would be compiled, and compile nothing")
@@ -220,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         select[field] = value
     try:
         targets = [Target.parse(text) for text in options.target] or [device_target(detect_device())]
-        plan = plan_of(targets, select)
+        plan = plan_of(targets, select, options.module)
     except (ValueError, CacheError) as error:
         parser.error(str(error))
     if options.list or options.dry_run:

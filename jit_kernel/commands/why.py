@@ -3,7 +3,8 @@
     python -m jit_kernel why --q bf16[2,4096,32,128] --k bf16[2,4096,8,128] --causal --device cuda:0
 
 Every argument of the public functions is an option: a tensor as dtype[shape], a bool as a flag, window_size as
-left,right. Nothing is compiled and nothing is run.
+left,right. `why --module my.package` says of each kernel that a module declares where it is stored, or which change
+would compile it. Nothing is compiled and nothing is run.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from torch import Tensor
 
 from jit_kernel import flash_attention_v3
 from jit_kernel.device import Target, detect_device, device_target
+from jit_kernel.engine import build
+from jit_kernel.engine.store import CacheError
 from jit_kernel.fa3 import call as calls
 from jit_kernel.fa3 import dispatch
 from jit_kernel.fa3.call import Call
@@ -29,6 +32,7 @@ from jit_kernel.fa3.checks import shapes
 from jit_kernel.fa3.checks.call import check_numbers
 from jit_kernel.fa3.decision import Accepted, Decision
 from jit_kernel.fa3.features import Features, features_of
+from jit_kernel.toolkit import declared
 
 _DTYPES = {
     "fp32": torch.float32,
@@ -149,6 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--function", choices=_FUNCTIONS, help="the function; without it, the one that fits")
     parser.add_argument("--device", help="a device (cuda:0) or a target (cuda:sm_90a); without it, the detected device")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--module", help="explain the kernels that a module declares: stored, or why not")
     options: dict[str, str] = {}
     for function in _FUNCTIONS.values():
         for parameter in inspect.signature(function).parameters.values():
@@ -175,11 +180,26 @@ def _fitting(given: dict[str, Any]) -> str:
     return "flash_attn_func" if all(name in dense for name in given) else "flash_attn_varlen_func"
 
 
+def _explain_module(module: str, device: str | None, as_json: bool) -> int:
+    """Say of every kernel that a module declares whether it is stored: 0 if all are."""
+    try:
+        target = _target(device if device is not None else detect_device())
+        found = {str(spec): build.explain(spec, target) for spec in declared.specs_of(module, target)}
+    except (ValueError, NotImplementedError, CacheError) as error:
+        print(f"python -m jit_kernel why: {error}", file=sys.stderr)
+        return 2
+    lines = [f"{name} for {target}: {state}" for name, state in found.items()]
+    print(json.dumps({"target": str(target), "kernels": found}, indent=1) if as_json else "\n".join(lines))
+    return 0 if all(state.startswith("stored") for state in found.values()) else 1
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; answers with its exit status: 0 served, 1 not served, 2 a wrong argument."""
     parser = _parser()
     options = vars(parser.parse_args(argv))
-    function, device, as_json = (options.pop(name) for name in ("function", "device", "json"))
+    function, device, as_json, module = (options.pop(name) for name in ("function", "device", "json", "module"))
+    if module is not None:
+        return _explain_module(module, device, as_json)
     given = {name: value for name, value in options.items() if value is not None}
     function = function or _fitting(given)
     for keys, values in (("k_cache", "v_cache"), ("k", "v")):

@@ -1,29 +1,26 @@
 """One entry of the store, found or made: the steps behind jit.load.
 
-What an artifact depends on stands in its key: the unit's text, the bytes of every file that it includes or imports,
-directly or not, the flags, the target and tvm-ffi's version. The compiler's identity is a second name beside the
-key, so that an image without a compiler still finds what another built, and a new compiler gets an entry of its own.
+What it is called by is engine/wanted.py's.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
-import json
 import shutil
 import time
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from jit_kernel import config
 from jit_kernel.device import Target
-from jit_kernel.engine import closure, compiler, identity, progress
+from jit_kernel.engine import compiler, identity, progress
 from jit_kernel.engine.entry import Entry, Miss, sha256_of
 from jit_kernel.engine.lock import EntryLock, Holder
 from jit_kernel.engine.spec import Event, KernelSpec, recorded
 from jit_kernel.engine.store import CacheError, Store, write_manifest, write_unit
+from jit_kernel.engine.wanted import Wanted, wanted_of, why_missed
+from jit_kernel.engine.wanted import key_of as key_of
 
 # With less than this free after a failed compilation, the disk is what failed.
 _FULL_BYTES = 256 << 10
@@ -32,30 +29,20 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ATTEMPTS = 5
 
 
-@dataclass(frozen=True)
-class _Wanted:
-    """A kernel that is asked for, its key, what the key was made of, and the compiler's identity or what it lacks."""
-
-    spec: KernelSpec
-    target: Target
-    key: str
-    inputs: dict[str, str]
-    compiler: str | compiler.CompilerNotFoundError
-
-    def find(self, store: Store) -> Entry | Miss:
-        """The entry of the present compiler; where none works, any compiler's."""
-        present = self.compiler if isinstance(self.compiler, str) else None
-        return store.lookup(self.spec.kernel, str(self.target), self.key, present)
+def explain(spec: KernelSpec, target: Target) -> str:
+    """Where a kernel is stored, or why `obtain` would compile it. Raises what `is_stored` raises."""
+    store = _store()
+    wanted = wanted_of(spec, target, store)
+    found = wanted.find(store)
+    if isinstance(found, Entry):
+        return f"stored in {found.folder}"
+    return f"missing: {why_missed(wanted, store) or found.reason}"
 
 
 def is_stored(spec: KernelSpec, target: Target) -> bool:
     """Whether `obtain` would compile nothing. Starts no compiler that it has seen before."""
     store = _store()
-    return isinstance(_wanted(spec, target, store).find(store), Entry)
-
-
-def _wanted(spec: KernelSpec, target: Target, store: Store) -> _Wanted:
-    return _Wanted(spec, target, *key_of(spec, target), identity.present(spec.route, store))
+    return isinstance(wanted_of(spec, target, store).find(store), Entry)
 
 
 def _store() -> Store:
@@ -72,7 +59,7 @@ def obtain(spec: KernelSpec, target: Target, unusable: tuple[Entry, str] | None 
     """
     started = time.perf_counter()
     store = _store()
-    wanted = _wanted(spec, target, store)
+    wanted = wanted_of(spec, target, store)
     found = wanted.find(store) if unusable is None else _other_than(unusable, wanted, store)
     if isinstance(found, Miss):
         if isinstance(wanted.compiler, compiler.CompilerNotFoundError):
@@ -114,7 +101,7 @@ def unloadable(spec: KernelSpec, target: Target, entry: Entry, problem: str) -> 
     )
 
 
-def _other_than(unusable: tuple[Entry, str], wanted: _Wanted, store: Store) -> Entry | Miss:
+def _other_than(unusable: tuple[Entry, str], wanted: Wanted, store: Store) -> Entry | Miss:
     """The entry that another process has put in the place of an unusable one."""
     found = wanted.find(store)
     if isinstance(found, Entry) and found.files == unusable[0].files:
@@ -122,7 +109,7 @@ def _other_than(unusable: tuple[Entry, str], wanted: _Wanted, store: Store) -> E
     return found
 
 
-def _under_lock(wanted: _Wanted, store: Store, unusable: tuple[Entry, str] | None) -> Entry:
+def _under_lock(wanted: Wanted, store: Store, unusable: tuple[Entry, str] | None) -> Entry:
     """Look again under the lock, and compile if need be."""
     lock = store.lock(wanted.spec.kernel, str(wanted.target), wanted.key)
     with lock.held(partial(_report_waiting, wanted.spec)):
@@ -130,14 +117,14 @@ def _under_lock(wanted: _Wanted, store: Store, unusable: tuple[Entry, str] | Non
         return _build(wanted, found, store, lock) if isinstance(found, Miss) else found
 
 
-def _build(wanted: _Wanted, miss: Miss, store: Store, lock: EntryLock) -> Entry:
+def _build(wanted: Wanted, miss: Miss, store: Store, lock: EntryLock) -> Entry:
     """Compile under the lock and publish. A failure leaves no entry and no private folder."""
     spec, reason = wanted.spec, miss.reason
     if miss.damaged is not None:
         progress.warn_once(f"{spec} in {miss.damaged} is unusable: {reason}; compiling it again")
         store.quarantine(miss.damaged)
     else:
-        reason = _why_missed(wanted, store) or reason
+        reason = why_missed(wanted, store) or reason
     name = f"{wanted.key}-{wanted.compiler}"
     for attempt in range(_ATTEMPTS):
         private = store.private_folder()
@@ -158,7 +145,7 @@ def _build(wanted: _Wanted, miss: Miss, store: Store, lock: EntryLock) -> Entry:
     raise AssertionError("the last attempt returns or raises")
 
 
-def _published(wanted: _Wanted, entry: Entry, folder: Path, private: Path, store: Store) -> Entry:
+def _published(wanted: Wanted, entry: Entry, folder: Path, private: Path, store: Store) -> Entry:
     """The entry at its place: the one that was there first, where another process published the same meanwhile."""
     if private.exists():
         first = wanted.find(store)
@@ -169,7 +156,7 @@ def _published(wanted: _Wanted, entry: Entry, folder: Path, private: Path, store
     return Entry(folder, entry.manifest, entry.files, fresh=True)
 
 
-def _build_outside(wanted: _Wanted, reason: str, store: Store) -> Entry:
+def _build_outside(wanted: Wanted, reason: str, store: Store) -> Entry:
     """Compile for this process alone, where the store has no entry and cannot be written."""
     progress.warn_once(
         f"cache folder {store.root} cannot be written and holds no {wanted.spec}; compiling it for this process "
@@ -193,7 +180,7 @@ def _build_outside(wanted: _Wanted, reason: str, store: Store) -> Entry:
         ) from error
 
 
-def _compile_into(folder: Path, wanted: _Wanted, reason: str, last_seconds: float | None) -> Entry:
+def _compile_into(folder: Path, wanted: Wanted, reason: str, last_seconds: float | None) -> Entry:
     import tvm_ffi
 
     spec, target = wanted.spec, wanted.target
@@ -233,38 +220,8 @@ def _compile_into(folder: Path, wanted: _Wanted, reason: str, last_seconds: floa
     return Entry(folder, manifest, files, fresh=True)
 
 
-def key_of(spec: KernelSpec, target: Target) -> tuple[str, dict[str, str]]:
-    """The key of an artifact and the inputs that it was made of, each with its sha256."""
-    import tvm_ffi
-
-    inputs = {"unit": hashlib.sha256(spec.unit.encode()).hexdigest()}
-    inputs |= closure.files_of(spec.unit, spec.route, spec.kernel, str(config.kernel_sources_dir()), spec.sources)
-    inputs["flags"] = " ".join(compiler.flags(spec.route, target, spec.flags))
-    inputs["target"] = str(target)
-    inputs["tvm-ffi"] = tvm_ffi.__version__
-    text = json.dumps([spec.kernel, spec.route, *filter(None, [spec.entry]), sorted(inputs.items())])
-    return hashlib.sha256(text.encode()).hexdigest()[:32], inputs
-
-
-def _why_missed(wanted: _Wanted, store: Store) -> str | None:
-    """What changed since the newest entry of the same variant, for the event and the log."""
-    spec, inputs = wanted.spec, wanted.inputs
-    same = [
-        manifest
-        for _, manifest in store.manifests(store.root / spec.kernel / str(wanted.target))
-        if manifest.get("variant") == dict(spec.variant) and isinstance(manifest.get("inputs"), dict)
-    ]
-    if not same:
-        return None
-    old = max(same, key=lambda manifest: str(manifest.get("created")))["inputs"]
-    changed = sorted(name for name in {*old, *inputs} if old.get(name) != inputs.get(name))
-    reason = f"changed since the last build: {', '.join(changed) if changed else 'the compiler'}"
-    progress.say(f"{spec}: {reason}", "debug")
-    return reason
-
-
 def _explained(
-    wanted: _Wanted, error: compiler.CompileError, private: Path, store: Store, name: str | None
+    wanted: Wanted, error: compiler.CompileError, private: Path, store: Store, name: str | None
 ) -> Exception:
     # A linker on a full disk prints so, or dies of a signal and prints nothing.
     with contextlib.suppress(OSError):

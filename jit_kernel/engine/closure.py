@@ -108,14 +108,18 @@ def _included(data: bytes, name: str, root: str, own: Sources | None) -> Iterato
 
 def _above(name: str, mark: str, wanted: str, root: str) -> Iterator[str]:
     """The same for an absolute path, or one with "..". A root of "" holds texts."""
-    for folder in (posixpath.dirname(name), "", "include") if name else ("", "include"):
-        path = os.path.normpath(os.path.join(root or "/", folder, wanted))
-        if path.startswith((root or "") + os.sep) and not (wanted.startswith("/") and not root):
-            yield mark + os.path.relpath(path, root or "/")
-        elif os.path.isfile(path):
-            raise ClosureError(
-                f'{name or "the unit"}: #include "{wanted}" lies outside the kernel sources, and no key would cover it'
-            )
+    inside = outside = False
+    for folder in dict.fromkeys((posixpath.dirname(name), "", "include") if name else ("", "include")):
+        path = os.path.normpath(os.path.join(root, folder, wanted))
+        if path.startswith(root + os.sep) if root else not path.startswith(("/", "..")):
+            inside = True
+            yield mark + (os.path.relpath(path, root) if root else path)
+        elif root:
+            outside |= os.path.isfile(path)
+    if outside or not (root or inside):
+        raise ClosureError(
+            f'{name or "the unit"}: #include "{wanted}" lies outside the kernel sources, and no key would cover it'
+        )
 
 
 def _imported(data: bytes, name: str, root: str, top: str) -> Iterator[str]:

@@ -74,9 +74,10 @@ def compile_unit(
 ) -> tuple[bytes, dict[str, object], str]:
     """Compile one kernel of a folder of Triton sources.
 
-    unit: JSON with `module` (a file of the folder, without .py) and `function` in it; `types`, what stands behind
-        the names in that file's SIGNATURE; `constants`, the constexpr arguments; `num_warps` and `num_stages`. With a
-        `signature` of its own the module's name is whole, and it is imported from the folder.
+    unit: JSON with `module` (a file of the folder, without .py) and `function` in it; `signature`, the types of the
+        run-time arguments, or None for the file's SIGNATURE; `types`, what stands behind names in it; `aligned`, names
+        of arguments, or None for the file's ALIGNED_POINTERS; `constants`, the constexpr arguments; `num_warps` and
+        `num_stages`. A `module` with `whole` is imported from the folder by its whole name.
     Returns the cubin, what a launcher needs (`name`, `types` with one letter an argument, `threads`, `shared` in
     bytes, `arguments`), and the log. Raises TritonError; also when a block would need more shared memory than the
     target has, or scratch memory, which no launcher here gives.
@@ -127,7 +128,7 @@ def compile_unit(
 
 def _job(unit: dict[str, Any], kernel_folder: Path, target: Target) -> tuple[str, dict[str, object]]:
     """What messages call a kernel, and what the compiler's process is told of it."""
-    whole = "signature" in unit
+    whole = unit["whole"]
     package = f"{kernel_folder.parent.name}.{kernel_folder.name}"
     return f"{unit['module']}:{unit['function']}" if whole else package, {
         "unit": unit,

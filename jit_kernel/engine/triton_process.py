@@ -33,9 +33,9 @@ def _compile(job: dict[str, Any]) -> dict[str, Any]:
     module = importlib.import_module(job["module"])
     function = getattr(module, unit["function"])
     function = function if hasattr(function, "arg_names") else triton.jit(function)
-    # A module of jit_kernel's own gives its signature itself, with names in it for which the unit has types.
-    given = unit.get("signature") or module.SIGNATURE
-    types = {name: _substituted(kind, unit.get("types", {})) for name, kind in given.items()}
+    # A module may give its signature itself, with names in it for which the unit has types.
+    given = module.SIGNATURE if unit["signature"] is None else unit["signature"]
+    types = {name: _substituted(kind, unit["types"]) for name, kind in given.items()}
     signature = {name: types.get(name, "constexpr") for name in function.arg_names}
     arguments = [name for name in function.arg_names if name not in unit["constants"]]
     if arguments != list(given):
@@ -46,7 +46,7 @@ def _compile(job: dict[str, Any]) -> dict[str, Any]:
     unknown = [f"{name}: {kind}" for name, kind in types.items() if kind[0] != "*" and kind not in _TYPE_LETTERS]
     if unknown:
         raise ValueError(f"the launcher passes no {', '.join(unknown)}; it passes {', '.join(_TYPE_LETTERS)}")
-    aligned = unit["aligned"] if isinstance(unit["aligned"], list) else module.ALIGNED_POINTERS * unit["aligned"]
+    aligned = module.ALIGNED_POINTERS if unit["aligned"] is None else unit["aligned"]
     attributes = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     compiled = triton.compile(
         ASTSource(function, signature, unit["constants"], attributes),

@@ -13,7 +13,7 @@ from jit_kernel.engine.spec import KernelSpec, Scalar
 from jit_kernel.toolkit.cuda import spec_of
 from jit_kernel.toolkit.devices import Device, target_of
 
-# The functions of a library run with threads that outlive a dropped module.
+# Masked scores are -inf, so never -ffast-math. A library's threads outlive a dropped module: nodelete.
 _FLAGS = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-pthread", "-Wl,-z,nodelete")
 _HEADERS = "#include <tvm/ffi/container/tensor.h>\n#include <tvm/ffi/function.h>\n"
 _NAME = re.compile(r"[A-Za-z_]\w*")

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from jit_kernel.engine.sources import Sources
@@ -20,9 +20,11 @@ from jit_kernel.toolkit.kernels import TritonKernel
 def triton(
     function: Callable[..., Any] | str,
     *,
-    signature: Mapping[str, str],
+    signature: Mapping[str, str] | None,
     constants: Mapping[str, Scalar | float] | None = None,
-    aligned: Sequence[str] = (),
+    aligned: Sequence[str] | None = (),
+    sources: Sources | None = None,
+    types: Mapping[str, str] | None = None,
     target: Device = None,
     num_warps: int = 4,
     num_stages: int = 3,
@@ -30,18 +32,27 @@ def triton(
 ) -> TritonKernel:
     """A Triton function as a kernel, compiled ahead in a process of its own and kept in the store.
 
-    function: a `@triton.jit` function at the top level of a module, or its name, "my.package.kernels:add", with which
-    a process needs no Triton. signature: Triton's type of each run-time parameter, in their order: "*bf16", "i32",
-    "fp32". constants: the value of each `tl.constexpr` parameter. aligned: the pointers and ints that are multiples
-    of 16. target: as `device` of `cuda`. The key covers the module and what it imports of its own package.
+    function: a `@triton.jit` function at the top level of a module, or its name, with which a process needs no
+    Triton: "my.package.kernels:add", or "add.py:add" of a file of `sources` (None: of jit_kernel's own).
+    signature: Triton's type of each run-time parameter, in their order: "*bf16", "i32", "fp32"; None for the module's
+    SIGNATURE, where `types` stand for names in it. constants: the value of each `tl.constexpr` parameter. aligned: the
+    pointers and ints that are multiples of 16; None for the module's ALIGNED_POINTERS. target: as `device` of `cuda`.
+    The key covers the module and what it imports of its own package. Raises ValueError and TypeError.
     """
-    module, name, folder = _place_of(function)
+    if isinstance(function, str) and function.partition(":")[0].endswith(".py"):
+        module, name, kernel, sources = _of_file(function, sources)
+    else:
+        module, name, folder = _place_of(function)
+        sources = Sources(folder, name=module.partition(".")[0])
+        kernel = f"{sources.name}/{name}"
     unit = {
         "module": module,
+        "whole": sources is not None,
         "function": name,
-        "signature": dict(signature),
+        "signature": None if signature is None else dict(signature),
+        "types": dict(types or {}),
         "constants": dict(constants or {}),
-        "aligned": list(aligned),
+        "aligned": None if aligned is None else list(aligned),
         "num_warps": num_warps,
         "num_stages": num_stages,
     }
@@ -49,10 +60,19 @@ def triton(
         text = json.dumps(unit, indent=1)
     except TypeError as error:
         raise TypeError(f"constants is {constants!r}; each must be an int, a float, a bool or a str") from error
-    sources = Sources(folder, name=module.partition(".")[0])
     given = variant or {"function": name, **{key: _shown(value) for key, value in (constants or {}).items()}}
-    kernel = f"{sources.name}/{name}"
     return TritonKernel(KernelSpec(kernel, text, "triton", tuple(given.items()), (), sources), target)
+
+
+def _of_file(function: str, sources: Sources | None) -> tuple[str, str, str, Sources | None]:
+    """Module, function and kernel of a file of sources."""
+    file, _, name = function.partition(":")
+    parts = PurePosixPath(file).with_suffix("").parts
+    if sources is None:
+        return ".".join(parts[2:]), name, "/".join(parts[:2]), None
+    if not sources.folder or sources.read(file) is None or not name.isidentifier():
+        raise ValueError(f"function is {function!r}; it must be file.py:function, of a file of a folder of sources")
+    return ".".join(parts), name, f"{sources.name}/{name}", sources
 
 
 def _shown(value: Scalar | float) -> Scalar:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from jit_kernel import jit
 from jit_kernel.device import Target, device_target
-from jit_kernel.engine import cubin
 from jit_kernel.fa3.hopper import known
 from jit_kernel.jit import Cubin, KernelSpec
 
@@ -152,7 +152,7 @@ def _is_plain(spec: KernelSpec) -> bool:
     return "threads" in dict(spec.variant)
 
 
-class DeviceKernels(cubin.DeviceKernels):
+class DeviceKernels(jit.DeviceKernels):
     """The kernels of one GPU; `forward`, `forward_fp8`, `forward_cached`, `decode`, `mla` and `append` launch them."""
 
     def __init__(self, index: int, target: Target) -> None:

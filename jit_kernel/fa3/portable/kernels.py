@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -219,16 +218,17 @@ def _spec(
     num_warps: int,
     num_stages: int,
 ) -> KernelSpec:
-    unit = {
-        "module": function,
-        "function": function,
-        "types": types,
-        "constants": constants,
-        "aligned": constants.get("STRIDE_UNIT", constants.get("CACHE_UNIT", 1)) > 1,
-        "num_warps": num_warps,
-        "num_stages": num_stages,
-    }
-    return KernelSpec(FOLDER, json.dumps(unit, indent=1), "triton", tuple(variant.items()))
+    aligned = constants.get("STRIDE_UNIT", constants.get("CACHE_UNIT", 1)) > 1
+    return jit.triton(
+        f"{FOLDER}/{function}.py:{function}",
+        signature=None,
+        types=types,
+        constants=constants,
+        aligned=None if aligned else (),
+        num_warps=num_warps,
+        num_stages=num_stages,
+        variant=variant,
+    ).spec
 
 
 def all_specs(target: Target) -> Iterator[KernelSpec]:

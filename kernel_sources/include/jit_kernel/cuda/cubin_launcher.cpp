@@ -10,7 +10,9 @@
 // Triton's calling convention: the kernel's run-time arguments in order, then two scratch pointers,
 // which are null: the compiler's side refuses a kernel that asks for scratch. To a CUDA kernel they
 // make no difference, as the driver reads no more values than a kernel has.
-#include <tvm/ffi/tvm_ffi.h>
+#include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/function.h>
+#include <tvm/ffi/string.h>
 
 #include <cstdint>
 #include <memory>

@@ -2,7 +2,9 @@
 #ifndef JIT_KERNEL_CUDA_PACKED_ARGUMENTS_H_
 #define JIT_KERNEL_CUDA_PACKED_ARGUMENTS_H_
 
-#include <tvm/ffi/tvm_ffi.h>
+#include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/function.h>
+#include <tvm/ffi/string.h>
 
 #include <cstdint>
 #include <limits>

@@ -2,7 +2,8 @@
 #ifndef JIT_KERNEL_CUDA_TENSOR_H_
 #define JIT_KERNEL_CUDA_TENSOR_H_
 
-#include <tvm/ffi/tvm_ffi.h>
+#include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/optional.h>
 
 namespace jit_kernel::cuda {
 
