@@ -27,8 +27,10 @@ def check(draw: Draw) -> None:
     named = {}
     if choice((True, False)):
         named["out"] = draw.poisoned(*leading, size, dtype=E4M3)
-        if given is None:  # any strides: here those of a transposed one
-            named["scale_out"] = torch.full(shape[::-1], -1.0, device=draw.device).permute(*range(len(shape))[::-1])
+        if given is None:  # any strides: those of DeepGEMM's scales, a column after the other
+            columns = len(shape) == 2 and choice((True, False))
+            named["scale_out"] = torch.full(shape[::-1] if columns else shape, -1.0, device=draw.device)
+            named["scale_out"] = named["scale_out"].t() if columns else named["scale_out"]
     found, scales = quantize_fp8(x, group, scale=given, **named)
     assert "out" not in named or found is named["out"]
     exact = largest.double().clamp(min=1e-12) / 448 if given is None else given.double()

@@ -67,6 +67,26 @@ __device__ __forceinline__ float from_e4m3(unsigned byte) {
   return __uint_as_float(__float_as_uint(x) | sign);
 }
 
+// A test that runs kernels on a CPU has functions of its own in place of these instructions.
+#ifndef JIT_KERNEL_WITHOUT_PTX
+__device__ __forceinline__ unsigned bf16_pair(float low, float high) {
+  unsigned word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+__device__ __forceinline__ unsigned fp16_pair(float low, float high) {
+  unsigned word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+__device__ __forceinline__ void from_fp16_pair(unsigned word, float& low, float& high) {
+  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\n"
+      "cvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}"
+      : "=f"(low), "=f"(high)
+      : "r"(word));
+}
+#endif
+
 // The elements of a register as float32, and back, rounded once.
 template <class T>
 struct Word;
@@ -87,27 +107,16 @@ struct Word<bf16> {
     x[0] = __uint_as_float(word << 16);
     x[1] = __uint_as_float(word & 0xffff0000u);
   }
-  static __device__ __forceinline__ unsigned pack(const float* x) {
-    unsigned word;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(x[1]), "f"(x[0]));
-    return word;
-  }
+  static __device__ __forceinline__ unsigned pack(const float* x) { return bf16_pair(x[0], x[1]); }
 };
 
 template <>
 struct Word<fp16> {
   enum : int { kElements = 2 };
   static __device__ __forceinline__ void unpack(unsigned word, float* x) {
-    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\n"
-        "cvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}"
-        : "=f"(x[0]), "=f"(x[1])
-        : "r"(word));
+    from_fp16_pair(word, x[0], x[1]);
   }
-  static __device__ __forceinline__ unsigned pack(const float* x) {
-    unsigned word;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(x[1]), "f"(x[0]));
-    return word;
-  }
+  static __device__ __forceinline__ unsigned pack(const float* x) { return fp16_pair(x[0], x[1]); }
 };
 
 template <>
