@@ -89,6 +89,10 @@ class DeviceKernels:
         self.handles[key] = handle
         return handle
 
+    def _warmed_by(self) -> str:
+        """What compiles its kernels ahead, for a message."""
+        return f"run `python -m jit_kernel.warmup --target {self.target}`"
+
     def _refuse_to_compile_under_capture(self, spec: KernelSpec) -> None:
         if not is_capturing(torch.device("cuda", self._index)):
             return
@@ -96,8 +100,7 @@ class DeviceKernels:
         if missing:
             raise RuntimeError(
                 f"{' and '.join(missing)} would have to be compiled while a CUDA graph is being captured; "
-                f"run `python -m jit_kernel.warmup --target {self.target}` first, or make the call once before "
-                "the capture"
+                f"{self._warmed_by()} first, or make the call once before the capture"
             )
 
 
@@ -109,6 +112,9 @@ class EntryKernels(DeviceKernels):
 
     def _keep(self, functions: Any) -> None:
         self.launch_entry = functions["launch_entry"]
+
+    def _warmed_by(self) -> str:
+        return "have it compiled by jit_kernel.jit.warm"
 
     def _load_function(self, spec: KernelSpec) -> str:
         return "load_entry"

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
+#include <string>
 
 #include "jit_kernel/cuda/driver.h"
 
@@ -68,7 +69,7 @@ inline Shape shape_of(int64_t packed) {
 // before.
 class SharedLimits {
  public:
-  void allow(int device, Function function, unsigned bytes) {
+  void allow(int device, Function function, unsigned bytes, const char* title) {
     if (bytes <= kDefaultSharedWithoutOptIn) return;
     std::atomic<unsigned>& allowed = allowed_[static_cast<size_t>(device)];
     if (bytes <= allowed.load(std::memory_order_acquire)) return;
@@ -76,7 +77,7 @@ class SharedLimits {
     if (bytes <= allowed.load(std::memory_order_relaxed)) return;
     check(Driver::get().function_set_attribute(function, kMaxDynamicSharedSizeBytes,
                                                static_cast<int>(bytes)),
-          "cuFuncSetAttribute(max dynamic shared size)");
+          (std::string(title) + ", " + std::to_string(bytes) + " bytes of shared memory").c_str());
     allowed.store(bytes, std::memory_order_release);
   }
 
@@ -90,7 +91,7 @@ inline void launch_on(Kernel& kernel, SharedLimits& limits, int device, Grid gri
   const ContextGuard context(device);
   const Driver& driver = Driver::get();
   const Function function = kernel.function(device);
-  limits.allow(device, function, shape.shared_bytes);
+  limits.allow(device, function, shape.shared_bytes, title);
   const unsigned blocks = shape.cluster.x * shape.cluster.y * shape.cluster.z;
   const Stream stream = current_stream(device);
   if (blocks == 1 && !shape.cooperative && !shape.programmatic) {
