@@ -122,7 +122,7 @@ def nested(named: Mapping[str, Tensor | None], trailing: int = 1) -> tuple[int, 
             for name, value in named.items()
         }
         if all(None not in pair for pair in strides.values()):
-            return math.prod(leading), math.prod(leading[place] for place in inner), strides  # type: ignore[return-value]
+            return math.prod(leading), max(1, math.prod(leading[place] for place in inner)), strides  # type: ignore[return-value]
     listed = ", ".join(f"{name} {value.stride()}" for name, value in named.items() if value is not None)
     raise ValueError(f"strides are {listed}; together they must be those of rows in at most two dimensions")
 

@@ -25,10 +25,8 @@ def quantize_fp8(x: Tensor, group: int | str = "token", *, scale: Tensor | None 
     checks.dims("x", checks.tensor("x", x), 1)
     size = checks.group(group, x.shape[-1], scale, scale_out)
     out = checks.result(out, x, None, checks.E4M3)
-    if scale is None:
-        shape = (*x.shape[:-1], x.shape[-1] // size if size and x.shape[-1] else 1) if size is not None else (1,)
-        scale_out = checks.result(scale_out, x, shape, torch.float32)
-    scales = checks.tensor("scale", scale) if scale_out is None else scale_out
+    shape = (1,) if size is None else (*x.shape[:-1], x.shape[-1] // size if size else 1)
+    scales = checks.result(scale_out if scale is None else scale, x, shape, torch.float32, "scale")
     _write(x, out, scales, size, scale is None)
     return out, scales
 
@@ -38,17 +36,9 @@ def _quantize_fp8(x: Tensor, out: Tensor, scales: Tensor, group: int | None, fin
 
 
 def _plan(x: Tensor, out: Tensor, scales: Tensor, group: int | None, finds_scale: bool) -> launch.Plan:
-    name = "scale_out" if finds_scale else "scale"
-    checks.memory({"x": x, "out": out, name: scales.unsqueeze(-1)}, ("out", "scale_out"))
-    for each, value, allowed in (
-        ("x", x, checks.FLOATS),
-        ("out", out, (checks.E4M3,)),
-        (name, scales, (torch.float32,)),
-    ):
-        checks.dtype(each, value, allowed)
-    checks.shape("out", out, x.shape)
+    checks.quantized(x, out, scales, "scale_out" if finds_scale else "scale")
     if group is None:
-        checks.shape(name, scales, (1,))
+        checks.shape("scale_out" if finds_scale else "scale", scales, (1,))
         return _plan_tensor(*launch.even(x, out), finds_scale)
     groups = x.shape[-1] // group if group else 1
     checks.shape("scale_out", scales, (*x.shape[:-1], groups))
@@ -67,29 +57,27 @@ def _plan(x: Tensor, out: Tensor, scales: Tensor, group: int | None, finds_scale
 
 def _plan_tensor(x: Tensor, out: Tensor, finds_scale: bool) -> launch.Plan:
     rows, inner, strides = launch.nested({"x": x, "out": out})
-    size, piece, whole = x.shape[-1], 16 // x.element_size(), launch.wide(16 // x.element_size(), x, out)
+    size, piece = x.shape[-1], 16 // x.element_size()
     numbers = (rows, inner, size, *strides["x"], *strides["out"])
     if x.is_cpu:
         return launch.on_cpu("quantize_fp8", "quantize_tensor", (finds_scale, *numbers))
+    whole = launch.wide(piece, x, out)
     block, columns, pieces = launch.columns_of(-(-size // piece), rows)
-    by_parts = (None, 0) if not finds_scale else ()
     name = launch.entry("quantize_tensor", x.dtype, whole, pieces)
-    quantize = launch.on_gpu("quantize_fp8", name, x.device, max(rows, 1), block, (*by_parts, *numbers), columns)
-    if not finds_scale:
-        return quantize
-    largest = launch.cuda_kernel("quantize_fp8", launch.entry("largest_parts", x.dtype, whole), x.device)[_PARTS, 256]
+    first = () if finds_scale else (None, 0)  # no parts
+    quantize = launch.on_gpu("quantize_fp8", name, x.device, max(rows, 1), block, (*first, *numbers), columns)
+    largest = launch.cuda_kernel("quantize_fp8", launch.entry("largest_parts", x.dtype, whole), x.device)
 
     def both(x: Tensor, out: Tensor, scales: Tensor) -> None:
         parts = torch.empty(_PARTS, dtype=torch.float32, device=x.device)
-        largest(x, parts, *numbers[:5])
+        largest[_PARTS, 256](x, parts, *numbers[:5])
         quantize(x, out, scales, parts, _PARTS)
 
-    return launch.Plan(both)
+    return launch.Plan(both) if finds_scale else quantize
 
 
 _plans = launch.Plans(_plan)
 _write = jit.operator("jit_kernel::quantize_fp8", _quantize_fp8, fake=lambda *_: None, mutates=("out", "scales"))
 for _type, _count in itertools.product((torch.bfloat16, torch.float16), (1, 2, 4)):
-    launch.declare("quantize_fp8", launch.entry("quantize_rows", _type, True, _count))
-    launch.declare("quantize_fp8", launch.entry("quantize_tensor", _type, True, min(_count, 2)))
-    launch.declare("quantize_fp8", launch.entry("largest_parts", _type, True))
+    _names = ("quantize_rows", True, _count), ("quantize_tensor", True, min(_count, 2)), ("largest_parts", True)
+    launch.declare("quantize_fp8", *(launch.entry(name, _type, *more) for name, *more in _names))

@@ -85,14 +85,14 @@ def test_a_position_outside_the_tables_gives_nan():
 def test_errors_name_the_argument():
     q, cos, positions = torch.ones(2, 3, 64), torch.ones(10, 32), torch.zeros(2, dtype=torch.int32)
     for arguments, error, words in (
-        (dict(q=torch.ones(2, 64)), ValueError, "q has 2 dimensions; it must have 3"),
-        (dict(q=torch.ones(2, 3, 513)), ValueError, "q has heads of 513 numbers; it must have at most 512"),
-        (dict(k=torch.ones(3, 3, 64)), ValueError, r"k has shape \(3, 3, 64\); it must be \(2, 3, 64\)"),
-        (dict(cos=torch.ones(10, 33)), ValueError, r"sin has shape \(10, 32\); it must be \(10, 33\)"),
-        (dict(positions=positions.float()), TypeError, "positions has dtype torch.float32; it must be torch.int32 or"),
-        (dict(positions=positions[:1]), ValueError, r"positions has shape \(1,\); it must be \(2,\)"),
-        (dict(k_weight=torch.ones(64)), ValueError, "k_weight is given; it must be None, because k is None"),
-        (dict(q_out=q.half()), TypeError, "q_out has dtype torch.float16; it must be torch.float32"),
+        ({"q": torch.ones(2, 64)}, ValueError, "q has 2 dimensions; it must have 3"),
+        ({"q": torch.ones(2, 3, 513)}, ValueError, "q has heads of 513 numbers; it must have at most 512"),
+        ({"k": torch.ones(3, 3, 64)}, ValueError, r"k has shape \(3, 3, 64\); it must be \(2, 3, 64\)"),
+        ({"cos": torch.ones(10, 33)}, ValueError, r"sin has shape \(10, 32\); it must be \(10, 33\)"),
+        ({"positions": positions.float()}, TypeError, "positions has dtype torch.float32; it must be torch.int32 or"),
+        ({"positions": positions[:1]}, ValueError, r"positions has shape \(1,\); it must be \(2,\)"),
+        ({"k_weight": torch.ones(64)}, ValueError, "k_weight is given; it must be None, because k is None"),
+        ({"q_out": q.half()}, TypeError, "q_out has dtype torch.float16; it must be torch.float32"),
     ):
         with pytest.raises(error, match=words):
             apply_rope(

@@ -88,19 +88,19 @@ def test_errors_name_the_argument():
     k_cache, table = torch.ones(2, 4, 2, 8), torch.zeros(1, 1, dtype=torch.int32)
     for arguments, error, words in (
         (
-            dict(cu_seqlens=torch.tensor([0, 5], dtype=torch.int32)),
+            {"cu_seqlens": torch.tensor([0, 5], dtype=torch.int32)},
             IndexError,
             "page_table has 1 pages a sequence; .* needs 2",
         ),
         (
-            dict(cu_seqlens=torch.zeros(3, dtype=torch.int32)),
+            {"cu_seqlens": torch.zeros(3, dtype=torch.int32)},
             ValueError,
             r"cu_seqlens has shape \(3,\); it must be \(2,\)",
         ),
-        (dict(page_table=table.long()), TypeError, "page_table has dtype torch.int64; it must be torch.int32"),
-        (dict(total=-1), ValueError, "total is -1; it must be a number of tokens"),
-        (dict(dtype=torch.float16), TypeError, "k_cache has dtype torch.float32; it must be torch.float16 or"),
-        (dict(v_cache=k_cache[0]), ValueError, "v_cache has 3 dimensions; it must have 4"),
+        ({"page_table": table.long()}, TypeError, "page_table has dtype torch.int64; it must be torch.int32"),
+        ({"total": -1}, ValueError, "total is -1; it must be a number of tokens"),
+        ({"dtype": torch.float16}, TypeError, "k_cache has dtype torch.float32; it must be torch.float16 or"),
+        ({"v_cache": k_cache[0]}, ValueError, "v_cache has 3 dimensions; it must have 4"),
     ):
         with pytest.raises(error, match=words):
             gather_kv(**{"k_cache": k_cache, "v_cache": k_cache, "page_table": table,

@@ -54,11 +54,11 @@ def test_random_cases(device):
 def test_errors_name_the_argument():
     parts, lse = torch.ones(2, 3, 4, 8), torch.zeros(2, 3, 4)
     for arguments, error, words in (
-        (dict(lse_partial=lse[:1]), ValueError, r"lse_partial has shape \(1, 3, 4\); it must be \(2, 3, 4\)"),
-        (dict(lse_partial=lse.half()), TypeError, "lse_partial has dtype torch.float16; it must be torch.float32"),
-        (dict(lse_partial=None), TypeError, "lse_partial is of type NoneType; it must be a torch.Tensor"),
-        (dict(out=parts[0, :2]), ValueError, r"out has shape \(2, 4, 8\); it must be \(3, 4, 8\)"),
-        (dict(lse=lse), ValueError, r"lse has shape \(2, 3, 4\); it must be \(3, 4\)"),
+        ({"lse_partial": lse[:1]}, ValueError, r"lse_partial has shape \(1, 3, 4\); it must be \(2, 3, 4\)"),
+        ({"lse_partial": lse.half()}, TypeError, "lse_partial has dtype torch.float16; it must be torch.float32"),
+        ({"lse_partial": None}, TypeError, "lse_partial is of type NoneType; it must be a torch.Tensor"),
+        ({"out": parts[0, :2]}, ValueError, r"out has shape \(2, 4, 8\); it must be \(3, 4, 8\)"),
+        ({"lse": lse}, ValueError, r"lse has shape \(2, 3, 4\); it must be \(3, 4\)"),
     ):
         with pytest.raises(error, match=words):
             merge_states(**{"out_partial": parts, "lse_partial": lse, **arguments})

@@ -63,15 +63,19 @@ def test_errors_name_the_argument():
     x = torch.ones(2, 256)
     for arguments, error, words in (
         (
-            dict(group=100),
+            {"group": 100},
             ValueError,
             "group is 100; it must be 'token', 'tensor' or a number that x's 256 is a multiple of",
         ),
-        (dict(group="row"), ValueError, "group is 'row'; it must be 'token'"),
-        (dict(scale=torch.ones(1)), ValueError, "scale is given; it must be None, except with group='tensor'"),
-        (dict(out=x), TypeError, "out has dtype torch.float32; it must be torch.float8_e4m3fn"),
-        (dict(group=128, scale_out=torch.ones(2, 1)), ValueError, r"scale_out has shape \(2, 1\); it must be \(2, 2\)"),
-        (dict(group="tensor", scale=torch.ones(1).half()), TypeError, "scale has dtype torch.float16; it must be"),
+        ({"group": "row"}, ValueError, "group is 'row'; it must be 'token'"),
+        ({"scale": torch.ones(1)}, ValueError, "scale is given; it must be None, except with group='tensor'"),
+        ({"out": x}, TypeError, "out has dtype torch.float32; it must be torch.float8_e4m3fn"),
+        (
+            {"group": 128, "scale_out": torch.ones(2, 1)},
+            ValueError,
+            r"scale_out has shape \(2, 1\); it must be \(2, 2\)",
+        ),
+        ({"group": "tensor", "scale": torch.ones(1).half()}, TypeError, "scale has dtype torch.float16; it must be"),
     ):
         with pytest.raises(error, match=words):
             quantize_fp8(**{"x": x, **arguments})

@@ -54,16 +54,16 @@ def test_in_place(device):
 def test_errors_name_the_argument():
     x, weight = torch.ones(2, 8), torch.ones(8)
     for arguments, error, words in (
-        (dict(x=[1.0]), TypeError, "x is of type list; it must be a torch.Tensor"),
-        (dict(x=x.int()), TypeError, "x has dtype torch.int32; it must be torch.float32, torch.float16 or"),
-        (dict(weight=torch.ones(7)), ValueError, r"weight has shape \(7,\); it must be \(8,\)"),
-        (dict(residual=x.half()), TypeError, "residual has dtype torch.float16; it must be torch.float32"),
-        (dict(residual=x[:1].expand(2, 8)), ValueError, "residual has strides .* must not be expanded"),
-        (dict(out=x.to(E4M3)), ValueError, "scale is None; it must be a float32 tensor, because out is"),
-        (dict(out=torch.ones(2, 16)[:, ::2]), ValueError, r"out has strides \(16, 2\); the last one must be 1"),
-        (dict(eps=float("nan")), ValueError, "eps is nan; it must be finite and at least 0.0"),
-        (dict(weight=weight.to("meta")), NotImplementedError, "weight is on meta; jit_kernel.ops has kernels for CPUs"),
-        (dict(x=x.clone().requires_grad_()), ValueError, "x requires a gradient; jit_kernel.ops computes none"),
+        ({"x": [1.0]}, TypeError, "x is of type list; it must be a torch.Tensor"),
+        ({"x": x.int()}, TypeError, "x has dtype torch.int32; it must be torch.float32, torch.float16 or"),
+        ({"weight": torch.ones(7)}, ValueError, r"weight has shape \(7,\); it must be \(8,\)"),
+        ({"residual": x.half()}, TypeError, "residual has dtype torch.float16; it must be torch.float32"),
+        ({"residual": x[:1].expand(2, 8)}, ValueError, "residual has strides .* must not be expanded"),
+        ({"out": x.to(E4M3)}, ValueError, "scale is None; it must be a float32 tensor, because out is"),
+        ({"out": torch.ones(2, 16)[:, ::2]}, ValueError, r"out has strides \(16, 2\); the last one must be 1"),
+        ({"eps": float("nan")}, ValueError, "eps is nan; it must be finite and at least 0.0"),
+        ({"weight": weight.to("meta")}, NotImplementedError, "weight is on meta; jit_kernel.ops has kernels for CPUs"),
+        ({"x": x.clone().requires_grad_()}, ValueError, "x requires a gradient; jit_kernel.ops computes none"),
     ):
         with pytest.raises(error, match=words):
             rms_norm(**{"x": x.detach(), "weight": weight, **arguments})

@@ -41,10 +41,10 @@ def test_not_finite(device):
 def test_errors_name_the_argument():
     x = torch.ones(2, 8)
     for arguments, error, words in (
-        (dict(x=None), TypeError, "x is of type NoneType; it must be a torch.Tensor"),
-        (dict(x=torch.ones(2, 7)), ValueError, "x has rows of 7 numbers; it must be an even number"),
-        (dict(out=x), ValueError, r"out has shape \(2, 8\); it must be \(2, 4\)"),
-        (dict(scale=torch.ones(2)), ValueError, "scale has 2 numbers; it must have 1 number"),
+        ({"x": None}, TypeError, "x is of type NoneType; it must be a torch.Tensor"),
+        ({"x": torch.ones(2, 7)}, ValueError, "x has rows of 7 numbers; it must be an even number"),
+        ({"out": x}, ValueError, r"out has shape \(2, 8\); it must be \(2, 4\)"),
+        ({"scale": torch.ones(2)}, ValueError, "scale has 2 numbers; it must have 1 number"),
     ):
         with pytest.raises(error, match=words):
             silu_and_mul(**{"x": x, **arguments})

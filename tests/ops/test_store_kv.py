@@ -70,13 +70,17 @@ def test_a_slot_past_the_cache_stores_nothing():
 def test_errors_name_the_argument():
     k, k_cache, slots = torch.ones(3, 2, 8), torch.zeros(2, 4, 2, 8), torch.zeros(3, dtype=torch.int32)
     for arguments, error, words in (
-        (dict(v=torch.ones(3, 1, 8)), ValueError, r"v has shape \(3, 1, 8\); it must be \(3, 2, 8\)"),
-        (dict(v_cache=k_cache.half()), TypeError, "v_cache has dtype torch.float16; it must be torch.float32"),
-        (dict(k_cache=torch.zeros(2, 4, 8)), ValueError, "k_cache has 3 dimensions; it must have 4"),
-        (dict(k_cache=k_cache[:1].expand(2, 4, 2, 8)), ValueError, "k_cache has strides .* must not be expanded"),
-        (dict(slots=slots[:2]), ValueError, r"slots has shape \(2,\); it must be \(3,\)"),
-        (dict(k_scale=torch.ones(1)), ValueError, "k_scale is given; it must be None, because k_cache is not"),
-        (dict(k_cache=k_cache.to(E4M3), v_cache=k_cache.to(E4M3)), ValueError, "k_scale is None; it must be a float32"),
+        ({"v": torch.ones(3, 1, 8)}, ValueError, r"v has shape \(3, 1, 8\); it must be \(3, 2, 8\)"),
+        ({"v_cache": k_cache.half()}, TypeError, "v_cache has dtype torch.float16; it must be torch.float32"),
+        ({"k_cache": torch.zeros(2, 4, 8)}, ValueError, "k_cache has 3 dimensions; it must have 4"),
+        ({"k_cache": k_cache[:1].expand(2, 4, 2, 8)}, ValueError, "k_cache has strides .* must not be expanded"),
+        ({"slots": slots[:2]}, ValueError, r"slots has shape \(2,\); it must be \(3,\)"),
+        ({"k_scale": torch.ones(1)}, ValueError, "k_scale is given; it must be None, because k_cache is not"),
+        (
+            {"k_cache": k_cache.to(E4M3), "v_cache": k_cache.to(E4M3)},
+            ValueError,
+            "k_scale is None; it must be a float32",
+        ),
     ):
         with pytest.raises(error, match=words):
             store_kv(**{"k": k, "v": k, "k_cache": k_cache, "v_cache": k_cache.clone(), "slots": slots, **arguments})

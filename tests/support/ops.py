@@ -81,6 +81,6 @@ def assert_close(found: Tensor, exact: Tensor, slack: Tensor | float) -> None:
     wrong = ~((error <= allowed) | (found.double().isnan() & exact.isnan()))
     assert found.shape == exact.shape
     assert not wrong.any(), (
-        f"{int(wrong.sum())} of {wrong.numel()} wrong, the first: {found[wrong][0].item()} for {exact[wrong][0].item()}, "
-        f"off by {error[wrong][0].item():.3g} where {allowed[wrong][0].item():.3g} is allowed"
+        f"{int(wrong.sum())} of {wrong.numel()} wrong, the first: {found[wrong][0].item()} for {exact[wrong][0].item()}"
+        f", off by {error[wrong][0].item():.3g} where {allowed[wrong][0].item():.3g} is allowed"
     )
