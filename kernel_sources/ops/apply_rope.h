@@ -153,9 +153,8 @@ inline void read_floats(const DLTensor& t, int64_t offset, float* to, int64_t n)
 }
 
 inline void norm_head(float* row, const float* weight, int64_t size, float eps) {
-  float squares = 0.0f;
-  for (int64_t i = 0; i < size; ++i) squares += row[i] * row[i];
-  const float factor = 1.0f / std::sqrt(squares / static_cast<float>(size) + eps);
+  const float mean = sum_of_squares(row, size) / static_cast<float>(size);
+  const float factor = 1.0f / std::sqrt(mean + eps);
   for (int64_t i = 0; i < size; ++i) row[i] *= factor * weight[i];
 }
 

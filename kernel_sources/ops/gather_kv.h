@@ -140,12 +140,12 @@ struct PageTable {
 
 template <class Cached, class T>
 inline void gather_row(const Gathered& g, int64_t page, int64_t place, int64_t token, int64_t head,
-                       int64_t scale_step) {
+                       int64_t scale_step, bool past) {
   const Cached* from =
       data_of<Cached>(g.cache) + page * g.page + place * g.place + head * g.cache_head;
   T* to = data_of<T>(g.to) + token * g.token + head * g.head;
   if constexpr (sizeof(T) == sizeof(Cached)) {
-    std::memcpy(static_cast<void*>(to), from, static_cast<size_t>(g.size) * sizeof(T));
+    copy_row(to, from, g.size * static_cast<int64_t>(sizeof(T)), past);
   } else {
     const simd::Vec factor = simd::set1(data_of<float>(g.scale)[head * scale_step]);
     for (int64_t i = 0; i < g.size; i += simd::kLanes) {
@@ -181,6 +181,7 @@ inline void gather_kv(TensorArguments& from) {
     using T = decltype(element);
     const int64_t bytes =
         heads * (k.size + v.size) * static_cast<int64_t>(sizeof(T) + sizeof(Cached));
+    const bool past = count * bytes >= kStreamedBytes;
     parallel_rows(count, bytes, threads, [&](int64_t begin, int64_t end) {
       const int32_t* ends = table.cu_seqlens + 1;
       int64_t s = std::upper_bound(ends, ends + table.batch, begin) - ends;
@@ -190,7 +191,7 @@ inline void gather_kv(TensorArguments& from) {
         const int64_t page = table.pages[s * table.row + local / table.page_size];
         for (int64_t h = 0; h < heads; ++h) {
           for (const Gathered* each : {&k, &v}) {
-            gather_row<Cached, T>(*each, page, local % table.page_size, t, h, scale_step);
+            gather_row<Cached, T>(*each, page, local % table.page_size, t, h, scale_step, past);
           }
         }
       }

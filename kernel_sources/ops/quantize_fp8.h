@@ -142,14 +142,16 @@ __global__ void __launch_bounds__(kMostThreads)
 #else
 namespace jit_kernel {
 
+// In two maxima that do not wait for each other.
 template <class T>
 inline float largest_of(const T* x, int64_t size) {
-  simd::Vec largest = simd::zero();
+  simd::Vec even = simd::zero(), odd = simd::zero();
   for (int64_t i = 0; i < size; i += simd::kLanes) {
     const simd::Vec a = simd::abs(read(x + i, size - i));
-    largest = simd::where_less(largest, a, a, largest);  // a NaN is not larger
+    std::swap(even, odd);
+    even = simd::where_less(even, a, a, even);  // a NaN is not larger
   }
-  return simd::reduce_max(largest);
+  return simd::reduce_max(simd::max(even, odd));
 }
 
 struct QuantizeCall {

@@ -93,20 +93,12 @@ __global__ void __launch_bounds__(kMostThreads) __launch_bounds__(kMostThreads)
 
 namespace jit_kernel {
 
-// The sum of the squares of x, or of residual + x, which is rounded and written to the residual.
+// residual += x, rounded to their type.
 template <class T>
-inline float add_and_square(const T* x, T* residual, int64_t size) {
-  simd::Vec even = simd::zero(), odd = simd::zero();
+inline void add_row(const T* x, T* residual, int64_t size) {
   for (int64_t i = 0; i < size; i += simd::kLanes) {
-    simd::Vec a = read(x + i, size - i);
-    if (residual) {
-      write(residual + i, a + read(residual + i, size - i), size - i);
-      a = read(residual + i, size - i);
-    }
-    std::swap(even, odd);
-    even = simd::fma(a, a, even);
+    write(residual + i, read(residual + i, size - i) + read(x + i, size - i), size - i);
   }
-  return simd::reduce_add(even + odd);
 }
 
 struct NormCall {
@@ -127,9 +119,10 @@ inline void norm_rows(const T* x, T* residual, const std::vector<float>& weight,
     for (int64_t r = begin; r < end; ++r) {
       const T* row = x + call.x.at(r);
       T* sums = residual ? residual + call.residual.at(r) : nullptr;
-      const float mean = add_and_square(row, sums, size) / static_cast<float>(size);
-      const simd::Vec factor = simd::set1(1.0f / (std::sqrt(mean + call.eps) * call.scale));
+      if (sums) add_row(row, sums, size);
       const T* from = sums ? sums : row;
+      const float mean = sum_of_squares(from, size) / static_cast<float>(size);
+      const simd::Vec factor = simd::set1(1.0f / (std::sqrt(mean + call.eps) * call.scale));
       Out* to = out + call.out.at(r);
       for (int64_t i = 0; i < size; i += simd::kLanes) {
         const simd::Vec by = simd::load(weight.data() + i) * factor;

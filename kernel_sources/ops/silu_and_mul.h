@@ -54,11 +54,11 @@ __global__ void __launch_bounds__(kMostThreads)
 namespace jit_kernel {
 
 inline simd::Vec silu(simd::Vec a) {
-  // 2^x must not overflow; where it would, the quotient is next to nothing, and a NaN stays one.
-  const simd::Vec power = a * simd::set1(-1.44269504f), most = simd::set1(127.0f);
-  const simd::Vec bounded = simd::where_less(power, most, power, most);
-  const simd::Vec quotient = a / (simd::set1(1.0f) + simd::exp2<6>(bounded));
-  return simd::where_less(power, most, quotient, a * simd::zero());
+  // Below -87.3, where exp(-a) would overflow, the result is within 1.1e-36 of nothing; a NaN, the
+  // second operand, stays one.
+  const simd::Vec bounded = simd::max(simd::set1(-87.3f), a);
+  const simd::Vec power = simd::exp2<6>(bounded * simd::set1(-1.44269504f));
+  return bounded / (simd::set1(1.0f) + power);
 }
 
 inline void silu_and_mul(TensorArguments& from) {

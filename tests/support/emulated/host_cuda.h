@@ -86,7 +86,8 @@ inline void yield() {
 inline void meet(unsigned group) {
   Thread& own = block->threads[block->now];
   const unsigned begin = own.index / group * group, goal = ++own.waits;
-  const unsigned end = std::min<unsigned>(begin + group, static_cast<unsigned>(block->threads.size()));
+  const unsigned end =
+      std::min<unsigned>(begin + group, static_cast<unsigned>(block->threads.size()));
   for (unsigned rounds = 0;; ++rounds) {
     bool all = true;
     for (unsigned i = begin; i < end; ++i) all = all && block->threads[i].waits >= goal;
@@ -215,6 +216,6 @@ void launch(void (*kernel)(P...), jit_kernel::TensorArguments& a) {
 }  // namespace emulated
 
 // Exports an instance of a kernel as `name`, with `count` arguments behind the grid and the block.
-#define EMULATE(name, count, ...)                                                            \
+#define EMULATE(name, count, ...)                                                               \
   inline void run_##name(jit_kernel::TensorArguments& a) { emulated::launch(&__VA_ARGS__, a); } \
   JIT_KERNEL_EXPORT_PLAIN(name, 4 + count, run_##name)

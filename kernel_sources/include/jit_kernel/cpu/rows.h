@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cstdint>
 #include <stdexcept>
+#include <utility>
 
 #include "jit_kernel/cpu/simd.h"
 #include "jit_kernel/cpu/thread_pool.h"
@@ -140,6 +141,35 @@ inline void write_past(Element* to, simd::Vec x) {
 #else
   simd::store_as(to, x);
 #endif
+}
+
+// Copies a row, past the caches where results are many.
+inline void copy_row(void* to, const void* from, int64_t bytes, [[maybe_unused]] bool past_caches) {
+  int64_t i = 0;
+#ifdef __AVX2__
+  char* target = static_cast<char*>(to);
+  const char* source = static_cast<const char*>(from);
+  if (past_caches && reinterpret_cast<uintptr_t>(to) % 32 == 0) {
+    for (; i + 32 <= bytes; i += 32) {
+      const __m256i piece = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + i));
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(target + i), piece);
+    }
+  }
+#endif
+  std::memcpy(static_cast<char*>(to) + i, static_cast<const char*>(from) + i,
+              static_cast<size_t>(bytes - i));
+}
+
+// The sum of the squares of n elements, in two sums that do not wait for each other.
+template <class Element>
+inline float sum_of_squares(const Element* x, int64_t n) {
+  simd::Vec even = simd::zero(), odd = simd::zero();
+  for (int64_t i = 0; i < n; i += simd::kLanes) {
+    const simd::Vec a = read(x + i, n - i);
+    std::swap(even, odd);
+    even = simd::fma(a, a, even);
+  }
+  return simd::reduce_add(even + odd);
 }
 
 // Whether a result's rows are many, and lie as write_past() wants them.
