@@ -87,6 +87,7 @@ bench-gpu:
 	$(PYTHON) benchmarks/portable.py
 	$(PYTHON) benchmarks/overhead.py --device cuda
 	$(PYTHON) benchmarks/ops.py --device cuda
+	$(PYTHON) benchmarks/toolkit.py
 
 # No test needs a Moore Threads GPU: these run a double of the machine and calls recorded from MATE's front end.
 test-musa: $(VENV)/.ready

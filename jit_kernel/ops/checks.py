@@ -121,12 +121,13 @@ def group(value: int | str, size: int, scale: Tensor | None, scale_out: Tensor |
     return value
 
 
-def quantized(x: Tensor, out: Tensor, scales: Tensor, name: str) -> None:
-    """Numbers, their e4m3 and the scales, by the name that these have in the call."""
+def quantized(x: Tensor, out: Tensor, scales: Tensor, name: str, wanted: Sequence[int]) -> None:
+    """Numbers, their e4m3 and the scales of the wanted shape, by the name that these have in the call."""
     memory({"x": x, "out": out, name: scales.unsqueeze(-1)}, ("out", "scale_out"))
     for each, value, allowed in (("x", x, FLOATS), ("out", out, (E4M3,)), (name, scales, (torch.float32,))):
         dtype(each, value, allowed)
     shape("out", out, x.shape)
+    shape(name, scales, wanted)
 
 
 def integers(name: str, value: Tensor, count: int) -> None:

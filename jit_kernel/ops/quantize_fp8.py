@@ -18,16 +18,15 @@ def quantize_fp8(x: Tensor, group: int | str = "token", *, scale: Tensor | None 
     """x as float8_e4m3fn, and the float32 scales that it is to be multiplied by: largest |x| / 448 of what shares one.
 
     x: (..., d) float32, float16 or bfloat16, any strides with a unit last one whose rows lie in two dimensions. group:
-    "token": a scale a row, (..., 1); a number that d is a multiple of, as 128: a scale for so many numbers of a row,
-    (..., d / 128); "tensor": one for all, (1,), or with scale= that one, float32. Numbers below 1e-12 count as that.
-    out, scale_out: where the results go; scale_out has any strides. Raises TypeError and ValueError by a name.
+    "token": a scale a row, (..., 1); a divisor of d, as 128: a scale for so many numbers of a row, (..., d / 128);
+    "tensor": one for all, (1,), or scale= that one. A largest number below 1e-12 counts as that. out, scale_out (any
+    strides): where the results go. Raises TypeError and ValueError by an argument's name.
     """
     checks.dims("x", checks.tensor("x", x), 1)
     size = checks.group(group, x.shape[-1], scale, scale_out)
-    out = checks.result(out, x, None, checks.E4M3)
     shape = (1,) if size is None else (*x.shape[:-1], x.shape[-1] // size if size else 1)
     scales = checks.result(scale_out if scale is None else scale, x, shape, torch.float32, "scale")
-    _write(x, out, scales, size, scale is None)
+    _write(x, out := checks.result(out, x, None, checks.E4M3), scales, size, scale is None)
     return out, scales
 
 
@@ -36,12 +35,11 @@ def _quantize_fp8(x: Tensor, out: Tensor, scales: Tensor, group: int | None, fin
 
 
 def _plan(x: Tensor, out: Tensor, scales: Tensor, group: int | None, finds_scale: bool) -> launch.Plan:
-    checks.quantized(x, out, scales, "scale_out" if finds_scale else "scale")
-    if group is None:
-        checks.shape("scale_out" if finds_scale else "scale", scales, (1,))
-        return _plan_tensor(*launch.even(x, out), finds_scale)
     groups = x.shape[-1] // group if group else 1
-    checks.shape("scale_out", scales, (*x.shape[:-1], groups))
+    wanted = (1,) if group is None else (*x.shape[:-1], groups)
+    checks.quantized(x, out, scales, "scale_out" if finds_scale else "scale", wanted)
+    if group is None:
+        return _plan_tensor(*launch.even(x, out), finds_scale)
     if not scales.numel():
         return launch.Plan(None)
     grouped = {"x": launch.grouped(x, groups), "out": launch.grouped(out, groups)}
@@ -57,19 +55,18 @@ def _plan(x: Tensor, out: Tensor, scales: Tensor, group: int | None, finds_scale
 
 def _plan_tensor(x: Tensor, out: Tensor, finds_scale: bool) -> launch.Plan:
     rows, inner, strides = launch.nested({"x": x, "out": out})
-    size, piece = x.shape[-1], 16 // x.element_size()
-    numbers = (rows, inner, size, *strides["x"], *strides["out"])
+    numbers = (rows, inner, x.shape[-1], *strides["x"], *strides["out"])
     if x.is_cpu:
         return launch.on_cpu("quantize_fp8", "quantize_tensor", (finds_scale, *numbers))
-    whole = launch.wide(piece, x, out)
-    block, columns, pieces = launch.columns_of(-(-size // piece), rows)
+    whole = launch.wide(piece := 16 // x.element_size(), x, out)
+    block, columns, pieces = launch.columns_of(-(-x.shape[-1] // piece), rows)
     name = launch.entry("quantize_tensor", x.dtype, whole, pieces)
-    first = () if finds_scale else (None, 0)  # no parts
-    quantize = launch.on_gpu("quantize_fp8", name, x.device, max(rows, 1), block, (*first, *numbers), columns)
+    every = numbers if finds_scale else (None, 0, *numbers)
+    quantize = launch.on_gpu("quantize_fp8", name, x.device, max(rows, 1), block, every, columns)
     largest = launch.cuda_kernel("quantize_fp8", launch.entry("largest_parts", x.dtype, whole), x.device)
 
     def both(x: Tensor, out: Tensor, scales: Tensor) -> None:
-        parts = torch.empty(_PARTS, dtype=torch.float32, device=x.device)
+        parts = x.new_empty(_PARTS, dtype=torch.float32)
         largest[_PARTS, 256](x, parts, *numbers[:5])
         quantize(x, out, scales, parts, _PARTS)
 
@@ -78,6 +75,6 @@ def _plan_tensor(x: Tensor, out: Tensor, finds_scale: bool) -> launch.Plan:
 
 _plans = launch.Plans(_plan)
 _write = jit.operator("jit_kernel::quantize_fp8", _quantize_fp8, fake=lambda *_: None, mutates=("out", "scales"))
-for _type, _count in itertools.product((torch.bfloat16, torch.float16), (1, 2, 4)):
-    _names = ("quantize_rows", True, _count), ("quantize_tensor", True, min(_count, 2)), ("largest_parts", True)
-    launch.declare("quantize_fp8", *(launch.entry(name, _type, *more) for name, *more in _names))
+for _type, _n in itertools.product((torch.bfloat16, torch.float16), (1, 2, 4)):
+    for _name, *_more in (("quantize_rows", True, _n), ("quantize_tensor", True, min(_n, 2)), ("largest_parts", True)):
+        launch.declare("quantize_fp8", launch.entry(_name, _type, *_more))

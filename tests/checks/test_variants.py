@@ -25,4 +25,4 @@ def test_hopper_stands_before_portable_and_both_are_compiled_ahead():
     assert dispatch.candidates(target) == ("hopper", "portable")
     assert isinstance(dispatch.supports("hopper", target), Accepted)
     kernels = [spec.kernel for spec in dispatch.all_variants(target)]
-    assert list(dict.fromkeys(kernels)) == ["flash_attention_v3/hopper", "flash_attention_v3/portable"]
+    assert list(dict.fromkeys(kernels)) == ["flash_attention_v3/hopper", "launcher", "flash_attention_v3/portable"]

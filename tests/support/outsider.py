@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -104,6 +106,30 @@ def within(site: str, work: Callable[..., Any], *arguments: Any) -> Any:
     """What `work` answers in a process that finds the package; for tests.support.children."""
     sys.path.insert(0, site)
     return work(importlib.import_module(NAME), *arguments)
+
+
+def run_program(text: str, folder: str) -> str:
+    """What a Python program prints that is run in a folder, which is on its path as a script's is."""
+    os.chdir(folder)
+    sys.path.insert(0, folder)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        try:
+            exec(compile(text, "program", "exec"), {"__name__": "__main__", "run_command": run_command})
+        except SystemExit as ended:
+            if ended.code:
+                raise RuntimeError(f"status {ended.code}: {printed.getvalue()}") from ended
+    return printed.getvalue()
+
+
+def run_command(*words: str) -> None:
+    """`python -m <words>`, in this process: a new one would import torch for two seconds."""
+    sys.argv = [words[1], *words[2:]]
+    importlib.invalidate_caches()
+    try:
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        if ended.code:
+            raise RuntimeError(f"{' '.join(words)}: status {ended.code}") from ended
 
 
 def compiled() -> list[str]:

@@ -15,6 +15,7 @@ QUICK: dict[str, set[str]] = {
     },
     "engine/test_loader.py": {"test_first_call_compiles_and_the_next_process_loads"},
     "fuzz/test_oracle.py": {"test_a_right_call_is_answered", "test_a_wrong_answer"},
+    "toolkit/test_errors.py": {"test_what_no_launch_can_have", "test_python_packs_a_launch_as_the_launcher_unpacks_it"},
     "hopper/test_hopper.py": {"test_a_source_that_does_not_compile_raises_with_the_compilers_message"},
     "integrations/test_flash_attn_interface.py": {"test_answers_are_jit_kernels"},
     "integrations/test_sdpa.py": {"test_the_way_back", "test_gradients_by_a_mask_of_lengths_and_after_the_way_back"},

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from jit_kernel import config, jit
 from jit_kernel.device import Target
-from jit_kernel.engine import closure, cuda_entry, nvrtc
-from jit_kernel.toolkit import shapes
-from tests.support import shared_numbers
+from jit_kernel.engine import closure, cuda_entry, nvrtc, wanted
+from jit_kernel.toolkit import operators, shapes
+from tests.support import outsider, shared_numbers
 
 GPU = "cuda:sm_90a"
 TEXT = """
@@ -102,7 +103,7 @@ def test_a_compilers_error_is_the_users_own_file_and_line(tmp_path, monkeypatch)
         }
         for words, (sources, entry) in wrong.items():
             with pytest.raises(jit.CompileError) as caught:
-                jit.warm([jit.cuda(sources, "every.cuh", entry=entry, device=GPU)])
+                jit.build(jit.cuda(sources, "every.cuh", entry=entry, device=GPU).spec, Target.parse(GPU))
             assert re.search(words, str(caught.value), re.MULTILINE), caught.value
         kept = next((tmp_path / ".failed").glob("*/sources/inner/types.cuh"))
         assert kept.read_text() == TYPES
@@ -210,3 +211,44 @@ def test_ctype_is_of_a_tensors_device():
     x = torch.zeros(1, dtype=torch.bfloat16)
     assert jit.ctype(x) == "jit_kernel::bf16" and jit.ctype(x.dtype) == "__nv_bfloat16"
     assert jit.ctype(torch.float32, "cpu") == "float"
+
+
+def test_a_function_and_its_name_are_the_same_triton_kernel():
+    given = {"signature": {"package": "*fp32"}, "constants": {"N": 4, "SCALE": 0.5}}
+    kernel = jit.triton(outsider.warm_up, **given)
+    assert kernel.spec == jit.triton("tests.support.outsider:warm_up", **given).spec
+    assert kernel.spec.kernel == "tests/warm_up" and dict(kernel.spec.variant)["SCALE"] == "0.5"
+    _, inputs = wanted.key_of(kernel.spec, Target.parse(GPU))
+    assert {"tests/support/outsider.py", "tests/__init__.py"} <= set(inputs)
+    assert not any(name.startswith(("torch/", "jit_kernel/")) for name in inputs)
+
+
+class Seen(TorchDispatchMode):
+    """The names of the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operators.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_operator_is_used_only_while_something_compiles(monkeypatch):
+    """With a double of torch's answer; the page's own program asks torch.compile itself."""
+
+    def doubled(x: torch.Tensor, out: torch.Tensor) -> None:
+        out.copy_(x * 2)
+
+    call = jit.operator("jit_kernel_tests::doubled", doubled, fake=lambda x, out: None, mutates=["out"])
+    x, out = torch.ones(3), torch.zeros(3)
+    schema = torch.ops.jit_kernel_tests.doubled.default._schema
+    assert str(schema) == "jit_kernel_tests::doubled(Tensor x, Tensor(a1!) out) -> ()"
+    for compiling in (False, True):
+        monkeypatch.setattr(operators, "is_compiling", lambda answer=compiling: answer)
+        out.zero_()
+        with Seen() as seen:
+            call(x, out)
+        assert torch.equal(out, x * 2)
+        assert ("jit_kernel_tests.doubled.default" in seen.operators) == compiling
