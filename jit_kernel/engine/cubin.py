@@ -122,7 +122,8 @@ class EntryKernels(DeviceKernels):
     def _load_arguments(self, spec: KernelSpec, cubin: Cubin) -> tuple[Any, ...]:
         made = cubin.metadata
         title = made.get("title", made["name"])
-        return made["name"], made["types"], made["elements"], ",".join(made["arguments"]), title
+        sizes = ",".join(map(str, made.get("sizes", ())))
+        return made["name"], made["types"], made["elements"], sizes, ",".join(made["arguments"]), title
 
 
 _devices: dict[tuple[int, Target], EntryKernels] = {}

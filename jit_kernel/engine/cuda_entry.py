@@ -10,7 +10,7 @@ import re
 import struct
 from collections.abc import Iterable
 
-_TABLE = b"jit_kernel_entry_table"
+_TABLE, _SIZES = b"jit_kernel_entry_table", b"jit_kernel_entry_sizes"
 _SYMBOLS, _FUNCTION, _KERNEL = 2, 2, 0x10  # ELF: sh_type, the type of a symbol, and NVIDIA's mark of a kernel
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 _NAMED = re.compile(r"[\w>*&\]]\s*\b([A-Za-z_]\w*)\s*(?:\[[^\]]*\])?\s*$")
@@ -21,13 +21,14 @@ class EntryError(ValueError):
 
 
 def metadata(image: bytes, symbol: str, entry: str, sources: Iterable[str]) -> dict[str, object]:
-    """What goes beside a cubin: `name`, `types` and `elements` with a letter a parameter, `arguments`, `title`.
+    """What goes beside a cubin: `name`, `types`, `elements` (a letter a parameter), `sizes`, `arguments`, `title`.
 
     symbol: the kernel's, "" where the compiler does not tell: then it is found among the cubin's by its name.
     """
     symbols = _symbols(image)
-    table = next((data for name, kind, _, data in symbols if name == _TABLE and kind != _FUNCTION), None)
-    if table is None:
+    data = {name: data for name, kind, _, data in symbols if kind != _FUNCTION}
+    table, sizes = data.get(_TABLE), data.get(_SIZES)
+    if table is None or sizes is None:
         raise EntryError(f"the cubin holds no table of the parameters of {entry}")
     letters = table.split(b"\0")[0].decode()
     bare = entry.partition("<")[0].rpartition("::")[2].strip()
@@ -37,6 +38,7 @@ def metadata(image: bytes, symbol: str, entry: str, sources: Iterable[str]) -> d
                                         if kind == _FUNCTION and other & _KERNEL], bare),
         "types": letters[::2],
         "elements": letters[1::2],
+        "sizes": list(struct.unpack_from(f"<{count}H", sizes)),
         "arguments": _names(bare, count, sources),
         "title": entry,
     }  # fmt: skip

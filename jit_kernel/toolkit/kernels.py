@@ -121,7 +121,7 @@ class TritonKernel(Kernel):
     def _keep(self, shape: Any) -> Launch:
         return self._kept(shape, self.launch(shape))
 
-    def launch(self, grid: Size, *_: Any, **__: Any) -> Launch:
+    def launch(self, grid: Size) -> Launch:  # type: ignore[override]
         """What `kernel[grid]` is. The threads and the shared memory are Triton's choice."""
         grid_packed = pack_grid(grid)
         handle, function, made = self._load()

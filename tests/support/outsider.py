@@ -85,12 +85,17 @@ inline void scale(jit_kernel::TensorView x, jit_kernel::TensorView out, double b
 }
 
 
-def installed(folder: Path) -> Path:
-    """The package in a folder for sys.path: a wheel that was built from its own pyproject, unpacked; not editable."""
-    project, site = folder / "project", folder / "site"
+def written(project: Path) -> Path:
+    """The package's own files in a folder, which will do for sys.path where no wheel can be built."""
     for name, text in FILES.items():
         (project / name).parent.mkdir(parents=True, exist_ok=True)
         (project / name).write_text(text, encoding="utf-8")
+    return project
+
+
+def installed(folder: Path) -> Path:
+    """The package in a folder for sys.path: a wheel that was built from its own pyproject, unpacked; not editable."""
+    project, site = written(folder / "project"), folder / "site"
     subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder / "dist")],
         cwd=project, check=True, capture_output=True,

@@ -129,7 +129,7 @@ def test_what_the_driver_refuses_names_the_kernel():
 def test_an_outsiders_package_runs_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Its CUDA and its Triton kernel; the second is compiled by Triton and launched without."""
     pytest.importorskip("triton")
-    monkeypatch.syspath_prepend(str(outsider.installed(tmp_path)))
+    monkeypatch.syspath_prepend(str(outsider.written(tmp_path)))
     package = __import__(outsider.NAME)
     x = torch.randn(1000, device="cuda")
     out = torch.empty_like(x)

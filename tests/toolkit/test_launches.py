@@ -22,10 +22,11 @@ pytestmark = [
 ]
 GPU = "cuda:sm_90a"
 TEXT = """
+struct Pair { int a, b; };
 template <class T>
 __global__ void every(const T* x, float* out, void* bytes, float by, double d, bool on, signed char c,
-                      unsigned short h, unsigned u, long long l) {
-  if (on) out[0] = by + d + c + h + u + l;
+                      unsigned short h, unsigned u, long long l, const __grid_constant__ Pair pair) {
+  if (on) out[0] = by + d + c + h + u + l + pair.a;
 }
 """
 ADD = """
@@ -55,14 +56,14 @@ def launched(driver: str, folder: str) -> dict[str, Any]:
     jit.warm([kernel, add])  # now they are stored, and a capture takes them
     double = driver_double.Driver(driver)
     x, out = driver_double.on_cuda(0x10000, 4, 16), driver_double.on_cuda(0x20000, 2, 32)
-    double.last.values_read = 10
-    kernel[(5, 6, 7), (8, 4, 2), 1000](x, out, None, 1.5, -2, True, -3, 65535, 2**32 - 1, -(2**40))
+    double.last.values_read = 11
+    kernel[(5, 6, 7), (8, 4, 2), 1000](x, out, None, 1.5, -2, True, -3, 65535, 2**32 - 1, -(2**40), b"a struct")
     capturing = False
-    found["values"] = bytes(double.last.values)[:80]
+    found["values"] = bytes(double.last.values)[:88]
     found["plain"] = [*double.last.shape, *double.last.cluster, double.last.cooperative, double.last.programmatic]
     found["symbol"], found["loads"] = double.symbol, double.last.loads
 
-    arguments = (x, None, None, 1.0, 2.0, False, 0, 0, 0, 0)
+    arguments = (x, None, None, 1.0, 2.0, False, 0, 0, 0, 0, bytes(8))
     for shared in (100_000, 60_000, 200_000):
         kernel[1, 32, shared](*arguments)
     found["most shared"] = double.last.most_shared
@@ -112,6 +113,7 @@ def test_every_argument_arrives_as_its_parameter_has_it(found):
     assert values[40] == 1 and struct.unpack("b", values[48:49]) == (-3,)
     assert struct.unpack("H", values[56:58]) == (65535,) and struct.unpack("I", values[64:68]) == (2**32 - 1,)
     assert struct.unpack("q", values[72:80]) == (-(2**40),)
+    assert values[80:88] == b"a struct"
     assert found["symbol"].startswith("_Z5everyI13__nv_bfloat16E")
 
 

@@ -3,7 +3,7 @@
 //
 //   prepare(device) -> multiprocessors: what a launch needs that does not depend on the kernel
 //   load_kernel(image, name, types, threads, shared_bytes) -> handle of a Triton kernel
-//   load_entry(image, name, types, elements, names, title) -> handle of any kernel
+//   load_entry(image, name, types, elements, sizes, names, title) -> handle of any kernel
 //   launch(handle, grid, arguments...): blocks along x, threads and memory as load_kernel was told
 //   launch_entry(handle, grid, shape, arguments...): both packed as launch_shape.h says
 //
@@ -47,19 +47,19 @@ int64_t load_kernel(Bytes image, String name, String types, int64_t threads, int
   }
   return KernelTable<Entry>::get().add(std::make_unique<Entry>(
       std::string(image), std::string(name), static_cast<unsigned>(threads),
-      static_cast<unsigned>(shared_bytes), Signature{"launch", std::string(types), "", ""}));
+      static_cast<unsigned>(shared_bytes), Signature{"launch", std::string(types), "", "", ""}));
 }
 
-int64_t load_entry(Bytes image, String name, String types, String elements, String names,
-                   String title) {
+int64_t load_entry(Bytes image, String name, String types, String elements, String sizes,
+                   String names, String title) {
   if (types.size() > kMaxArguments) {
     TVM_FFI_THROW(ValueError) << std::string(title) << " has " << types.size()
                               << " parameters; at most " << kMaxArguments << " can be passed";
   }
-  return KernelTable<Entry>::get().add(
-      std::make_unique<Entry>(std::string(image), std::string(name), 0u, 0u,
-                              Signature{std::string(title), std::string(types),
-                                        std::string(elements), std::string(names)}));
+  return KernelTable<Entry>::get().add(std::make_unique<Entry>(
+      std::string(image), std::string(name), 0u, 0u,
+      Signature{std::string(title), std::string(types), std::string(elements), std::string(sizes),
+                std::string(names)}));
 }
 
 int64_t prepare(int64_t device) {

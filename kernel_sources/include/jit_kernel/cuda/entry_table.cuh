@@ -3,7 +3,8 @@
 //
 // The first is how a value is passed; the second, of a pointer, what its elements are:
 //   p pointer; ? bool; b h i l signed and B H I L unsigned integers of 8, 16, 32 and 64 bits;
-//   f float; d double
+//   f float; d double; x any other value, a struct or a tensor map, as bytes: the second table has
+//   their sizes
 //   f d h b 8 9 i l of float, double, fp16, bf16, e4m3, e5m2, int and long long; * of anything
 //   else, which a launch does not look at: bytes, vectors, unsigned words
 #pragma once
@@ -55,14 +56,7 @@ struct Bare<volatile T> : Bare<T> {};
 // A parameter that is passed by value.
 template <class T>
 struct Parameter {
-  template <class U>
-  struct IsNoNumber {
-    static constexpr bool value = false;
-  };
-  static_assert(
-      IsNoNumber<T>::value,
-      "a parameter of the entry is neither a pointer nor a number nor a bool: the launcher "
-      "cannot pass it");
+  static constexpr char passed = 'x', elements = '-';
 };
 #define JIT_KERNEL_VALUE(T, letter)                        \
   template <>                                              \
@@ -105,6 +99,16 @@ __device__ constexpr Table<Parameters...> of(void (*)(Parameters...)) {
   return table;
 }
 
+template <class... Parameters>
+struct Sizes {
+  unsigned short bytes[sizeof...(Parameters) + 1];
+};
+
+template <class... Parameters>
+__device__ constexpr Sizes<Parameters...> sizes_of(void (*)(Parameters...)) {
+  return {{sizeof(Parameters)..., 0}};
+}
+
 }  // namespace jit_kernel::entry_table
 
 // NVRTC is told of the entry by name; to nvcc a use on the host says that there must be one.
@@ -117,4 +121,6 @@ __device__ constexpr Table<Parameters...> of(void (*)(Parameters...)) {
 
 #define JIT_KERNEL_ENTRY(...)                                                                     \
   extern "C" __device__ auto jit_kernel_entry_table = ::jit_kernel::entry_table::of(__VA_ARGS__); \
+  extern "C" __device__ auto jit_kernel_entry_sizes =                                             \
+      ::jit_kernel::entry_table::sizes_of(__VA_ARGS__);                                           \
   JIT_KERNEL_INSTANTIATE(__VA_ARGS__)

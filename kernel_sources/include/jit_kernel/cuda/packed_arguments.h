@@ -18,20 +18,32 @@ namespace jit_kernel::cuda {
 constexpr int kMaxArguments = 96;
 
 // A kernel's parameters, a letter each: how it is passed and, of a pointer, what it points to, in
-// the letters of entry_table.cuh. `elements` and `names` (with commas between) may be empty.
+// the letters of entry_table.cuh. `elements`, and with commas between `sizes` and `names`, may be
+// empty.
 struct Signature {
-  std::string title, types, elements, names;
+  std::string title, types, elements, sizes, names;
 
   char element(size_t index) const { return index < elements.size() ? elements[index] : '*'; }
 
+  size_t size(size_t index) const {
+    const std::string text = part(sizes, index);
+    return text.empty() ? 0 : std::stoul(text);
+  }
+
   // "argument 2, weight," or "argument 2".
   std::string argument(size_t index) const {
-    std::istringstream rest(names);
-    std::string name;
-    for (size_t i = 0; i <= index; ++i) {
-      if (!std::getline(rest, name, ',')) name.clear();
-    }
+    const std::string name = part(names, index);
     return "argument " + std::to_string(index) + (name.empty() ? "" : ", " + name + ",");
+  }
+
+ private:
+  static std::string part(const std::string& list, size_t index) {
+    std::istringstream rest(list);
+    std::string found;
+    for (size_t i = 0; i <= index; ++i) {
+      if (!std::getline(rest, found, ',')) found.clear();
+    }
+    return found;
   }
 };
 
@@ -141,6 +153,8 @@ class PackedArguments {
       const double number = whole ? static_cast<double>(value.v_int64) : value.v_float64;
       if (type == 'f') slot.real = static_cast<float>(number);
       if (type == 'd') slot.precise = number;
+    } else if (type == 'x') {
+      pointers_[index] = bytes_of(value, index);
     } else if (type == '?') {
       if (value.type_index != kTVMFFIBool) refuse(value, index);
       slot.wide = value.v_int64 != 0;  // all bytes, for a kernel of Triton's reads one too
@@ -170,6 +184,22 @@ class PackedArguments {
       fail(index, "a tensor of " + std::string(dtype));
     }
     return data_of(*tensor);
+  }
+
+  // The driver copies them as they lie there.
+  void* bytes_of(const TVMFFIAny& value, size_t index) const {
+    TVMFFIByteArray found{nullptr, 0};
+    if (value.type_index == kTVMFFIByteArrayPtr) {
+      found = *static_cast<const TVMFFIByteArray*>(value.v_ptr);
+    } else if (value.type_index == kTVMFFISmallBytes) {
+      found = {value.v_bytes, value.small_str_len};
+    } else if (value.type_index == kTVMFFIBytes) {
+      found = *TVMFFIBytesGetByteArrayPtr(value.v_obj);
+    } else {
+      refuse(value, index);
+    }
+    if (found.size != signature_.size(index)) fail(index, std::to_string(found.size) + " bytes");
+    return const_cast<char*>(found.data);
   }
 
   static bool fits(int64_t value, char type) {
@@ -224,9 +254,12 @@ class PackedArguments {
   }
 
   [[noreturn]] void fail(size_t index, const std::string& what) const {
+    const char type = signature_.types[index];
     TVM_FFI_THROW(TypeError) << signature_.title << ": " << signature_.argument(index) << " is "
                              << what << "; it must be "
-                             << words_of(signature_.types[index], signature_.element(index));
+                             << (type == 'x'
+                                     ? "bytes of length " + std::to_string(signature_.size(index))
+                                     : words_of(type, signature_.element(index)));
     __builtin_unreachable();
   }
 
