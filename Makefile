@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 SETUP_FILES = pyproject.toml constraints.txt
 
-.PHONY: demo test test-quick test-timing test-hosts lint format bench warmup test-gpu sanitize-gpu bench-gpu test-musa fuzz fuzz-sanitize clean-cache wheel
+.PHONY: demo test test-quick test-timing test-hosts test-ops lint format bench warmup test-gpu sanitize-gpu bench-gpu test-musa fuzz fuzz-sanitize clean-cache wheel
 
 demo: $(VENV)/.ready $(VENV)/.demo
 	$(BIN)/python examples/first_call.py
@@ -45,6 +45,12 @@ fuzz: $(VENV)/.ready
 # The same on kernels that AddressSanitizer and UndefinedBehaviorSanitizer watch.
 fuzz-sanitize: $(VENV)/.ready
 	$(BIN)/python -m tests.fuzz.sanitized --seconds $(SECONDS) --seed $(SEED) $(FUZZ_ARGS)
+	JIT_KERNEL_TEST_CASES=300 $(BIN)/python -m tests.ops.sanitized
+
+# All random cases of the small kernels; then their CUDA sources on the CPU, each instance compiled by g++.
+test-ops: $(VENV)/.ready
+	JIT_KERNEL_TEST_CASES=300 $(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS) tests/ops
+	$(BIN)/python -m pytest -m emulated $(PYTEST_ARGS) tests/ops
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -73,13 +79,16 @@ test-gpu:
 sanitize-gpu:
 	for tool in memcheck initcheck racecheck synccheck; do \
 		PYTHONPATH=.:$$PYTHONPATH compute-sanitizer --tool $$tool --error-exitcode 9 \
-			$(PYTHON) tests/support/sanitized_calls.py || exit; done
+			$(PYTHON) tests/support/sanitized_calls.py || exit; \
+		JIT_KERNEL_TEST_CASES=10 PYTHONPATH=.:$$PYTHONPATH compute-sanitizer --tool $$tool --error-exitcode 9 \
+			$(PYTHON) -m pytest -q -m gpu tests/ops -k "random or outside or past" || exit; done
 
 bench-gpu:
 	$(PYTHON) benchmarks/hopper_prefill.py
 	$(PYTHON) benchmarks/hopper_serving.py --check
 	$(PYTHON) benchmarks/portable.py
 	$(PYTHON) benchmarks/overhead.py --device cuda
+	$(PYTHON) benchmarks/ops.py --device cuda
 	$(PYTHON) benchmarks/toolkit.py
 
 # No test needs a Moore Threads GPU: these run a double of the machine and calls recorded from MATE's front end.

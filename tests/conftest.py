@@ -35,6 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "timing: judges by a clock, for a quiet machine; left out unless asked for by -m"
     )
     config.addinivalue_line("markers", "hosts: one of the tests of make test-hosts; left out unless asked for by -m")
+    config.addinivalue_line("markers", "emulated: CUDA kernels on a CPU, 2 s each; left out unless asked for by -m")
     config.addinivalue_line("markers", "quick: one of the tests of make test-quick, which support/quick.py names")
     # Neither a slow example nor a slow generator is a failure: no test judges by a clock.
     hypothesis.settings.register_profile(
@@ -49,7 +50,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         name = getattr(item, "originalname", item.name)
         if item.path.is_relative_to(TESTS) and name in QUICK.get(item.path.relative_to(TESTS).as_posix(), ()):
             item.add_marker(pytest.mark.quick)
-    for mark in ("timing", "hosts"):
+    for mark in ("timing", "hosts", "emulated"):
         if mark not in config.option.markexpr:
             left_out = [item for item in items if item.get_closest_marker(mark)]
             items[:] = [item for item in items if not item.get_closest_marker(mark)]

@@ -36,7 +36,7 @@ FLOORS: list[set[str]] = [
     {"fa3.entry"},
     {"flash_attention_v3"},
     {"", "fa3"},  # the packages' own __init__, which only names what stands below
-    {"attention", "integrations", "warmup", "commands"},
+    {"attention", "integrations", "ops", "warmup", "commands"},
     {"__main__"},
 ]
 # Implementations stand side by side and do not know each other.

@@ -25,7 +25,8 @@ def library(name: str) -> str:
     return str(Path(answer.stdout.strip()).resolve())
 
 
-def main() -> int:
+def environment_for(*warmup: str) -> dict[str, str]:
+    """The environment of a Python whose CPU kernels have the sanitizers in them; what `warmup` names is compiled."""
     FOLDER.mkdir(mode=0o700, parents=True, exist_ok=True)
     wrapper = FOLDER / "sanitizing-g++"
     if not wrapper.exists() or wrapper.read_text() != WRAPPER:  # its age is part of a compiled kernel's identity
@@ -37,14 +38,20 @@ def main() -> int:
         "JIT_KERNEL_CACHE_DIR": str(FOLDER / "store"),
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
-    subprocess.run([sys.executable, "-m", "jit_kernel.warmup", "--target", "cpu:native"], env=environment, check=True)
-    environment |= {
+    subprocess.run(
+        [sys.executable, "-m", "jit_kernel.warmup", "--target", "cpu:native", *warmup], env=environment, check=True
+    )
+    return environment | {
         "LD_PRELOAD": f"{library('libasan.so')} {library('libubsan.so')}",
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1:allocator_may_return_null=1:max_allocation_size_mb=4096:"
         "handle_segv=2:detect_stack_use_after_return=0",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1:abort_on_error=1",
         "PYTHONMALLOC": "malloc",
     }
+
+
+def main() -> int:
+    environment = environment_for()
     command = [sys.executable, "-m", "tests.fuzz.calls", "--no-guards", "--limit", "300", *sys.argv[1:]]
     return subprocess.run(command, env=environment, cwd=ROOT, check=False).returncode
 

@@ -27,6 +27,7 @@ QUICK: dict[str, set[str]] = {
     "numeric/test_numeric.py": {"test_any_lengths_and_mask"},
     "numeric/test_promises.py": {"test_run_to_run_the_same_bits", "test_heads_that_share_memory"},
     "numeric/test_reference.py": {"test_an_example_computed_by_hand", "test_masks_drawn_by_hand"},
+    "ops/test_rms_norm.py": {"test_random_cases", "test_errors_name_the_argument"},
     "portable/test_portable.py": {
         "test_every_architecture_and_size_has_a_tile",
         "test_the_launcher_builds_without_a_driver_and_refuses_bad_launches",

@@ -29,11 +29,13 @@
 namespace jit_kernel {
 namespace simd {
 
-inline void store_as(e4m3* p, Vec x) {  // only rotated e4m3 keys are stored: not worth intrinsics
+#ifndef JIT_KERNEL_STORES_E4M3
+inline void store_as(e4m3* p, Vec x) {
   float lanes[kLanes];
   store(lanes, x);
   for (int i = 0; i < kLanes; ++i) p[i] = from_float<e4m3>(lanes[i]);
 }
+#endif
 
 // tanh(x): an odd polynomial below 0.625, so that small values keep their relative precision
 // (Cephes' tanhf), else 1 - 2 / (exp(2 |x|) + 1). Absolute error below 3e-7.

@@ -92,10 +92,37 @@ inline void store_as(fp16* p, Vec x) {
   __m128i bits = _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bits);
 }
-inline void store_as(bf16* p, Vec x) {
-  alignas(32) float lanes[8];
-  _mm256_store_ps(lanes, x);
-  for (int i = 0; i < 8; ++i) p[i] = from_float<bf16>(lanes[i]);
+inline void store_as(bf16* p, Vec x) {  // to nearest even; a NaN stays one
+  __m256i bits = _mm256_castps_si256(x);
+  __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7fff));
+  __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(up, quiet, nan), 16);
+  __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+
+// As from_float() does it, for 8 numbers; larger ones than 448 become 448.
+#define JIT_KERNEL_STORES_E4M3 1
+inline void store_as(e4m3* p, Vec x) {
+  const __m256i bits = _mm256_castps_si256(x), all = _mm256_castps_si256(abs(x));
+  const __m256i magnitude = _mm256_min_epi32(all, _mm256_set1_epi32(0x43e00000));
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(magnitude, 20), _mm256_set1_epi32(1));
+  // 0x7ffff - 0x3c000000: half of the last bit that stays, less one, and the exponents' distance
+  const __m256i up = _mm256_add_epi32(magnitude, _mm256_set1_epi32(0x7ffff - 0x3c000000));
+  const __m256i normal = _mm256_srli_epi32(_mm256_add_epi32(up, odd), 20);
+  const Vec sum = _mm256_add_ps(_mm256_castsi256_ps(magnitude), set1(16384.0f));
+  const __m256i small = _mm256_sub_epi32(_mm256_castps_si256(sum), _mm256_set1_epi32(0x46800000));
+  const __m256i is_small = _mm256_cmpgt_epi32(_mm256_set1_epi32(0x3c800000), magnitude);
+  __m256i code = _mm256_blendv_epi8(normal, small, is_small);
+  const __m256i is_nan = _mm256_cmpgt_epi32(all, _mm256_set1_epi32(0x7f800000));
+  code = _mm256_or_si256(code, _mm256_and_si256(is_nan, _mm256_set1_epi32(0x7f)));
+  const __m256i sign = _mm256_slli_epi32(_mm256_srli_epi32(bits, 31), 7);
+  code = _mm256_or_si256(code, sign);
+  const __m256i words = _mm256_packus_epi32(code, code), bytes = _mm256_packus_epi16(words, words);
+  const __m128i low = _mm256_castsi256_si128(bytes), high = _mm256_extracti128_si256(bytes, 1);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_unpacklo_epi32(low, high));
 }
 
 // y[i] = the sum of x[i]'s lanes.

@@ -88,6 +88,27 @@ inline __m256i rounded_to(bf16, Vec x) {
 #endif
 }
 
+// As from_float() does it, for 16 numbers; larger ones than 448 become 448.
+#define JIT_KERNEL_STORES_E4M3 1
+inline __m128i rounded_to(e4m3, Vec x) {
+  const __m512i bits = _mm512_castps_si512(x), all = _mm512_castps_si512(abs(x));
+  const __m512i magnitude = _mm512_min_epi32(all, _mm512_set1_epi32(0x43e00000));
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(magnitude, 20), _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(magnitude, _mm512_set1_epi32(0x7ffff - 0x3c000000));
+  __m512i code = _mm512_srli_epi32(_mm512_add_epi32(up, odd), 20);
+  const Vec sum = _mm512_add_ps(_mm512_castsi512_ps(magnitude), set1(16384.0f));
+  const __mmask16 small = _mm512_cmplt_epi32_mask(magnitude, _mm512_set1_epi32(0x3c800000));
+  code =
+      _mm512_mask_sub_epi32(code, small, _mm512_castps_si512(sum), _mm512_set1_epi32(0x46800000));
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  code = _mm512_mask_mov_epi32(code, nan, _mm512_set1_epi32(0x7f));
+  const __m512i sign = _mm512_slli_epi32(_mm512_srli_epi32(bits, 31), 7);
+  return _mm512_cvtepi32_epi8(_mm512_or_si512(code, sign));
+}
+
+inline void store_as(e4m3* p, Vec x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), rounded_to(e4m3(), x));
+}
 inline void store_as(f32* p, Vec x) { store(p, x); }
 template <class Element>
 inline void store_as(Element* p, Vec x) {

@@ -1,0 +1,235 @@
+// Rotary embedding of the heads of queries and keys at their tokens' positions, after a norm of
+// each head where it has a weight: computed in float32, rounded once. Elements past the rotated
+// ones are copied, normed. In place, too: a row is read before it is written.
+//
+// A position outside the tables gives NaN on a GPU; a CPU looks first, and raises.
+#pragma once
+
+#ifdef __CUDACC__
+#include "jit_kernel/cuda/rows.cuh"
+
+namespace jit_kernel {
+
+constexpr int kPairs = 8;  // a thread's
+
+// Where a thread's two times eight elements of a row lie, and the pairs that they are.
+struct Place {
+  int first, first_end, second, second_end;  // elements
+  int pair, pairs;                           // the first pair, and the end; none in the tail
+  bool alternate;                            // pairs are neighbours
+};
+
+__device__ __forceinline__ Place place_of(int size, int rotary, bool interleaved) {
+  const int half = rotary / 2, turning = (half + kPairs - 1) / kPairs;
+  const int thread = static_cast<int>(threadIdx.x), pair = thread * kPairs;
+  if (thread >= turning) {
+    const int at = rotary + (thread - turning) * 2 * kPairs;
+    return {at, size, at + kPairs, size, 0, 0, false};
+  }
+  if (interleaved) return {2 * pair, rotary, 2 * pair + kPairs, rotary, pair, half, true};
+  return {pair, half, half + pair, rotary, pair, half, false};
+}
+
+// (first, second) of each pair: neighbours come as sixteen in a row.
+__device__ __forceinline__ void regroup(float (&a)[kPairs], float (&b)[kPairs], bool to_pairs) {
+  float in[2 * kPairs];
+#pragma unroll
+  for (int j = 0; j < kPairs; ++j) {
+    in[to_pairs ? j : 2 * j] = a[j];
+    in[to_pairs ? kPairs + j : 2 * j + 1] = b[j];
+  }
+#pragma unroll
+  for (int j = 0; j < kPairs; ++j) {
+    a[j] = to_pairs ? in[2 * j] : in[j];
+    b[j] = to_pairs ? in[2 * j + 1] : in[kPairs + j];
+  }
+}
+
+// Rows are heads, those of q before those of k; blockDim.x threads, at most a warp, share one.
+template <class T, class Angle, class Weight, bool kWide>
+__global__ void __launch_bounds__(kMostThreads)
+    apply_rope(const T* q, const T* k, T* q_out, T* k_out, const Angle* cos, const Angle* sin,
+               const void* positions, const Weight* q_weight, const Weight* k_weight, Index tokens,
+               int q_heads, int k_heads, int size, int rotary, Index table_rows, Index q_token,
+               Index q_head, Index k_token, Index k_head, Index q_out_token, Index q_out_head,
+               Index k_out_token, Index k_out_head, Index cos_row, Index sin_row, float eps,
+               bool interleaved, bool wide_positions) {
+  meet_neighbours();
+  const unsigned row = static_cast<unsigned>(own_row());
+  const unsigned heads = static_cast<unsigned>(q_heads + k_heads);
+  const Index token = row / heads;
+  const bool present = token < tokens;
+  int head = static_cast<int>(row % heads);
+  const bool is_q = head < q_heads;
+  if (!is_q) head -= q_heads;
+  const Index from_row = is_q ? token * q_token + head * q_head : token * k_token + head * k_head;
+  const Index to_row =
+      is_q ? token * q_out_token + head * q_out_head : token * k_out_token + head * k_out_head;
+  const T* from = reinterpret_cast<const T*>(address(is_q ? q : k, from_row));
+  T* to = reinterpret_cast<T*>(address(is_q ? q_out : k_out, to_row));
+  const Weight* weight = is_q ? q_weight : k_weight;
+
+  Place at = place_of(size, rotary, interleaved);
+  if (!present) at.first_end = at.second_end = at.pairs = 0;
+  float a[kPairs], b[kPairs];
+  load_floats<T, kWide, kPairs>(from, at.first, at.first_end, a);
+  load_floats<T, kWide, kPairs>(from, at.second, at.second_end, b);
+  Index position = 0;
+  if (present) {
+    position = wide_positions ? static_cast<const Index*>(positions)[token]
+                              : static_cast<const int*>(positions)[token];
+  }
+  const bool inside = position >= 0 && position < table_rows;
+  float c[kPairs], s[kPairs];
+  if (inside) {
+    load_floats<Angle, kWide, kPairs>(
+        reinterpret_cast<const Angle*>(address(cos, position * cos_row)), at.pair, at.pairs, c);
+    load_floats<Angle, kWide, kPairs>(
+        reinterpret_cast<const Angle*>(address(sin, position * sin_row)), at.pair, at.pairs, s);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) c[j] = s[j] = __uint_as_float(0x7fc00000u);
+  }
+  if (q_weight || k_weight) {
+    float squares = 0.0f;
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) squares += a[j] * a[j] + b[j] * b[j];
+    const float mean = over_row<Sum>(squares) / static_cast<float>(size);
+    if (weight) {
+      const float factor = rsqrtf(mean + eps);
+      float w[kPairs];
+      load_floats<Weight, kWide, kPairs>(weight, at.first, at.first_end, w);
+#pragma unroll
+      for (int j = 0; j < kPairs; ++j) a[j] *= factor * w[j];
+      load_floats<Weight, kWide, kPairs>(weight, at.second, at.second_end, w);
+#pragma unroll
+      for (int j = 0; j < kPairs; ++j) b[j] *= factor * w[j];
+    }
+  }
+  if (at.pairs) {
+    if (at.alternate) regroup(a, b, true);
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) {
+      const float first = a[j];
+      a[j] = first * c[j] - b[j] * s[j];
+      b[j] = first * s[j] + b[j] * c[j];
+    }
+    if (at.alternate) regroup(a, b, false);
+  }
+  store_floats<T, kWide, kPairs>(to, at.first, at.first_end, a);
+  store_floats<T, kWide, kPairs>(to, at.second, at.second_end, b);
+}
+
+}  // namespace jit_kernel
+
+#else
+#include <cmath>
+#include <string>
+
+#include "jit_kernel/cpu/rows.h"
+#include "jit_kernel/host/tensor_arguments.h"
+
+namespace jit_kernel {
+
+constexpr int64_t kMostHeadSize = 512;
+
+// The heads of q or of k.
+struct Heads {
+  const DLTensor *from, *to, *weight;
+  int64_t count, token, head, to_token, to_head;
+};
+
+struct RopeCall {
+  int64_t tokens, size, rotary, cos_row, sin_row, threads;
+  const DLTensor *cos, *sin, *positions;
+  float eps;
+  bool interleaved;
+};
+
+inline void read_floats(const DLTensor& t, int64_t offset, float* to, int64_t n) {
+  with_element<f32, bf16, fp16>(t, "a table or weight", [&](auto element) {
+    simd::convert_to_float(data_of<decltype(element)>(t) + offset, to, n);
+  });
+}
+
+inline void norm_head(float* row, const float* weight, int64_t size, float eps) {
+  const float mean = sum_of_squares(row, size) / static_cast<float>(size);
+  const float factor = 1.0f / std::sqrt(mean + eps);
+  for (int64_t i = 0; i < size; ++i) row[i] *= factor * weight[i];
+}
+
+inline void turn_head(float* __restrict row, const float* __restrict c, const float* __restrict s,
+                      int64_t half, bool interleaved) {
+  const int64_t step = interleaved ? 2 : 1;
+  float *first = row, *second = interleaved ? row + 1 : row + half;
+  for (int64_t i = 0; i < half; ++i) {
+    const float a = first[i * step], b = second[i * step];
+    first[i * step] = a * c[i] - b * s[i];
+    second[i * step] = a * s[i] + b * c[i];
+  }
+}
+
+template <class T>
+inline void turn_heads(const RopeCall& call, const Heads& heads) {
+  if (heads.count == 0) return;
+  float weight[kMostHeadSize];
+  if (heads.weight) read_floats(*heads.weight, 0, weight, call.size);
+  const int64_t half = call.rotary / 2;
+  const int64_t bytes = 2 * heads.count * call.size * static_cast<int64_t>(sizeof(T));
+  parallel_rows(call.tokens, bytes, call.threads, [&](int64_t begin, int64_t end) {
+    float row[kMostHeadSize], c[kMostHeadSize / 2], s[kMostHeadSize / 2];
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t position = integer_at(*call.positions, t);
+      read_floats(*call.cos, position * call.cos_row, c, half);
+      read_floats(*call.sin, position * call.sin_row, s, half);
+      for (int64_t h = 0; h < heads.count; ++h) {
+        const T* from = data_of<T>(heads.from) + t * heads.token + h * heads.head;
+        simd::convert_to_float(from, row, call.size);
+        if (heads.weight) norm_head(row, weight, call.size, call.eps);
+        // Neighbours and halves apart, so that each loop has strides that the compiler knows.
+        call.interleaved ? turn_head(row, c, s, half, true) : turn_head(row, c, s, half, false);
+        T* to = data_of<T>(heads.to) + t * heads.to_token + h * heads.to_head;
+        simd::convert_from_float(row, to, call.size, 1.0f);
+      }
+    }
+  });
+}
+
+inline void apply_rope(TensorArguments& from) {
+  Heads q{}, k{};
+  RopeCall call;
+  q.from = &from.tensor(), k.from = from.maybe_tensor();
+  q.to = &from.tensor(), k.to = from.maybe_tensor();
+  call.cos = &from.tensor(), call.sin = &from.tensor(), call.positions = &from.tensor();
+  q.weight = from.maybe_tensor(), k.weight = from.maybe_tensor();
+  call.tokens = from.integer();
+  q.count = from.integer(), k.count = from.integer();
+  call.size = from.integer(), call.rotary = from.integer();
+  const int64_t table_rows = from.integer();
+  q.token = from.integer(), q.head = from.integer();
+  k.token = from.integer(), k.head = from.integer();
+  q.to_token = from.integer(), q.to_head = from.integer();
+  k.to_token = from.integer(), k.to_head = from.integer();
+  call.cos_row = from.integer(), call.sin_row = from.integer();
+  call.eps = from.number();
+  call.interleaved = from.boolean();
+  from.boolean();  // the width of positions, which the tensor tells
+  call.threads = from.integer();
+  for (int64_t t = 0; t < call.tokens; ++t) {
+    const int64_t position = integer_at(*call.positions, t);
+    if (position >= 0 && position < table_rows) continue;
+    throw std::out_of_range("positions[" + std::to_string(t) + "] is " + std::to_string(position) +
+                            "; it must be 0 or more and below cos's " + std::to_string(table_rows) +
+                            " rows");
+  }
+  with_element<f32, bf16, fp16>(*q.from, "q", [&](auto element) {
+    turn_heads<decltype(element)>(call, q);
+    turn_heads<decltype(element)>(call, k);
+  });
+}
+
+}  // namespace jit_kernel
+
+#define JIT_KERNEL_EXPORT_APPLY_ROPE() \
+  JIT_KERNEL_EXPORT_PLAIN(apply_rope, 29, ::jit_kernel::apply_rope)
+#endif
