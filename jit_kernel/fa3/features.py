@@ -1,8 +1,8 @@
 """What a call asks for, as plain scalars.
 
 `plain_features()` makes a plain tuple on the path of a call; `Features` gives the same fields names, for an
-implementation's `decide()`, for `why` and for error texts. Nothing here depends on the batch or on a sequence's
-length, so that what serves a sequence never depends on its neighbours.
+implementation's `decide()`, for `why` and for error texts. Nothing here but `many_rows` depends on the batch or on a
+sequence's length, so that what serves a sequence never depends on its neighbours.
 
 ARGUMENTS says which arguments ask for a feature. What an implementation claims, it claims by the names of this table:
 `decide` rejects every other feature (`unclaimed`), and so does a faster way that never makes the features of a call
@@ -74,6 +74,10 @@ _SHOWN = {
 }
 
 
+# So many packed query rows, tokens x query heads of a key head, are few.
+FEW_ROWS = 64
+
+
 @dataclass(frozen=True)
 class Features:
     """What one call asks for. The order of the fields is the order of `plain_features()`."""
@@ -109,6 +113,7 @@ class Features:
     split: bool = False  # num_splits other than 1
     metadata: bool = False  # scheduler_metadata
     deterministic: bool = False  # of flash_attn_with_kvcache
+    many_rows: bool = False  # what has_many_rows() says
 
     def used(self) -> str:
         """The fields that differ from a plain dense call, as one line of text."""
@@ -164,7 +169,20 @@ def plain_features(call: Call) -> tuple[object, ...]:
         call.num_splits != 1,
         call.scheduler_metadata is not None,
         is_deterministic(call),
+        has_many_rows(call),
     )
+
+
+def has_many_rows(call: Call) -> bool:
+    """Whether a sequence of a call over an e4m3 cache may have more than FEW_ROWS packed query rows.
+
+    Never with num_splits=1, where a sequence's bits must not depend on its neighbours, nor with a plan, which is for
+    one implementation.
+    """
+    if call.k.dtype is not torch.float8_e4m3fn or call.num_splits == 1 or call.scheduler_metadata is not None:
+        return False
+    rows = (call.max_seqlen_q or 0) * (call.q.shape[-2] // call.k.shape[-2])
+    return has_cache(call) and call.qv is None and rows > FEW_ROWS
 
 
 def has_cache(call: Call) -> bool:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from jit_kernel.fa3 import call as calls
 from jit_kernel.fa3.call import Call
-from jit_kernel.fa3.hopper import cached, decode
+from jit_kernel.fa3.hopper import cached
 from jit_kernel.fa3.hopper import kernels as hopper_kernels
 from jit_kernel.fa3.portable import planning
 from tests.support import cached_model as model
@@ -154,11 +154,6 @@ def test_the_host_has_the_kernels_own_numbers_of_parts() -> None:
         rows = hopper_kernels.TILE_ROWS.get((row.head_dim, row.head_dim_v), 128)
         assert rows == row.warpgroups * model.ROWS_PER_WARPGROUP
 
-    table = (PREFILL / "mixed_tile_table.inc").read_text(encoding="utf-8")
-    rows = re.findall(r"^JIT_KERNEL_MIXED_TILE\(\d+, \d+, (\d+),", table, re.M)
-    assert len(rows) == len(hopper_kernels.FP8_HEAD_DIMS)
-    assert {int(warpgroups) * model.ROWS_PER_WARPGROUP for warpgroups in rows} == {128}
-
 
 def call_of(q: tuple[int, ...], k: tuple[int, ...], **given: object) -> Call:
     arguments = {"q": torch.empty(q), "k_cache": torch.empty(k), "v_cache": torch.empty(k), "num_splits": 0, **given}
@@ -175,24 +170,6 @@ def test_memory_for_parts_is_asked_for_where_keys_may_be_cut() -> None:
     assert cached.most_parts(call_of((8, 256, 8, 8), (8, 5000, 1, 8), num_splits=3), 128, 132) == 8 * 16 * 3
     ragged = {"cu_seqlens_q": torch.tensor([0, 1, 130])}
     assert cached.most_parts(call_of((130, 3, 8), (2, 5000, 1, 8), **ragged), 128, 132) == 3 * (1 + 2) * 19
-
-
-def test_many_rows_over_a_cache_in_e4m3_are_prefills_without_factors_of_tokens() -> None:
-    def over_e4m3(queries: int, heads: int = 8, dtype: torch.dtype = torch.bfloat16, **given: object) -> Call:
-        q = torch.empty(1, queries, heads, 128, dtype=dtype)
-        k = torch.empty(1, 4096, 1, 128, dtype=torch.float8_e4m3fn)
-        arguments = {"k_cache": k, "v_cache": k, "max_seqlen_q": queries, "num_splits": 0, **given}
-        return Call(*calls.of(calls.KVCACHE, {"q": q, **arguments}))
-
-    assert decode.key_of(over_e4m3(8)) == (torch.bfloat16, 128, 64, True)
-    for many in (over_e4m3(9), over_e4m3(1, heads=65), over_e4m3(9, dtype=torch.float8_e4m3fn)):
-        assert decode.key_of(many) is None
-        assert dict(cached.spec_of(many).variant) == {
-            "function": "forward_mixed", "dtype": "bf16", "cache": "e4m3", "head_dim": 128
-        }  # fmt: skip
-    scale = torch.ones(1, 4096, 1)
-    for in_tiles in ({"k_scale": scale}, {"v_scale": scale}, {"num_splits": 1}):
-        assert decode.key_of(over_e4m3(200, **in_tiles)) == (torch.bfloat16, 128, 64, True)
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 8, 16, 32, 64, 128])

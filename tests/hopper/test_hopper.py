@@ -21,7 +21,7 @@ from jit_kernel.fa3.decision import Accepted, Rejected
 from jit_kernel.fa3.features import Features
 from jit_kernel.fa3.hopper import kernels as hopper_kernels
 from jit_kernel.jit import KernelSpec
-from tests.support.hopper_variants import NAMED, NAMED_CACHED, NAMED_FP8, NAMED_MIXED, NAMED_MLA, TARGET, compile_spec
+from tests.support.hopper_variants import NAMED, NAMED_CACHED, NAMED_FP8, NAMED_MLA, TARGET, compile_spec
 
 FP8 = torch.float8_e4m3fn
 CALL = Features(
@@ -71,12 +71,6 @@ def test_a_kernel_on_cached_keys_compiles_as_well(fields: tuple[str, int, int]) 
     compiles_well(hopper_kernels.cached_spec(*fields))
 
 
-@pytest.mark.parametrize("fields", NAMED_MIXED, ids=str)
-def test_a_kernel_on_a_cache_in_e4m3_compiles_as_well(fields: tuple[str, int]) -> None:
-    dtype, head_dim = fields
-    compiles_well(hopper_kernels.mixed_spec(dtype, head_dim, head_dim))
-
-
 @pytest.mark.parametrize("fields", NAMED_MLA, ids=str)
 def test_an_mla_kernel_compiles_as_well(fields: tuple[str, int, int]) -> None:
     compiles_well(hopper_kernels.mla_spec(*fields))
@@ -100,7 +94,7 @@ def test_the_whole_space_has_no_more_kernels_than_are_counted_here() -> None:
     assert len(specs) == len(set(specs))
     counted = Counter(str(dict(spec.variant)["function"]) for spec in specs)
     expected = {"launcher": 1, "forward": 48, "forward_fp8": 6, "forward_cached": 12, "decode": 44, "append": 5}
-    assert counted == {**expected, "forward_mixed": 6, "mla": 18}
+    assert counted == {**expected, "mla": 18}
     assert {spec.route for spec in specs} == {"host", "cuda"}
     assert hopper.all_variants(Target("cuda", "sm_100")) == []
 
@@ -214,8 +208,7 @@ MIXED = dataclasses.replace(CALL, kv_dtype="e4m3", cache=True, ragged_k=False, g
         {"descale": True, "token_scales": True},
         {"page_size": 1, "draft_mask": True, "softcap": True, "sinks": True, "window": True, "deterministic": True},
         {"append": True, "rotary": True, "ragged_append": True, "cache_batch_idx": True, "cache_leftpad": True},
-        {"group": 71, "split": True},
-        {"group": 64, "token_scales": True},
+        {"group": 64, "split": True},
         {"head_dim": 256, "head_dim_v": 16, "group": 32},
     ],
     ids=str,
@@ -233,11 +226,13 @@ def test_an_e4m3_cache_is_served_with_every_feature_of_caches(change: dict[str, 
         ({"cache": False}, "q in bf16 with k and v in e4m3: its kernels take one dtype without a cache"),
         ({"head_dim": 72}, "q in bf16 with k and v in e4m3, head sizes 72/128: the copy engine moves multiples of 16"),
         ({"dtype": "fp16", "token_scales": True}, "k_scale and v_scale: weights times scales are rounded to fp16"),
-        ({"token_scales": True, "group": 71}, "71 query heads for a key head: its tiles have 64"),
-        ({"token_scales": True, "head_dim": 256, "group": 33}, "33 query heads for a key head: its tiles have 32"),
+        ({"group": 71}, "71 query heads for a key head: its tiles have 64"),
+        ({"head_dim": 256, "group": 33}, "33 query heads for a key head: its tiles have 32"),
+        ({"many_rows": True}, "q in bf16 with k and v in e4m3, more than 64 query rows"),
+        ({"dtype": "e4m3", "many_rows": True}, "q, k and v in e4m3, more than 64 query rows"),
         ({"kv_dtype": "bf16", "descale": True}, "q_descale"),
         ({"dtype": "e4m3", "head_dim": 72}, "head sizes 72/128: of e4m3 the copy engine moves multiples of 16"),
-        ({"dtype": "e4m3", "token_scales": True, "group": 71}, "q, k and v in e4m3, 71 query heads for a key head"),
+        ({"dtype": "e4m3", "group": 71}, "q, k and v in e4m3, 71 query heads for a key head: its tiles have 64"),
     ],
     ids=str,
 )

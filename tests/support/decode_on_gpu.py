@@ -97,14 +97,14 @@ def plans(
 def mixed_plans(
     first: int, count: int, draw: Callable[[int, cases.Space], Plan] = cases.draw, space: cases.Space = MIXED_SPACE
 ) -> list[Plan]:
-    """The next plans with a cache in e4m3, from a seed on; half of them have few rows."""
+    """The next plans with a cache in e4m3, from a seed on; half of them have few rows, and the others no splits."""
     found: list[Plan] = []
     seed = first
     while len(found) < count:
         plan = draw(seed, space)
         served = plan.dtype is not torch.float16 or not plan.token_scales
         if plan.key_dtype is cases.FP8 and served and (plan.function == cases.KVCACHE or plan.page_size > 0):
-            found.append(few_rows(plan) if seed % 2 else plan)
+            found.append(few_rows(plan) if seed % 2 else dataclasses.replace(plan, num_splits=1))
         seed += 1
     return found
 
@@ -123,22 +123,16 @@ def counted_launches(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     return count_launches()
 
 
-def count_launches(with_chunks: bool = False) -> list[None]:
-    """From now on, one entry more for each call that a decode kernel serves, by the checks or without them.
-
-    with_chunks: also for each call over a cache that prefill's kernels serve.
-    """
+def count_launches() -> list[None]:
+    """From now on, one entry more for each call that a decode kernel serves, by the checks or without them."""
     launched: list[None] = []
-    decode, serve = hopper.known._decode, hopper.known.serve
+    attend, decode, serve = hopper.decode.attend, hopper.known._decode, hopper.known.serve
 
-    def counting_results(attend: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*given: Any, **more: Any) -> Any:
-            result = attend(*given, **more)
-            if result is not None:
-                launched.append(None)
-            return result
-
-        return counted
+    def counted(*given: Any, **more: Any) -> Any:
+        result = attend(*given, **more)
+        if result is not None:
+            launched.append(None)
+        return result
 
     def counting(decode: Callable[..., int]) -> Callable[..., int]:
         def counted(*given: Any) -> int:
@@ -148,9 +142,7 @@ def count_launches(with_chunks: bool = False) -> list[None]:
 
         return counted
 
-    hopper.decode.attend = counting_results(hopper.decode.attend)
-    if with_chunks:
-        hopper.cached.try_attend = counting_results(hopper.cached.try_attend)
+    hopper.decode.attend = counted  # type: ignore[assignment]
     hopper.known._decode = None if decode is None else counting(decode)
     hopper.known.serve = lambda decode: serve(counting(decode))  # type: ignore[assignment]
     return launched
@@ -240,7 +232,7 @@ def jobs_of(kind: str, free: tuple[int, ...], count: int, pieces: int) -> list[t
 
 def main(kind: str, first: int, count: int, free: int) -> None:
     torch.set_num_threads(1)
-    launched, made = count_launches(with_chunks=not kind.startswith("decode")), functions(free)
+    launched, made = count_launches(), functions(free)
     hides = kind.endswith("hidden")
     draw_plans = {"mixed": mixed_plans, "fp8": partial(mixed_plans, space=FP8_SPACE)}.get(kind.split("-")[0], plans)
     for plan in draw_plans(first, count, draw=hidden.draw if hides else cases.draw):
@@ -252,7 +244,7 @@ def main(kind: str, first: int, count: int, free: int) -> None:
         calls = len(launched) - before
         expected = (2 if hides else 1) * (sum(plan.lengths_q) > 0 or plan.seqused_q)
         if calls < expected:
-            raise AssertionError(f"{calls} launches over the cache, not {expected}: {plan!r}")
+            raise AssertionError(f"{calls} launches of decode kernels, not {expected}: {plan!r}")
 
 
 if __name__ == "__main__":

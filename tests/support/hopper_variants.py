@@ -29,9 +29,6 @@ NAMED_FP8 = [(d, masked) for d in hopper_kernels.FP8_HEAD_DIMS for masked in (Fa
 # On cached keys: dtype, d, dv. Each tile has its own registers.
 NAMED_CACHED = [("fp16" if d == 96 else "bf16", d, dv) for d, dv in hopper_kernels.HEAD_DIMS]
 
-# On a cache in e4m3, with many query rows: dtype, d.
-NAMED_MIXED = [("fp16", 64), ("bf16", 128), ("bf16", 256)]
-
 # With qv: dtype of the cache, dv, rows of a tile.
 NAMED_MLA = [("bf16", 512, 64), ("fp16", 256, 64), ("bf16", 512, 16), ("fp16", 512, 32), ("bf16", 256, 16)]
 NAMED_MLA += [("e4m3", 512, 64), ("e4m3", 512, 32), ("e4m3", 256, 16)]

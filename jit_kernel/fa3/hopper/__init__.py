@@ -16,7 +16,15 @@ from jit_kernel.fa3 import call as calls
 from jit_kernel.fa3 import header
 from jit_kernel.fa3.call import Call, MetadataParameters, Result
 from jit_kernel.fa3.decision import Accepted, Decision, Rejected
-from jit_kernel.fa3.features import Features, asks_for_more, has_cache, mixed_dtypes, unclaimed
+from jit_kernel.fa3.features import (
+    FEW_ROWS,
+    Features,
+    asks_for_more,
+    has_cache,
+    has_many_rows,
+    mixed_dtypes,
+    unclaimed,
+)
 from jit_kernel.fa3.hopper import append, cached, decode, kernels, known, mla, prefill
 from jit_kernel.jit import KernelSpec
 
@@ -102,10 +110,12 @@ def _unserved_of_fp8_cache(features: Features, dtypes: str, sizes: str) -> str |
     """What no decode kernel over a cache in e4m3 does of a call, None where there is nothing."""
     if features.token_scales and features.dtype == "fp16":  # see docs/decisions.md
         return f"{dtypes}, k_scale and v_scale: weights times scales are rounded to fp16, too coarse beside such a q"
+    if features.many_rows:  # see docs/decisions.md
+        return f"{dtypes}, more than {FEW_ROWS} query rows: its kernels read and convert the cache once for so many"
     if features.head_dim % 16 or features.head_dim_v % 16:
         return f"{dtypes}, {sizes}: the copy engine moves multiples of 16 bytes"
     most = decode.most_group(features.head_dim, features.head_dim_v)
-    if features.token_scales and features.group > most:
+    if features.group > most:
         return f"{dtypes}, {features.group} query heads for a key head: its tiles have {most} at {sizes}"
     return None
 
@@ -151,7 +161,7 @@ def canonical(spec: KernelSpec, field: str, value: str) -> str:
     if not value.isdecimal() or field not in ("head_dim", "head_dim_v", "rows"):
         return value
     function = dict(spec.variant)["function"]
-    if function in (kernels.FP8, kernels.MIXED):
+    if function == kernels.FP8:
         sizes = sorted(kernels.FP8_HEAD_DIMS)
     elif function == "mla":
         sizes = sorted(kernels.MLA_ROWS if field == "rows" else kernels.MLA_HEAD_DIMS_V)
@@ -186,7 +196,7 @@ def try_known(call: Call) -> Result | None:
         asks_for_more = _mixed_qv_asks_for_more(call) or not cached
         return None if asks_for_more else _attend_cache(call, only_known=True)
     if call.k.dtype is not call.q.dtype or (cached and call.q.dtype is _FP8):
-        asks_for_more = _mixed_asks_for_more(call) or not cached
+        asks_for_more = _mixed_asks_for_more(call) or not cached or has_many_rows(call)
         asks_for_more |= call.q.dtype is torch.float16 and (call.k_scale is not None or call.v_scale is not None)
         return None if asks_for_more else _attend_cache(call, only_known=True)
     if cached:
@@ -216,6 +226,8 @@ def _attend_cache(call: Call, *, only_known: bool) -> Result | None:
     key = decode.key_of(call)
     if key is not None:
         return decode.attend(call, key, only_known=only_known)
+    if decode.is_mixed(call):
+        return None
     return cached.try_attend(call, only_known=only_known)
 
 

@@ -1,7 +1,5 @@
 """Prefill on cached keys, in pages or dense: calls of flash_attn_with_kvcache, and of varlen with a page table.
 
-A cache in e4m3 is converted to 16 bits by the kernels, exactly, and queries in e4m3 before them.
-
 New keys lie in the cache already, and queries are rotated, when a call comes here.
 """
 
@@ -29,14 +27,12 @@ def try_attend(call: Call, *, only_known: bool) -> Result | None:
 
     only_known: None, and nothing is launched, where the kernel is not loaded yet or a row is not aligned.
     """
-    q, v, offsets, mixed = call.q, call.v, call.cu_seqlens_q, call.k.dtype is torch.float8_e4m3fn
-    device, dtype = kernels.kernels_of(q.device), calls.result_dtype(q.dtype)
-    key = (kernels.MIXED if mixed else kernels.CACHED, dtype, q.shape[-1], v.shape[-1])
+    q, v, offsets = call.q, call.v, call.cu_seqlens_q
+    device = kernels.kernels_of(q.device)
+    key = (kernels.CACHED, q.dtype, q.shape[-1], v.shape[-1])
     handle = device.handles.get(key)
     if handle is None and only_known:
         return None
-    if call.sinks is not None and call.sinks.dtype is torch.float8_e4m3fn:
-        call.sinks = call.sinks.float()  # as q's dtype allows; the kernels read the result's or float32
     result: Tensor = calls.new_result(call) if call.out is None else call.out
     lse = arguments.new_lse(call)
     if result.numel() == 0 or (offsets is not None and offsets.shape[0] == 1):
@@ -47,18 +43,10 @@ def try_attend(call: Call, *, only_known: bool) -> Result | None:
         handle = device.load(key, spec_of(call))
     splits = calls.splits_of(call)
     scratch = None if splits == 1 else _scratch(call, device.multiprocessors)
-    if mixed:
-        call.q = q.to(dtype)
-        launched = device.forward_mixed(
-            handle, *arguments.cache_tensors(call, result, lse), call.q_descale, call.k_descale, call.v_descale,
-            scratch, splits, arguments.new_rows(call), *arguments.scalars(call, *calls.mask_bounds(call)), only_known,
-        )  # fmt: skip
-        call.q = q
-    else:
-        launched = device.forward_cached(
-            handle, *arguments.cache_tensors(call, result, lse), scratch, splits, arguments.new_rows(call),
-            *arguments.scalars(call, *calls.mask_bounds(call)), only_known,
-        )  # fmt: skip
+    launched = device.forward_cached(
+        handle, *arguments.cache_tensors(call, result, lse), scratch, splits, arguments.new_rows(call),
+        *arguments.scalars(call, *calls.mask_bounds(call)), only_known,
+    )  # fmt: skip
     if not launched:
         return None
     return result if lse is None else (result, lse)
@@ -69,13 +57,10 @@ def _scratch(call: Call, multiprocessors: int) -> Tensor | None:
 
     The kernel finds the number of parts by the lengths, which only the device knows; it cuts no more than fit here.
     """
-    sizes = call.q.shape[-1], call.v.shape[-1]
-    mixed = call.k.dtype is torch.float8_e4m3fn
-    size = kernels.padded_fp8(*sizes) if mixed else None
-    columns = kernels.padded(*sizes) if size is None else (size, size)
+    columns = kernels.padded(call.q.shape[-1], call.v.shape[-1])
     if columns is None:
         return None
-    rows = 128 if mixed else kernels.TILE_ROWS.get(columns, 128)
+    rows = kernels.TILE_ROWS.get(columns, 128)
     parts = most_parts(call, rows, max(1, multiprocessors - call.sm_margin))
     if parts == 0:
         return None
@@ -102,8 +87,6 @@ def most_parts(call: Call, rows: int, blocks: int) -> int:
 def spec_of(call: Call) -> KernelSpec:
     """The kernel that serves a call; raises ValueError for head sizes that none has."""
     head_dim, head_dim_v = call.q.shape[-1], call.v.shape[-1]
-    if call.k.dtype is torch.float8_e4m3fn:
-        return kernels.mixed_spec(DTYPE_NAMES[calls.result_dtype(call.q.dtype)], head_dim, head_dim_v)
     sizes = kernels.padded(head_dim, head_dim_v)
     if sizes is None:
         raise ValueError(f"no kernel has head sizes {head_dim}/{head_dim_v}")

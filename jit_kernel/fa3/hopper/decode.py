@@ -26,9 +26,8 @@ _LAUNCHED, _NEEDS_ROOM = 1, 2
 def key_of(call: Call) -> Key | None:
     """The variant that serves a call over a cache; None where it has more query rows than any serves.
 
-    Without splits a sequence's bits must not depend on the others' lengths, so it is prefill's whatever they are. Not
-    so over a cache in e4m3: there it is the decode kernels', as several tiles where one has too few rows. So it is with
-    factors of tokens, too, which prefill's kernels do not have.
+    Without splits a sequence's bits must not depend on the others' lengths, so it is prefill's whatever they are. A
+    cache in e4m3 has no other kernels: of more rows than a tile has a sequence is several.
     """
     q = call.q
     mixed = is_mixed(call)
@@ -37,8 +36,7 @@ def key_of(call: Call) -> Key | None:
     *_, heads, d = q.shape
     *_, heads_k, dv = call.v.shape
     group = heads // heads_k
-    in_tiles = mixed and (call.num_splits == 1 or call.k_scale is not None or call.v_scale is not None)
-    tile = _tile_of(max(d, dv), (call.max_seqlen_q or 0) * group, group if in_tiles else 0)
+    tile = _tile_of(max(d, dv), (call.max_seqlen_q or 0) * group, group if mixed else 0)
     return None if tile is None else (calls.result_dtype(q.dtype), *tile, mixed)
 
 

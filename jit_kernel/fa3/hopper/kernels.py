@@ -17,12 +17,12 @@ FOLDER = "flash_attention_v3/hopper"
 LAUNCHER = KernelSpec(
     FOLDER, '#include "flash_attention_v3/hopper/launch/launcher.cpp"\n', "host", (("function", "launcher"),)
 )
-# As kernels and as the launcher's functions: prefill on cached keys, in e4m3, and on a cache in e4m3 alone.
-CACHED, FP8, MIXED = "forward_cached", "forward_fp8", "forward_mixed"
+# As kernels and as the launcher's functions: prefill on cached keys, and in e4m3.
+CACHED, FP8 = "forward_cached", "forward_fp8"
 DTYPES = ("bf16", "fp16")
 # Head sizes of q and k, and of v; the least that hold a call's serve it, the rest is padded inside.
 HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
-# Of the kernels in e4m3, and of those on a cache in e4m3, of q, k and v alike.
+# Of the kernels in e4m3, of q, k and v alike.
 FP8_HEAD_DIMS = (64, 128, 256)
 # Rows of queries in a tile, by head sizes; 128 where they are not named.
 TILE_ROWS = {(64, 64): 256}
@@ -128,18 +128,6 @@ def cached_spec(dtype: str, head_dim: int, head_dim_v: int) -> KernelSpec:
     return KernelSpec(FOLDER, unit, "cuda", variant, _FLAGS)
 
 
-def mixed_spec(dtype: str, head_dim: int, head_dim_v: int) -> KernelSpec:
-    """The kernel for many query rows over a cache in e4m3, q in `dtype`. Raises ValueError where none does."""
-    size = padded_fp8(head_dim, head_dim_v)
-    if size is None:
-        raise ValueError(f"no kernel over a cache in e4m3 has head sizes {head_dim}/{head_dim_v}")
-    unit = (
-        f'#include "flash_attention_v3/hopper/prefill/forward.cuh"\nJIT_KERNEL_EXPORT_FORWARD_MIXED({dtype}, {size})\n'
-    )
-    variant = (("function", MIXED), ("dtype", dtype), ("cache", "e4m3"), ("head_dim", size))
-    return KernelSpec(FOLDER, unit, "cuda", variant, _FLAGS)
-
-
 def all_specs() -> Iterator[KernelSpec]:
     """The launcher and every kernel: two dtypes, six pairs of head sizes, with and without mask and softcap, cached;
     and those in e4m3."""
@@ -156,8 +144,6 @@ def all_specs() -> Iterator[KernelSpec]:
                 for softcap in (False, True):
                     yield forward_spec(dtype, head_dim, head_dim_v, masked, softcap)
             yield cached_spec(dtype, head_dim, head_dim_v)
-        for head_dim in FP8_HEAD_DIMS:
-            yield mixed_spec(dtype, head_dim, head_dim)
         for head_dim in DECODE_HEAD_DIMS:
             for rows in DECODE_ROWS:
                 if rows <= DECODE_MOST_ROWS[head_dim]:
@@ -189,7 +175,6 @@ class DeviceKernels(jit.DeviceKernels):
         self.decode = functions["decode"]  # type: ignore[method-assign]
         self.mla = functions["mla"]  # type: ignore[method-assign]
         self.forward_cached = functions[CACHED]  # type: ignore[method-assign]
-        self.forward_mixed = functions[MIXED]  # type: ignore[method-assign]
         known.serve(functions["known_decode"])
 
     def forward(self, *arguments: object) -> bool:
@@ -203,10 +188,6 @@ class DeviceKernels(jit.DeviceKernels):
     def forward_cached(self, *arguments: object) -> bool:
         """As `forward`, on cached keys."""
         return bool(self._launcher()[CACHED](*arguments))
-
-    def forward_mixed(self, *arguments: object) -> bool:
-        """As `forward_cached`, on a cache in e4m3."""
-        return bool(self._launcher()[MIXED](*arguments))
 
     def append(self, *arguments: object) -> bool:
         """As `forward`."""
@@ -245,10 +226,9 @@ class DeviceKernels(jit.DeviceKernels):
             return fields["dtype"] == "bf16", "cache" in fields, fields["head_dim"], fields["rows"], self._index
         if fields["function"] == "mla":
             return "cache" in fields, fields["head_dim_v"], fields["rows"]
-        function = fields["function"]
-        cached, head_dim_v = function in (CACHED, MIXED), fields.get("head_dim_v", fields["head_dim"])
-        masked = cached or fields["masked"]
-        return fields["head_dim"], head_dim_v, masked, cached, function == FP8, function == MIXED
+        cached, fp8 = fields["function"] == CACHED, fields["function"] == FP8
+        head_dim_v = fields["head_dim" if fp8 else "head_dim_v"]
+        return fields["head_dim"], head_dim_v, cached or fields["masked"], cached, fp8
 
 
 _devices: dict[int, DeviceKernels] = {}

@@ -8,11 +8,23 @@
 #pragma once
 
 #include "flash_attention_v3/hopper/decode/shared_memory.cuh"
-#include "jit_kernel/cuda/e4m3.cuh"
 #include "jit_kernel/cuda/element.cuh"
 #include "jit_kernel/cuda/wgmma.cuh"
 
 namespace jit_kernel::hopper {
+
+// The first and the second pair of four e4m3 as fp16.
+struct HalvesOfWord {
+  u32 low, high;
+};
+__device__ __forceinline__ HalvesOfWord widen(u32 word) {
+  HalvesOfWord halves;
+  asm("{\n.reg .b16 a, b;\nmov.b32 {a, b}, %2;\ncvt.rn.f16x2.e4m3x2 %0, a;\n"
+      "cvt.rn.f16x2.e4m3x2 %1, b;\n}"
+      : "=r"(halves.low), "=r"(halves.high)
+      : "r"(word));
+  return halves;
+}
 
 // This thread of its warpgroup. What follows from it is worked out again for each block, not in
 // front of the loop over them, for which 64 query rows leave no registers.

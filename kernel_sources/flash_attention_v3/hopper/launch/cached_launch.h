@@ -74,7 +74,6 @@ inline void set_cache(CachedParams& params, const Shape& shape, const TensorView
   params.page_table = data_of<int>(indices.page_table);
   params.page_size = static_cast<int>(k.size(1));
   int64_t capacity = k.size(0) > 0 ? k.size(1) : 0;
-  params.box_rows = shape.keys;
   if (params.page_table != nullptr) {
     const TensorView& table = indices.page_table.value();
     params.table_stride = table.stride(0);
@@ -82,8 +81,9 @@ inline void set_cache(CachedParams& params, const Shape& shape, const TensorView
     set_divisor(params.page_size, params.page_multiplier, params.page_shift);
     params.box_rows = std::gcd(params.page_size, shape.keys);
     if (params.box_rows % kSwizzleRows != 0) params.box_rows = 0;
+  } else {
+    params.box_rows = shape.keys;
   }
-  if (shape.mixed) params.box_rows = 0;  // converted on the way
   params.capacity = static_cast<int>(std::min<int64_t>(capacity, kUnbounded));
   if (params.box_rows == 0) {
     params.k_rows = cache_rows(k);
@@ -146,41 +146,6 @@ inline int64_t set_parts(CachedParams& params, const Shape& shape, int64_t num_s
   return num_splits > 0 ? num_splits : std::max<int64_t>(1, params.capacity / kLeastKeysOfPart);
 }
 
-// What a call on cached keys has beside its scalars.
-struct CachedTensors {
-  TensorView q, k, v, out;
-  Optional<TensorView> lse, sinks, draft_mask, scratch;
-  CacheIndices indices;
-};
-
-inline bool are_aligned(const CachedTensors& tensors) {
-  return is_aligned(tensors.q) && is_aligned(tensors.k) && is_aligned(tensors.v) &&
-         is_aligned(tensors.out);
-}
-
-// params: with what the kernel's own kind adds to CachedParams.
-template <class Params>
-void launch_cached(Variant& variant, Params& params, const CachedTensors& tensors,
-                   int64_t num_splits, int64_t new_rows, const CallScalars& call) {
-  const auto& [q, k, v, out, lse, sinks, draft_mask, scratch, indices] = tensors;
-  const int device = cuda::checked_device(q.device().device_id);
-  const cuda::ContextGuard context(device);
-  set_call(params, variant.shape, q, k, v, out, indices);
-  set_cache(params, variant.shape, q, k, v, indices);
-  set_drafts(params, draft_mask);
-  set_lse(params, lse);
-  set_scores(params, call.softmax_scale, call.softcap, call.left, call.right, call.chunk);
-  params.seqlen_k_new = static_cast<int>(new_rows);
-  set_sinks(params, sinks);
-  params.clear_rest = call.clear_rest;
-  params.progress = ProgressPool::of(device).counters(cuda::current_stream(device));
-  void* arguments[] = {&params};
-  const int64_t parts = set_parts(params, variant.shape, num_splits, scratch, device);
-  const unsigned grid =
-      grid_of(params, variant.shape, params.pack_shift, parts, device, call.sm_margin);
-  variant.kernel.launch(device, {grid}, arguments);
-}
-
 // As `forward`, on a cache: k and v are (pages, page_size, heads, columns) with page_table, else
 // one page a batch entry. New keys of new_rows tokens, or of cu_seqlens_k_new, lie in it
 // already.
@@ -193,52 +158,28 @@ inline bool forward_cached(int64_t handle, TensorView q, TensorView k, TensorVie
                            Optional<TensorView> scratch, int64_t num_splits, int64_t new_rows,
                            double softmax_scale, double softcap, int64_t left, int64_t right,
                            int64_t chunk, int64_t sm_margin, bool clear_rest, bool if_aligned) {
-  const CachedTensors tensors = {q,
-                                 k,
-                                 v,
-                                 out,
-                                 lse,
-                                 sinks,
-                                 draft_mask,
-                                 scratch,
-                                 {page_table, cu_seqlens_q, seqused_q, seqused_k, cu_seqlens_k_new,
-                                  cache_batch_idx, cache_leftpad}};
-  if (if_aligned && !are_aligned(tensors)) return false;
+  if (if_aligned && !(is_aligned(q) && is_aligned(k) && is_aligned(v) && is_aligned(out))) {
+    return false;
+  }
+  Variant& variant = cuda::KernelTable<Variant>::get().at(handle);
+  const int device = cuda::checked_device(q.device().device_id);
+  const cuda::ContextGuard context(device);
+  const CacheIndices indices = {page_table,       cu_seqlens_q,    seqused_q,    seqused_k,
+                                cu_seqlens_k_new, cache_batch_idx, cache_leftpad};
   CachedParams params = {};
-  launch_cached(cuda::KernelTable<Variant>::get().at(handle), params, tensors, num_splits, new_rows,
-                {softmax_scale, softcap, left, right, chunk, sm_margin, clear_rest});
-  return true;
-}
-
-// The same of a cache in e4m3 beside queries of 16 bits.
-inline bool forward_mixed(int64_t handle, TensorView q, TensorView k, TensorView v, TensorView out,
-                          Optional<TensorView> lse, Optional<TensorView> cu_seqlens_q,
-                          Optional<TensorView> seqused_q, Optional<TensorView> seqused_k,
-                          Optional<TensorView> cu_seqlens_k_new, Optional<TensorView> page_table,
-                          Optional<TensorView> cache_batch_idx, Optional<TensorView> cache_leftpad,
-                          Optional<TensorView> sinks, Optional<TensorView> draft_mask,
-                          Optional<TensorView> q_descale, Optional<TensorView> k_descale,
-                          Optional<TensorView> v_descale, Optional<TensorView> scratch,
-                          int64_t num_splits, int64_t new_rows, double softmax_scale,
-                          double softcap, int64_t left, int64_t right, int64_t chunk,
-                          int64_t sm_margin, bool clear_rest, bool if_aligned) {
-  const CachedTensors tensors = {q,
-                                 k,
-                                 v,
-                                 out,
-                                 lse,
-                                 sinks,
-                                 draft_mask,
-                                 scratch,
-                                 {page_table, cu_seqlens_q, seqused_q, seqused_k, cu_seqlens_k_new,
-                                  cache_batch_idx, cache_leftpad}};
-  if (if_aligned && !are_aligned(tensors)) return false;
-  MixedCachedParams params = {};
-  params.q_descale = descale_of(q_descale);
-  params.k_descale = descale_of(k_descale);
-  params.v_descale = descale_of(v_descale);
-  launch_cached(cuda::KernelTable<Variant>::get().at(handle), params, tensors, num_splits, new_rows,
-                {softmax_scale, softcap, left, right, chunk, sm_margin, clear_rest});
+  set_call(params, variant.shape, q, k, v, out, indices);
+  set_cache(params, variant.shape, q, k, v, indices);
+  set_drafts(params, draft_mask);
+  set_lse(params, lse);
+  set_scores(params, softmax_scale, softcap, left, right, chunk);
+  params.seqlen_k_new = static_cast<int>(new_rows);
+  set_sinks(params, sinks);
+  params.clear_rest = clear_rest;
+  params.progress = ProgressPool::of(device).counters(cuda::current_stream(device));
+  void* arguments[] = {&params};
+  const int64_t parts = set_parts(params, variant.shape, num_splits, scratch, device);
+  const unsigned grid = grid_of(params, variant.shape, params.pack_shift, parts, device, sm_margin);
+  variant.kernel.launch(device, {grid}, arguments);
   return true;
 }
 

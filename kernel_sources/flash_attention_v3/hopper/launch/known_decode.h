@@ -177,6 +177,8 @@ inline bool addresses_tell(const KnownDecodeArguments& a) {
 }
 
 // A call's kernel, and how many tiles the longest sequence of queries takes.
+constexpr int64_t kFewRowsOfE4m3 = 64;
+
 struct KnownKernel {
   DecodeVariant* variant = nullptr;
   int64_t tiles = 1;
@@ -184,7 +186,7 @@ struct KnownKernel {
 
 // The loaded kernel for a call's longest sequence of queries; null where there is none, or more
 // rows than any has. Over an e4m3 cache the kernel of the most rows takes more of them in tiles,
-// where those of many rows do not take them: with factors of tokens and without splits.
+// but where other kernels than these are quicker: features.py's has_many_rows().
 // Without cu_seqlens_q the length is q's, and a smaller max_seqlen_q a mistake.
 inline KnownKernel kernel_of(const KnownDecodeArguments& a) {
   const int32_t dims = a.q.ndim();
@@ -203,8 +205,9 @@ inline KnownKernel kernel_of(const KnownDecodeArguments& a) {
   int64_t tiles = 1;
   if (longest * group > found->rows) {
     const int64_t tokens = found->rows / group;
-    const bool in_tiles = a.k_scale.has_value() || a.v_scale.has_value() || a.num_splits == 1;
-    if (!a.is_mixed() || !in_tiles || tokens == 0) return {};
+    const bool is_ours =
+        a.num_splits == 1 || a.scheduler_metadata.has_value() || longest * group <= kFewRowsOfE4m3;
+    if (!a.is_mixed() || !is_ours || tokens == 0) return {};
     tiles = (longest + tokens - 1) / tokens;
   }
   return {LoadedDecodes::at(a.q.device().device_id, a.out.dtype().code == kDLBfloat, *found)

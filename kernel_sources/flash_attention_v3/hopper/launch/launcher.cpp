@@ -1,13 +1,12 @@
 // The host side of the Hopper kernels: loads cubins, encodes tensor maps, launches on the caller's
 // stream.
 //
-//   load_kernel(image, head_dim, head_dim_v, masked, cached, fp8, mixed) -> handle, for forward,
-//   forward_fp8, forward_cached and forward_mixed
+//   load_kernel(image, head_dim, head_dim_v, masked, cached, fp8) -> handle, for forward,
+//   forward_fp8 and forward_cached
 //   load_plain(image, name, threads, shared_bytes) -> handle, for a launch that knows no variants
 //   prepare(device) -> multiprocessors: what a launch needs that does not depend on the variant
 //   forward(handle, tensors..., scalars...) -> whether it was launched; so forward_fp8, of e4m3
-//   forward_cached(handle, tensors..., scalars...) -> whether it was launched; so forward_mixed,
-//   of a cache in e4m3 beside queries of 16 bits
+//   forward_cached(handle, tensors..., scalars...) -> whether it was launched
 #include <tvm/ffi/tvm_ffi.h>
 
 #include <cstdint>
@@ -48,7 +47,6 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(prepare, jit_kernel::hopper::prepare);
 JIT_KERNEL_EXPORT_CALL(forward, jit_kernel::hopper::forward)
 JIT_KERNEL_EXPORT_CALL(forward_fp8, jit_kernel::hopper::forward_fp8)
 JIT_KERNEL_EXPORT_CALL(forward_cached, jit_kernel::hopper::forward_cached)
-JIT_KERNEL_EXPORT_CALL(forward_mixed, jit_kernel::hopper::forward_mixed)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(load_plain, jit_kernel::hopper::load_plain);
 JIT_KERNEL_EXPORT_CALL(append, jit_kernel::hopper::append)
 JIT_KERNEL_EXPORT_KNOWN_DECODE(kDLCUDA)

@@ -29,14 +29,14 @@ constexpr double kLog2E = 1.4426950408889634;
 // What the host must know of a variant.
 struct Shape {
   int head_dim, head_dim_v;
-  bool masked, cached, fp8, mixed;
+  bool masked, cached, fp8;
   int rows, keys, threads, shared_bytes, panel, panel_v;
 };
 
 template <class C>
 constexpr Shape shape_of() {
-  return {C::kHeadDim, C::kHeadDimV, C::kMasked,  C::kCached,      C::kFp8,   C::kMixed,
-          C::kRows,    C::kKeys,     C::kThreads, C::kSharedBytes, C::kPanel, C::kPanelV};
+  return {C::kHeadDim, C::kHeadDimV, C::kMasked,      C::kCached, C::kFp8,   C::kRows,
+          C::kKeys,    C::kThreads,  C::kSharedBytes, C::kPanel,  C::kPanelV};
 }
 
 template <int kHeadDim, int kHeadDimV, bool kMasked, bool kCached>
@@ -50,12 +50,6 @@ constexpr Shape fp8_shape_of() {
   return shape_of<Config<e4m3, kHeadDim, kHeadDim, kMasked, true, Fp8TileFor<kHeadDim, kMasked>>>();
 }
 
-template <int kHeadDim>
-constexpr Shape mixed_shape_of() {
-  return shape_of<
-      Config<void, kHeadDim, kHeadDim, true, true, MixedTileFor<kHeadDim>, true, true>>();
-}
-
 constexpr Shape kShapes[] = {
 #define JIT_KERNEL_TILE(head_dim, head_dim_v, ...)                                               \
   shape_of<head_dim, head_dim_v, false, false>(), shape_of<head_dim, head_dim_v, true, false>(), \
@@ -64,13 +58,10 @@ constexpr Shape kShapes[] = {
 #define JIT_KERNEL_FP8_TILE(head_dim, ...) \
   fp8_shape_of<head_dim, false>(), fp8_shape_of<head_dim, true>(),
 #include "flash_attention_v3/hopper/prefill/fp8_tile_table.inc"
-#define JIT_KERNEL_MIXED_TILE(head_dim, ...) mixed_shape_of<head_dim>(),
-#include "flash_attention_v3/hopper/prefill/mixed_tile_table.inc"
 };
 
 inline const char* name_of(const Shape& shape) {
   if (shape.fp8) return "forward_fp8";
-  if (shape.mixed) return "forward_mixed";
   return shape.cached ? "forward_cached" : "forward";
 }
 
@@ -84,10 +75,10 @@ struct Variant {
 };
 
 inline int64_t load_kernel(Bytes image, int64_t head_dim, int64_t head_dim_v, bool masked,
-                           bool cached, bool fp8, bool mixed) {
+                           bool cached, bool fp8) {
   for (const Shape& shape : kShapes) {
     if (shape.head_dim == head_dim && shape.head_dim_v == head_dim_v && shape.masked == masked &&
-        shape.cached == cached && shape.fp8 == fp8 && shape.mixed == mixed) {
+        shape.cached == cached && shape.fp8 == fp8) {
       return cuda::KernelTable<Variant>::get().add(
           std::make_unique<Variant>(shape, std::string(image)));
     }
@@ -104,7 +95,7 @@ struct Lengths {
 // at a time are read from memory once (647 MB in place of 201 with 32 MB, 16 x 4096 tokens).
 inline int l2_tokens_of(const Shape& shape, int64_t columns) {
   const int budget = shape.masked ? 32 << 20 : 8 << 20;
-  return budget / static_cast<int>(columns * (shape.fp8 || shape.mixed ? 1 : 2));
+  return budget / static_cast<int>(columns * (shape.fp8 ? 1 : 2));
 }
 
 inline void set_tensors(ForwardParams& params, const Shape& shape, const TensorView& q,

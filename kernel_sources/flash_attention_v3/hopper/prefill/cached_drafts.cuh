@@ -55,8 +55,8 @@ __device__ __forceinline__ void mask_drafts(float (&scores)[kCount], const Cache
 
 // Whether some query of a tile sees the key of a row of the cache. Of most keys the last one does.
 template <class C>
-__device__ __forceinline__ bool is_seen(const typename C::Params& params,
-                                        const typename C::Info& tile, int key) {
+__device__ __forceinline__ bool is_seen(const CachedParams& params, const CachedTileInfo& tile,
+                                        int key) {
   const int rows = min(tile.row + C::kRows, tile_rows<C>(params, tile.len_q));
   const int bit = key - first_drafted(params, tile);
 #pragma unroll 1

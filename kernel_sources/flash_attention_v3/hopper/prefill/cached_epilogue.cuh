@@ -2,7 +2,6 @@
 #pragma once
 
 #include "flash_attention_v3/hopper/prefill/epilogue.cuh"
-#include "flash_attention_v3/hopper/prefill/fp8_factors.cuh"
 
 namespace jit_kernel::hopper {
 
@@ -15,9 +14,9 @@ struct CachedRows {
 
 // Ends a thread's two rows, of this warpgroup's 64, and stores their lse.
 template <class C>
-__device__ __forceinline__ CachedRows finish_rows(const typename C::Params& params,
-                                                  const typename C::Info& tile,
-                                                  const Softmax& state, int warpgroup) {
+__device__ __forceinline__ CachedRows finish_rows(const CachedParams& params,
+                                                  const CachedTileInfo& tile, const Softmax& state,
+                                                  int warpgroup) {
   const int thread = threadIdx.x % 4;
   CachedRows rows;
 #pragma unroll
@@ -26,13 +25,10 @@ __device__ __forceinline__ CachedRows finish_rows(const typename C::Params& para
     const int token = row >> params.pack_shift;
     const int head = tile.head + (row & ((1 << params.pack_shift) - 1));
     rows.inside[r] = token < tile.len_q;
-    const RowResult result = finish_row(
-        state.sum[r], half_reference<typename C::Element>(state, r, scale_of<C>(params, tile)),
-        half_sink_log2<typename C::Element>(params, head));
+    const RowResult result =
+        finish_row(state.sum[r], half_reference<typename C::Element>(state, r, params.scale_log2),
+                   half_sink_log2<typename C::Element>(params, head));
     rows.factor[r] = result.factor;
-    if constexpr (C::kMixed) {  // a row that sees no key is 0, whatever the factor
-      rows.factor[r] = result.factor == 0.f ? 0.f : result.factor * tile.values;
-    }
     const long long place = static_cast<long long>(tile.offset_q) + token;
     rows.out[r] = static_cast<unsigned short*>(params.out) + tile.batch * params.out_batch_stride +
                   place * params.out_row_stride + head * params.out_head_stride + 8 * thread;
@@ -66,8 +62,8 @@ __device__ __forceinline__ void store_columns(const CachedParams& params, const 
 
 // Writes this warpgroup's 64 rows, as store_tile does.
 template <class C>
-__device__ __forceinline__ void store_cached_tile(const typename C::Params& params,
-                                                  const typename C::Info& tile,
+__device__ __forceinline__ void store_cached_tile(const CachedParams& params,
+                                                  const CachedTileInfo& tile,
                                                   const float (&output)[C::kHeadDimV / 2],
                                                   const Softmax& state, int warpgroup) {
   const CachedRows rows = finish_rows<C>(params, tile, state, warpgroup);

@@ -11,7 +11,6 @@ namespace jit_kernel::hopper {
 // Whether keys and values come by the copy engine.
 template <class C>
 __device__ __forceinline__ bool uses_boxes(const typename C::Params& params) {
-  if constexpr (C::kMixed) return false;
   if constexpr (C::kCached) return params.box_rows > 0;
   return true;
 }

@@ -7,7 +7,6 @@
 
 #include "flash_attention_v3/hopper/common/softmax.cuh"
 #include "flash_attention_v3/hopper/prefill/cached_keys.cuh"
-#include "flash_attention_v3/hopper/prefill/fp8_factors.cuh"
 #include "jit_kernel/cuda/memory.cuh"
 #include "jit_kernel/cuda/warpgroup.cuh"
 
@@ -17,7 +16,7 @@ namespace jit_kernel::hopper {
 // finds the same. With num_splits 0 the least that fills its last round of blocks within 15 % of
 // the best, where a round is not nearly filled by whole tiles: FlashAttention's rule.
 template <class C>
-__device__ __forceinline__ int parts_of_tiles(const typename C::Params& params) {
+__device__ __forceinline__ int parts_of_tiles(const CachedParams& params) {
   if (params.most_parts == 0 || params.num_splits == 1) return 1;
   if (params.num_splits > 1) return params.num_splits;
   const int lane = threadIdx.x % 32, blocks = gridDim.x;
@@ -60,8 +59,7 @@ struct PartMemory {
 
 // Leaves what a warp holds of a tile; true where all parts of its rows have been left.
 template <class C>
-__device__ __forceinline__ bool leave_part(const typename C::Params& params,
-                                           const typename C::Info& tile,
+__device__ __forceinline__ bool leave_part(const CachedParams& params, const CachedTileInfo& tile,
                                            const float (&output)[C::kHeadDimV / 2],
                                            const Softmax& state, int thread) {
   constexpr int kOutputs = C::kHeadDimV / 8;
@@ -70,7 +68,7 @@ __device__ __forceinline__ bool leave_part(const typename C::Params& params,
   for (int i = 0; i < kOutputs; ++i) {
     store_16(own.piece(i), output[4 * i], output[4 * i + 1], output[4 * i + 2], output[4 * i + 3]);
   }
-  const float to2 = scale_of<C>(params, tile);
+  const float to2 = params.scale_log2;
   store_16(own.piece(kOutputs), half_reference<typename C::Element>(state, 0, to2),
            half_reference<typename C::Element>(state, 1, to2), state.sum[0], state.sum[1]);
   __threadfence();
@@ -131,8 +129,7 @@ __device__ __forceinline__ void read_parts(const CachedParams& params, const Cac
 // The end of one part of a tile: true where its warp is the last one, and holds output and state of
 // all keys. No product may be in flight.
 template <class C>
-__device__ __forceinline__ bool join_parts(const typename C::Params& params,
-                                           const typename C::Info& tile,
+__device__ __forceinline__ bool join_parts(const CachedParams& params, const CachedTileInfo& tile,
                                            float (&output)[C::kHeadDimV / 2], Softmax& state,
                                            int warpgroup) {
   const int thread = warpgroup * 128 + threadIdx.x % 128;

@@ -7,16 +7,11 @@
 // lane by cp.async. It writes as ordinary stores do, and wgmma reads as the copy engine: each lane
 // waits for its copies, fences, and then arrives. So a stage is told of when the next one
 // has been asked for; and never is anything waited for while a finished stage has not been told of.
-//
-// A cache in e4m3 comes row by row, too: as bytes to memory of its own, and when the next block has
-// been asked for each lane converts what it has copied into the stage.
 #pragma once
 
 #include "flash_attention_v3/hopper/prefill/cached_keys.cuh"
 #include "flash_attention_v3/hopper/prefill/producer.cuh"
 #include "jit_kernel/cuda/cp_async.cuh"
-#include "jit_kernel/cuda/e4m3.cuh"
-#include "jit_kernel/cuda/memory.cuh"
 #include "jit_kernel/cuda/warpgroup.cuh"
 
 namespace jit_kernel::hopper {
@@ -58,8 +53,6 @@ struct CachedProducer {
   static constexpr bool kTwoRows =
       C::kKeys > 32 * kRowLoaders;  // a lane knows two of its warp's rows
   u32 untold = 0;                   // the barrier of a stage whose copies are in flight
-  u32 untold_empty, untold_parity, untold_target;  // the stage that they are converted into
-  int free_slot = 0;                               // where the next block of e4m3 is copied to
 
   __device__ __forceinline__ const int* table_row(const KeySource& source) const {
     return params.page_table + source.cache_row * params.table_stride;
@@ -109,7 +102,6 @@ struct CachedProducer {
   __device__ __forceinline__ int look_up_row(const KeySource& source, int block, int index) const {
     const int in_block = row_in_block(index), row = block * C::kKeys + in_block;
     if (in_block >= C::kKeys || row < source.low || row >= source.high) return -1;
-    if (C::kMixed && params.page_table == nullptr) return source.cache_row;
     return table_row(source)[page_of(params, row)];
   }
 
@@ -121,16 +113,6 @@ struct CachedProducer {
                                             const KeySource& source, int block,
                                             const LanePages& pages) {
     static_assert(C::kKeys <= 64 * kRowLoaders, "a lane knows two rows");
-    if constexpr (C::kMixed) {
-      copy_bytes(from, source, block, pages);
-      tell<1>();
-      untold = full;
-      untold_empty = empty;
-      untold_parity = parity;
-      untold_target = destination;
-      free_slot ^= 1;
-      return;
-    }
     wait(empty, parity);
 #pragma unroll 1
     for (int n = 0; (rank + kRowLoaders * n) * 8 < C::kKeys; ++n) {
@@ -158,73 +140,11 @@ struct CachedProducer {
     untold = full;
   }
 
-  // Of a lane's n-th row in its warp: whether a block has so many.
-  __device__ __forceinline__ bool has_row(int n) const {
-    return (rank + kRowLoaders * n) * 8 < C::kKeys;
-  }
-
-  // Where a lane copies 16 columns of its n-th row to.
-  __device__ __forceinline__ u32 place_staged(int n, int j) const {
-    return (((rank + kRowLoaders * n) * (C::kHeadDim / 64) + j) * 32 + lane) * 16;
-  }
-
-  // A block in e4m3, the lines as copy_rows() has them.
-  __device__ __forceinline__ void copy_bytes(const CacheRows& from, const KeySource& source,
-                                             int block, const LanePages& pages) {
-    const u32 staged = shared.staged(free_slot);
-#pragma unroll 1
-    for (int n = 0; has_row(n); ++n) {
-      const int index = n * 8 + lane % 8;
-      const int page =
-          __shfl_sync(0xffffffffu, !kTwoRows || n < 4 ? pages.first : pages.second, index % 32);
-      if (page >= 0) {
-        const int row = block * C::kKeys + row_in_block(index);
-        const int slot = row - page_of(params, row) * params.page_size;
-        const char* const at = from.base + page * from.page_stride + slot * from.row_stride +
-                               source.head * from.head_stride + lane / 8 * 16;
-#pragma unroll
-        for (int j = 0; j < C::kHeadDim / 64; ++j) {
-          const int column = (lane / 8 + 4 * j) * 16;
-          cp_async_16(staged + place_staged(n, j), at + 64 * j, column < from.columns ? 16 : 0);
-        }
-      }
-    }
-    cp_async_commit();
-  }
-
-  // Into the stage, in 16 bits; rows that were not copied become what lay there before.
-  __device__ __forceinline__ void convert_bytes(u32 staged, u32 target) const {
-    using Element = typename C::Element;
-    static_assert(!C::kMixed || C::kPanel == 64, "a panel has 128 bytes a row");
-    const int swizzled = lane % 8, first = lane / 8 * 2;
-#pragma unroll 1
-    for (int n = 0; has_row(n); ++n) {
-      const u32 row = target + row_in_block(n * 8 + swizzled) * 128;
-#pragma unroll
-      for (int j = 0; j < C::kHeadDim / 64; ++j) {
-        u32 words[4];
-        load_16_shared(words, staged + place_staged(n, j));
-        const u32 panel = row + j * C::kKeys * 128;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const HalvesOfWord a = widen(words[2 * half]), b = widen(words[2 * half + 1]);
-          store_16_shared(panel + ((first + half) ^ swizzled) * 16, from_halves<Element>(a.low),
-                          from_halves<Element>(a.high), from_halves<Element>(b.low),
-                          from_halves<Element>(b.high));
-        }
-      }
-    }
-  }
-
   // Tells the consumers of the stage before, once no more than kLater later groups are in flight.
   template <int kLater>
   __device__ __forceinline__ void tell() {
     if (untold == 0) return;
     cp_async_wait<kLater>();
-    if constexpr (C::kMixed) {
-      mbarrier_wait(untold_empty, untold_parity);
-      convert_bytes(shared.staged(free_slot ^ 1), untold_target);
-    }
     proxy_fence();
     mbarrier_arrive(untold);
     untold = 0;

@@ -5,7 +5,6 @@
 #include "flash_attention_v3/hopper/common/warpgroups.h"
 #include "flash_attention_v3/hopper/prefill/cached_params.h"
 #include "flash_attention_v3/hopper/prefill/fp8_params.h"
-#include "flash_attention_v3/hopper/prefill/mixed_params.h"
 #include "flash_attention_v3/hopper/prefill/tile_size.h"
 #include "jit_kernel/cuda/element_types.h"
 
@@ -30,50 +29,41 @@ struct CachedTileInfo : TileInfo {
   int ordinal, first_part;  // the tile's number among all, and its first part's
 };
 
-// The same with the factors of the sequence's and head's scores and values, where there is e4m3.
-template <class Info>
-struct WithFactors : Info {
+// The same in e4m3, with the factors of the sequence's and head's scores and values.
+struct Fp8TileInfo : TileInfo {
   float scale_log2;  // as ForwardParams has it, with the factors of q and k where scores are not
                      // capped; never below kLeastFp8Scale
   float before;      // scores are multiplied by it first, where they are capped or it is not 1
   float values;      // the factor of v
 };
-using Fp8TileInfo = WithFactors<TileInfo>;
 
 // Calls on cached keys have one kernel for each pair of head sizes: what they ask for is found out
 // at run time.
-template <bool kCached, bool kFp8, bool kMixed>
+template <bool kCached, bool kFp8>
 struct CallTypes {
   using Params = ForwardParams;
   using Info = TileInfo;
 };
 template <>
-struct CallTypes<true, false, false> {
+struct CallTypes<true, false> {
   using Params = CachedParams;
   using Info = CachedTileInfo;
 };
 template <>
-struct CallTypes<false, true, false> {
+struct CallTypes<false, true> {
   using Params = Fp8Params;
   using Info = Fp8TileInfo;
 };
-template <>
-struct CallTypes<true, false, true> {
-  using Params = MixedCachedParams;
-  using Info = WithFactors<CachedTileInfo>;
-};
 
 template <class Element_, int kHeadDim_, int kHeadDimV_, bool kMasked_, bool kSoftcap_, class Tile,
-          bool kCached_ = false, bool kMixed_ = false>
+          bool kCached_ = false>
 struct Config {
   using Element = Element_;
   static constexpr int kElementBytes = ElementSize<Element>::kBytes;
   static constexpr bool kFp8 = kElementBytes == 1;
-  using Params = typename CallTypes<kCached_, kFp8, kMixed_>::Params;
-  using Info = typename CallTypes<kCached_, kFp8, kMixed_>::Info;
+  using Params = typename CallTypes<kCached_, kFp8>::Params;
+  using Info = typename CallTypes<kCached_, kFp8>::Info;
   static constexpr bool kCached = kCached_;
-  static constexpr bool kMixed = kMixed_;  // the cache is in e4m3, queries are not
-  static constexpr bool kFactors = kFp8 || kMixed;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kHeadDimV = kHeadDimV_;
   static constexpr bool kMasked = kMasked_;
@@ -106,10 +96,7 @@ struct Config {
       kFp8 ? Tile::kPartColumns : kHeadDimV;  // of the output, multiplied at a time
   static constexpr int kParts = kFp8 ? kHeadDimV / kPartColumns : 1;
   static constexpr int kOffsetLoaded = kOffsetV + kStages * kBytesV;
-  // Keys or values of e4m3 beside queries that are not, as they are copied.
-  static constexpr int kBytesStaged = kMixed ? kKeys * kHeadDim : 0;
-  static constexpr int kOffsetOrder =
-      kOffsetLoaded + (kFp8 ? kStagesLoaded * kBytesV : 0) + 2 * kBytesStaged;
+  static constexpr int kOffsetOrder = kOffsetLoaded + (kFp8 ? kStagesLoaded * kBytesV : 0);
   static constexpr int kOffsetTile = kOffsetOrder + kMaxSorted * 2;
   static constexpr int kOffsetBarriers = kOffsetTile + kTileSlots * int(sizeof(Info));
   static constexpr int kLoadedBarriers =
@@ -123,8 +110,6 @@ struct Config {
   static_assert(!kFp8 || kKeys == 128 || kKeys == 64, "the bytes of a row of transposed values");
   static_assert(!kFp8 || (kOverlap && kQuerySteps == 0 && !kCached && kHeadDim % 64 == 0),
                 "what the kernels in e4m3 are made for");
-  static_assert(!kMixed || (kCached && !kFp8 && kHeadDim == kHeadDimV && kHeadDim % 64 == 0),
-                "what the kernels on a cache in e4m3 are made for");
   static_assert(kParts == 1 || kParts == 4, "see run_in_parts()");
   static_assert(kHeadDim % 32 == 0 && kHeadDimV % 32 == 0, "head sizes are padded to a panel");
   static_assert(kQuerySteps >= 0 && kQuerySteps <= kHeadDim / 16, "steps of the head size");

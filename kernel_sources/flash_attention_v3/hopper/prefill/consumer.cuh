@@ -14,7 +14,6 @@
 #include "flash_attention_v3/hopper/prefill/cached_epilogue.cuh"
 #include "flash_attention_v3/hopper/prefill/cached_keys.cuh"
 #include "flash_attention_v3/hopper/prefill/cached_parts.cuh"
-#include "flash_attention_v3/hopper/prefill/fp8_blocks.cuh"
 #include "flash_attention_v3/hopper/prefill/fp8_epilogue.cuh"
 #include "flash_attention_v3/hopper/prefill/fp8_products.cuh"
 #include "flash_attention_v3/hopper/prefill/hidden_values.cuh"
@@ -45,7 +44,7 @@ struct Consumer {
   float of_block[C::kFp8 ? C::kPartColumns / 2 : 1];  // the sums of a block's products, or a part
   u32 probabilities[C::kKeys * C::kElementBytes / 8];
   float scale;         // of scores to exponents of 2
-  int changes_scores;  // with factors: scores are multiplied before they are masked
+  int changes_scores;  // of e4m3: scores are multiplied before they are masked
   u32 queries[C::kQuerySteps > 0 ? 4 * C::kQuerySteps : 1];
 
   __device__ __forceinline__ Consumer(const typename C::Params& params, const Shared<C>& shared,
@@ -64,16 +63,6 @@ struct Consumer {
 
   __device__ __forceinline__ void release_values() {
     mbarrier_arrive_if(shared.v_empty(v_at.stage()), gives_values_back<C>(params));
-  }
-
-  // Warpgroups issue their products in turn.
-  __device__ __forceinline__ void take_turn() {
-    if constexpr (C::kPingPong) named_barrier_sync(kPingPongBarrier + warpgroup, 256);
-  }
-  __device__ __forceinline__ void pass_turn() {
-    if constexpr (C::kPingPong) {
-      named_barrier_arrive(kPingPongBarrier + (warpgroup + 1) % C::kWarpgroups, 256);
-    }
   }
 
   __device__ __forceinline__ void issue_scores() {
@@ -210,9 +199,9 @@ struct Consumer {
     }
   }
 
-  // What comes before softmax.
-  __device__ __forceinline__ void change_and_mask(int block) {
-    if constexpr (C::kFactors) {
+  template <class Between>
+  __device__ __forceinline__ void work_on_scores(int block, Between between) {
+    if constexpr (C::kFp8) {
       if (changes_scores) {
         change_scores(scores, shared.tile(tile_at.stage())->before, params.softcap_scale > 0.f);
       }
@@ -225,12 +214,7 @@ struct Consumer {
     const int column = block * C::kKeys;
     if (column + C::kKeys > every_high) mask_block<true>(column);
     if (C::kMasked && column < every_low) mask_block<false>(column);
-  }
-
-  template <class Between>
-  __device__ __forceinline__ void work_on_scores(int block, Between between) {
-    change_and_mask(block);
-    softmax_step<Element>(scores, softmax, C::kFactors ? scale : params.scale_log2, between);
+    softmax_step<Element>(scores, softmax, C::kFp8 ? scale : params.scale_log2, between);
   }
   __device__ __forceinline__ void work_on_scores(int block) {
     work_on_scores(block, [](int) {});
@@ -330,25 +314,68 @@ struct Consumer {
       wgmma_wait<0>();
       if (pending) {
         release_output();
-        rescale_output(output, softmax);
+        if constexpr (!C::kFp8) rescale_output(output, softmax);
       }
       // Asked for early, the answers are back when they are needed.
       const bool keys_are_here = mbarrier_test(shared.k_full(k_at.stage()), k_at.parity());
       const bool values_are_here = mbarrier_test(shared.v_full(v_at.stage()), v_at.parity());
       pack_probabilities<Element>(scores, probabilities);
-      if (--block < block_begin) return pending;
+      if (--block < block_begin) {
+        if constexpr (C::kFp8) add_block(pending);
+        return pending;
+      }
       if constexpr (C::kCached) {
         if (!pending || has_drafts(block + 1)) clear_hidden_values(block + 1);
       }
-      take_turn();
+      if constexpr (C::kPingPong) named_barrier_sync(kPingPongBarrier + warpgroup, 256);
       if (!keys_are_here) wait_keys();
       issue_scores();
+      if constexpr (C::kFp8) add_block(pending);
       issue_output(pending, values_are_here);
-      pass_turn();
+      if constexpr (C::kPingPong) {
+        named_barrier_arrive(kPingPongBarrier + (warpgroup + 1) % C::kWarpgroups, 256);
+      }
       pending = true;
       wgmma_wait<1>();
       release_scores(block == block_begin);
       work_on_scores(block);
+    }
+  }
+
+  __device__ __forceinline__ void add_block(bool pending) {
+    if (!pending) return;
+    add_part(0);
+    rescale_output(output, softmax);
+  }
+
+  // As run_overlapped(), with four parts of the output: one in flight beside the scores' product,
+  // the others beside the work on the scores.
+  __device__ __forceinline__ void run_in_parts() {
+    int block = block_end - 1;
+    release_scores(block == block_begin);
+    work_on_scores(block);
+    while (true) {
+      const bool keys_are_here = mbarrier_test(shared.k_full(k_at.stage()), k_at.parity());
+      const bool values_are_here = mbarrier_test(shared.v_full(v_at.stage()), v_at.parity());
+      rescale_output(output, softmax);
+      pack_probabilities<Element>(scores, probabilities);
+      if (--block < block_begin) return;
+      if constexpr (C::kPingPong) named_barrier_sync(kPingPongBarrier + warpgroup, 256);
+      issue_output(0, values_are_here);
+      if (!keys_are_here) wait_keys();
+      issue_scores();
+      if constexpr (C::kPingPong) {
+        named_barrier_arrive(kPingPongBarrier + (warpgroup + 1) % C::kWarpgroups, 256);
+      }
+      wgmma_wait<1>();
+      add_part(0);
+      issue_part(1);
+      wgmma_wait<1>();
+      release_scores(block == block_begin);
+      work_on_scores(block, [this](int i) { next_part(i + 2); });
+      wgmma_wait<0>();
+      add_part(3);
+      release_output();
     }
   }
 
@@ -366,14 +393,16 @@ struct Consumer {
       if constexpr (C::kCached) {
         if (!pending || has_drafts(block + 1)) clear_hidden_values(block + 1);
       }
-      take_turn();
+      if constexpr (C::kPingPong) named_barrier_sync(kPingPongBarrier + warpgroup, 256);
       issue_output(pending, values_are_here);
       pending = true;
       if (!keys_are_here) wait_keys();
       wgmma_wait<0>();
       release_output();
       issue_scores();
-      pass_turn();
+      if constexpr (C::kPingPong) {
+        named_barrier_arrive(kPingPongBarrier + (warpgroup + 1) % C::kWarpgroups, 256);
+      }
       wgmma_wait<0>();
     }
   }
@@ -386,26 +415,19 @@ struct Consumer {
   }
 
   __device__ __forceinline__ bool run_blocks() {
-    if constexpr (C::kFp8) {
-      run_fp8_blocks(*this);
+    if constexpr (C::kParts > 1) {
+      run_in_parts();
       return false;
     }
     return C::kOverlap ? run_overlapped() : run_in_turn();
   }
 
-  __device__ __forceinline__ void take_factors() {
-    if constexpr (C::kFactors) {
-      const typename C::Info& tile = *shared.tile(tile_at.stage());
-      scale = tile.scale_log2;
-      changes_scores = uniform(tile.before != 1.f || params.softcap_scale > 0.f);
-    }
-  }
-
-  __device__ __forceinline__ void clear_output() {
+  __device__ __forceinline__ void start_fp8_tile() {
+    const typename C::Info& tile = *shared.tile(tile_at.stage());
+    scale = tile.scale_log2;
+    changes_scores = uniform(tile.before != 1.f || params.softcap_scale > 0.f);
 #pragma unroll
     for (float& each : output) each = 0.f;
-#pragma unroll
-    for (float& each : of_block) each = 0.f;
   }
 
   __device__ __forceinline__ void run() {
@@ -416,9 +438,8 @@ struct Consumer {
     issue_scores();
     wgmma_wait<0>();
     while (true) {
-      take_factors();
-      if constexpr (C::kFp8) clear_output();
-      start_row(softmax, (C::kFactors ? scale : params.scale_log2) > largest_scale());
+      if constexpr (C::kFp8) start_fp8_tile();
+      start_row(softmax, (C::kFp8 ? scale : params.scale_log2) > largest_scale());
       skip_values(skipped_first());
       const bool pending = run_blocks();
       const int skipped = skipped_last();

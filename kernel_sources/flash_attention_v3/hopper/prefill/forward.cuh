@@ -44,7 +44,7 @@ __device__ __forceinline__ void initialise_barriers(const typename C::Params& pa
 
 // On cached keys the producer is a warp, or three that copy rows; the second is the scheduler.
 template <class C>
-__device__ __forceinline__ void run_cached_producers(const typename C::Params& params,
+__device__ __forceinline__ void run_cached_producers(const CachedParams& params,
                                                      const Shared<C>& shared) {
   const int warp = uniform(threadIdx.x / 32);
   if (warp == 1) {
@@ -127,17 +127,6 @@ __device__ __forceinline__ void forward(const typename C::Params& params, char* 
       forward_fp8(const __grid_constant__ jit_kernel::hopper::Fp8Params params) {    \
     extern __shared__ __align__(1024) char shared_memory[];                          \
     jit_kernel::hopper::forward<ForwardConfig>(params, shared_memory);               \
-  }
-
-// The kernel of a head size on a cache in e4m3, with queries of 16 bits.
-#define JIT_KERNEL_EXPORT_FORWARD_MIXED(element, head_dim)                                  \
-  using ForwardConfig =                                                                     \
-      jit_kernel::hopper::Config<jit_kernel::element, head_dim, head_dim, true, true,       \
-                                 jit_kernel::hopper::MixedTileFor<head_dim>, true, true>;   \
-  extern "C" __global__ void __launch_bounds__(ForwardConfig::kThreads, 1)                  \
-      forward_mixed(const __grid_constant__ jit_kernel::hopper::MixedCachedParams params) { \
-    extern __shared__ __align__(1024) char shared_memory[];                                 \
-    jit_kernel::hopper::forward<ForwardConfig>(params, shared_memory);                      \
   }
 
 // The kernel of a pair of head sizes on cached keys.

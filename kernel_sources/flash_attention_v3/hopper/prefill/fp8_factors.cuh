@@ -1,4 +1,4 @@
-// The factors of q, k and v of a tile where there is e4m3.
+// The factors of q, k and v of a tile in e4m3.
 #pragma once
 
 #include "flash_attention_v3/hopper/common/softmax.cuh"
@@ -20,8 +20,7 @@ __device__ __forceinline__ float keep_finite(float x) {
   return fabsf(x) > kLargestFloat ? copysignf(kLargestFloat, x) : x;
 }
 
-template <class Info, class Params>
-__device__ __forceinline__ void write_factors(Info& info, const Params& params) {
+__device__ __forceinline__ void write_factors(Fp8TileInfo& info, const Fp8Params& params) {
   const int head = info.head / params.group;
   const float factor = descale_at(params.q_descale, info.batch, head) *
                        descale_at(params.k_descale, info.batch, head);
@@ -36,14 +35,6 @@ __device__ __forceinline__ void write_factors(Info& info, const Params& params) 
   const bool fits = scale >= kLeastFp8Scale;  // not so of NaN
   info.before = fits ? 1.f : scale;
   info.scale_log2 = fits ? scale : 1.f;
-}
-
-// What makes exponents of 2 of a tile's scores.
-template <class C>
-__device__ __forceinline__ float scale_of(const typename C::Params& params,
-                                          const typename C::Info& tile) {
-  if constexpr (C::kFactors) return tile.scale_log2;
-  return params.scale_log2;
 }
 
 }  // namespace jit_kernel::hopper

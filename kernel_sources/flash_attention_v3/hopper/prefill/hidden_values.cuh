@@ -20,8 +20,8 @@ __device__ __forceinline__ void clear_values(u32 v, int begin, int end) {
 
 // The keys that no row of the tile sees by the draft mask, a thread each.
 template <class C>
-__device__ __forceinline__ void clear_unseen_values(u32 v, const typename C::Params& params,
-                                                    const typename C::Info& tile, int block) {
+__device__ __forceinline__ void clear_unseen_values(u32 v, const CachedParams& params,
+                                                    const CachedTileInfo& tile, int block) {
   static_assert(C::kKeys <= 128, "a thread each");
   constexpr int kRowBytes = C::kPanelV * 2, kPiece = 16;
   const int key = threadIdx.x % 128;

@@ -23,10 +23,6 @@ struct Shared {
     if constexpr (C::kFp8) return address(C::kOffsetLoaded + stage * C::kBytesV);
     return v(stage);
   }
-  // A block of e4m3 as it is copied; each lane reads what it has copied itself.
-  __device__ u32 staged(int slot) const {
-    return address(C::kOffsetLoaded + slot * C::kBytesStaged);
-  }
   __device__ unsigned short* order() const {
     return reinterpret_cast<unsigned short*>(base + C::kOffsetOrder);
   }

@@ -112,12 +112,11 @@ class TileScheduler {
     info.len_q = len_q;
     info.len_k = len_k;
     info.offset_q = params_.cu_seqlens_q != nullptr ? params_.cu_seqlens_q[batch] : 0;
+    if constexpr (C::kFp8) write_factors(info, params_);
     if constexpr (C::kCached) {
       write_cached(info);
-      if constexpr (C::kMixed) write_factors(info, params_);
       return;
     }
-    if constexpr (C::kFp8) write_factors(info, params_);
     const int last_row = min(row + C::kRows, len_q) - 1;
     const int high = visible_keys<C::kMasked>(params_, last_row, len_q, len_k).high;
     const int low = visible_keys<C::kMasked>(params_, row, len_q, len_k).low;

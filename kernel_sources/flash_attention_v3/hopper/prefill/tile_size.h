@@ -39,8 +39,6 @@ template <int kHeadDim, int kHeadDimV, bool kMasked>
 struct TileFor;
 template <int kHeadDim, bool kMasked>
 struct Fp8TileFor;
-template <int kHeadDim>
-struct MixedTileFor;
 
 #define JIT_KERNEL_TILE(head_dim, head_dim_v, ...) \
   template <bool kMasked>                          \
@@ -51,10 +49,5 @@ struct MixedTileFor;
   template <bool kMasked>                  \
   struct Fp8TileFor<head_dim, kMasked> : Fp8Tile<__VA_ARGS__> {};
 #include "flash_attention_v3/hopper/prefill/fp8_tile_table.inc"
-
-#define JIT_KERNEL_MIXED_TILE(head_dim, ...) \
-  template <>                                \
-  struct MixedTileFor<head_dim> : Tile<__VA_ARGS__> {};
-#include "flash_attention_v3/hopper/prefill/mixed_tile_table.inc"
 
 }  // namespace jit_kernel::hopper

@@ -1,7 +1,5 @@
-// 16 bytes of memory at a time.
+// 16 bytes of global memory at a time.
 #pragma once
-
-#include "jit_kernel/cuda/mbarrier.cuh"
 
 namespace jit_kernel {
 
@@ -19,19 +17,6 @@ __device__ __forceinline__ float4 load_16(const float* source) {
                : "l"(source)
                : "memory");
   return value;
-}
-
-// 16 bytes of shared memory.
-__device__ __forceinline__ void load_16_shared(u32 (&words)[4], u32 address) {
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-               : "r"(address)
-               : "memory");
-}
-__device__ __forceinline__ void store_16_shared(u32 address, u32 a, u32 b, u32 c, u32 d) {
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c),
-               "r"(d)
-               : "memory");
 }
 
 }  // namespace jit_kernel
