@@ -55,10 +55,15 @@ __device__ __forceinline__ void add_row_sums(Softmax& state, const float (&sums)
   for (int r = 0; r < 2; ++r) state.sum[r] += sums[r][0] + sums[r][1];
 }
 
-// Most blocks need none of what one branch leads to: each jump over code that is not run costs 15
-// to 25 cycles, as the instructions behind it are not there yet.
+// Whether references changed, and with them the factors of what blocks before left.
+//
+// Most blocks need none of what a branch leads to: each jump over code that is not run costs 15 to
+// 25 cycles, as the instructions behind it are not there yet. Were it asked first whether rows are
+// far, the vote's answer would go through four registers, 45 cycles. The last branch must stay in
+// front of the wait for products that comes next: within one basic block ptxas moves that wait
+// above the exponents.
 template <class C>
-__device__ __forceinline__ void exponents_of_block(Consumer<C>& at, int block, int (&highest)[2]) {
+__device__ __forceinline__ bool find_exponents(Consumer<C>& at, int block) {
   const int column = block * C::kKeys;
   bool is_plain = !at.changes_scores && column + C::kKeys <= at.every_high;
   if (C::kMasked) is_plain = is_plain && column >= at.every_low;
@@ -66,21 +71,12 @@ __device__ __forceinline__ void exponents_of_block(Consumer<C>& at, int block, i
     at.change_and_mask(block);
     settle_rows<e4m3>(at.scores, at.softmax, at.scale);
   }
+  int highest[2];
   find_exponents<e4m3>(at.scores, at.softmax, at.scale, highest);
-}
-
-// Whether references change. Asked first whether the rows are far, the vote's answer goes through
-// four registers, 45 cycles.
-template <class C>
-__device__ __forceinline__ bool must_rescale(const Consumer<C>& at, const int (&highest)[2]) {
-  return exceed_threshold<e4m3>(highest) | (at.softmax.rows == RowsState::kFar);
-}
-
-template <class C>
-__device__ __forceinline__ void raise_references(Consumer<C>& at, const int (&highest)[2]) {
-  if (at.softmax.rows != RowsState::kFar) {
-    raise_references<e4m3>(at.scores, at.softmax, at.scale, highest);
-  }
+  const bool far = at.softmax.rows == RowsState::kFar;
+  const bool rescales = exceed_threshold<e4m3>(highest) | far;
+  if (rescales && !far) raise_references<e4m3>(at.scores, at.softmax, at.scale, highest);
+  return rescales;
 }
 
 // What blocks before the present one left, where it has a new reference.
@@ -95,9 +91,7 @@ __device__ __forceinline__ void rescale_sums(Consumer<C>& at) {
 // Of a tile's first block: there is nothing to add to, nor to rescale.
 template <class C>
 __device__ __forceinline__ void take_first_block(Consumer<C>& at) {
-  int highest[2];
-  exponents_of_block(at, at.block_end - 1, highest);
-  if (must_rescale(at, highest)) raise_references(at, highest);
+  find_exponents(at, at.block_end - 1);
   float sums[2][2] = {};
   take_packed<0, C::kKeys / 8>(at.scores, sums);
   add_row_sums(at.softmax, sums);
@@ -120,13 +114,8 @@ __device__ __forceinline__ void run_whole(Consumer<C>& at) {
     at.pass_turn();
     wgmma_wait<1>();
     at.release_scores(false);
-    int highest[2];
-    exponents_of_block(at, block, highest);
-    const bool rescales = must_rescale(at, highest);
-    if (rescales) raise_references(at, highest);
-    // The output was done before the exponents were. Without the branch in front of it ptxas moves
-    // this wait above them.
-    wgmma_wait<0>();
+    const bool rescales = find_exponents(at, block);
+    wgmma_wait<0>();  // the output was done before the exponents were
     pin_registers(at.of_block);
     at.release_output();
     if (rescales) {
@@ -162,10 +151,7 @@ __device__ __forceinline__ void run_in_parts(Consumer<C>& at) {
     at.issue_part(1);
     wgmma_wait<1>();
     at.release_scores(block == at.block_begin);
-    int highest[2];
-    exponents_of_block(at, block, highest);
-    const bool rescales = must_rescale(at, highest);
-    if (rescales) raise_references(at, highest);
+    const bool rescales = find_exponents(at, block);
     wgmma_wait<0>();
     pin_registers(at.of_block);
     float sums[2][2] = {};
