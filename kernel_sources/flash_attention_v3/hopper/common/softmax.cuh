@@ -87,18 +87,12 @@ __device__ __forceinline__ void go_far(Softmax& state, float scale) {
   }
 }
 
-// Of at most 1. The rounded one is a call, for which the kernels in e4m3 spilled a register.
-template <class Element>
-__device__ __forceinline__ float reciprocal(float x) {
-  return ElementSize<Element>::kBytes == 1 ? __fdividef(1.f, x) : __frcp_rn(x);
-}
-
 // Scores become their differences from the rows' maxima so far, so that 0 takes the place of the
 // reference: a product is rounded before the difference, which is 0 for a maximum and never above.
-template <class Element, int kCount>
+template <int kCount>
 __device__ __forceinline__ void step_far(float (&scores)[kCount], Softmax& state,
                                          const float (&maxima)[2], float scale) {
-  const float unit = score_unit(scale), to_scores = reciprocal<Element>(unit);
+  const float unit = score_unit(scale), to_scores = __frcp_rn(unit);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float top = fmaxf(state.reference[r], __fmul_rn(maxima[r], unit));
@@ -138,30 +132,28 @@ __device__ __forceinline__ void settle(float (&scores)[kCount], Softmax& state, 
     }
     go_far<Element>(state, scale);
   }
-  step_far<Element>(scores, state, maxima, scale);
+  step_far(scores, state, maxima, scale);
 }
 
-// Before find_exponents().
-template <class Element, int kCount>
-__device__ __forceinline__ void settle_rows(float (&scores)[kCount], Softmax& state, float scale) {
-  state.rescale[0] = state.rescale[1] = 1.f;
-  if (state.rows != RowsState::kSettled) settle<Element>(scores, state, scale);
-}
-
-// Scores become exponents of probabilities relative to the reference; highest: of each row's in
-// this thread, as integers.
+// Turns scores into probabilities relative to the reference, and updates reference and sum.
 //
 // Exponents come first: only those above the threshold matter, and positive floats are ordered like
 // integers, of which one instruction compares three. Threads of a row need not know of each other
 // unless one of them finds such an exponent. Together that is a fifth of the instructions less than
 // a true maximum in every block, and under load instructions are power, and power is clock.
-template <class Element, int kCount>
-__device__ __forceinline__ void find_exponents(float (&scores)[kCount], const Softmax& state,
-                                               float scale, int (&highest)[2]) {
+// `between` is called with 0 in front of the exponentials and with 1 between those of the two rows:
+// products that run beside them are waited for there.
+template <class Element, class Between, int kCount>
+__device__ __forceinline__ void softmax_step(float (&scores)[kCount], Softmax& state, float scale,
+                                             Between between) {
   static_assert(kCount % 8 == 0, "a block has a multiple of 16 keys");
+  state.rescale[0] = state.rescale[1] = 1.f;
+  if (state.rows != RowsState::kSettled) settle<Element>(scores, state, scale);
+  const bool far = state.rows == RowsState::kFar;
+  int highest[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const bool has_none = state.rows == RowsState::kFar || state.reference[r] == minus_infinity();
+    const bool has_none = far || state.reference[r] == minus_infinity();
     const float offset = has_none ? ProbabilityRange<Element>::kTop : -state.reference[r];
     int high[2] = {0, 0};
 #pragma unroll
@@ -174,50 +166,30 @@ __device__ __forceinline__ void find_exponents(float (&scores)[kCount], const So
     }
     highest[r] = max(high[0], high[1]);
   }
-}
-
-template <class Element>
-__device__ __forceinline__ bool exceed_threshold(const int (&highest)[2]) {
-  return __any_sync(0xffffffffu, max(highest[0], highest[1]) >
-                                     __float_as_int(ProbabilityRange<Element>::kThreshold)) != 0;
-}
-
-// Where some exponent exceeds it and no row is far, all become relative to new references.
-template <class Element, int kCount>
-__device__ __forceinline__ void raise_references(float (&scores)[kCount], Softmax& state,
-                                                 float scale, const int (&highest)[2]) {
+  state.must_rescale =
+      far || __any_sync(0xffffffffu, max(highest[0], highest[1]) >
+                                         __float_as_int(ProbabilityRange<Element>::kThreshold));
+  if (state.must_rescale && !far) {
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    float growth = fminf(quad_maximum(__int_as_float(highest[r])), kLargestFloat);
-    growth = growth > ProbabilityRange<Element>::kThreshold
-                 ? growth - ProbabilityRange<Element>::kTop
-                 : 0.f;
-    state.rescale[r] = exp2_fast(-growth);
-    state.reference[r] += growth;
+    for (int r = 0; r < 2; ++r) {
+      float growth = fminf(quad_maximum(__int_as_float(highest[r])), kLargestFloat);
+      growth = growth > ProbabilityRange<Element>::kThreshold
+                   ? growth - ProbabilityRange<Element>::kTop
+                   : 0.f;
+      state.rescale[r] = exp2_fast(-growth);
+      state.reference[r] += growth;
 #pragma unroll
-    for (int i = 0; i < kCount / 4; ++i) {
-      float& a = scores[4 * i + 2 * r];
-      float& b = scores[4 * i + 2 * r + 1];
-      a = (a > kLargestFloat ? kLargestFloat : a) - growth;  // NaN stays NaN
-      b = (b > kLargestFloat ? kLargestFloat : b) - growth;
+      for (int i = 0; i < kCount / 4; ++i) {
+        float& a = scores[4 * i + 2 * r];
+        float& b = scores[4 * i + 2 * r + 1];
+        a = (a > kLargestFloat ? kLargestFloat : a) - growth;  // NaN stays NaN
+        b = (b > kLargestFloat ? kLargestFloat : b) - growth;
+      }
     }
+    const float highest_reference = fmaxf(state.reference[0], state.reference[1]);
+    if (__any_sync(0xffffffffu, highest_reference > kLargestReference))
+      go_far<Element>(state, scale);
   }
-  const float highest_reference = fmaxf(state.reference[0], state.reference[1]);
-  if (__any_sync(0xffffffffu, highest_reference > kLargestReference)) go_far<Element>(state, scale);
-}
-
-// Turns scores into probabilities, and updates reference and sum. `between` is called with 0 in
-// front of the exponentials and with 1 between those of the two rows: products that run beside them
-// are waited for there.
-template <class Element, class Between, int kCount>
-__device__ __forceinline__ void softmax_step(float (&scores)[kCount], Softmax& state, float scale,
-                                             Between between) {
-  settle_rows<Element>(scores, state, scale);
-  const bool far = state.rows == RowsState::kFar;
-  int highest[2];
-  find_exponents<Element>(scores, state, scale, highest);
-  state.must_rescale = far || exceed_threshold<Element>(highest);
-  if (state.must_rescale && !far) raise_references<Element>(scores, state, scale, highest);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     between(r);
@@ -235,20 +207,15 @@ __device__ __forceinline__ void softmax_step(float (&scores)[kCount], Softmax& s
   }
 }
 
-// Of e4m3, the place of the first of the four scores that a register of wgmma's operand has, in the
-// order that transposed values have them: two neighbours, and two of the next 8 columns.
-__device__ __forceinline__ constexpr int first_packed(int packed) {
-  return packed / 2 * 8 + packed % 2 * 2;
-}
-
-// To wgmma's register operand.
+// To wgmma's register operand. Of e4m3 there are four keys to a register, in the order that
+// transposed values have them: the third and fourth are the thread's two of the next 8 columns.
 template <class Element, int kCount, int kPacked>
 __device__ __forceinline__ void pack_probabilities(const float (&scores)[kCount],
                                                    u32 (&packed)[kPacked]) {
 #pragma unroll
   for (int i = 0; i < kPacked; ++i) {
     if constexpr (ElementSize<Element>::kBytes == 1) {
-      const int at = first_packed(i);
+      const int at = i / 2 * 8 + i % 2 * 2;
       packed[i] = pack_e4m3(scores[at], scores[at + 1], scores[at + 4], scores[at + 5]);
     } else {
       packed[i] = pack<Element>(scores[2 * i], scores[2 * i + 1]);

@@ -14,7 +14,6 @@
 #include "flash_attention_v3/hopper/prefill/cached_epilogue.cuh"
 #include "flash_attention_v3/hopper/prefill/cached_keys.cuh"
 #include "flash_attention_v3/hopper/prefill/cached_parts.cuh"
-#include "flash_attention_v3/hopper/prefill/fp8_blocks.cuh"
 #include "flash_attention_v3/hopper/prefill/fp8_epilogue.cuh"
 #include "flash_attention_v3/hopper/prefill/fp8_products.cuh"
 #include "flash_attention_v3/hopper/prefill/hidden_values.cuh"
@@ -60,16 +59,6 @@ struct Consumer {
 
   __device__ __forceinline__ void release(u32 barrier) {
     mbarrier_arrive_if(barrier, threadIdx.x % 32 == 0);
-  }
-
-  // Warpgroups issue their products in turn.
-  __device__ __forceinline__ void take_turn() {
-    if constexpr (C::kPingPong) named_barrier_sync(kPingPongBarrier + warpgroup, 256);
-  }
-  __device__ __forceinline__ void pass_turn() {
-    if constexpr (C::kPingPong) {
-      named_barrier_arrive(kPingPongBarrier + (warpgroup + 1) % C::kWarpgroups, 256);
-    }
   }
 
   __device__ __forceinline__ void issue_scores() {
@@ -206,8 +195,8 @@ struct Consumer {
     }
   }
 
-  // What comes before softmax.
-  __device__ __forceinline__ void change_and_mask(int block) {
+  template <class Between>
+  __device__ __forceinline__ void work_on_scores(int block, Between between) {
     if constexpr (C::kFp8) {
       if (changes_scores) {
         change_scores(scores, shared.tile(tile_at.stage())->before, params.softcap_scale > 0.f);
@@ -221,11 +210,6 @@ struct Consumer {
     const int column = block * C::kKeys;
     if (column + C::kKeys > every_high) mask_block<true>(column);
     if (C::kMasked && column < every_low) mask_block<false>(column);
-  }
-
-  template <class Between>
-  __device__ __forceinline__ void work_on_scores(int block, Between between) {
-    change_and_mask(block);
     softmax_step<Element>(scores, softmax, C::kFp8 ? scale : params.scale_log2, between);
   }
   __device__ __forceinline__ void work_on_scores(int block) {
@@ -326,25 +310,68 @@ struct Consumer {
       wgmma_wait<0>();
       if (pending) {
         release_output();
-        rescale_output(output, softmax);
+        if constexpr (!C::kFp8) rescale_output(output, softmax);
       }
       // Asked for early, the answers are back when they are needed.
       const bool keys_are_here = mbarrier_test(shared.k_full(k_at.stage()), k_at.parity());
       const bool values_are_here = mbarrier_test(shared.v_full(v_at.stage()), v_at.parity());
       pack_probabilities<Element>(scores, probabilities);
-      if (--block < block_begin) return pending;
+      if (--block < block_begin) {
+        if constexpr (C::kFp8) add_block(pending);
+        return pending;
+      }
       if constexpr (C::kCached) {
         if (!pending || has_drafts(block + 1)) clear_hidden_values(block + 1);
       }
-      take_turn();
+      if constexpr (C::kPingPong) named_barrier_sync(kPingPongBarrier + warpgroup, 256);
       if (!keys_are_here) wait_keys();
       issue_scores();
+      if constexpr (C::kFp8) add_block(pending);
       issue_output(pending, values_are_here);
-      pass_turn();
+      if constexpr (C::kPingPong) {
+        named_barrier_arrive(kPingPongBarrier + (warpgroup + 1) % C::kWarpgroups, 256);
+      }
       pending = true;
       wgmma_wait<1>();
       release_scores(block == block_begin);
       work_on_scores(block);
+    }
+  }
+
+  __device__ __forceinline__ void add_block(bool pending) {
+    if (!pending) return;
+    add_part(0);
+    rescale_output(output, softmax);
+  }
+
+  // As run_overlapped(), with four parts of the output: one in flight beside the scores' product,
+  // the others beside the work on the scores.
+  __device__ __forceinline__ void run_in_parts() {
+    int block = block_end - 1;
+    release_scores(block == block_begin);
+    work_on_scores(block);
+    while (true) {
+      const bool keys_are_here = mbarrier_test(shared.k_full(k_at.stage()), k_at.parity());
+      const bool values_are_here = mbarrier_test(shared.v_full(v_at.stage()), v_at.parity());
+      rescale_output(output, softmax);
+      pack_probabilities<Element>(scores, probabilities);
+      if (--block < block_begin) return;
+      if constexpr (C::kPingPong) named_barrier_sync(kPingPongBarrier + warpgroup, 256);
+      issue_output(0, values_are_here);
+      if (!keys_are_here) wait_keys();
+      issue_scores();
+      if constexpr (C::kPingPong) {
+        named_barrier_arrive(kPingPongBarrier + (warpgroup + 1) % C::kWarpgroups, 256);
+      }
+      wgmma_wait<1>();
+      add_part(0);
+      issue_part(1);
+      wgmma_wait<1>();
+      release_scores(block == block_begin);
+      work_on_scores(block, [this](int i) { next_part(i + 2); });
+      wgmma_wait<0>();
+      add_part(3);
+      release_output();
     }
   }
 
@@ -362,14 +389,16 @@ struct Consumer {
       if constexpr (C::kCached) {
         if (!pending || has_drafts(block + 1)) clear_hidden_values(block + 1);
       }
-      take_turn();
+      if constexpr (C::kPingPong) named_barrier_sync(kPingPongBarrier + warpgroup, 256);
       issue_output(pending, values_are_here);
       pending = true;
       if (!keys_are_here) wait_keys();
       wgmma_wait<0>();
       release_output();
       issue_scores();
-      pass_turn();
+      if constexpr (C::kPingPong) {
+        named_barrier_arrive(kPingPongBarrier + (warpgroup + 1) % C::kWarpgroups, 256);
+      }
       wgmma_wait<0>();
     }
   }
@@ -382,8 +411,8 @@ struct Consumer {
   }
 
   __device__ __forceinline__ bool run_blocks() {
-    if constexpr (C::kFp8) {
-      run_fp8_blocks(*this);
+    if constexpr (C::kParts > 1) {
+      run_in_parts();
       return false;
     }
     return C::kOverlap ? run_overlapped() : run_in_turn();
@@ -395,8 +424,6 @@ struct Consumer {
     changes_scores = uniform(tile.before != 1.f || params.softcap_scale > 0.f);
 #pragma unroll
     for (float& each : output) each = 0.f;
-#pragma unroll
-    for (float& each : of_block) each = 0.f;
   }
 
   __device__ __forceinline__ void run() {

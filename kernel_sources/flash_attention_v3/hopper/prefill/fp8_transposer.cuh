@@ -53,22 +53,16 @@ struct Transposer {
     const u32 target = shared.v(to.stage()) + lane % 16 * C::kKeys +
                        ((2 * group + lane / 16) ^ (C::kKeys == 128 ? lane % 8 : lane / 2 % 4)) * 16;
 #pragma unroll 1
-    for (int panel = 0; panel < C::kHeadDimV / C::kPanelV; ++panel) {
-      transpose_panel(source + panel * C::kKeys * kPanelBytes,
-                      target + panel * C::kPanelV * C::kKeys);
-    }
-  }
-
-  // A load's answer takes some 75 cycles, so the next ones are under way when it is stored.
-  __device__ __forceinline__ void transpose_panel(u32 source, u32 target) {
-    u32 words[kInFlight][4];
+    for (int first = 0; first < C::kHeadDimV / 16; first += kInFlight) {
+      u32 words[kInFlight][4];
 #pragma unroll
-    for (int i = 0; i < kInFlight; ++i) load_transposed(words[i], source ^ i * 16);
+      for (int i = 0; i < kInFlight; ++i) {
+        const int panel = (first + i) / kPieces, piece = (first + i) % kPieces;
+        load_transposed(words[i], (source ^ piece * 16) + panel * C::kKeys * kPanelBytes);
+      }
 #pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
-      store_columns(target + i * 16 * C::kKeys, words[i % kInFlight]);
-      if (i + kInFlight < kPieces) {
-        load_transposed(words[i % kInFlight], source ^ (i + kInFlight) * 16);
+      for (int i = 0; i < kInFlight; ++i) {
+        store_columns(target + (first + i) * 16 * C::kKeys, words[i]);
       }
     }
   }
@@ -91,8 +85,7 @@ struct Transposer {
     mbarrier_wait(shared.loaded_v_full(from.stage()), from.parity());
     mbarrier_wait(shared.v_empty(to.stage()), to.parity() ^ 1);
 #pragma unroll 1
-    for (int i = 0; i < C::kKeys / 32 / C::kTransposers; ++i) {
-      const int group = i * C::kTransposers + warp;
+    for (int group = warp; group < C::kKeys / 32; group += C::kTransposers) {
       if (C::kMasked && hidden > 32 * group) clear_hidden(group, hidden);
       transpose_keys(group);
     }
