@@ -179,8 +179,8 @@ def on_gpu(
     columns: int = 1,
 ) -> Plan:
     """One launch of an instance over rows, each by `columns` blocks. Raises ValueError for more than it counts."""
-    if rows >= 1 << 32:
-        raise ValueError(f"there are {rows} rows; there must be fewer than 2^32")
+    if rows >= 1 << 31:
+        raise ValueError(f"there are {rows} rows; there must be fewer than 2^31")
     kernel = cuda_kernel(file, name, device)
     return Plan(kernel[(math.ceil(rows / block[1]), columns), block], numbers)
 
