@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from jit_kernel.fa3.checks import plain
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 E4M3 = torch.float8_e4m3fn
 
@@ -55,7 +57,10 @@ def memory(named: Mapping[str, Tensor | None], written: Sequence[str]) -> None:
     for name, value in named.items():
         if value is None:
             continue
-        device = tensor(name, value).device
+        if tensor(name, value).is_neg():
+            raise TypeError(f"{name} is a lazily negated view; it must be plain memory, as its resolve_neg() is")
+        plain.in_memory(name, value, written=True)
+        device = value.device
         if device.type not in ("cpu", "cuda"):
             raise NotImplementedError(
                 f"{name} is on {device}; jit_kernel.ops has kernels for CPUs (C++) and for NVIDIA GPUs (CUDA C++), and "

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from jit_kernel import jit
 from jit_kernel.device import Target
@@ -48,10 +49,11 @@ class Plans:
 
     def of(self, *values: Any) -> Plan:
         """The plan for these tensors and other values, in the order of `make`'s parameters."""
-        key = (
-            torch.is_grad_enabled(),
-            *[_signature(value) if isinstance(value, Tensor) else value for value in values],
-        )
+        try:
+            signatures = [_signature(value) if isinstance(value, Tensor) else value for value in values]
+        except RuntimeError:  # a tensor without memory has no address: the checks name it
+            return self._make(*values)
+        key = (torch.is_grad_enabled(), *signatures)
         plan = self._known.get(key)
         if plan is None:
             if len(self._known) >= _MOST_PLANS:
@@ -62,7 +64,10 @@ class Plans:
 
 def _signature(value: Tensor) -> tuple[Any, ...]:
     # 1 us on a slow machine, of which the shape and the strides are half.
-    return value.dtype, value.shape, value.stride(), value.device, value.data_ptr() & 15, value.requires_grad
+    if value.__class__ is not Tensor and value.__class__ is not Parameter:
+        raise RuntimeError("a subclass may have no memory, or another's")
+    kind = value.dtype, value.device, value.requires_grad, value.is_neg()
+    return *kind, value.shape, value.stride(), value.data_ptr() & 15
 
 
 @functools.cache
@@ -174,8 +179,8 @@ def on_gpu(
     columns: int = 1,
 ) -> Plan:
     """One launch of an instance over rows, each by `columns` blocks. Raises ValueError for more than it counts."""
-    if rows >= 1 << 32:
-        raise ValueError(f"there are {rows} rows; there must be fewer than 2^32")
+    if rows >= 1 << 31:
+        raise ValueError(f"there are {rows} rows; there must be fewer than 2^31")
     kernel = cuda_kernel(file, name, device)
     return Plan(kernel[(math.ceil(rows / block[1]), columns), block], numbers)
 

@@ -54,9 +54,9 @@ __global__ void __launch_bounds__(kMostThreads)
 namespace jit_kernel {
 
 inline simd::Vec silu(simd::Vec a) {
-  // Below -87.3, where exp(-a) would overflow, the result is within 1.1e-36 of nothing; a NaN, the
-  // second operand, stays one.
-  const simd::Vec bounded = simd::max(simd::set1(-87.3f), a);
+  // Below -87.3, where exp(-a) would overflow, the result is within 1.1e-36 of nothing; a NaN is
+  // not less, and stays.
+  const simd::Vec least = simd::set1(-87.3f), bounded = simd::where_less(a, least, least, a);
   const simd::Vec power = simd::exp2<6>(bounded * simd::set1(-1.44269504f));
   return bounded / (simd::set1(1.0f) + power);
 }

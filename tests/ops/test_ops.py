@@ -116,3 +116,17 @@ def test_another_vendors_tensor_is_told_what_is_lacking():
     """As a tensor on musa is: here on meta, which every torch has."""
     with pytest.raises(NotImplementedError, match=r"x is on meta; .* none in a language that meta compiles"):
         ops.quantize_fp8(torch.ones(2, 8, device="meta"))
+
+
+def test_tensors_without_their_numbers_in_memory_are_refused():
+    """Also where the same call of plain tensors went before: a plan is not found by shapes alone."""
+    x, weight = torch.ones(2, 8), torch.ones(8)
+    ops.rms_norm(x, weight)
+    with pytest.raises(TypeError, match="weight is a lazily negated view; it must be plain memory"):
+        ops.rms_norm(x, torch._neg_view(weight))
+    with pytest.raises(TypeError, match=r"out_partial has layout torch\.sparse_coo"):
+        ops.merge_states(x.to_sparse(), x[:, 0])
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = mode.from_tensor(x), mode.from_tensor(weight)
+    with pytest.raises(TypeError, match="x is a FakeTensor, which has no memory"):
+        ops.rms_norm(*fake, out=x)
