@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from jit_kernel.integrations.replacing import Replacements, always
 HOST = "sglang"
 _OF_BOTH = "sglang.kernels.ops.attention.flash_attention"
 _OF_BACKEND = "sgl_kernel.flash_attn"
+_UNCHANGED = nullcontext()
 
 
 def flash_attn_with_kvcache(
@@ -49,6 +51,7 @@ def flash_attn_with_kvcache(
 ) -> Result:  # fmt: skip
     """`jit_kernel.flash_attn_with_kvcache` in sglang's order, with its names and defaults.
 
+    Inputs may require grad, the result does not, as sglang's own never does.
     q and k_cache may be None with only_qv: they are not read then. max_seqlen_k, a bound of the keys' count, is not
     needed. ver must be 3. From score_mod to mask_mod, but for ver, out and max_seqlen_k: None, else NotImplementedError
     by name.
@@ -62,12 +65,13 @@ def flash_attn_with_kvcache(
         need_integer("max_seqlen_k", max_seqlen_k)
     if q is None and only_qv is True and isinstance(qv, Tensor) and qv.dim():
         q = qv[..., :64]  # its numbers are not read; 64 is the head size that goes with qv
-    result = public.flash_attn_with_kvcache(
-        q, k_cache, v_cache, k, v, qv, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad,
-        page_table, cu_seqlens_q, cu_seqlens_k_new, max_seqlen_q, rotary_seqlens, q_descale, k_descale, v_descale,
-        softmax_scale, causal, window_size, attention_chunk, softcap, rotary_interleaved, scheduler_metadata,
-        num_splits, pack_gqa, only_qv, sm_margin, return_softmax_lse, sinks, out,
-    )  # fmt: skip
+    with _without_gradients(q, k, v, qv, sinks):
+        result = public.flash_attn_with_kvcache(
+            q, k_cache, v_cache, k, v, qv, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad,
+            page_table, cu_seqlens_q, cu_seqlens_k_new, max_seqlen_q, rotary_seqlens, q_descale, k_descale, v_descale,
+            softmax_scale, causal, window_size, attention_chunk, softcap, rotary_interleaved, scheduler_metadata,
+            num_splits, pack_gqa, only_qv, sm_margin, return_softmax_lse, sinks, out,
+        )  # fmt: skip
     note_served(HOST)
     return result
 
@@ -86,7 +90,7 @@ def flash_attn_varlen_func(
     """`jit_kernel.flash_attn_varlen_func` in sglang's order, with its names and defaults.
 
     ver must be 3. From score_mod to mask_mod, but for ver and out: None, else NotImplementedError by name. Inputs may
-    require grad, but beside sinks or out.
+    require grad; beside sinks or out the result does not, as sglang's own never does.
     """
     _need_version(ver)
     refuse_given(
@@ -95,13 +99,19 @@ def flash_attn_varlen_func(
     )  # fmt: skip
     if sinks is None and out is None and are_gradients_wanted((q, k, v, qv)):
         return _with_gradients(locals())
-    result = public.flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, page_table,
-        softmax_scale, causal, qv, q_descale, k_descale, v_descale, window_size, attention_chunk, softcap, num_splits,
-        pack_gqa, only_qv, sm_margin, return_softmax_lse, sinks, out,
-    )  # fmt: skip
+    with _without_gradients(q, k, v, qv, sinks):
+        result = public.flash_attn_varlen_func(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, page_table,
+            softmax_scale, causal, qv, q_descale, k_descale, v_descale, window_size, attention_chunk, softcap,
+            num_splits, pack_gqa, only_qv, sm_margin, return_softmax_lse, sinks, out,
+        )  # fmt: skip
     note_served(HOST)
     return result
+
+
+def _without_gradients(*inputs: Any) -> AbstractContextManager[Any]:
+    """Where an input requires grad, a context in which none is asked for; else one that costs nothing."""
+    return torch.no_grad() if are_gradients_wanted(inputs) else _UNCHANGED
 
 
 def _with_gradients(arguments: Mapping[str, Any]) -> Result:

@@ -137,8 +137,20 @@ def test_inputs_that_require_grad(options):
         again = jit_kernel.flash_attn_varlen_func(**{name: call[name] for name in call if name != "ver"})
         grads = torch.autograd.grad(again.sum(), leaves.values())
         assert all(map(torch.equal, grads, (leaf.grad for leaf in leaves.values())))
-    with pytest.raises(NotImplementedError, match="requires grad"):
-        sglang.flash_attn_varlen_func(**call | leaves, out=torch.empty_like(out))
+
+
+@pytest.mark.parametrize("function", ["flash_attn_varlen_func", "flash_attn_with_kvcache"])
+def test_beside_sinks_or_out_nothing_is_differentiated(function):
+    """As sglang's own functions, which have no backward pass; half of its own tests of varlen are such calls."""
+    call = engine_calls.made(next(record for record in CALLS if record["function"].endswith(function))).arguments
+    call = {name: value for name, value in call.items() if name not in ("sinks", "out")}
+    attend = getattr(sglang, function)
+    sinks = torch.randn(call["q"].shape[-2], dtype=call["q"].dtype)
+    for given in ({"sinks": sinks}, {"out": torch.empty_like(call["q"])}):
+        wanted = attend(**call, **given).clone()
+        result = attend(**call | {"q": call["q"].detach().requires_grad_()}, **given)
+        assert torch.equal(result, wanted)
+        assert not result.requires_grad
 
 
 @pytest.fixture
