@@ -13,7 +13,7 @@ namespace jit_kernel {
 // kKept pieces of a row for each thread stay in registers, with their weights, which are asked for
 // before the sum is there; the rest of a longer row is read again.
 template <class T, class Weight, class Out, bool kResidual, bool kWide, int kKept>
-__global__ void __launch_bounds__(kMostThreads) __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kMostThreads)
     rms_norm(const T* x, T* residual, const Weight* weight, Out* out, const float* scale,
              Index rows, int inner, Index size, Index x_outer, Index x_inner, Index residual_outer,
              Index residual_inner, Index out_outer, Index out_inner, float eps, float weight_bias) {

@@ -32,7 +32,7 @@ OPS = ("rms_norm", "silu_and_mul", "apply_rope", "store_kv", "gather_kv", "quant
 def arguments_of(file: str, kernel: str) -> int:
     """How many arguments a `__global__` function of a source has."""
     text = (SOURCES / "ops" / f"{file}.h").read_text(encoding="utf-8")
-    (declared,) = re.findall(rf"__global__ void __launch_bounds__\(kMostThreads\)\s+{kernel}\(([^)]*)\)", text)
+    (declared,) = re.findall(rf"__global__ void\s+__launch_bounds__\(kMostThreads\)\s+{kernel}\(([^)]*)\)", text)
     return declared.count(",") + 1
 
 
