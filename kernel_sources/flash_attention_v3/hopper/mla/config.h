@@ -34,8 +34,8 @@ struct MlaConfig {
   static constexpr int kRows = kRows_;
   static constexpr bool kIsSwapped = kRows < kMlaTileRows;
   static constexpr bool kIsStreamed = kMixed && kIsSwapped;  // keys stay in e4m3 in shared memory
-  // With fewer consumers' registers 512 columns spill, with fewer producers' 256 do.
-  static constexpr bool kIsWide = kHeadDimV > 256 && !(kIsStreamed && kRows <= 16);
+  // With fewer consumers' registers 512 columns spill, with fewer producers' 256 and 16 rows do.
+  static constexpr bool kIsWide = kHeadDimV > 256 && kRows > 16;
   static constexpr int kProducerRegisters = kIsWide ? 40 : 56;
   static constexpr int kConsumerRegisters = kIsWide ? 232 : 224;
   static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * (65536 / kMlaThreads / 8 * 8),
