@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Sequence
 
 from jit_kernel import config
-from jit_kernel.engine import progress
-from jit_kernel.engine.entry import Entry
+from jit_kernel.engine import progress, removal
+from jit_kernel.engine.entry import Entry, size_of
 from jit_kernel.engine.lock import Holder
 from jit_kernel.engine.store import CacheError, Store
 
@@ -39,7 +39,7 @@ def _list(store: Store) -> int:
         manifest = found.manifest
         variant = manifest.get("variant")
         fields = ", ".join(f"{name}={value}" for name, value in variant.items()) if isinstance(variant, dict) else ""
-        size = sum(map(len, found.files.values()))
+        size = size_of(folder)
         print(
             f"{manifest.get('created')}  {size / 1e6:6.2f} MB  {manifest.get('seconds')!s:>5} s  "
             f"{manifest.get('target')}  {manifest.get('kernel')}  {fields}"
@@ -60,7 +60,7 @@ def _verify(store: Store) -> int:
 
 
 def _clear(store: Store) -> int:
-    print(f"{store.clear(_report_waiting)} entries removed from {store.root}")
+    print(f"{removal.clear(store, _report_waiting)} entries removed from {store.root}")
     return 0
 
 

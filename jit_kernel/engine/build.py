@@ -7,26 +7,34 @@ key, so that an image without a compiler still finds what another built, and a n
 
 from __future__ import annotations
 
-import contextlib
 import errno
+import functools
 import hashlib
 import json
-import shutil
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from jit_kernel import config
 from jit_kernel.device import Target
-from jit_kernel.engine import closure, compiler, identity, progress
+from jit_kernel.engine import (
+    closure,
+    compiler,
+    events,
+    explain,
+    failures,
+    identity,
+    jobs,
+    layers,
+    progress,
+    removal,
+    seal,
+)  # fmt: skip
 from jit_kernel.engine.entry import Entry, Miss, sha256_of
-from jit_kernel.engine.lock import EntryLock, Holder
-from jit_kernel.engine.spec import Event, KernelSpec, recorded
+from jit_kernel.engine.lock import EntryLock
+from jit_kernel.engine.spec import Event, KernelSpec
 from jit_kernel.engine.store import CacheError, Store, write_manifest, write_unit
 
-# With less than this free after a failed compilation, the disk is what failed.
-_FULL_BYTES = 256 << 10
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # How often a compilation is begun whose private folder is taken away meanwhile.
 _ATTEMPTS = 5
@@ -34,28 +42,41 @@ _ATTEMPTS = 5
 
 @dataclass(frozen=True)
 class _Wanted:
-    """A kernel that is asked for, its key, what the key was made of, and the compiler's identity or what it lacks."""
+    """A kernel that is asked for, its key, what the key was made of, and the store that knows compilers."""
 
     spec: KernelSpec
     target: Target
     key: str
     inputs: dict[str, str]
-    compiler: str | compiler.CompilerNotFoundError
+    store: Store
 
-    def find(self, store: Store) -> Entry | Miss:
-        """The entry of the present compiler; where none works, any compiler's."""
-        present = self.compiler if isinstance(self.compiler, str) else None
-        return store.lookup(self.spec.kernel, str(self.target), self.key, present)
+    @property
+    def place(self) -> str:
+        """The target's name in the store."""
+        return str(self.target)
+
+    @functools.cached_property
+    def compiler(self) -> str | compiler.CompilerNotFoundError:
+        """The present compiler's identity, which a compiler may have to be started for, or the error that says so."""
+        return identity.present(self.spec.route, self.store)
+
+    def compiler_seen(self) -> str | None:
+        """The same, if it is known without starting one."""
+        return identity.seen(self.spec.route, self.store)
+
+    def compiler_asked(self) -> str | None:
+        """The same; None where no compiler works."""
+        return self.compiler if isinstance(self.compiler, str) else None
 
 
 def is_stored(spec: KernelSpec, target: Target) -> bool:
     """Whether `obtain` would compile nothing. Starts no compiler that it has seen before."""
     store = _store()
-    return isinstance(_wanted(spec, target, store).find(store), Entry)
+    return isinstance(layers.find(_wanted(spec, target, store), store), Entry)
 
 
 def _wanted(spec: KernelSpec, target: Target, store: Store) -> _Wanted:
-    return _Wanted(spec, target, *key_of(spec, target), identity.present(spec.route, store))
+    return _Wanted(spec, target, *key_of(spec, target), store)
 
 
 def _store() -> Store:
@@ -73,22 +94,26 @@ def obtain(spec: KernelSpec, target: Target, unusable: tuple[Entry, str] | None 
     started = time.perf_counter()
     store = _store()
     wanted = _wanted(spec, target, store)
-    found = wanted.find(store) if unusable is None else _other_than(unusable, wanted, store)
+    found = layers.find(wanted, store, unusable)
     if isinstance(found, Miss):
+        if seal.is_sealed():
+            why = _explained_miss(wanted, found, store)
+            raise seal.refusal(spec, target, wanted.key, why, time.perf_counter() - started)
         if isinstance(wanted.compiler, compiler.CompilerNotFoundError):
             raise wanted.compiler
         if not store.writable(spec.kernel, str(target)):
-            return _build_outside(wanted, found.reason, store)
+            return _build_outside(wanted, _explained_miss(wanted, found, store), store)
         try:
             found = _under_lock(wanted, store, unusable)
         except OSError as error:
             if error.errno in _FULL:
-                raise _disk_full(spec, store.root) from error
+                raise failures.disk_full(spec, store.root) from error
             raise CacheError(f"cache folder {store.root} cannot be used for {spec}: {error}") from error
         if found.fresh:
+            removal.keep_within(store, found.folder)
             return found
     seconds = time.perf_counter() - started
-    recorded.append(Event(spec, target, "loaded", seconds))
+    events.post(Event(spec, target, "loaded", seconds, key=wanted.key, layer=found.layer))
     progress.say(f"loaded {spec} from {found.folder} in {seconds * 1e3:.1f} ms", "debug")
     return found
 
@@ -114,19 +139,11 @@ def unloadable(spec: KernelSpec, target: Target, entry: Entry, problem: str) -> 
     )
 
 
-def _other_than(unusable: tuple[Entry, str], wanted: _Wanted, store: Store) -> Entry | Miss:
-    """The entry that another process has put in the place of an unusable one."""
-    found = wanted.find(store)
-    if isinstance(found, Entry) and found.files == unusable[0].files:
-        return Miss(f"it cannot be loaded here ({unusable[1]})", found.folder)
-    return found
-
-
 def _under_lock(wanted: _Wanted, store: Store, unusable: tuple[Entry, str] | None) -> Entry:
     """Look again under the lock, and compile if need be."""
     lock = store.lock(wanted.spec.kernel, str(wanted.target), wanted.key)
-    with lock.held(partial(_report_waiting, wanted.spec)):
-        found = wanted.find(store) if unusable is None else _other_than(unusable, wanted, store)
+    with lock.held(functools.partial(failures.report_waiting, wanted.spec)):
+        found = layers.find(wanted, store, unusable)
         return _build(wanted, found, store, lock) if isinstance(found, Miss) else found
 
 
@@ -137,7 +154,7 @@ def _build(wanted: _Wanted, miss: Miss, store: Store, lock: EntryLock) -> Entry:
         progress.warn_once(f"{spec} in {miss.damaged} is unusable: {reason}; compiling it again")
         store.quarantine(miss.damaged)
     else:
-        reason = _why_missed(wanted, store) or reason
+        reason = _explained_miss(wanted, miss, store)
     name = f"{wanted.key}-{wanted.compiler}"
     for attempt in range(_ATTEMPTS):
         private = store.private_folder()
@@ -152,7 +169,7 @@ def _build(wanted: _Wanted, miss: Miss, store: Store, lock: EntryLock) -> Entry:
                 continue
             if isinstance(error, OSError):
                 raise
-            raise _explained(wanted, error, private, store, name) from error
+            raise failures.explained(spec, wanted.target, error, private, store, name) from error
         finally:
             store.discard(private)
     raise AssertionError("the last attempt returns or raises")
@@ -161,7 +178,7 @@ def _build(wanted: _Wanted, miss: Miss, store: Store, lock: EntryLock) -> Entry:
 def _published(wanted: _Wanted, entry: Entry, folder: Path, private: Path, store: Store) -> Entry:
     """The entry at its place: the one that was there first, where another process published the same meanwhile."""
     if private.exists():
-        first = wanted.find(store)
+        first = store.lookup(wanted.spec.kernel, wanted.place, wanted.key, wanted.compiler_asked())
         if isinstance(first, Entry):
             return first
         store.quarantine(folder)
@@ -181,12 +198,12 @@ def _build_outside(wanted: _Wanted, reason: str, store: Store) -> Entry:
         try:
             return _compile_into(folder, wanted, reason, None)
         except compiler.CompileError as error:
-            raise _explained(wanted, error, folder, store, None) from error
+            raise failures.explained(wanted.spec, wanted.target, error, folder, store, None) from error
         finally:
             home.discard(folder)
     except OSError as error:
         if error.errno in _FULL:
-            raise _disk_full(wanted.spec, Path(str(error.filename or "the temporary files"))) from error
+            raise failures.disk_full(wanted.spec, Path(str(error.filename or "the temporary files"))) from error
         raise CacheError(
             f"{wanted.spec} cannot be compiled: neither {store.root} nor the folder of temporary files can be written "
             f"({error}); set JIT_KERNEL_CACHE_DIR or TMPDIR"
@@ -200,7 +217,7 @@ def _compile_into(folder: Path, wanted: _Wanted, reason: str, last_seconds: floa
     started = time.perf_counter()
     unit = write_unit(folder, compiler.UNIT_NAMES[spec.route], spec.unit)
     source_folder = config.kernel_sources_dir() / spec.kernel
-    with progress.compiling(f"{spec} for {target}", last_seconds):
+    with jobs.slot(spec, target, wanted.store), progress.compiling(f"{spec} for {target}", last_seconds):
         made = compiler.compile_unit(spec.route, folder, target, spec.flags, source_folder)
     found = compiler.require(spec.route)
     names = [unit.name, made.artifact]
@@ -227,7 +244,7 @@ def _compile_into(folder: Path, wanted: _Wanted, reason: str, last_seconds: floa
     }
     write_manifest(folder, manifest)
     seconds = time.perf_counter() - started
-    recorded.append(Event(spec, target, "compiled", seconds, reason, made.peak_bytes))
+    events.post(Event(spec, target, "compiled", seconds, reason, made.peak_bytes, key=wanted.key))
     return Entry(folder, manifest, files, fresh=True)
 
 
@@ -244,53 +261,19 @@ def key_of(spec: KernelSpec, target: Target) -> tuple[str, dict[str, str]]:
     return hashlib.sha256(text.encode()).hexdigest()[:32], inputs
 
 
-def _why_missed(wanted: _Wanted, store: Store) -> str | None:
-    """What changed since the newest entry of the same variant, for the event and the log."""
-    spec, inputs = wanted.spec, wanted.inputs
-    same = [
-        manifest
-        for _, manifest in store.manifests(store.root / spec.kernel / str(wanted.target))
-        if manifest.get("variant") == dict(spec.variant) and isinstance(manifest.get("inputs"), dict)
-    ]
-    if not same:
-        return None
-    old = max(same, key=lambda manifest: str(manifest.get("created")))["inputs"]
-    changed = sorted(name for name in {*old, *inputs} if old.get(name) != inputs.get(name))
-    reason = f"changed since the last build: {', '.join(changed) if changed else 'the compiler'}"
-    progress.say(f"{spec}: {reason}", "debug")
+def _explained_miss(wanted: _Wanted, miss: Miss, store: Store) -> str:
+    """Why it is not stored: what lies in its place, else what differs from the nearest entry."""
+    if miss.damaged is not None:
+        return miss.reason
+    stores = [store, *layers.read_only()]
+    reason = explain.why_missed(wanted.spec, wanted.target, wanted.key, wanted.inputs, stores) or miss.reason
+    progress.say(f"{wanted.spec} is not stored: {reason}", "debug")
     return reason
 
 
-def _explained(
-    wanted: _Wanted, error: compiler.CompileError, private: Path, store: Store, name: str | None
-) -> Exception:
-    # A linker on a full disk prints so, or dies of a signal and prints nothing.
-    with contextlib.suppress(OSError):
-        if "No space left on device" in error.log or shutil.disk_usage(private).free < _FULL_BYTES:
-            return _disk_full(wanted.spec, private.parent)
-    where = "its folder could not be kept"
-    with contextlib.suppress(OSError, CacheError):
-        home = store if name else Store.temporary("jit_kernel-failed-", kept=True)
-        kept = home.keep_failure(private, name or "build", error.log, error.command)
-        where = f"log: {kept / 'compile.log'}\nrepeat it with: {kept / 'repeat.sh'}"
-    return compiler.CompileError(
-        f"{wanted.spec} for {wanted.target} did not compile:\n{error}\n{where}", log=error.log, command=error.command
-    )
-
-
-def _disk_full(spec: KernelSpec, place: Path) -> CacheError:
-    return CacheError(
-        f"the disk that holds {place} is full: {spec} was not compiled; free some space, or set "
-        "JIT_KERNEL_CACHE_DIR to a folder on another disk"
-    )
-
-
-def _report_waiting(spec: KernelSpec, holder: Holder | None, waited: float) -> None:
-    if holder is None:
-        progress.say(f"waiting for {spec}, which another process compiles ({waited:.0f} s so far)")
-        return
-    last = f", its last build took {holder.last_seconds:.1f} s" if holder.last_seconds else ""
-    progress.say(
-        f"waiting for {spec}: process {holder.pid} on {holder.host} has been compiling it for "
-        f"{max(0.0, time.time() - holder.since):.0f} s{last}"
-    )
+def why(spec: KernelSpec, target: Target) -> tuple[str, str]:
+    """Where a kernel is stored, or "" and why it is not: behind `cache why`."""
+    store = _store()
+    wanted = _wanted(spec, target, store)
+    found = layers.find(wanted, store)
+    return (str(found.folder), "") if isinstance(found, Entry) else ("", _explained_miss(wanted, found, store))

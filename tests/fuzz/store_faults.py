@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from jit_kernel.engine import removal
 from jit_kernel.engine.store import Store
 from tests.support import tiny
 
@@ -171,7 +172,7 @@ def clear(store: Path, chance: random.Random) -> bool:
     """`cache clear`, beside whatever runs."""
     found = Store(store)
     found.check()
-    found.clear(lambda holder, waited: None)
+    removal.clear(found, lambda holder, waited: None)
     return True
 
 
