@@ -137,9 +137,12 @@ def program_command(found: Found, target: Target, extra: Sequence[str]) -> list[
 
     library = Path(tvm_ffi.libinfo.find_libtvm_ffi())
     includes = [*map(str, _kernel_includes()), *tvm_ffi.libinfo.include_paths()]
+    # __FILE__ would hold this machine's paths, and two builds of one key would differ.
+    places = {str(config.kernel_sources_dir()): "kernel_sources", tvm_ffi.libinfo.include_paths()[0]: "tvm_ffi"}
+    relative = [f"-ffile-prefix-map={path}={name}" for path, name in places.items()]
     # The library is linked by name only: the process that loads the kernel has it loaded already.
     return [
-        *(*found.command, *flags("host", target, extra), *(f"-I{path}" for path in includes)),
+        *(*found.command, *flags("host", target, extra), *relative, *(f"-I{path}" for path in includes)),
         *(UNIT_NAMES["host"], "-o", ARTIFACTS["host"], f"-L{library.parent}", "-ltvm_ffi"),
     ]
 

@@ -1,9 +1,9 @@
 """How many compilations run at a time: bounded for all processes of one user on this host together.
 
-Each compilation holds one of a few lock files in memory (/dev/shm, else the folder of temporary files), from when it starts to its end; the
-system frees those of a process that dies. There are as many as processors, and as fit into four fifths of the memory
-(a container's own, if it has a limit) when each takes the most that such a compilation was measured to take. Beside
-others, one starts only while that much is free. Where no such folder can be had, nothing is bounded.
+Each compilation holds one of a few lock files in /dev/shm, else in the folder of temporary files, from when it starts
+to its end; the system frees those of a process that dies. There are as many as processors, and as fit into four fifths
+of the memory (a container's own, if it has a limit) when each takes the most that such a compilation was measured to
+take. Beside others, one starts only while that much is free. Where no such folder can be had, nothing is bounded.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ def files_of(entry: Entry) -> dict[str, bytes]:
     compiler = entry.manifest.get("compiler")
     if isinstance(compiler, dict):
         manifest["compiler"] = {name: compiler[name] for name in ("name", "version") if name in compiler}
-    return {**entry.files, MANIFEST: json.dumps(manifest, indent=1, sort_keys=True).encode()}
+    return {**entry.files, MANIFEST: json.dumps(manifest, indent=1).encode()}
 
 
 def collect(stores: Sequence[Store], wanted: Mapping[str, str] | None, targets: Iterable[str]) -> dict[str, Entry]:

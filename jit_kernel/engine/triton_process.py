@@ -9,7 +9,6 @@ import base64
 import importlib
 import json
 import sys
-import time
 from typing import Any
 
 _TYPE_LETTERS = {"i64": "l", "i32": "i", "fp32": "f"}
@@ -21,7 +20,6 @@ def _compile(job: dict[str, Any]) -> dict[str, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    started = time.perf_counter()
     unit = job["unit"]
     module = importlib.import_module(f"{job['package']}.{unit['module']}")
     function = getattr(module, unit["function"])
@@ -51,7 +49,6 @@ def _compile(job: dict[str, Any]) -> dict[str, Any]:
             "arguments": arguments,
             "num_stages": metadata.num_stages,
             "triton": triton.__version__,
-            "seconds": round(time.perf_counter() - started, 3),
         },
     }
 

@@ -6,8 +6,10 @@ index alone, each checked, and only plain files are read, so that no name leads 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import stat
 import tarfile
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -90,7 +92,7 @@ def opened(file: BinaryIO, key: bytes | None) -> Pack:
     """
     index = _member(file, INDEX, MOST_INDEX_BYTES)
     begins = file.tell()
-    signed = tarfile_name(file.read(BLOCK)) == SIGNATURE
+    signed = _name_in(file.read(BLOCK)) == SIGNATURE
     file.seek(begins)
     if signed:
         said = _member(file, SIGNATURE, 64)
@@ -150,7 +152,7 @@ def _described(block: bytes) -> tarfile.TarInfo | None:
         return None
 
 
-def tarfile_name(block: bytes) -> str:
+def _name_in(block: bytes) -> str:
     """The name in a tar header; empty where it is none."""
     found = _described(block)
     return found.name if found is not None else ""
@@ -167,7 +169,7 @@ def problems(pack: Pack, targets: Collection[str] = ()) -> list[str]:
 
     targets: those that are wanted, all without one: what cannot run on this machine is wrong among them alone.
     """
-    found = []
+    found: list[str] = []
     end = pack.begins
     manifests: dict[str, dict[str, Any]] = {}
     for place, name, offset, size, digest in pack.files():
@@ -267,13 +269,15 @@ def unpack(
     return Unpacked(published, present, pack.signed)
 
 
-def open_file(path: Path) -> BinaryIO:
-    """A pack, opened to be read: a plain file. Raises PackError."""
+@contextlib.contextmanager
+def open_pack(path: Path, key: bytes | None) -> Iterator[Pack]:
+    """A pack whose index was read, open as long as the block lasts. A PackError has its path."""
     try:
-        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise PackError("it is not a plain file")
+            yield opened(file, key)
+    except PackError as error:
+        raise PackError(f"{path}: {error}") from error
     except OSError as error:
-        raise PackError(f"{path} cannot be read: {error.strerror or error}") from error
-    if not os.path.isfile(path):
-        file.close()
-        raise PackError(f"{path} is not a plain file")
-    return file
+        raise PackError(f"{path} cannot be used: {error.strerror or error}") from error
