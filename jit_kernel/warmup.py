@@ -193,9 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--profile", metavar="FILE", help="only what a run wrote to JIT_KERNEL_RECORD's file")
     parser.add_argument("--check", action="store_true", help="compile nothing; fail unless every kernel can be loaded")
-    parser.add_argument(
-        "--jobs", type=int, metavar="N", help="compilations at a time (default: what fits here)"
-    )
+    parser.add_argument("--jobs", type=int, metavar="N", help="compilations at a time (default: what fits here)")
     parser.add_argument("--list", action="store_true", help="list the variants and whether they are stored")
     parser.add_argument("--dry-run", action="store_true", help="say what would be compiled, and compile nothing")
     parser.add_argument("--json", action="store_true", help="print the outcome as one JSON object")

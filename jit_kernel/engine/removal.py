@@ -121,7 +121,9 @@ def prune(store: Store, limit: int, *, older_than: float = 0.0, keep: Path | Non
     for last, size, folder, key in found:
         if (limit and total - removed_bytes <= limit) or (older_than and now - last < older_than):
             break
-        if folder == keep or use.is_used(folder):
+        if folder == keep:
+            continue
+        if use.is_used(folder):
             used += 1
             continue
         if dry or _removed_now(store, folder, key):
