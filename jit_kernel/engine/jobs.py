@@ -13,18 +13,14 @@ import os
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from jit_kernel.device import Target
 from jit_kernel.engine import lock as locks
 from jit_kernel.engine import machine, progress
 from jit_kernel.engine.spec import KernelSpec
 from jit_kernel.engine.store import Store
-
-if TYPE_CHECKING:
-    from filelock import FileLock
 
 # What a compilation takes of which none was measured: the CPU kernel 0.4 to 1.2 GB under g++ 9 to 14 and clang 14.
 _USUAL_BYTES = 1_500_000_000
@@ -58,30 +54,30 @@ def slot(spec: KernelSpec, target: Target, store: Store) -> Iterator[None]:
     if folder is None:
         yield
         return
-    lock = _acquired(folder, spec, peak_of(spec, target, store))
+    release = _acquired(folder, spec, peak_of(spec, target, store))
     try:
         yield
     finally:
-        if lock is not None:
-            lock.release()
+        if release is not None:
+            release()
         _peaks.pop((store.root, spec.kernel, str(target)), None)  # this one was measured
 
 
-def _acquired(folder: Path, spec: KernelSpec, peak: int) -> FileLock | None:
+def _acquired(folder: Path, spec: KernelSpec, peak: int) -> Callable[[], None] | None:
     started, patience = time.monotonic(), _PATIENCE
     while True:
         bound = most(peak)
         for number in range(bound):
             try:
-                lock = locks.try_lock(folder / f"{number}.lock")
+                release = locks.try_lock(folder / f"{number}.lock")
             except OSError:  # the folder was removed, or the disk is full: it is the compilation's to say so
                 return None
-            if lock is None:
+            if release is None:
                 continue
             found = machine.memory()
             if number == 0 or found is None or found.free >= peak:
-                return lock
-            lock.release()
+                return release
+            release()
             break
         waited = time.monotonic() - started
         if waited > patience:

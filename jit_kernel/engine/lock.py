@@ -121,9 +121,10 @@ def remove_free(folder: Path) -> None:
         folder.rmdir()
 
 
-def try_lock(path: Path) -> FileLock | None:
-    """A lock file outside of the store, locked if it is free; None where another holds it."""
-    return _locked(path)
+def try_lock(path: Path) -> Callable[[], None] | None:
+    """Lock a file outside of the store if it is free; answers with what releases it, None where another holds it."""
+    lock = _locked(path)
+    return None if lock is None else lock.release
 
 
 def _locked(path: Path, *, surely: bool = False) -> FileLock | None:

@@ -224,7 +224,7 @@ def test_processes_share_the_slots_of_a_host(tmp_path):
         held += [taken] if taken is not None else []
     child = children.Child(with_one_slot, environment=environment, scratch=tmp_path)
     assert not child._receiver.poll(1.0) and compilations(starts) == 0, "it compiled without a slot"
-    held[0].release()
+    held[0]()
     assert child.outcome().result["right"] and compilations(starts) == 1
 
 
