@@ -56,6 +56,7 @@ format: $(VENV)/.lint
 
 bench: $(VENV)/.ready $(VENV)/.bench
 	$(BIN)/python benchmarks/loader.py
+	$(BIN)/python benchmarks/store.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/cpu_attention.py
 	$(BIN)/python benchmarks/draw.py

@@ -28,6 +28,7 @@ _LEAST_BYTES = 100_000_000
 _SHARE = 0.8  # of the memory, for all compilations together
 _POLL_SECONDS = 0.05
 _PATIENCE = 10.0
+_MOST_SECONDS = 300.0
 _peaks: dict[tuple[Path, str, str], int] = {}
 
 
@@ -42,9 +43,8 @@ def peak_of(spec: KernelSpec, target: Target, store: Store) -> int:
 
 def most(peak: int, root: Path = Path("/")) -> int:
     """How many compilations that take `peak` bytes each may run at a time on this machine; at least one."""
-    found = machine.memory(root)
-    fit = int(found.limit * _SHARE / peak) if found else machine.processors(root)
-    return max(1, min(machine.processors(root), fit))
+    found, cores = machine.memory(root), max(2, machine.processors(root))  # a launcher and its first kernel
+    return max(1, min(cores, int(found.limit * _SHARE / peak) if found else cores))
 
 
 @contextlib.contextmanager
@@ -80,6 +80,9 @@ def _acquired(folder: Path, spec: KernelSpec, peak: int) -> Callable[[], None] |
             release()
             break
         waited = time.monotonic() - started
+        if waited > _MOST_SECONDS:  # a compiler that hangs must not keep every other from its work
+            progress.warn_once(f"no room to compile {spec} for {waited:.0f} s; it is compiled beside the others")
+            return None
         if waited > patience:
             progress.say(f"waiting {waited:.0f} s to compile {spec}: {bound} compilations at a time fit this machine")
             patience += _PATIENCE

@@ -159,7 +159,7 @@ def test_a_store_of_another_user_is_refused(tmp_path):
         (("dance",), 2, "invalid choice: 'dance'"),
         (("--help",), 0, "which implementation serves a call"),
         (("cache",), 2, "required: action"),
-        (("cache", "--help"), 0, "list or verify"),
+        (("cache", "--help"), 0, "read every byte of the entries, or of a pack"),
         (("doctor", "--help"), 0, "one JSON object"),
         (("why", "--help"), 0, "Which implementation serves a call"),
     ],
