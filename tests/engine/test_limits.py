@@ -247,3 +247,17 @@ def test_without_a_folder_for_slots_nothing_is_bounded(monkeypatch, three):
 )
 def test_sizes(text, size):
     assert config.bytes_of(text) == size
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
+def test_a_strangers_folder_of_slots_is_not_used(tmp_path, monkeypatch):
+    """Nor one that others can write: they could keep every compilation waiting."""
+    monkeypatch.setattr(jobs.os, "access", lambda path, mode: False)  # no /dev/shm
+    monkeypatch.setattr(jobs.tempfile, "gettempdir", lambda: str(tmp_path))
+    folder = jobs._folder()
+    assert folder is not None and folder.parent == tmp_path
+    folder.chmod(0o777)
+    assert jobs._folder() is None
+    folder.chmod(0o700)
+    os.chown(folder, 12345, 12345)
+    assert jobs._folder() is None

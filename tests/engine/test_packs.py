@@ -14,8 +14,8 @@ import pytest
 
 from jit_kernel import config
 from jit_kernel.commands import cache
-from jit_kernel.engine import pack, signature
-from jit_kernel.engine.entry import sha256_of
+from jit_kernel.engine import pack, signature, unpack
+from jit_kernel.engine.entry import Entry, sha256_of
 from jit_kernel.engine.store import Store
 from tests.support import children, tiny
 
@@ -248,3 +248,23 @@ def test_an_entry_that_is_damaged_is_replaced(tmp_path, stores, run, packed):
     status, said = run("unpack", str(packed), store=store)
     assert status == 0 and said.startswith("1 entries unpacked, 1 there already")
     assert run("verify", store=store)[0] == 0
+
+
+def test_a_pack_that_changes_while_it_is_unpacked(tmp_path, stores, packed, monkeypatch):
+    """Between the check and the writing another process writes to the file: nothing of that entry is published."""
+    data = packed.read_bytes()
+
+    def check_and_change(found: unpack.Pack, targets: object) -> list[str]:
+        assert problems(found, ()) == []
+        packed.write_bytes(data[:-2000] + bytes(len(data[-2000:])))
+        return []
+
+    problems = unpack.problems
+    monkeypatch.setattr(unpack, "problems", check_and_change)
+    store = Store(tmp_path / "store")
+    with (
+        pytest.raises(pack.PackError, match="was changed after it was checked"),
+        unpack.open_pack(packed, None) as found,
+    ):
+        unpack.unpack(found, store, (), lambda holder, waited: None)
+    assert all(isinstance(entry, Entry) for _, entry in store.verified()) and not list((store.root / ".tmp").iterdir())
