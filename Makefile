@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 SETUP_FILES = pyproject.toml constraints.txt
 
-.PHONY: demo test test-quick test-timing test-hosts lint format bench warmup test-gpu sanitize-gpu bench-gpu test-musa fuzz fuzz-sanitize clean-cache wheel
+.PHONY: demo test test-quick test-timing test-hosts lint format bench warmup test-gpu sanitize-gpu bench-gpu test-musa fuzz fuzz-sanitize clean-cache wheel wheels
 
 demo: $(VENV)/.ready $(VENV)/.demo
 	$(BIN)/python examples/first_call.py
@@ -86,6 +86,10 @@ test-musa: $(VENV)/.ready
 wheel: $(VENV)/.ready
 	$(PIP) build hatchling
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist .
+
+# The plain wheel, and one for this machine's kind with launchers in it: run it on x86-64 and on aarch64.
+wheels: wheel
+	$(BIN)/python tools/platform_wheel.py $$(ls -t dist/jit_kernel-*-py3-none-any.whl | head -1) --out dist
 
 clean-cache:
 	rm -rf cache/store
