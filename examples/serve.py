@@ -87,7 +87,7 @@ def serve(model: Any, requests: list[list[int]], new_tokens: int) -> tuple[list[
     greedy = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
     pages = sum(-(-(len(request) + new_tokens) // 64) for request in requests)
     settings = ContinuousBatchingConfig(  # else the cache takes what memory is free
-        page_size=64, num_blocks=2 * pages, max_batch_tokens=2048, auto_switch_to_flash=False
+        page_size=64, num_blocks=min(2 * pages, 1024), max_batch_tokens=2048, auto_switch_to_flash=False
     )
     began = time.perf_counter()
     found = model.generate_batch(
