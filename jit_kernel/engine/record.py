@@ -48,7 +48,7 @@ def note(spec: KernelSpec, target: Target) -> None:
                 warn_once(f"JIT_KERNEL_RECORD: {path} holds {_MOST_KERNELS} kernels; no more are added")
                 return
             _noted.add(line)
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
             try:
                 os.write(descriptor, line.encode())  # whole: processes that write at once do not mix their lines
             finally:

@@ -206,6 +206,7 @@ def test_doctor_reports_devices_compilers_and_the_store(store):
     host = facts["compilers"]["host"]
     assert host[0]["chosen"] and host[0]["reason"] and host[0]["version"]
     assert facts["cache"]["folder"] == store and facts["cache"]["exists"] is False
+    assert facts["cache"]["limit"] == 4 << 30 and facts["cache"]["layers"] == []
     text = command("jit_kernel", "doctor", JIT_KERNEL_CACHE_DIR=store).stdout
     assert facts["devices"]["cpu"]["target"] in text and store in text
     assert not Path(store).exists(), "doctor made the store"
