@@ -48,7 +48,7 @@ def warmup_command(spec: KernelSpec, target: Target) -> str:
 
     Of a kernel that no warm-up of attention lists it names the module that declares it: MODULE for somebody else's.
     """
-    if spec.sources is not None or spec.kernel == "launcher":  # of the toolkit's kernels, whoever declares them
+    if spec.sources is not None:
         module = " --module MODULE"
     else:
         module = " --module jit_kernel.ops" if spec.kernel.startswith("ops/") else ""

@@ -108,16 +108,13 @@ def test_sources_in_a_profile_that_are_refused(tmp_path):
     assert ready.kernels_of(profile) == [(spec, TARGET)]
 
 
-@pytest.mark.parametrize(
-    ("spec", "module"),
-    [
-        (jit.LAUNCHER, "MODULE"),
-        (jit.cuda(None, "ops/rms_norm.h", entry="x", device=str(TARGET)).spec, "jit_kernel.ops"),
-    ],
-    ids=["launcher", "ops"],
-)
-def test_a_sealed_error_names_the_module_to_warm(spec, module):
-    assert seal.warmup_command(spec, TARGET).startswith(f"python -m jit_kernel.warmup --module {module} --target ")
+def test_a_sealed_error_names_the_module_to_warm():
+    """The ops' module for an operator; none for the launcher, which attention's warm-up compiles as well."""
+    spec = jit.cuda(None, "ops/rms_norm.h", entry="x", device=str(TARGET)).spec
+    assert seal.warmup_command(spec, TARGET).startswith("python -m jit_kernel.warmup --module jit_kernel.ops --target ")
+    for target in (TARGET, Target("cuda", "sm_80")):
+        assert seal.warmup_command(jit.LAUNCHER, target).endswith(f"warmup --target {target} --select function=launcher")
+        assert jit.LAUNCHER in warmup.specs_of(target, {"function": "launcher"})
 
 
 def test_a_library_does_not_know_its_folder(tmp_path):
