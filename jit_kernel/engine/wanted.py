@@ -7,10 +7,9 @@ key, so that an image without a compiler still finds what another built, and a n
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jit_kernel import config
 from jit_kernel.device import Target
@@ -28,16 +27,20 @@ class Wanted:
     key: str
     inputs: dict[str, str]
     store: Store
+    _asked: list[str | compiler.CompilerNotFoundError] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def place(self) -> str:
         """The target's name in the store."""
         return str(self.target)
 
-    @functools.cached_property
+    @property
     def compiler(self) -> str | compiler.CompilerNotFoundError:
         """The present compiler's identity, which a compiler may have to be started for, or the error that says so."""
-        return identity.present(self.spec.route, self.store)
+        # functools.cached_property has one lock for all instances up to Python 3.11, which a forked child finds held.
+        if not self._asked:
+            self._asked.append(identity.present(self.spec.route, self.store))
+        return self._asked[0]
 
     def compiler_seen(self) -> str | None:
         """The same, if it is known without starting one."""

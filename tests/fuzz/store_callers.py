@@ -35,16 +35,20 @@ class Caller:
         self.title, self.meant_to_die = title, False
         self.notes = notes / f"{title}-{os.urandom(4).hex()}"
         self._reading, writing = os.pipe()
+        # An interrupt in the child before its own try would run the campaign's end in it, which removes every folder.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         self.process = os.fork()
         if self.process == 0:
             os.close(self._reading)
             self._answer(work, writing, environment)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         os.close(writing)
 
     def _answer(self, work: Callable[[], Any], writing: int, environment: dict[str, str]) -> None:
         """In the child, which never returns."""
         signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             descriptor = os.open(self.notes, os.O_WRONLY | os.O_CREAT, 0o644)
             os.dup2(descriptor, 2)
             sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)

@@ -113,7 +113,7 @@ def test_a_sealed_error_names_the_module_to_warm():
     spec = jit.cuda(None, "ops/rms_norm.h", entry="x", device=str(TARGET)).spec
     assert seal.warmup_command(spec, TARGET).startswith("python -m jit_kernel.warmup --module jit_kernel.ops --target ")
     for target in (TARGET, Target("cuda", "sm_80")):
-        assert seal.warmup_command(jit.LAUNCHER, target).endswith(f"warmup --target {target} --select function=launcher")
+        assert seal.warmup_command(jit.LAUNCHER, target).endswith(f" --target {target} --select function=launcher")
         assert jit.LAUNCHER in warmup.specs_of(target, {"function": "launcher"})
 
 
