@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 SETUP_FILES = pyproject.toml constraints.txt
 
-.PHONY: demo test test-quick test-timing test-hosts test-ops lint format bench warmup test-gpu sanitize-gpu bench-gpu test-musa fuzz fuzz-sanitize clean-cache wheel
+.PHONY: demo test test-quick test-timing test-hosts test-ops lint format bench warmup test-gpu sanitize-gpu bench-gpu test-musa fuzz fuzz-sanitize clean-cache wheel wheels
 
 demo: $(VENV)/.ready $(VENV)/.demo
 	$(BIN)/python examples/first_call.py
@@ -65,6 +65,7 @@ format: $(VENV)/.lint
 
 bench: $(VENV)/.ready $(VENV)/.bench
 	$(BIN)/python benchmarks/loader.py
+	$(BIN)/python benchmarks/store.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/cpu_attention.py
 	$(BIN)/python benchmarks/draw.py
@@ -98,6 +99,10 @@ test-musa: $(VENV)/.ready
 wheel: $(VENV)/.ready
 	$(PIP) build hatchling
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist .
+
+# The plain wheel, and one for this machine's kind with launchers in it: run it on x86-64 and on aarch64.
+wheels: wheel
+	$(BIN)/python tools/platform_wheel.py $$(ls -t dist/jit_kernel-*-py3-none-any.whl | head -1) --out dist
 
 clean-cache:
 	rm -rf cache/store

@@ -20,7 +20,14 @@ _PUBLIC = (
     "get_scheduler_metadata",
     "merge_state",
 )
-__all__ = ["__version__", *_PUBLIC]
+# Of a process that serves: the file of each.
+_OPERATION = {
+    "on_event": "jit_kernel.jit",
+    "preload": "jit_kernel.ready",
+    "seal": "jit_kernel.jit",
+    "stats": "jit_kernel.jit",
+}
+__all__ = ["__version__", *_PUBLIC, *_OPERATION]
 
 if TYPE_CHECKING:
     from jit_kernel.flash_attention_v3 import (
@@ -33,17 +40,19 @@ if TYPE_CHECKING:
         get_scheduler_metadata,
         merge_state,
     )
+    from jit_kernel.jit import on_event, seal, stats
+    from jit_kernel.ready import preload
 
 
 def __getattr__(name: str) -> object:
-    if name not in _PUBLIC:
+    if name not in _PUBLIC and name not in _OPERATION:
         raise AttributeError(f"module 'jit_kernel' has no attribute {name!r}")
-    from jit_kernel import flash_attention_v3
+    import importlib
 
-    value = getattr(flash_attention_v3, name)
+    value = getattr(importlib.import_module(_OPERATION.get(name, "jit_kernel.flash_attention_v3")), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PUBLIC})
+    return sorted({*globals(), *_PUBLIC, *_OPERATION})

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 # Each is a file of commands/ with a `main`; it is imported only when it is chosen.
 COMMANDS = {
     "doctor": "devices, compilers, versions, cache and implementations",
-    "cache": "list, verify or clear the store of compiled kernels",
+    "cache": "list, verify, explain, prune, pack and unpack the store of compiled kernels",
     "why": "which implementation serves a call, and why the others do not",
     "hosts": "which programs can run on jit_kernel, the line for each, and what it cannot do",
     "local-kernels": "the line that makes transformers, diffusers and sglang fetch jit_kernel as FlashAttention-3",

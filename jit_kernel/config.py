@@ -9,6 +9,7 @@ read at each question: only compilations and reports ask.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ PLUGINS = ("sglang", "vllm")  # the engines whose entry points load a plug-in of
 
 _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("", "0", "false", "no", "off")
+_SECRET = "JIT_KERNEL_PACK_KEY"  # never shown, and no business of a compiler
 
 
 class ConfigError(ValueError):
@@ -40,6 +42,11 @@ class Settings:
     force_metadata_update: bool
     plugins: tuple[str, ...]
     counters: Path | None
+    cache_layers: tuple[Path, ...]
+    cache_limit: int
+    record: Path | None
+    sealed: bool
+    pack_key: str
 
 
 _settings: Settings | None = None
@@ -76,8 +83,14 @@ def _choices(key: str, choices: tuple[str, ...]) -> tuple[str, ...]:
 
 def _path(key: str) -> Path | None:
     value = os.environ.get(key, "")
-    if not value:
-        return None
+    return _absolute(key, value) if value else None
+
+
+def _paths(key: str) -> tuple[Path, ...]:
+    return tuple(_absolute(key, part) for part in os.environ.get(key, "").split(os.pathsep) if part)
+
+
+def _absolute(key: str, value: str) -> Path:
     try:
         path = Path(value).expanduser()
     except RuntimeError as error:
@@ -87,6 +100,29 @@ def _path(key: str) -> Path | None:
     if not path.is_absolute():
         raise ConfigError(f"{key} is {value!r}; it must be an absolute path")
     return path
+
+
+def _size(key: str, usual: str) -> int:
+    value = os.environ.get(key, "") or usual
+    try:
+        return bytes_of(value)
+    except ValueError as error:
+        raise ConfigError(f"{key} is {value!r}; {error}") from error
+
+
+def bytes_of(text: str) -> int:
+    """A size in bytes: a number, behind it nothing, KiB, MiB, GiB or TiB. Raises ValueError that says so."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([KMGT])i?B?)?", text.strip())
+    if match is None:
+        raise ValueError("it must be a size in bytes, or one with KiB, MiB, GiB or TiB behind it, as 4GiB; 0 for none")
+    return int(float(match[1]) * 1024 ** ("KMGT".index(match[2]) + 1 if match[2] else 0))
+
+
+def _key(key: str) -> str:
+    value = os.environ.get(key, "")
+    if value.startswith("hex:") and not re.fullmatch(r"(?:[0-9a-fA-F]{2}){32,}", value[4:]):
+        raise ConfigError(f"{key} is 'hex:...'; it must have 64 hexadecimal digits or more behind hex:")
+    return value if not value or value.startswith("hex:") else str(_absolute(key, value))  # a file's path is no secret
 
 
 def settings() -> Settings:
@@ -103,6 +139,11 @@ def settings() -> Settings:
             force_metadata_update=_flag("JIT_KERNEL_FORCE_METADATA_UPDATE"),
             plugins=_choices("JIT_KERNEL_PLUGINS", PLUGINS),
             counters=_path("JIT_KERNEL_COUNTERS"),
+            cache_layers=_paths("JIT_KERNEL_CACHE_LAYERS"),
+            cache_limit=_size("JIT_KERNEL_CACHE_LIMIT", "4GiB"),
+            record=_path("JIT_KERNEL_RECORD"),
+            sealed=_flag("JIT_KERNEL_SEALED"),
+            pack_key=_key(_SECRET),
         )
     return _settings
 
@@ -123,7 +164,10 @@ def on_reload(forget: Callable[[], None]) -> None:
 
 def given_settings() -> dict[str, str]:
     """Every JIT_KERNEL_ variable of the environment as it stands there, for reports."""
-    return {key: value for key, value in sorted(os.environ.items()) if key.startswith("JIT_KERNEL_")}
+    found = {key: value for key, value in sorted(os.environ.items()) if key.startswith("JIT_KERNEL_")}
+    if found.get(_SECRET, "").startswith("hex:"):
+        found[_SECRET] = "hex:..."
+    return found
 
 
 def host_compiler() -> str:
@@ -133,7 +177,7 @@ def host_compiler() -> str:
 
 def child_environment(*, without: Callable[[str], bool] = lambda name: False, **changes: str) -> dict[str, str]:
     """The environment of a program that is started: this process's, less the names that `without` picks, changed."""
-    inherited = {name: value for name, value in os.environ.items() if not without(name)}
+    inherited = {name: value for name, value in os.environ.items() if not without(name) and name != _SECRET}
     return {**inherited, **changes}
 
 
@@ -222,6 +266,12 @@ def kernel_sources_dir() -> Path:
     if not path.is_dir():
         raise ConfigError(f"kernel sources are missing: {path} is not a folder; reinstall jit_kernel")
     return path
+
+
+def cache_layers() -> tuple[Path, ...]:
+    """The read-only stores under the user's, in order: JIT_KERNEL_CACHE_LAYERS, then the one of an installed wheel."""
+    inside = package_dir() / "kernel_cache"
+    return (*settings().cache_layers, *((inside,) if inside.is_dir() else ()))
 
 
 def cache_dir() -> Path:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from jit_kernel.engine.build import is_stored
 from jit_kernel.engine.cubin import LAUNCHER, DeviceKernels
+from jit_kernel.engine.events import Stats, on_event, stats
 from jit_kernel.engine.installed import CompileError, CompilerError, CompilerNotFoundError
 from jit_kernel.engine.memory import Cubin, build, load, load_cubin
+from jit_kernel.engine.seal import SealedError, seal
 from jit_kernel.engine.sources import Sources
 from jit_kernel.engine.spec import Event, KernelSpec, recorded
 from jit_kernel.engine.store import CacheError
@@ -31,7 +33,9 @@ __all__ = [
     "Kernel",
     "KernelSpec",
     "Library",
+    "SealedError",
     "Sources",
+    "Stats",
     "TritonKernel",
     "build",
     "ctype",
@@ -42,7 +46,10 @@ __all__ = [
     "library",
     "load",
     "load_cubin",
+    "on_event",
     "operator",
+    "seal",
+    "stats",
     "triton",
     "warm",
 ]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,9 +15,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from jit_kernel import config, jit, moore_threads
-from jit_kernel.device import Target, cpu_count, detect_device, device_target
-from jit_kernel.engine import compiler, progress
+from jit_kernel import config, jit, moore_threads, ready
+from jit_kernel.device import Target, detect_device, device_target
+from jit_kernel.engine import compiler, machine, progress
 from jit_kernel.engine.store import CacheError
 from jit_kernel.fa3 import dispatch
 from jit_kernel.jit import KernelSpec
@@ -26,9 +25,6 @@ from jit_kernel.toolkit import declared
 
 if TYPE_CHECKING:
     from jit_kernel.fa3.musa import prebuild
-
-# One compilation of the CPU kernel peaks under this; jobs are limited so that all of them fit in memory.
-BYTES_PER_JOB = 1_500_000_000
 
 
 @dataclass(frozen=True)
@@ -128,14 +124,10 @@ def declared_by(modules: Sequence[str], target: Target, select: dict[str, str]) 
     return chosen
 
 
-def default_jobs() -> int:
-    """As many compilations at a time as there are processors and as fit in the memory that is free."""
-    try:
-        pages = os.sysconf("SC_AVPHYS_PAGES")
-        fit = pages * os.sysconf("SC_PAGE_SIZE") // BYTES_PER_JOB
-    except (ValueError, OSError):
-        fit = cpu_count()
-    return max(1, min(cpu_count(), int(fit)))
+def plan_of_profile(profile: str, targets: Sequence[Target]) -> Plan:
+    """The jobs of a profile, for some targets or for all that it has. Raises ValueError as `ready.kernels_of` does."""
+    kernels = ready.kernels_of(profile, targets)
+    return Plan([Job(spec, target, jit.is_stored(spec, target)) for spec, target in kernels], {})
 
 
 def _compile_all(jobs: Sequence[Job | MateJob], workers: int | None, bar: bool) -> dict[Job | MateJob, str]:
@@ -153,7 +145,7 @@ def _compile_all(jobs: Sequence[Job | MateJob], workers: int | None, bar: bool) 
             line = f"{job} FAILED"
         _show(line, done, len(jobs), bar)
 
-    with ThreadPoolExecutor(max_workers=workers or default_jobs()) as pool, progress.silenced():
+    with ThreadPoolExecutor(max_workers=workers or machine.processors()) as pool, progress.silenced():
         futures: dict[Future[float], Job] = {pool.submit(_build, job): job for job in jobs if isinstance(job, Job)}
         for future in as_completed(futures):
             finish(futures[future], future.result)
@@ -217,7 +209,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="MODULE",
         help="compile what this module declares (jit_kernel.jit.declare), instead of attention; may be repeated",
     )
-    parser.add_argument("--jobs", type=int, metavar="N", help="compilations at a time (default: what memory allows)")
+    parser.add_argument("--profile", metavar="FILE", help="only what a run wrote to JIT_KERNEL_RECORD's file")
+    parser.add_argument("--check", action="store_true", help="compile nothing; fail unless every kernel can be loaded")
+    parser.add_argument("--jobs", type=int, metavar="N", help="compilations at a time (default: what fits here)")
     parser.add_argument("--list", action="store_true", help="list the variants and whether they are stored")
     parser.add_argument("--dry-run", action="store_true", help="say what would be compiled, and compile nothing")
     parser.add_argument("--json", action="store_true", help="print the outcome as one JSON object")
@@ -236,14 +230,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not (field and equals and value):
             parser.error(f"--select is {item!r}; it must be field=value")
         select[field] = value
+    if options.profile and (select or options.module):
+        parser.error("--profile names each kernel; it cannot stand beside --select or --module")
     try:
-        targets = [Target.parse(text) for text in options.target] or [device_target(detect_device())]
-        plan = plan_of(targets, select, options.module)
+        targets = [Target.parse(text) for text in options.target]
+        if options.profile:
+            plan = plan_of_profile(options.profile, targets)
+        else:
+            plan = plan_of(targets or [device_target(detect_device())], select, options.module)
     except (ValueError, CacheError) as error:
         parser.error(str(error))
     if options.list or options.dry_run:
         _print_plan(plan, plan.jobs if options.list else plan.missing, options.json)
         return 1 if plan.unserved else 0
+    if options.check:  # MATE's modules are its own to check
+        kernels = [(job.spec, job.target) for job in plan.jobs if isinstance(job, Job)]
+        return ready.report(kernels, options.json) or int(len(kernels) < len(plan.jobs) or bool(plan.unserved))
     return _run(plan, options)
 
 

@@ -35,6 +35,7 @@ FLOORS: list[set[str]] = [
     {"fa3.torch_operators"},
     {"fa3.entry"},
     {"flash_attention_v3"},
+    {"ready"},
     {"", "fa3"},  # the packages' own __init__, which only names what stands below
     {"attention", "integrations", "ops", "warmup", "commands"},
     {"__main__"},
@@ -105,6 +106,9 @@ WRITERS = {
     "engine/compiler.py": "the artifact, in the private folder that its caller owns",
     "engine/process.py": "a compiler's output, in the same folder",
     "integrations/counters.py": "a line in the file that JIT_KERNEL_COUNTERS names, when a process ends",
+    "engine/record.py": "lines in the profile that JIT_KERNEL_RECORD names",
+    "engine/pack.py": "a pack, where the user asks for one",
+    "engine/removal.py": "the store: what is removed is renamed first",
     "engine/triton_compiler.py": "a temporary folder as Triton's own cache, removed after each compilation",
 }
 

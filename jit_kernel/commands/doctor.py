@@ -120,6 +120,8 @@ def _cache() -> dict[str, Any]:
     sizes = [size_of(folder) for folder, _ in store.manifests()]
     state["entries"] = len(sizes)
     state["bytes"] = sum(sizes)
+    state["limit"] = config.settings().cache_limit
+    state["layers"] = [str(layer) for layer in config.cache_layers()]
     place = store.root
     while not os.path.exists(place):
         place = place.parent

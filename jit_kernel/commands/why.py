@@ -184,10 +184,11 @@ def _explain_module(module: str, device: str | None, as_json: bool) -> int:
     """Say of every kernel that a module declares whether it is stored: 0 if all are."""
     try:
         target = _target(device if device is not None else detect_device())
-        found = {str(spec): build.explain(spec, target) for spec in declared.specs_of(module, target)}
+        states = [(str(spec), build.why(spec, target)) for spec in declared.specs_of(module, target)]
     except (ValueError, NotImplementedError, CacheError) as error:
         print(f"python -m jit_kernel why: {error}", file=sys.stderr)
         return 2
+    found = {name: f"stored in {place}" if place else f"missing: {reason}" for name, (place, reason) in states}
     lines = [f"{name} for {target}: {state}" for name, state in found.items()]
     print(json.dumps({"target": str(target), "kernels": found}, indent=1) if as_json else "\n".join(lines))
     return 0 if all(state.startswith("stored") for state in found.values()) else 1

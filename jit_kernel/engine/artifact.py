@@ -11,6 +11,7 @@ from pathlib import Path
 
 from jit_kernel.engine import closure
 
+LIBRARY = "kernel.so"
 _PREFIX = b"__tvm_ffi_"
 _SHARED, _CUDA, _DYNAMIC_SYMBOLS = 3, 190, 11  # ELF: e_type, e_machine and sh_type
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
@@ -61,11 +62,27 @@ def check(path: Path, route: str, functions: set[str]) -> None:
         raise UnfitError(f"it ended with status 0 and made a broken {path.name} of {len(data)} bytes") from error
 
 
-def _check_library(data: bytes, functions: set[str]) -> None:
+def foreign(data: bytes) -> list[str]:
+    """Why a library is for another machine than this process's; nothing where it is for this one."""
+    ours = _our_header()
+    if ours[:4] != b"\x7fELF":  # another system's format
+        return []
+    if data[:4] != b"\x7fELF" or len(data) < 64:
+        return ["it is no shared library"]
+    if data[4:6] != ours[4:6] or _machine(data) != _machine(ours):
+        return [f"it is for another machine: ELF machine {_machine(data)}, this process is {_machine(ours)}"]
+    return []
+
+
+def _our_header() -> bytes:
     import tvm_ffi.libinfo
 
     with open(tvm_ffi.libinfo.find_libtvm_ffi(), "rb") as file:
-        ours = file.read(64)
+        return file.read(64)
+
+
+def _check_library(data: bytes, functions: set[str]) -> None:
+    ours = _our_header()
     if ours[:4] != b"\x7fELF":  # another system's format
         return
     if data[:4] != b"\x7fELF":

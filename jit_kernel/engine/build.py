@@ -5,44 +5,41 @@ What it is called by is engine/wanted.py's.
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import shutil
+import functools
 import time
-from functools import partial
 from pathlib import Path
 
 from jit_kernel import config
 from jit_kernel.device import Target
-from jit_kernel.engine import compiler, identity, progress
+from jit_kernel.engine import (
+    compiler,
+    events,
+    explain,
+    failures,
+    identity,
+    jobs,
+    layers,
+    progress,
+    removal,
+    seal,
+)  # fmt: skip
 from jit_kernel.engine.entry import Entry, Miss, sha256_of
-from jit_kernel.engine.lock import EntryLock, Holder
-from jit_kernel.engine.spec import Event, KernelSpec, recorded
+from jit_kernel.engine.lock import EntryLock
+from jit_kernel.engine.spec import Event, KernelSpec
 from jit_kernel.engine.store import CacheError, Store, write_manifest, write_unit
-from jit_kernel.engine.wanted import Wanted, wanted_of, why_missed
+from jit_kernel.engine.wanted import Wanted, wanted_of
 from jit_kernel.engine.wanted import key_of as key_of
 
-# With less than this free after a failed compilation, the disk is what failed.
-_FULL_BYTES = 256 << 10
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # How often a compilation is begun whose private folder is taken away meanwhile.
 _ATTEMPTS = 5
 
 
-def explain(spec: KernelSpec, target: Target) -> str:
-    """Where a kernel is stored, or why `obtain` would compile it. Raises what `is_stored` raises."""
-    store = _store()
-    wanted = wanted_of(spec, target, store)
-    found = wanted.find(store)
-    if isinstance(found, Entry):
-        return f"stored in {found.folder}"
-    return f"missing: {why_missed(wanted, store) or found.reason}"
-
-
 def is_stored(spec: KernelSpec, target: Target) -> bool:
     """Whether `obtain` would compile nothing. Starts no compiler that it has seen before."""
     store = _store()
-    return isinstance(wanted_of(spec, target, store).find(store), Entry)
+    return isinstance(layers.find(wanted_of(spec, target, store), store), Entry)
 
 
 def _store() -> Store:
@@ -60,22 +57,26 @@ def obtain(spec: KernelSpec, target: Target, unusable: tuple[Entry, str] | None 
     started = time.perf_counter()
     store = _store()
     wanted = wanted_of(spec, target, store)
-    found = wanted.find(store) if unusable is None else _other_than(unusable, wanted, store)
+    found = layers.find(wanted, store, unusable)
     if isinstance(found, Miss):
+        if seal.is_sealed():
+            why = _explained_miss(wanted, found, store)
+            raise seal.refusal(spec, target, wanted.key, why, time.perf_counter() - started)
         if isinstance(wanted.compiler, compiler.CompilerNotFoundError):
             raise wanted.compiler
         if not store.writable(spec.kernel, str(target)):
-            return _build_outside(wanted, found.reason, store)
+            return _build_outside(wanted, _explained_miss(wanted, found, store), store)
         try:
             found = _under_lock(wanted, store, unusable)
         except OSError as error:
             if error.errno in _FULL:
-                raise _disk_full(spec, store.root) from error
+                raise failures.disk_full(spec, store.root) from error
             raise CacheError(f"cache folder {store.root} cannot be used for {spec}: {error}") from error
         if found.fresh:
+            removal.keep_within(store, found.folder)
             return found
     seconds = time.perf_counter() - started
-    recorded.append(Event(spec, target, "loaded", seconds))
+    events.post(Event(spec, target, "loaded", seconds, key=wanted.key, layer=found.layer))
     progress.say(f"loaded {spec} from {found.folder} in {seconds * 1e3:.1f} ms", "debug")
     return found
 
@@ -101,19 +102,11 @@ def unloadable(spec: KernelSpec, target: Target, entry: Entry, problem: str) -> 
     )
 
 
-def _other_than(unusable: tuple[Entry, str], wanted: Wanted, store: Store) -> Entry | Miss:
-    """The entry that another process has put in the place of an unusable one."""
-    found = wanted.find(store)
-    if isinstance(found, Entry) and found.files == unusable[0].files:
-        return Miss(f"it cannot be loaded here ({unusable[1]})", found.folder)
-    return found
-
-
 def _under_lock(wanted: Wanted, store: Store, unusable: tuple[Entry, str] | None) -> Entry:
     """Look again under the lock, and compile if need be."""
     lock = store.lock(wanted.spec.kernel, str(wanted.target), wanted.key)
-    with lock.held(partial(_report_waiting, wanted.spec)):
-        found = wanted.find(store) if unusable is None else _other_than(unusable, wanted, store)
+    with lock.held(functools.partial(failures.report_waiting, wanted.spec)):
+        found = layers.find(wanted, store, unusable)
         return _build(wanted, found, store, lock) if isinstance(found, Miss) else found
 
 
@@ -124,7 +117,7 @@ def _build(wanted: Wanted, miss: Miss, store: Store, lock: EntryLock) -> Entry:
         progress.warn_once(f"{spec} in {miss.damaged} is unusable: {reason}; compiling it again")
         store.quarantine(miss.damaged)
     else:
-        reason = why_missed(wanted, store) or reason
+        reason = _explained_miss(wanted, miss, store)
     name = f"{wanted.key}-{wanted.compiler}"
     for attempt in range(_ATTEMPTS):
         private = store.private_folder()
@@ -139,7 +132,7 @@ def _build(wanted: Wanted, miss: Miss, store: Store, lock: EntryLock) -> Entry:
                 continue
             if isinstance(error, OSError):
                 raise
-            raise _explained(wanted, error, private, store, name) from error
+            raise failures.explained(spec, wanted.target, error, private, store, name) from error
         finally:
             store.discard(private)
     raise AssertionError("the last attempt returns or raises")
@@ -148,7 +141,7 @@ def _build(wanted: Wanted, miss: Miss, store: Store, lock: EntryLock) -> Entry:
 def _published(wanted: Wanted, entry: Entry, folder: Path, private: Path, store: Store) -> Entry:
     """The entry at its place: the one that was there first, where another process published the same meanwhile."""
     if private.exists():
-        first = wanted.find(store)
+        first = store.lookup(wanted.spec.kernel, wanted.place, wanted.key, wanted.compiler_asked())
         if isinstance(first, Entry):
             return first
         store.quarantine(folder)
@@ -168,12 +161,12 @@ def _build_outside(wanted: Wanted, reason: str, store: Store) -> Entry:
         try:
             return _compile_into(folder, wanted, reason, None)
         except compiler.CompileError as error:
-            raise _explained(wanted, error, folder, store, None) from error
+            raise failures.explained(wanted.spec, wanted.target, error, folder, store, None) from error
         finally:
             home.discard(folder)
     except OSError as error:
         if error.errno in _FULL:
-            raise _disk_full(wanted.spec, Path(str(error.filename or "the temporary files"))) from error
+            raise failures.disk_full(wanted.spec, Path(str(error.filename or "the temporary files"))) from error
         raise CacheError(
             f"{wanted.spec} cannot be compiled: neither {store.root} nor the folder of temporary files can be written "
             f"({error}); set JIT_KERNEL_CACHE_DIR or TMPDIR"
@@ -189,7 +182,7 @@ def _compile_into(folder: Path, wanted: Wanted, reason: str, last_seconds: float
     if spec.sources is not None:
         for name, text in spec.sources.text:
             write_unit(folder, f"{compiler.TEXTS}/{name}", text)
-    with progress.compiling(f"{spec} for {target}", last_seconds):
+    with jobs.slot(spec, target, wanted.store), progress.compiling(f"{spec} for {target}", last_seconds):
         made = compiler.compile_unit(spec, folder, target)
     found = compiler.require(spec.route)
     names = [unit.name, made.artifact]
@@ -216,40 +209,26 @@ def _compile_into(folder: Path, wanted: Wanted, reason: str, last_seconds: float
     }
     write_manifest(folder, manifest)
     seconds = time.perf_counter() - started
-    recorded.append(Event(spec, target, "compiled", seconds, reason, made.peak_bytes))
+    events.post(Event(spec, target, "compiled", seconds, reason, made.peak_bytes, key=wanted.key))
     return Entry(folder, manifest, files, fresh=True)
 
 
-def _explained(
-    wanted: Wanted, error: compiler.CompileError, private: Path, store: Store, name: str | None
-) -> Exception:
-    # A linker on a full disk prints so, or dies of a signal and prints nothing.
-    with contextlib.suppress(OSError):
-        if "No space left on device" in error.log or shutil.disk_usage(private).free < _FULL_BYTES:
-            return _disk_full(wanted.spec, private.parent)
-    where = "its folder could not be kept"
-    with contextlib.suppress(OSError, CacheError):
-        home = store if name else Store.temporary("jit_kernel-failed-", kept=True)
-        kept = home.keep_failure(private, name or "build", error.log, error.command)
-        where = f"log: {kept / 'compile.log'}\nrepeat it with: {kept / 'repeat.sh'}"
-    return compiler.CompileError(
-        f"{wanted.spec} for {wanted.target} did not compile:\n{error}\n{where}", log=error.log, command=error.command
-    )
+def _explained_miss(wanted: Wanted, miss: Miss, store: Store) -> str:
+    """Why it is not stored: what lies in its place, else what differs from the nearest entry."""
+    if miss.damaged is not None:
+        return miss.reason
+    stores = [store, *layers.read_only()]
+    reason = explain.why_missed(wanted.spec, wanted.target, wanted.key, wanted.inputs, stores) or miss.reason
+    progress.say(f"{wanted.spec} is not stored: {reason}", "debug")
+    return reason
 
 
-def _disk_full(spec: KernelSpec, place: Path) -> CacheError:
-    return CacheError(
-        f"the disk that holds {place} is full: {spec} was not compiled; free some space, or set "
-        "JIT_KERNEL_CACHE_DIR to a folder on another disk"
-    )
+def why(spec: KernelSpec, target: Target) -> tuple[str, str]:
+    """Where a kernel is stored, or "" and why it is not: behind `cache why` and `why --module`.
 
-
-def _report_waiting(spec: KernelSpec, holder: Holder | None, waited: float) -> None:
-    if holder is None:
-        progress.say(f"waiting for {spec}, which another process compiles ({waited:.0f} s so far)")
-        return
-    last = f", its last build took {holder.last_seconds:.1f} s" if holder.last_seconds else ""
-    progress.say(
-        f"waiting for {spec}: process {holder.pid} on {holder.host} has been compiling it for "
-        f"{max(0.0, time.time() - holder.since):.0f} s{last}"
-    )
+    Raises what `is_stored` raises.
+    """
+    store = _store()
+    wanted = wanted_of(spec, target, store)
+    found = layers.find(wanted, store)
+    return (str(found.folder), "") if isinstance(found, Entry) else ("", _explained_miss(wanted, found, store))

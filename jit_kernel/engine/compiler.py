@@ -168,9 +168,13 @@ def program_command(found: Found, target: Target, extra: Sequence[str], own: Sou
 
     library = Path(tvm_ffi.libinfo.find_libtvm_ffi())
     includes += [f"-I{path}" for path in tvm_ffi.libinfo.include_paths()]
+    # __FILE__ would hold this machine's paths, and two builds of one key would differ.
+    places = {str(config.kernel_sources_dir()): "kernel_sources", tvm_ffi.libinfo.include_paths()[0]: "tvm_ffi"}
+    places |= {own.folder: own.name} if own is not None and own.folder else {}
+    relative = [f"-ffile-prefix-map={path}={name}" for path, name in places.items()]
     # The library is linked by name only: the process that loads the kernel has it loaded already.
     return [
-        *(*found.command, *flags("host", target, extra), *includes),
+        *(*found.command, *flags("host", target, extra), *relative, *includes),
         *(UNIT_NAMES["host"], "-o", ARTIFACTS["host"], f"-L{library.parent}", "-ltvm_ffi"),
     ]
 

@@ -10,9 +10,9 @@ import torch
 
 from jit_kernel.device import Target, is_capturing
 from jit_kernel.engine import build as builds
-from jit_kernel.engine import memory
+from jit_kernel.engine import events, memory
 from jit_kernel.engine.memory import Cubin
-from jit_kernel.engine.spec import KernelSpec
+from jit_kernel.engine.spec import Event, KernelSpec
 
 
 def launcher_of(kernel: str) -> KernelSpec:
@@ -98,6 +98,7 @@ class DeviceKernels:
             return
         missing = [str(each) for each in (self._launcher_spec, spec) if not builds.is_stored(each, self.target)]
         if missing:
+            events.post(Event(spec, self.target, "refused", 0.0, "a graph is being captured"))
             raise RuntimeError(
                 f"{' and '.join(missing)} would have to be compiled while a CUDA graph is being captured; "
                 f"{self._warmed_by()} first, or make the call once before the capture"

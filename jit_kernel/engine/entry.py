@@ -18,23 +18,28 @@ from pathlib import Path
 from typing import Any
 
 from jit_kernel.engine import ownership
+from jit_kernel.engine.network import retried
 
 MANIFEST = "manifest.json"
 # `<key>-<compiler>`: the name of an entry's folder, below a folder that is named after a target, "vendor:architecture".
 NAME = re.compile(r"(?P<key>[0-9a-f]{32})-\w+")
-_FILE_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
+FILE_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 _MOST_MANIFEST_BYTES = 16 << 20
 _KERNEL_FOLDERS = 4  # a kernel is named by at most so many folders
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A verified entry of the store, and the bytes of its files by name; `fresh` if this process compiled it."""
+    """A verified entry of the store, and the bytes of its files by name; `fresh` if this process compiled it.
+
+    layer: the root of the store that it was found in.
+    """
 
     folder: Path
     manifest: dict[str, Any]
     files: dict[str, bytes] = field(repr=False)
     fresh: bool = False
+    layer: str = ""
 
     @property
     def image(self) -> bytes:
@@ -86,10 +91,12 @@ def read_file(path: Path, root: Path, most: int) -> bytes:
         os.close(descriptor)
 
 
-def verify(folder: Path, key: str, root: Path) -> Entry | Miss:
+def verify(folder: Path, key: str, root: Path, *, glance: bool = False) -> Entry | Miss:
     """Read an entry below the store `root`, and compare every file with its manifest.
 
-    Raises CacheError where another user may change it, or where this user may not read what another user published.
+    At a glance no file but the manifest is read, only looked at: the entry has no bytes, and other bytes of the same
+    number are not noticed. Raises CacheError where another user may change it, or where this user may not read what
+    another user published.
     """
     place = str(root)
     try:
@@ -103,7 +110,7 @@ def verify(folder: Path, key: str, root: Path) -> Entry | Miss:
     except OSError as error:
         return _unreadable(Path(place), root, error)
     try:
-        return _read(folder, key, root)
+        return retried(lambda: _read(folder, key, root, glance))
     except DamagedError as error:
         return Miss(str(error), folder)
     except FileNotFoundError as error:
@@ -124,7 +131,7 @@ def _unreadable(place: Path, root: Path, error: OSError) -> Miss:
     return Miss(f"it cannot be read ({error})", place)
 
 
-def _read(folder: Path, key: str, root: Path) -> Entry:
+def _read(folder: Path, key: str, root: Path, glance: bool) -> Entry:
     try:
         text = read_file(folder / MANIFEST, root, _MOST_MANIFEST_BYTES)
         manifest = json.loads(text)
@@ -140,22 +147,34 @@ def _read(folder: Path, key: str, root: Path) -> Entry:
         raise DamagedError("its manifest names another key")
     files: dict[str, bytes] = {}
     for name, expected in manifest["files"].items():
-        if not _FILE_NAME.fullmatch(name) or not isinstance(expected, dict):
+        if not FILE_NAME.fullmatch(name) or not isinstance(expected, dict):
             raise DamagedError(f"its manifest is malformed: {name!a} is no file of an entry")
         size, digest = expected.get("size"), expected.get("sha256")
         if type(size) is not int or size < 0 or not isinstance(digest, str):
             raise DamagedError(f"its manifest is malformed: it gives no size and sha256 of {name}")
-        data = read_file(folder / name, root, size)
-        if len(data) != size:
-            there = os.lstat(folder / name).st_size
-            raise DamagedError(f"{name} has {there} bytes, not {size}")
-        if sha256_of(data) != digest:
-            raise DamagedError(f"{name} has other bytes than were compiled")
-        files[name] = data
+        files[name] = _looked_at(folder / name, size) if glance else _verified(folder / name, root, size, digest)
     artifact = manifest.get("artifact")
     if not isinstance(artifact, str) or artifact not in files:
         raise DamagedError("its manifest names no artifact")
     return Entry(folder, manifest, files)
+
+
+def _verified(path: Path, root: Path, size: int, digest: str) -> bytes:
+    data = read_file(path, root, size)
+    if len(data) != size:
+        raise DamagedError(f"{path.name} has {os.lstat(path).st_size} bytes, not {size}")
+    if sha256_of(data) != digest:
+        raise DamagedError(f"{path.name} has other bytes than were compiled")
+    return data
+
+
+def _looked_at(path: Path, size: int) -> bytes:
+    status = os.lstat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise DamagedError(f"{path.name} is not a plain file")
+    if status.st_size != size:
+        raise DamagedError(f"{path.name} has {status.st_size} bytes, not {size}")
+    return b""
 
 
 def places(root: Path) -> Iterator[tuple[Path, str]]:

@@ -35,6 +35,20 @@ def present(route: str, store: Store) -> str | compiler.CompilerNotFoundError:
         version = of(compiler.require(route), store)
     except compiler.CompilerNotFoundError as error:
         return error
+    return _short(version, route)
+
+
+def seen(route: str, store: Store) -> str | None:
+    """The same as far as this process or the store knows it: no compiler is started, and nothing is written."""
+    try:
+        fingerprint = compiler.fingerprint(compiler.require(route))
+    except compiler.CompilerNotFoundError:
+        return None
+    version = _identities.get(fingerprint) or store.recall_compiler(fingerprint)
+    return None if version is None else _short(version, route)
+
+
+def _short(version: str, route: str) -> str:
     with contextlib.suppress(ValueError, OSError, AttributeError):
         version += f"\n{os.confstr('CS_GNU_LIBC_VERSION')}" if route == "host" else ""
     return hashlib.sha256(version.encode()).hexdigest()[:8]

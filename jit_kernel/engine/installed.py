@@ -6,6 +6,7 @@ import importlib.util
 import os
 import shlex
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def find(route: str) -> Found | None:
     Raises CompilerNotFoundError for a CXX that names no program.
     """
     if route == "host":
-        return next(iter(host_compilers()), None)
+        return next(_host_compilers(), None)
     if route == "cuda" and config.cuda_compiler() == "nvcc":
         nvcc = shutil.which("nvcc")
         reason = "JIT_KERNEL_CUDA_COMPILER is nvcc"
@@ -83,17 +84,20 @@ def find(route: str) -> Found | None:
 
 def host_compilers() -> list[Found]:
     """Every host compiler present, the one that is taken first: CXX, else g++, else clang++."""
-    found = []
+    return list(_host_compilers())
+
+
+def _host_compilers() -> Iterator[Found]:
+    """The same, one at a time: a search of PATH in vain takes 0.06 ms of each look-up."""
     if config.host_compiler():
         command = _chosen()
         reason = f"CXX is {config.host_compiler()!r}"
-        found.append(Found("host", Path(command[0]).name, command, Path(command[0]).resolve(), reason))
+        yield Found("host", Path(command[0]).name, command, Path(command[0]).resolve(), reason)
     for name in ("g++", "clang++"):
         path = shutil.which(name)
         if path:
             reason = f"{name} is on PATH and CXX is not set"
-            found.append(Found("host", name, (os.path.abspath(path),), Path(path).resolve(), reason))
-    return found
+            yield Found("host", name, (os.path.abspath(path),), Path(path).resolve(), reason)
 
 
 def _unusable(problem: str) -> CompilerNotFoundError:

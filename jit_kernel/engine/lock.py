@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from jit_kernel.engine import progress
 from jit_kernel.engine.entry import read_file
+from jit_kernel.engine.network import retried
 from jit_kernel.engine.ownership import CacheError
 
 if TYPE_CHECKING:
@@ -67,12 +68,12 @@ class EntryLock:
         return cls(folder, hashlib.sha256(f"{kernel}/{target}/{key}".encode()).hexdigest()[:32])
 
     @contextlib.contextmanager
-    def held(self, waiting: Callable[[Holder | None, float], None]) -> Iterator[None]:
+    def held(self, waiting: Callable[[Holder | None, float], None], patience: float = 2.0) -> Iterator[None]:
         """Hold it. The operating system frees a dead holder's lock at once.
 
-        `waiting(holder, seconds)` is called after two seconds of waiting, and every ten from then on.
+        `waiting(holder, seconds)` is called after `patience` seconds of waiting, and every ten from then on.
         """
-        started, patience = time.monotonic(), 2.0
+        started = time.monotonic()
         while True:
             make_folder(self._folder, 0o700)
             # `remove_free` removed the empty folder meanwhile
@@ -81,7 +82,7 @@ class EntryLock:
                 if lock is not None:
                     break
             waited = time.monotonic() - started
-            if waited > patience:
+            if waited >= patience:
                 waiting(_read(self._note), waited)
                 patience = time.monotonic() - started + 10.0
             time.sleep(_POLL_SECONDS)
@@ -120,6 +121,12 @@ def remove_free(folder: Path) -> None:
         folder.rmdir()
 
 
+def try_lock(path: Path) -> Callable[[], None] | None:
+    """Lock a file outside of the store if it is free; answers with what releases it, None where another holds it."""
+    lock = _locked(path)
+    return None if lock is None else lock.release
+
+
 def _locked(path: Path, *, surely: bool = False) -> FileLock | None:
     """A lock file, locked; None where another holds it, or removed it meanwhile.
 
@@ -131,7 +138,7 @@ def _locked(path: Path, *, surely: bool = False) -> FileLock | None:
 
     lock = FileLock(path, mode=0o600, thread_local=False, fallback_to_soft=False)
     try:
-        lock.acquire(blocking=False)
+        retried(lambda: lock.acquire(blocking=False))
     except Timeout:
         return None
     except OSError as error:

@@ -9,7 +9,8 @@ from typing import Any
 
 from jit_kernel.device import Target
 from jit_kernel.engine import build as builds
-from jit_kernel.engine import compiler, library
+from jit_kernel.engine import compiler, library, record, use
+from jit_kernel.engine.entry import Entry
 from jit_kernel.engine.forks import Lock
 from jit_kernel.engine.spec import KernelSpec
 
@@ -51,6 +52,7 @@ def load_cubin(spec: KernelSpec, target: Target) -> Cubin:
             cubin = _cubins.get((spec, target))
             if cubin is None:
                 entry = builds.obtain(spec, target)
+                _note(spec, target, entry)
                 metadata = entry.files.get(compiler.LAUNCH_METADATA)
                 path = entry.folder / str(entry.manifest["artifact"])
                 cubin = Cubin(entry.image, json.loads(metadata) if metadata else {}, path)
@@ -68,8 +70,20 @@ def _guard(spec: KernelSpec, target: Target) -> Lock:
     return _guards.setdefault((spec, target), Lock())  # one operation of the interpreter
 
 
+def is_loaded(spec: KernelSpec, target: Target) -> bool:
+    """Whether this process has loaded a kernel."""
+    return (spec, target) in _modules or (spec, target) in _cubins
+
+
+def _note(spec: KernelSpec, target: Target, entry: Entry) -> None:
+    """What is loaded stands in the profile that JIT_KERNEL_RECORD asks for, and is in use."""
+    record.note(spec, target)
+    use.hold(entry.folder)
+
+
 def _load_library(spec: KernelSpec, target: Target) -> Any:
     entry = builds.obtain(spec, target)
+    _note(spec, target, entry)
     try:
         return library.load(entry.image, str(spec), entry.functions)
     except library.UnloadableError as error:

@@ -48,6 +48,23 @@ def check_root(root: Path) -> None:
     _safe_ways[root, os.geteuid()] = place
 
 
+def check_file(path: Path, noun: str) -> None:
+    """Refuse a file outside of the store whose bytes another user could change; `noun` is what it is.
+
+    Raises CacheError, also where it is not there. A folder above it may have the sticky bit, as /tmp has.
+    """
+    try:
+        place = _walk(str(path), path)
+        status = os.lstat(place)
+        check_status(status, place, path)
+    except CacheError as error:
+        raise CacheError(f"{noun} {path} is refused: {str(error).partition(': ')[2]}") from error
+    except OSError as error:
+        raise CacheError(f"{noun} {path} cannot be read: {error.strerror or error}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise CacheError(f"{noun} {path} is not a plain file")
+
+
 def check_folder(place: Path | str, root: Path) -> None:
     """Refuse a folder below the store that another user could change.
 

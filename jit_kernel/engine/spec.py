@@ -39,7 +39,11 @@ class KernelSpec:
 
 @dataclass(frozen=True)
 class Event:
-    """One kernel that this process compiled or loaded; `reason` says why it was not found, if so."""
+    """One kernel that this process compiled or loaded, or that it was refused.
+
+    action: "loaded", "compiled", or "refused": it would have to be compiled, after seal() or during a graph's capture.
+    reason: why it was not found, or was refused. layer: the store that it was loaded from.
+    """
 
     spec: KernelSpec
     target: Target
@@ -47,6 +51,8 @@ class Event:
     seconds: float
     reason: str = ""
     peak_bytes: int = 0
+    key: str = ""
+    layer: str = ""
 
 
 recorded: list[Event] = []

@@ -1,4 +1,4 @@
-"""The store of compiled kernels: look up, publish whole, quarantine, clear.
+"""The store of compiled kernels: look up, publish whole, quarantine; removal.py clears it.
 
 The store is written here and, for its locks and folders, in lock.py; nowhere else. An entry is a folder
 `<kernel>/<target>/<key>-<compiler>/` that holds the artifact, the unit that was compiled and `manifest.json`; it
@@ -18,22 +18,23 @@ import re
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from jit_kernel.engine import lock as locks
 from jit_kernel.engine import ownership
-from jit_kernel.engine.entry import MANIFEST, NAME, DamagedError, Entry, Miss, manifest_of, places, read_file, verify
-from jit_kernel.engine.lock import EntryLock, Holder, make_folder, remove, write_whole
+from jit_kernel.engine.entry import MANIFEST, DamagedError, Entry, Miss, manifest_of, places, read_file, verify
+from jit_kernel.engine.lock import EntryLock, make_folder, remove, write_whole
+from jit_kernel.engine.network import retried
 from jit_kernel.engine.ownership import CacheError as CacheError
 from jit_kernel.engine.progress import warn_once
 
-_TMP, _LOCKS, _QUARANTINE, _FAILED = ".tmp", ".locks", ".quarantine", ".failed"
-_COMPILERS = ".compilers.json"
+TMP, LOCKS, QUARANTINE, FAILED = ".tmp", ".locks", ".quarantine", ".failed"
+COMPILERS = ".compilers.json"
 _MOST_COMPILERS_BYTES = 1 << 20
 _QUARANTINE_KEPT = 8
-_QUARANTINE_NAME = re.compile(r"\d{19,}-.*")
+QUARANTINE_NAME = re.compile(r"\d{19,}-.*")
 
 
 class Store:
@@ -63,7 +64,7 @@ class Store:
         except OSError:
             return False
         self.check()  # what was missing may be there meanwhile, and another user's
-        needed = (self.root, self.root / _TMP, self.root / _LOCKS, self.root / kernel, self.root / kernel / target)
+        needed = (self.root, self.root / TMP, self.root / LOCKS, self.root / kernel, self.root / kernel / target)
         return all(os.access(place, os.W_OK | os.X_OK) for place in needed if place.is_dir())
 
     def _own(self, name: str, attempts: int = 5) -> Path:
@@ -89,22 +90,25 @@ class Store:
     def lookup(self, kernel: str, target: str, key: str, compiler: str | None) -> Entry | Miss:
         """Find and verify an entry. `compiler` is the present compiler's short identity; without one any
         compiler's entry will do. Writes nothing. Raises CacheError for what may not be read, or must not be."""
-        parent = self.root / kernel / target
         if compiler is not None:
-            return verify(parent / f"{key}-{compiler}", key, self.root)
+            return verify(self.root / kernel / target / f"{key}-{compiler}", key, self.root)
         miss = Miss("no entry")
-        try:
-            names = sorted(name for name in os.listdir(parent) if name.startswith(f"{key}-"))
-        except PermissionError as error:
-            raise ownership.unreadable(self.root, parent, error) from error
-        except OSError:
-            return miss
-        for name in names:
-            found = verify(parent / name, key, self.root)
+        for name in self.names(kernel, target, key):
+            found = verify(self.root / kernel / target / name, key, self.root)
             if isinstance(found, Entry):
                 return found
             miss = found
         return miss
+
+    def names(self, kernel: str, target: str, key: str) -> list[str]:
+        """The folders of the entries that have a key, of whatever compiler, unverified."""
+        parent = self.root / kernel / target
+        try:
+            return sorted(name for name in os.listdir(parent) if name.startswith(f"{key}-"))
+        except PermissionError as error:
+            raise ownership.unreadable(self.root, parent, error) from error
+        except OSError:
+            return []
 
     def manifests(self, below: Path | None = None) -> Iterator[tuple[Path, dict[str, Any]]]:
         """The folder and manifest of every entry that can be read, unverified; of all, or `below` a folder."""
@@ -113,24 +117,26 @@ class Store:
             if manifest is not None:
                 yield folder, manifest
 
-    def verified(self) -> Iterator[tuple[Path, Entry | Miss]]:
-        """Every entry, verified, or why it is of no use: damaged ones and those that this user cannot read too."""
+    def verified(self, *, glance: bool = False) -> Iterator[tuple[Path, Entry | Miss]]:
+        """Every entry, verified, or why it is of no use: damaged ones and those that this user cannot read too.
+
+        At a glance the artifacts are not read: `verify` says what that misses."""
         for folder, key in places(self.root):
             try:
-                yield folder, verify(folder, key, self.root)
+                yield folder, verify(folder, key, self.root, glance=glance)
             except CacheError as error:
                 yield folder, Miss(str(error), folder)
 
     def lock(self, kernel: str, target: str, key: str) -> EntryLock:
         """The lock of the entries that have this key."""
-        return EntryLock.of(self._own(_LOCKS), kernel, target, key)
+        return EntryLock.of(self._own(LOCKS), kernel, target, key)
 
     # -- writing -------------------------------------------------------------------------------------
 
     def private_folder(self) -> Path:
         """A new folder beside the entries, for one compilation. Dead processes' folders are removed."""
         while True:
-            parent = self._own(_TMP)
+            parent = self._own(TMP)
             locks.remove_abandoned(parent)
             with contextlib.suppress(FileNotFoundError, FileExistsError):  # `clear` removed the folder meanwhile
                 return locks.new_private_folder(parent)
@@ -158,7 +164,7 @@ class Store:
             make_folder(folder.parent, 0o755)
             private.chmod(0o755)
             try:
-                os.rename(private, folder)
+                retried(lambda: os.rename(private, folder))
                 locks.release_private_folder(private)
                 return folder
             except FileNotFoundError:  # `clear` removed the empty parent meanwhile
@@ -186,7 +192,7 @@ class Store:
 
     def quarantine(self, place: Path) -> Path | None:
         """Move what is damaged out of the way; the newest few are kept to be looked at."""
-        parent = self.root / _QUARANTINE
+        parent = self.root / QUARANTINE
         moved = parent / f"{time.time_ns()}-{place.name}"
         with contextlib.suppress(OSError):
             if stat.S_ISDIR(os.lstat(place).st_mode):
@@ -198,13 +204,13 @@ class Store:
             os.rename(place, moved)
         except FileNotFoundError:
             return None
-        for old in sorted(_children(parent))[:-_QUARANTINE_KEPT]:
+        for old in sorted(children(parent))[:-_QUARANTINE_KEPT]:
             remove(old)
         return moved
 
     def keep_failure(self, private: Path, name: str, log_text: str, command: str) -> Path:
         """Keep a failed compilation: its unit, the whole log and a script that repeats the command."""
-        folder = self._own(_FAILED) / name
+        folder = self._own(FAILED) / name
         remove(folder)
         os.rename(private, folder)
         locks.release_private_folder(private)
@@ -215,39 +221,12 @@ class Store:
             path.chmod(0o700 if path.name == "repeat.sh" or path.is_dir() else 0o600)
         return folder
 
-    def clear(self, waiting: Callable[[Holder | None, float], None]) -> int:
-        """Remove every entry, each under its lock, and what the store keeps beside them; nothing else.
-
-        A compilation that runs meanwhile goes on: its private folder and its lock stay. Returns how many entries
-        were removed; `waiting` is EntryLock's. Raises CacheError where the store cannot be written.
-        """
-        if not self.root.is_dir():
-            return 0
-        if not self.writable():
-            raise CacheError(f"cache folder {self.root} cannot be written, so nothing was removed")
-        removed = 0
-        for folder, key in list(places(self.root)):
-            target = folder.parent
-            kernel = target.parent.relative_to(self.root).as_posix()
-            with self.lock(kernel, target.name, key).held(waiting):
-                remove(folder)
-                removed += not os.path.lexists(folder)
-            _remove_empty(target, self.root)
-        locks.remove_abandoned(self.root / _TMP)
-        for place, pattern in ((_QUARANTINE, _QUARANTINE_NAME), (_FAILED, NAME)):
-            for each in _children(self.root / place):
-                if pattern.fullmatch(each.name):
-                    remove(each)
-        remove(self.root / _COMPILERS)
-        locks.remove_free(self.root / _LOCKS)
-        for place in (_TMP, _QUARANTINE, _FAILED):
-            _remove_empty(self.root / place, self.root)
-        return removed
+    # -- compilers seen ------------------------------------------------------------------------------
 
     def _compilers(self) -> dict[str, str]:
         """The identities on record, by fingerprint; none where the file holds anything else."""
         try:
-            seen = json.loads(read_file(self.root / _COMPILERS, self.root, _MOST_COMPILERS_BYTES))
+            seen = json.loads(read_file(self.root / COMPILERS, self.root, _MOST_COMPILERS_BYTES))
         except (OSError, ValueError, RecursionError, DamagedError):
             return {}
         plain = isinstance(seen, dict) and all(isinstance(each, str) for each in seen.values())
@@ -262,7 +241,7 @@ class Store:
         kept = dict(list(self._compilers().items())[-31:])
         with contextlib.suppress(OSError):
             if self.writable():
-                write_whole(self.root / _COMPILERS, json.dumps({**kept, fingerprint: identity}, indent=1), 0o644)
+                write_whole(self.root / COMPILERS, json.dumps({**kept, fingerprint: identity}, indent=1), 0o644)
 
 
 def write_unit(private: Path, name: str, text: str) -> Path:
@@ -272,6 +251,11 @@ def write_unit(private: Path, name: str, text: str) -> Path:
         (private / above).mkdir(exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def write_bytes(private: Path, name: str, data: bytes) -> None:
+    """Write a file of an entry that was compiled elsewhere into a private folder."""
+    (private / name).write_bytes(data)
 
 
 def write_manifest(private: Path, manifest: dict[str, Any]) -> None:
@@ -285,14 +269,15 @@ def _remove_in(process: int, folder: Path) -> None:
         remove(folder)
 
 
-def _children(folder: Path) -> list[Path]:
+def children(folder: Path) -> list[Path]:
+    """What lies in a folder; nothing where it cannot be read."""
     try:
         return list(folder.iterdir())
     except OSError:
         return []
 
 
-def _remove_empty(folder: Path, root: Path) -> None:
+def remove_empty(folder: Path, root: Path) -> None:
     """Remove a folder and those above it, up to the root, as far as they are empty."""
     with contextlib.suppress(OSError):
         while folder != root:

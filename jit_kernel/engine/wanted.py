@@ -1,4 +1,4 @@
-"""What an entry of the store is called by, and why it is not there.
+"""What an entry of the store is called by.
 
 What an artifact depends on stands in its key: the unit's text, the bytes of every file that it includes or imports,
 directly or not, the flags, the target and tvm-ffi's version. The compiler's identity is a second name beside the
@@ -9,35 +9,51 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jit_kernel import config
 from jit_kernel.device import Target
-from jit_kernel.engine import closure, compiler, identity, progress
-from jit_kernel.engine.entry import Entry, Miss
+from jit_kernel.engine import closure, compiler, identity
 from jit_kernel.engine.spec import KernelSpec
 from jit_kernel.engine.store import Store
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """A kernel that is asked for, its key, what the key was made of, and the compiler's identity or what it lacks."""
+    """A kernel that is asked for, its key, what the key was made of, and the store that knows compilers."""
 
     spec: KernelSpec
     target: Target
     key: str
     inputs: dict[str, str]
-    compiler: str | compiler.CompilerNotFoundError
+    store: Store
+    _asked: list[str | compiler.CompilerNotFoundError] = field(default_factory=list, repr=False, compare=False)
 
-    def find(self, store: Store) -> Entry | Miss:
-        """The entry of the present compiler; where none works, any compiler's."""
-        present = self.compiler if isinstance(self.compiler, str) else None
-        return store.lookup(self.spec.kernel, str(self.target), self.key, present)
+    @property
+    def place(self) -> str:
+        """The target's name in the store."""
+        return str(self.target)
+
+    @property
+    def compiler(self) -> str | compiler.CompilerNotFoundError:
+        """The present compiler's identity, which a compiler may have to be started for, or the error that says so."""
+        # functools.cached_property has one lock for all instances up to Python 3.11, which a forked child finds held.
+        if not self._asked:
+            self._asked.append(identity.present(self.spec.route, self.store))
+        return self._asked[0]
+
+    def compiler_seen(self) -> str | None:
+        """The same, if it is known without starting one."""
+        return identity.seen(self.spec.route, self.store)
+
+    def compiler_asked(self) -> str | None:
+        """The same; None where no compiler works."""
+        return self.compiler if isinstance(self.compiler, str) else None
 
 
 def wanted_of(spec: KernelSpec, target: Target, store: Store) -> Wanted:
-    """A kernel with its key and the compiler's identity."""
-    return Wanted(spec, target, *key_of(spec, target), identity.present(spec.route, store))
+    """A kernel with its key; `store` is the one that knows compilers."""
+    return Wanted(spec, target, *key_of(spec, target), store)
 
 
 def key_of(spec: KernelSpec, target: Target) -> tuple[str, dict[str, str]]:
@@ -51,20 +67,3 @@ def key_of(spec: KernelSpec, target: Target) -> tuple[str, dict[str, str]]:
     inputs["tvm-ffi"] = tvm_ffi.__version__
     text = json.dumps([spec.kernel, spec.route, *filter(None, [spec.entry]), sorted(inputs.items())])
     return hashlib.sha256(text.encode()).hexdigest()[:32], inputs
-
-
-def why_missed(wanted: Wanted, store: Store) -> str | None:
-    """What changed since the newest entry of the same variant, for the event and the log."""
-    spec, inputs = wanted.spec, wanted.inputs
-    same = [
-        manifest
-        for _, manifest in store.manifests(store.root / spec.kernel / str(wanted.target))
-        if manifest.get("variant") == dict(spec.variant) and isinstance(manifest.get("inputs"), dict)
-    ]
-    if not same:
-        return None
-    old = max(same, key=lambda manifest: str(manifest.get("created")))["inputs"]
-    changed = sorted(name for name in {*old, *inputs} if old.get(name) != inputs.get(name))
-    reason = f"changed since the last build: {', '.join(changed) if changed else 'the compiler'}"
-    progress.say(f"{spec}: {reason}", "debug")
-    return reason

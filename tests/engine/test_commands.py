@@ -13,6 +13,7 @@ import pytest
 from jit_kernel import __main__, config
 from jit_kernel.commands import cache, doctor
 from jit_kernel.engine import lock as locks
+from jit_kernel.engine import removal
 from jit_kernel.engine.store import CacheError, Store, write_manifest
 from tests.support.commands import command
 
@@ -51,9 +52,9 @@ def filled(tmp_path: Path) -> Store:
 
 
 def test_clear_removes_what_the_store_made(filled):
-    assert filled.clear(never) == 2
+    assert removal.clear(filled, never) == 2
     assert list(filled.root.iterdir()) == []
-    assert filled.clear(never) == 0
+    assert removal.clear(filled, never) == 0
 
 
 FOREIGN = (
@@ -78,7 +79,7 @@ def test_clear_leaves_foreign_files(filled):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")
         os.utime(path.parent, (0, 0))
-    assert filled.clear(never) == 2
+    assert removal.clear(filled, never) == 2
     assert sorted(str(path.relative_to(filled.root)) for path in filled.root.rglob("*") if path.is_file()) == sorted(
         FOREIGN
     )
@@ -98,7 +99,7 @@ def test_clear_waits_for_the_lock_of_an_entry(filled):
     waited, cleared = threading.Event(), threading.Event()
 
     def clear() -> None:
-        assert filled.clear(lambda holder, seconds: waited.set()) == 2
+        assert removal.clear(filled, lambda holder, seconds: waited.set()) == 2
         cleared.set()
 
     thread = threading.Thread(target=clear)
@@ -116,10 +117,10 @@ def test_clear_leaves_a_compilation_that_runs(filled):
     with filled.lock("c", "cpu:any", key).held(never):
         private = filled.private_folder()
         write_manifest(private, {"key": key})
-        assert filled.clear(never) == 2
+        assert removal.clear(filled, never) == 2
         assert private.is_dir() and list((filled.root / ".locks").glob("*.lock"))
         filled.publish(private, "c", "cpu:any", f"{key}-abcdef01")
-    assert filled.clear(never) == 1
+    assert removal.clear(filled, never) == 1
 
 
 def test_an_entry_that_is_published_twice_is_one_entry(filled):
@@ -132,14 +133,14 @@ def test_an_entry_that_is_published_twice_is_one_entry(filled):
 def test_clear_says_when_the_store_cannot_be_written(filled, monkeypatch, capsys):
     monkeypatch.setattr(Store, "writable", lambda store: False)
     with pytest.raises(CacheError, match="cannot be written, so nothing was removed"):
-        filled.clear(never)
+        removal.clear(filled, never)
     monkeypatch.setattr(config, "cache_dir", lambda: filled.root)
     assert cache.main(["clear"]) == 1
     assert "cannot be written" in capsys.readouterr().err
 
 
 def test_a_store_that_is_not_there_is_empty(tmp_path):
-    assert Store(tmp_path / "none").clear(never) == 0
+    assert removal.clear(Store(tmp_path / "none"), never) == 0
     assert not (tmp_path / "none").exists()
 
 
@@ -158,7 +159,7 @@ def test_a_store_of_another_user_is_refused(tmp_path):
         (("dance",), 2, "invalid choice: 'dance'"),
         (("--help",), 0, "which implementation serves a call"),
         (("cache",), 2, "required: action"),
-        (("cache", "--help"), 0, "list or verify"),
+        (("cache", "--help"), 0, "read every byte of the entries, or of a pack"),
         (("doctor", "--help"), 0, "one JSON object"),
         (("why", "--help"), 0, "Which implementation serves a call"),
     ],
@@ -205,6 +206,7 @@ def test_doctor_reports_devices_compilers_and_the_store(store):
     host = facts["compilers"]["host"]
     assert host[0]["chosen"] and host[0]["reason"] and host[0]["version"]
     assert facts["cache"]["folder"] == store and facts["cache"]["exists"] is False
+    assert facts["cache"]["limit"] == 4 << 30 and facts["cache"]["layers"] == []
     text = command("jit_kernel", "doctor", JIT_KERNEL_CACHE_DIR=store).stdout
     assert facts["devices"]["cpu"]["target"] in text and store in text
     assert not Path(store).exists(), "doctor made the store"

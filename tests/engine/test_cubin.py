@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from jit_kernel import jit
 from jit_kernel.device import Target
 from jit_kernel.engine import build, cubin, memory
 from jit_kernel.engine.build import KernelSpec
@@ -146,6 +147,7 @@ def test_nothing_of_hoppers_is_compiled_under_capture(stored: set[str], compiled
     with pytest.raises(RuntimeError, match=re.escape("python -m jit_kernel.warmup --target cuda:sm_90a")) as caught:
         kernels.load(("a",), spec)
     assert "while a CUDA graph is being captured" in str(caught.value)
+    assert jit.events()[-1].action == "refused" and jit.events()[-1].reason == "a graph is being captured"
     assert ("function=launcher" in str(caught.value)) == ("host" not in stored)
     assert (str(spec) in str(caught.value)) == (spec.route not in stored)
     assert compiled.cubins == []

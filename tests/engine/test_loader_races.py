@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jit_kernel.engine.store import Store
-from tests.support import children, loader_work
+from tests.support import children, loader_work, tiny
 from tests.support.compilers import compilations, counting_compiler, processes_inside
 from tests.support.meetings import cold_call, processes_that_meet, threads_that_meet
 from tests.support.waiting import wait_for
@@ -95,3 +98,31 @@ def _lock_entry(root: str) -> list[tuple[int, float | None]]:
 
     with Store(Path(root)).lock(*ENTRY).held(waiting):
         return seen
+
+
+def forked_while_a_compiler_is_asked(asked: str, free: str) -> Any:
+    """Fork while a thread waits for a compiler's version; the child, which has another compiler, calls a kernel."""
+    thread = threading.Thread(target=tiny.call, args=(2,))
+    thread.start()
+    wait_for(lambda: os.path.exists(asked))
+
+    def child() -> Any:
+        signal.alarm(60)  # a hang ends it, and the test
+        os.environ["CXX"] = ""
+        return tiny.call(3)
+
+    answer = tiny.forked(child)
+    Path(free).touch()
+    thread.join()
+    return answer
+
+
+def test_a_child_that_is_forked_while_a_compiler_is_asked_for_its_version(tmp_path):
+    asked, free, script = tmp_path / "asked", tmp_path / "free", tmp_path / "c++"
+    waiting = f'touch "{asked}"; while ! [ -e "{free}" ]; do sleep 0.02; done; echo slow'
+    script.write_text(f'#!/bin/sh\ncase "$*" in *--version*) {waiting}; exit 0;; esac\nexec g++ "$@"\n')
+    script.chmod(0o755)
+    environment: dict[str, str | None] = {"JIT_KERNEL_CACHE_DIR": str(tmp_path / "store"), "CXX": str(script)}
+    work = forked_while_a_compiler_is_asked
+    outcome = children.run(work, str(asked), str(free), environment=environment, scratch=tmp_path)
+    assert outcome.error == "" and outcome.result["right"] and outcome.result["compiled"] == 1, outcome

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import platform
 import re
 import subprocess
 import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
 
 from jit_kernel import config
+from tests.support import children, tiny
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -62,6 +67,39 @@ def test_the_wheel_is_small_and_whole(tmp_path):
         assert f"[{group}]\njit_kernel = jit_kernel.integrations.{engine}:plugin" in scripts.read_text()
 
 
+def test_a_platform_wheel_has_a_layer_that_is_used_without_a_compiler(tmp_path):
+    """Entries of a store become the installed package's last layer; the tag and RECORD are what an installer reads."""
+    wheel = built("wheel", tmp_path / "dist")
+    store = str(tmp_path / "store")
+    assert (
+        children.run(tiny.call, environment={"JIT_KERNEL_CACHE_DIR": store}, scratch=tmp_path).result["compiled"] == 1
+    )
+    code = (ROOT / "tools" / "platform_wheel.py").read_text()
+    tool: dict[str, Any] = {"__name__": "tool"}
+    exec(compile(code, "platform_wheel.py", "exec"), tool)
+    made = tool["with_layer"](wheel, Path(store), tmp_path)
+    assert re.fullmatch(rf"jit_kernel-[\d.]+-py3-none-manylinux_2_\d+_{platform.machine()}\.whl", made.name)
+    with zipfile.ZipFile(made) as archive:
+        archive.extractall(tmp_path / "site")
+        (record,) = [name for name in archive.namelist() if name.endswith("/RECORD")]
+        lines = [line.rsplit(",", 2) for line in archive.read(record).decode().splitlines()]
+        assert {name for name, _, _ in lines} == set(archive.namelist())
+        for name, digest, size in lines:
+            data = archive.read(name)
+            right = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+            assert name == record or (digest, size) == (f"sha256={right}", str(len(data))), name
+    probe = (
+        "from tests.support import tiny; from jit_kernel import config, jit; print(tiny.call(), config.cache_layers())"
+    )
+    (tmp_path / "site" / "tests").symlink_to(ROOT / "tests")
+    answer = subprocess.run(
+        [sys.executable, "-c", probe], cwd=tmp_path / "site", capture_output=True, text=True, check=True,
+        env={"PYTHONPATH": str(tmp_path / "site"), "HOME": str(tmp_path / "home"), "JIT_KERNEL_SEALED": "1"},
+    )  # fmt: skip
+    assert "'right': True, 'compiled': 0" in answer.stdout and "site/jit_kernel/kernel_cache" in answer.stdout
+    assert not (tmp_path / "home").exists()
+
+
 def test_the_source_distribution_can_be_worked_with(tmp_path):
     """It holds every file that the Makefile and pyproject.toml name."""
     with tarfile.open(built("sdist", tmp_path)) as archive:
@@ -74,7 +112,7 @@ def test_the_source_distribution_can_be_worked_with(tmp_path):
 def named_in_the_makefile() -> set[str]:
     """The files and folders of the project that the Makefile's commands name."""
     text = (ROOT / "Makefile").read_text()
-    return set(re.findall(r"\b(?:tests|benchmarks|examples)/[\w./-]*\w", text))
+    return set(re.findall(r"\b(?:tests|benchmarks|examples|tools)/[\w./-]*\w", text))
 
 
 def test_the_makefile_names_files_that_exist():

@@ -52,6 +52,11 @@ def test_targets_that_are_none(text, words):
         ("JIT_KERNEL_LOG", "loud"),
         ("JIT_KERNEL_PLUGINS", "vllm,tgi"),
         ("JIT_KERNEL_COUNTERS", "counts.json"),
+        ("JIT_KERNEL_CACHE_LAYERS", "relative/folder"),
+        ("JIT_KERNEL_CACHE_LIMIT", "much"),
+        ("JIT_KERNEL_RECORD", "profile"),
+        ("JIT_KERNEL_SEALED", "perhaps"),
+        ("JIT_KERNEL_PACK_KEY", "secret"),
     ],
 )
 def test_a_bad_setting_names_itself(monkeypatch, key, value):
@@ -59,6 +64,16 @@ def test_a_bad_setting_names_itself(monkeypatch, key, value):
     config.reload()
     with pytest.raises(config.ConfigError, match=f"{key} is '{value}'; it must be"):
         config.settings()
+    monkeypatch.undo()
+    config.reload()
+
+
+def test_a_bad_key_is_not_shown(monkeypatch):
+    monkeypatch.setenv("JIT_KERNEL_PACK_KEY", "hex:abcd")
+    config.reload()
+    with pytest.raises(config.ConfigError, match="64 hexadecimal digits") as caught:
+        config.settings()
+    assert "abcd" not in str(caught.value)
     monkeypatch.undo()
     config.reload()
 

@@ -16,6 +16,7 @@ import pytest
 
 from jit_kernel import config
 from jit_kernel.engine import lock as locks
+from jit_kernel.engine import removal
 from jit_kernel.engine.store import Store
 from tests.support import children, tiny
 from tests.support.compilers import compilations, counting_compiler
@@ -93,7 +94,7 @@ def _remove(store: Path, what: str) -> None:
     if what == "everything":
         shutil.rmtree(store)
     elif what == "clear":
-        Store(store).clear(lambda holder, waited: None)
+        removal.clear(Store(store), lambda holder, waited: None)
     elif what == "the unit":
         next(store.glob(".tmp/*/unit.cpp")).unlink()
     elif what == "the marks":
@@ -198,7 +199,7 @@ def test_clearing_fails_no_process_that_makes_a_folder_of_the_store(tmp_path):
 
     def clear() -> None:
         while not done.is_set():
-            shared.clear(lambda holder, seconds: None)
+            removal.clear(shared, lambda holder, seconds: None)
 
     clearing = threading.Thread(target=clear)
     clearing.start()

@@ -24,7 +24,7 @@ from jit_kernel import config
 from tests.fuzz import store_faults as faults
 from tests.support import tiny
 
-CLEAR = {"CacheError", "CompileError", "CompilerNotFoundError"}
+CLEAR = {"CacheError", "CompileError", "CompilerNotFoundError", "PackError", "SealedError"}
 HANG = 120.0  # seconds after which a call hangs
 
 
@@ -35,16 +35,20 @@ class Caller:
         self.title, self.meant_to_die = title, False
         self.notes = notes / f"{title}-{os.urandom(4).hex()}"
         self._reading, writing = os.pipe()
+        # An interrupt in the child before its own try would run the campaign's end in it, which removes every folder.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         self.process = os.fork()
         if self.process == 0:
             os.close(self._reading)
             self._answer(work, writing, environment)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         os.close(writing)
 
     def _answer(self, work: Callable[[], Any], writing: int, environment: dict[str, str]) -> None:
         """In the child, which never returns."""
         signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             descriptor = os.open(self.notes, os.O_WRONLY | os.O_CREAT, 0o644)
             os.dup2(descriptor, 2)
             sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
@@ -149,6 +153,31 @@ def disk(noexec: bool, factor: int) -> Any:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def sealed(factor: int) -> Any:
+    """A process that compiles nothing: it answers, or says what it lacks."""
+    _with(JIT_KERNEL_SEALED="1")
+    answer = tiny.call(factor)
+    return {**answer, "right": answer["right"] and answer["compiled"] == 0}
+
+
+def layered(factor: int) -> Any:
+    """The store is the layer of another one, in which what it lacks is compiled."""
+    store = config.cache_dir()
+    _with(JIT_KERNEL_CACHE_LAYERS=str(store), JIT_KERNEL_CACHE_DIR=f"{store.parents[1]}/own-{os.getpid()}")
+    return tiny.call(factor)
+
+
+def bounded(factor: int) -> Any:
+    """A store that has room for one entry, and a profile that many write."""
+    _with(JIT_KERNEL_CACHE_LIMIT="1", JIT_KERNEL_RECORD=f"{config.cache_dir().parents[1]}/profile")
+    return tiny.call(factor)
+
+
+def _with(**environment: str) -> None:
+    os.environ.update(environment)
+    config.reload()
+
+
 def _quiet(factor: int) -> None:
     try:
         tiny.call(factor)
@@ -167,5 +196,5 @@ def _inner(answer: Any, factor: int) -> Any:
     return tiny.call(factor) if "unshare" in answer else answer
 
 
-USUAL = (plain, any_umask, ignoring, reaping, forking)
+USUAL = (plain, any_umask, ignoring, reaping, forking, sealed, layered, bounded)
 AS_ROOT = (stranger, container, functools.partial(disk, True), functools.partial(disk, False))

@@ -34,6 +34,7 @@ _IMPORTED_LATE = (
     "platformdirs",
     "filelock",
     "jit_kernel.commands.cache",
+    "jit_kernel.engine.unpack",
     "concurrent.futures.thread",
 )
 COMPILERS = ("exit 0", "exit 1", "kill -SEGV $$", ": > kernel.so", "echo 'int x;' > unit.cpp", "sleep 0.2", "")
@@ -136,7 +137,8 @@ class Campaign:
     def summary(self) -> dict[str, Any]:
         """The counts; faults are all that were counted as one."""
         total = sum(count for name, count in self.counts.items() if name.startswith("fault: "))
-        return {"seed": self.seed, "faults": total, **dict(sorted(self.counts.items())), "wrong": len(self.wrong)}
+        steps = {"faults": total, "steps": total + self.counts["calls"]}
+        return {"seed": self.seed, **steps, **dict(sorted(self.counts.items())), "wrong": len(self.wrong)}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from jit_kernel.engine import pack, removal, unpack
 from jit_kernel.engine.store import Store
 from tests.support import tiny
 
@@ -171,7 +172,42 @@ def clear(store: Path, chance: random.Random) -> bool:
     """`cache clear`, beside whatever runs."""
     found = Store(store)
     found.check()
-    found.clear(lambda holder, waited: None)
+    removal.clear(found, lambda holder, waited: None)
+    return True
+
+
+def prune(store: Path, chance: random.Random) -> bool:
+    """`cache prune`, beside whatever runs."""
+    found = Store(store)
+    found.check()
+    return store.is_dir() and removal.prune(found, chance.choice([1, 20_000, 40_000])).removed > 0
+
+
+def pack_and_unpack(store: Path, chance: random.Random) -> bool:
+    """Pack what is stored, perhaps flip a byte or cut the end, remove some entries, and unpack them."""
+    path = store.parent.parent / f"{chance.randrange(10**9)}.pack"
+    found = Store(store)
+    found.check()
+    try:
+        pack.write(path, pack.collect([found], None, ()), None)
+        data = path.read_bytes()
+        place, damaged = chance.randrange(len(data)), chance.random() < 0.5
+        if damaged:
+            path.write_bytes(chance.choice([data[:place], data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :]]))
+        for entry in tiny.entries(store):
+            if chance.random() < 0.5:
+                shutil.rmtree(entry, ignore_errors=True)
+        try:
+            with unpack.open_pack(path, None) as opened:
+                unpack.unpack(opened, found, (), lambda holder, waited: None)
+        except pack.PackError:
+            if not damaged:
+                raise
+            return True
+        if damaged:
+            raise AssertionError(f"a pack that was damaged at byte {place} was unpacked")
+    finally:
+        path.unlink(missing_ok=True)
     return True
 
 
@@ -196,9 +232,12 @@ def intrude(store: Path, chance: random.Random) -> bool:
 # Run one at a time, each in a process of its own: those of the second line need a store that nothing has opened up.
 FAULTS: tuple[Callable[[Path, random.Random], bool], ...] = (
     *(truncate, flip, extend, delete, delete_all, swap_artifacts, swap_entries, move_away, put_in_place),
-    *(change_mode, change_owner, jump_in_time, clear),
+    *(change_mode, change_owner, jump_in_time, clear, prune, pack_and_unpack),
 )
-HARMLESS_MODES = {truncate, flip, extend, delete, delete_all, swap_artifacts, swap_entries, jump_in_time, clear}
+HARMLESS_MODES = {
+    *(truncate, flip, extend, delete, delete_all, swap_artifacts, swap_entries, jump_in_time, clear, prune),
+    pack_and_unpack,
+}
 
 
 def repair(store: Path) -> None:
