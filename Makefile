@@ -118,7 +118,7 @@ $(VENV)/.hosts: $(VENV)/.ready
 	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --target $(VENV)/transformers-5.22 \
 	  --upgrade transformers==5.22.2
 	$(BIN)/python -m pip --disable-pip-version-check install --quiet --target $(VENV)/transformers-5.4 --upgrade \
-	  transformers==5.4.0
+	  transformers==5.4.0 'kernels>=0.12,<0.13'
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.ready examples/requirements-sentence-search.txt
