@@ -19,6 +19,7 @@ LAUNCHER = KernelSpec(
 )
 # As kernels and as the launcher's functions: prefill on cached keys, and in e4m3.
 CACHED, FP8 = "forward_cached", "forward_fp8"
+PREPARE = "prepare_values"  # for the latter
 DTYPES = ("bf16", "fp16")
 # Head sizes of q and k, and of v; the least that hold a call's serve it, the rest is padded inside.
 HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
@@ -27,6 +28,8 @@ FP8_HEAD_DIMS = (64, 128, 256)
 # Rows of queries in a tile, by head sizes; 128 where they are not named.
 TILE_ROWS = {(64, 64): 256}
 _APPEND_THREADS = 128  # kAppendThreads of append/params.h, as the unit asserts
+_PREPARE_THREADS = 256  # kPreparerThreads of prefill/fp8_params.h, likewise
+PREPARED_KEYS = 128  # kPreparedKeys there: of a block of prepared values
 # Of the decode kernels: of q, k and v, and the packed query rows of a sequence.
 DECODE_HEAD_DIMS = (64, 128, 256)
 DECODE_ROWS = (8, 16, 32, 64)
@@ -64,17 +67,30 @@ def forward_spec(dtype: str, head_dim: int, head_dim_v: int, masked: bool, softc
     return KernelSpec(FOLDER, unit, "cuda", variant, _FLAGS)
 
 
-def fp8_spec(head_dim: int, head_dim_v: int, masked: bool) -> KernelSpec:
-    """The kernel in e4m3 that serves head sizes; softcap is a branch in it. Raises ValueError where none does."""
+def fp8_spec(head_dim: int, head_dim_v: int, masked: bool, prepared: bool) -> KernelSpec:
+    """The kernel in e4m3 that serves head sizes; softcap is a branch in it. Raises ValueError where none does.
+
+    prepared: the kernel of `prepare_spec` has transposed the values; else this one does.
+    """
     size = padded_fp8(head_dim, head_dim_v)
     if size is None:
         raise ValueError(f"no kernel in e4m3 has head sizes {head_dim}/{head_dim_v}")
     unit = (
         '#include "flash_attention_v3/hopper/prefill/forward.cuh"\n'
-        f"JIT_KERNEL_EXPORT_FORWARD_FP8({size}, {str(masked).lower()})\n"
+        f"JIT_KERNEL_EXPORT_FORWARD_FP8({size}, {str(masked).lower()}, {str(prepared).lower()})\n"
     )
-    variant = (("function", FP8), ("dtype", "e4m3"), ("head_dim", size), ("masked", masked))
+    variant = (("function", FP8), ("dtype", "e4m3"), ("head_dim", size), ("masked", masked), ("prepared", prepared))
     return KernelSpec(FOLDER, unit, "cuda", variant, _FLAGS)
+
+
+def prepare_spec(size: int) -> KernelSpec:
+    """The kernel that transposes values in e4m3 before the attention kernel of a head size runs."""
+    unit = (
+        '#include "flash_attention_v3/hopper/prefill/forward.cuh"\n'
+        f"JIT_KERNEL_EXPORT_PREPARE_VALUES({size}, {_PREPARE_THREADS})\n"
+    )
+    launch = (("threads", _PREPARE_THREADS), ("shared_bytes", 0))
+    return KernelSpec(FOLDER, unit, "cuda", (("function", PREPARE), ("dtype", "e4m3"), ("head_dim", size), *launch), _FLAGS)
 
 
 def append_spec(dtype: str, quantises: bool = False) -> KernelSpec:
@@ -133,8 +149,10 @@ def all_specs() -> Iterator[KernelSpec]:
     and those in e4m3."""
     yield LAUNCHER
     for head_dim in FP8_HEAD_DIMS:
+        yield prepare_spec(head_dim)
         for masked in (False, True):
-            yield fp8_spec(head_dim, head_dim, masked)
+            for prepared in (False, True):
+                yield fp8_spec(head_dim, head_dim, masked, prepared)
     yield append_spec("e4m3")
     for dtype in DTYPES:
         yield append_spec(dtype)
@@ -228,7 +246,7 @@ class DeviceKernels(jit.DeviceKernels):
             return "cache" in fields, fields["head_dim_v"], fields["rows"]
         cached, fp8 = fields["function"] == CACHED, fields["function"] == FP8
         head_dim_v = fields["head_dim" if fp8 else "head_dim_v"]
-        return fields["head_dim"], head_dim_v, cached or fields["masked"], cached, fp8
+        return fields["head_dim"], head_dim_v, cached or fields["masked"], cached, fp8, fields.get("prepared", False)
 
 
 _devices: dict[int, DeviceKernels] = {}

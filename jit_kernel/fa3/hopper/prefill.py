@@ -34,8 +34,30 @@ def _load(device: DeviceKernels, key: tuple[Any, ...]) -> int:
 def _key_of(call: Call, masked: bool) -> tuple[Any, ...]:
     dtype, head_dim, head_dim_v = call.q.dtype, call.q.shape[-1], call.v.shape[-1]
     if dtype is _FP8:
-        return dtype, head_dim, head_dim_v, masked
+        return dtype, head_dim, head_dim_v, masked, prepares(call)
     return dtype, head_dim, head_dim_v, masked, call.softcap > 0
+
+
+def prepares(call: Call) -> bool:
+    """Whether values in e4m3 are transposed by a kernel of their own; the result's bits are the same."""
+    return True
+
+
+def _preparer(device: DeviceKernels, size: int, only_known: bool) -> int | None:
+    """The handle of the kernel that prepares values for head size `size`; None where it is not loaded and must be."""
+    key = (kernels.PREPARE, size)
+    handle = device.handles.get(key)
+    return handle if handle is not None or only_known else device.load(key, kernels.prepare_spec(size))
+
+
+def _room(call: Call, size: int) -> Tensor:
+    """Memory for the prepared values of a call: `size` columns of whole blocks of keys, each sequence's its own."""
+    v, keys = call.v, kernels.PREPARED_KEYS
+    if call.cu_seqlens_k is None:
+        blocks = v.shape[0] * max(1, -(-v.shape[1] // keys))
+    else:
+        blocks = v.shape[0] // keys + call.cu_seqlens_k.shape[0] - 1
+    return torch.empty(blocks * keys * v.shape[-2] * size, dtype=torch.uint8, device=v.device)
 
 
 def attend(call: Call, *, only_known: bool) -> Result | None:
@@ -50,6 +72,13 @@ def attend(call: Call, *, only_known: bool) -> Result | None:
     handle = device.handles.get(key)
     if handle is None and only_known:
         return None
+    prepared, preparer = None, 0
+    if q.dtype is _FP8 and key[-1]:
+        size = kernels.padded_fp8(q.shape[-1], call.v.shape[-1])
+        found = _preparer(device, size, only_known)
+        if found is None:
+            return None
+        preparer, prepared = found, _room(call, size)
     result: Tensor = calls.new_result(call) if call.out is None else call.out
     lse = arguments.new_lse(call)
     if result.numel() == 0 or (offsets is not None and offsets.shape[0] == 1):
@@ -60,7 +89,7 @@ def attend(call: Call, *, only_known: bool) -> Result | None:
         handle = _load(device, key)
     if q.dtype is _FP8:
         launched = device.forward_fp8(
-            handle, *arguments.tensors(call, result, lse), call.q_descale, call.k_descale, call.v_descale,
+            handle, preparer, *arguments.tensors(call, result, lse), call.q_descale, call.k_descale, call.v_descale, prepared,
             *arguments.scalars(call, left, right), only_known,
         )  # fmt: skip
     else:

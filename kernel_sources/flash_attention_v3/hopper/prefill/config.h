@@ -95,13 +95,17 @@ struct Config {
   static constexpr int kPartColumns =
       kFp8 ? Tile::kPartColumns : kHeadDimV;  // of the output, multiplied at a time
   static constexpr int kParts = kFp8 ? kHeadDimV / kPartColumns : 1;
+  // Values of e4m3 that a kernel before has transposed; else warps of this one do.
+  static constexpr bool kPrepared = kFp8 && kTransposers == 0;
+  static constexpr int kSummedBlocks = Tile::kSummedBlocks;
   static constexpr int kOffsetLoaded = kOffsetV + kStages * kBytesV;
-  static constexpr int kOffsetOrder = kOffsetLoaded + (kFp8 ? kStagesLoaded * kBytesV : 0);
+  static constexpr int kOffsetOrder =
+      kOffsetLoaded + (kTransposers > 0 ? kStagesLoaded * kBytesV : 0);
   static constexpr int kOffsetTile = kOffsetOrder + kMaxSorted * 2;
   static constexpr int kOffsetBarriers = kOffsetTile + kTileSlots * int(sizeof(Info));
   static constexpr int kLoadedBarriers =
       2 * kStagesQ * kWarpgroups + 4 * kStages + 2 * kTileSlots + 1;
-  static constexpr int kBarriers = kLoadedBarriers + (kFp8 ? 2 * kStagesLoaded : 0);
+  static constexpr int kBarriers = kLoadedBarriers + (kTransposers > 0 ? 2 * kStagesLoaded : 0);
   static constexpr int kSharedBytes = kOffsetBarriers + kBarriers * 8;
 
   static_assert(!kCached || (kMasked && kSoftcap), "cached keys are masked and capped at run time");

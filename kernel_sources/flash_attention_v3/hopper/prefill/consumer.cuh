@@ -41,7 +41,9 @@ struct Consumer {
   int block_begin, block_end;  // blocks that some row of the warpgroup sees
   float scores[C::kKeys / 2];
   float output[C::kHeadDimV / 2];
-  float of_block[C::kFp8 ? C::kPartColumns / 2 : 1];  // the sums of a block's products, or a part
+  // The sums of the products of the last few blocks, or a part of one block's.
+  float of_block[C::kFp8 ? C::kPartColumns / 2 : 1];
+  int summed;  // blocks in it
   u32 probabilities[C::kKeys * C::kElementBytes / 8];
   float scale;         // of scores to exponents of 2
   int changes_scores;  // of e4m3: scores are multiplied before they are masked
@@ -95,13 +97,20 @@ struct Consumer {
     wgmma_commit();
   }
 
-  // Of e4m3, its first part, for which there is nothing to add to.
+  // Of e4m3, its first part.
   __device__ __forceinline__ void issue_output(int accumulate, bool values_are_here = false) {
     if (!values_are_here) mbarrier_wait(shared.v_full(v_at.stage()), v_at.parity());
-    if constexpr (C::kFp8) {
-      issue_part(0);
-    } else {
+    if constexpr (!C::kFp8) {
       issue_16_bit_output(accumulate);
+    } else {
+      if constexpr (C::kSummedBlocks > 1) {
+        if (summed == C::kSummedBlocks) {
+          add_part(0);
+          summed = 0;
+        }
+      }
+      issue_part(0, C::kSummedBlocks > 1 ? summed : 0);
+      ++summed;
     }
   }
 
@@ -120,9 +129,10 @@ struct Consumer {
   }
 
   // Of e4m3: a part of the block's output.
-  __device__ __forceinline__ void issue_part(int i) {
+  __device__ __forceinline__ void issue_part(int i, int accumulate = 0) {
     multiply_part<C>(of_block, probabilities,
-                     v_low + (v_at.stage() * C::kBytesV + i * C::kPartColumns * C::kKeys >> 4));
+                     v_low + (v_at.stage() * C::kBytesV + i * C::kPartColumns * C::kKeys >> 4),
+                     accumulate);
   }
 
   // Adds a part that has arrived to the tile's output.
@@ -266,11 +276,11 @@ struct Consumer {
   // of 0 times NaN is NaN. Each warpgroup writes them for itself, the same bytes, so none waits for
   // another; no product is in flight here. A row of a panel is contiguous, however it is swizzled.
   //
-  // Of a cache the values behind the last such key are cleared too, before the output of the first
-  // block; where no row of a block is seen, none was loaded, and all of it is cleared. A draft mask
-  // may hide a key of any block that has bits from every row.
+  // Of a cache, and of prepared values, those behind the last such key are cleared too, before the
+  // output of the first block; in a cache, where no row of a block is seen, none was loaded, and
+  // all of it is cleared. A draft mask may hide a key of any block that has bits from every row.
   __device__ __forceinline__ void clear_hidden_values(int block) {
-    if constexpr (!C::kMasked || C::kFp8) return;
+    if constexpr (!C::kMasked || (C::kFp8 && !C::kPrepared)) return;
     const typename C::Info& tile = *shared.tile(tile_at.stage());
     int low, seen = C::kKeys;
     if constexpr (C::kCached) {
@@ -278,12 +288,19 @@ struct Consumer {
       seen = uniform(max(0, min(tile.high - block * C::kKeys, C::kKeys)));
     } else {
       low = visible_keys<C::kMasked>(params, tile.row, tile.len_q, tile.len_k).low;
+      if constexpr (C::kPrepared) {
+        seen = uniform(min(end_of_values<C>(params, tile) - block * C::kKeys, C::kKeys));
+      }
     }
     const int hidden = uniform(min(low - block * C::kKeys, C::kKeys));
     const bool drafted = has_drafts(block);
     if (hidden <= 0 && seen == C::kKeys && !drafted) return;
     mbarrier_wait(shared.v_full(v_at.stage()), v_at.parity());
-    clear_values<C>(shared.v(v_at.stage()), 0, hidden);
+    if constexpr (C::kPrepared) {
+      keep_prepared_values<C>(shared.base + C::kOffsetV + v_at.stage() * C::kBytesV, hidden, seen);
+    } else {
+      clear_values<C>(shared.v(v_at.stage()), 0, hidden);
+    }
     if constexpr (C::kCached) {
       clear_values<C>(shared.v(v_at.stage()), seen, C::kKeys);
       if (drafted) clear_unseen_values<C>(shared.v(v_at.stage()), params, tile, block);
@@ -314,23 +331,22 @@ struct Consumer {
       wgmma_wait<0>();
       if (pending) {
         release_output();
-        if constexpr (!C::kFp8) rescale_output(output, softmax);
+        rescale_output(output, softmax);
+        if constexpr (C::kFp8) rescale_output(of_block, softmax);
       }
       // Asked for early, the answers are back when they are needed.
       const bool keys_are_here = mbarrier_test(shared.k_full(k_at.stage()), k_at.parity());
       const bool values_are_here = mbarrier_test(shared.v_full(v_at.stage()), v_at.parity());
       pack_probabilities<Element>(scores, probabilities);
-      if (--block < block_begin) {
-        if constexpr (C::kFp8) add_block(pending);
-        return pending;
-      }
+      if (--block < block_begin) return pending;
       if constexpr (C::kCached) {
         if (!pending || has_drafts(block + 1)) clear_hidden_values(block + 1);
+      } else if constexpr (C::kPrepared) {
+        if (!pending) clear_hidden_values(block + 1);
       }
       if constexpr (C::kPingPong) named_barrier_sync(kPingPongBarrier + warpgroup, 256);
       if (!keys_are_here) wait_keys();
       issue_scores();
-      if constexpr (C::kFp8) add_block(pending);
       issue_output(pending, values_are_here);
       if constexpr (C::kPingPong) {
         named_barrier_arrive(kPingPongBarrier + (warpgroup + 1) % C::kWarpgroups, 256);
@@ -340,12 +356,6 @@ struct Consumer {
       release_scores(block == block_begin);
       work_on_scores(block);
     }
-  }
-
-  __device__ __forceinline__ void add_block(bool pending) {
-    if (!pending) return;
-    add_part(0);
-    rescale_output(output, softmax);
   }
 
   // As run_overlapped(), with four parts of the output: one in flight beside the scores' product,
@@ -360,6 +370,9 @@ struct Consumer {
       rescale_output(output, softmax);
       pack_probabilities<Element>(scores, probabilities);
       if (--block < block_begin) return;
+      if constexpr (C::kPrepared) {
+        if (block == block_end - 2) clear_hidden_values(block + 1);
+      }
       if constexpr (C::kPingPong) named_barrier_sync(kPingPongBarrier + warpgroup, 256);
       issue_output(0, values_are_here);
       if (!keys_are_here) wait_keys();
@@ -428,6 +441,7 @@ struct Consumer {
     changes_scores = uniform(tile.before != 1.f || params.softcap_scale > 0.f);
 #pragma unroll
     for (float& each : output) each = 0.f;
+    summed = 0;
   }
 
   __device__ __forceinline__ void run() {

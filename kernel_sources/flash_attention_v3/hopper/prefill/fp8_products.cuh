@@ -7,17 +7,19 @@
 
 namespace jit_kernel::hopper {
 
-// Probabilities times as many columns of transposed values as `part` holds; `v`: their descriptor's
-// low half.
+// Probabilities times as many columns of transposed values as `part` holds, beside what it holds
+// where it accumulates; `v`: their descriptor's low half.
 template <class C, int kCount, int kPacked>
 __device__ __forceinline__ void multiply_part(float (&part)[kCount],
-                                              const u32 (&probabilities)[kPacked], u32 v) {
+                                              const u32 (&probabilities)[kPacked], u32 v,
+                                              int accumulate) {
   pin_registers(part);
   wgmma_fence();
 #pragma unroll
   for (int i = 0; i < C::kKeys / 32; ++i) {
     wgmma_rs_e4m3(part, probabilities[4 * i], probabilities[4 * i + 1], probabilities[4 * i + 2],
-                  probabilities[4 * i + 3], wgmma_descriptor<C::kKeys>(v + (i * 32 >> 4)), i != 0);
+                  probabilities[4 * i + 3], wgmma_descriptor<C::kKeys>(v + (i * 32 >> 4)),
+                  i == 0 ? accumulate : 1);
   }
   wgmma_commit();
 }

@@ -16,12 +16,15 @@ struct Tile {
   // Of the scores' product, 16 columns each: so many take the queries from registers.
   static constexpr int kQuerySteps = kQuerySteps_;
   static constexpr int kStagesLoaded = kStages, kTransposers = 0, kPartColumns = 0;
+  static constexpr int kSummedBlocks = 1;
 };
 
-// Of e4m3. kStagesLoaded: of values as they are loaded; kStages: of keys, and of transposed values.
-// kPartColumns: the output of a block is multiplied in parts of so many columns.
+// Of e4m3. kStagesLoaded: of values as they are loaded, 0 where a kernel before has transposed
+// them; kStages: of keys, and of transposed values. kPartColumns: the output of a block is
+// multiplied in parts of so many columns. kSummedBlocks: the products of so many blocks are one sum
+// of the tensor cores before they are added in float32.
 template <int kKeys_, int kWarpgroups_, int kStagesQ_, int kStages_, int kStagesLoaded_,
-          bool kPingPong_, int kPartColumns_>
+          bool kPingPong_, int kPartColumns_, int kSummedBlocks_>
 struct Fp8Tile {
   static constexpr int kKeys = kKeys_;
   static constexpr int kWarpgroups = kWarpgroups_;
@@ -31,13 +34,14 @@ struct Fp8Tile {
   static constexpr bool kOverlap = true;
   static constexpr bool kPingPong = kPingPong_;
   static constexpr int kQuerySteps = 0;
-  static constexpr int kTransposers = 2;
+  static constexpr int kTransposers = kStagesLoaded > 0 ? 2 : 0;
   static constexpr int kPartColumns = kPartColumns_;
+  static constexpr int kSummedBlocks = kSummedBlocks_;
 };
 
 template <int kHeadDim, int kHeadDimV, bool kMasked>
 struct TileFor;
-template <int kHeadDim, bool kMasked>
+template <int kHeadDim, bool kMasked, bool kPrepared>
 struct Fp8TileFor;
 
 #define JIT_KERNEL_TILE(head_dim, head_dim_v, ...) \
@@ -46,8 +50,8 @@ struct Fp8TileFor;
 #include "flash_attention_v3/hopper/prefill/tile_table.inc"
 
 #define JIT_KERNEL_FP8_TILE(head_dim, ...) \
-  template <bool kMasked>                  \
-  struct Fp8TileFor<head_dim, kMasked> : Fp8Tile<__VA_ARGS__> {};
+  template <bool kMasked, bool kPrepared>  \
+  struct Fp8TileFor<head_dim, kMasked, kPrepared> : Fp8Tile<__VA_ARGS__> {};
 #include "flash_attention_v3/hopper/prefill/fp8_tile_table.inc"
 
 }  // namespace jit_kernel::hopper
