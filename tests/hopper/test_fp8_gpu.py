@@ -13,6 +13,7 @@ import torch
 import jit_kernel.flash_attention_v3 as fa3
 from jit_kernel import config, device
 from jit_kernel.fa3.hopper import kernels as hopper_kernels
+from jit_kernel.fa3.hopper import prefill
 from tests.support import case_run, cases, hidden, large_scores, reference
 from tests.support.hopper_inputs import starts
 
@@ -52,21 +53,30 @@ def _hopper_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     config.reload()
 
 
+def transpose_inside(monkeypatch: pytest.MonkeyPatch, inside: bool) -> None:
+    """Every call's values are transposed by the attention kernel, or by the one before it."""
+    monkeypatch.setattr(prefill, "prepares", lambda call: not inside)
+
+
 def rand8(*shape: int, mean: float = 0.0) -> torch.Tensor:
     return (torch.randn(*shape, device="cuda") + mean).to(FP8)
 
 
-@pytest.mark.parametrize("free", [0, 120, 131])
-def test_random_cases(free: int, say: list[str]) -> None:
+@pytest.mark.parametrize(("free", "inside"), [(0, False), (120, True), (131, False)])
+def test_random_cases(free: int, inside: bool, monkeypatch: pytest.MonkeyPatch, say: list[str]) -> None:
     """With multiprocessors left free, few blocks take many tiles each, one after the other."""
+    transpose_inside(monkeypatch, inside)
     functions = {name: partial(function, sm_margin=free) for name, function in FUNCTIONS.items()}
     seeds = range(free * CASES, free * CASES + CASES)
     worst = max(case_run.judge(cases.draw(seed, SPACE), functions).worst for seed in seeds)
     say.append(f"hopper e4m3: {CASES} random cases, {free} multiprocessors left free, worst share {worst:.3f}")
 
 
-@pytest.mark.parametrize("free", [0, 131])
-def test_what_no_query_sees_reaches_no_result(free: int, say: list[str]) -> None:
+@pytest.mark.parametrize(("free", "inside"), [(0, False), (131, True)])
+def test_what_no_query_sees_reaches_no_result(
+    free: int, inside: bool, monkeypatch: pytest.MonkeyPatch, say: list[str]
+) -> None:
+    transpose_inside(monkeypatch, inside)
     functions = {name: partial(function, sm_margin=free) for name, function in FUNCTIONS.items()}
     counts = [hidden.differ(hidden.draw(seed, SPACE), functions) for seed in range(free * 300, free * 300 + 300)]
     with_some = sum(count > 0 for count in counts)
@@ -90,6 +100,24 @@ def test_long_contexts_keep_their_accuracy(d: int, keys: int, mean: float, say: 
     emulated = float((reference.emulate_fp8(sequence, problem).double() - ref).norm())
     assert ours <= 1.2 * emulated
     say.append(f"hopper e4m3, d {d}, {keys} keys, values around {mean}: {ours / emulated:.3f} of the emulation's error")
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("d", "dv"), [(64, 48), (128, 128), (256, 208)])
+def test_values_transposed_before_or_inside_give_the_same_bits(
+    d: int, dv: int, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(3)
+    lengths_q, lengths_k = [1, 0, 130, 300, 64, 5], [700, 90, 0, 129, 128, 1000]
+    q, k, v = rand8(sum(lengths_q), 4, d), rand8(sum(lengths_k), 2, d), rand8(sum(lengths_k), 2, dv)
+    results = []
+    for inside in (False, True):
+        transpose_inside(monkeypatch, inside)
+        results += fa3.flash_attn_varlen_func(
+            q, k, v, starts(lengths_q), starts(lengths_k), causal=causal, return_softmax_lse=True
+        )
+    assert torch.equal(results[0], results[2])
+    assert torch.equal(results[1], results[3])
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -61,9 +61,14 @@ def test_a_variant_compiles_without_spills_or_serialised_products(fields: tuple[
     compiles_well(hopper_kernels.forward_spec(*fields))
 
 
-@pytest.mark.parametrize(("head_dim", "masked"), NAMED_FP8)
-def test_a_kernel_in_e4m3_compiles_as_well(head_dim: int, masked: bool) -> None:
-    compiles_well(hopper_kernels.fp8_spec(head_dim, head_dim, masked))
+@pytest.mark.parametrize(("head_dim", "masked", "prepared"), NAMED_FP8)
+def test_a_kernel_in_e4m3_compiles_as_well(head_dim: int, masked: bool, prepared: bool) -> None:
+    compiles_well(hopper_kernels.fp8_spec(head_dim, head_dim, masked, prepared))
+
+
+@pytest.mark.parametrize("head_dim", hopper_kernels.FP8_HEAD_DIMS)
+def test_the_kernel_that_prepares_values_compiles_as_well(head_dim: int) -> None:
+    compiles_well(hopper_kernels.prepare_spec(head_dim))
 
 
 @pytest.mark.parametrize("fields", NAMED_CACHED, ids=str)
@@ -93,7 +98,7 @@ def test_the_whole_space_has_no_more_kernels_than_are_counted_here() -> None:
     specs = hopper.all_variants(TARGET)
     assert len(specs) == len(set(specs))
     counted = Counter(str(dict(spec.variant)["function"]) for spec in specs)
-    expected = {"launcher": 1, "forward": 48, "forward_fp8": 6, "forward_cached": 12, "decode": 44, "append": 5}
+    expected = {"launcher": 1, "forward": 48, "forward_fp8": 12, "prepare_values": 3, "forward_cached": 12, "decode": 44, "append": 5}
     assert counted == {**expected, "mla": 18}
     assert {spec.route for spec in specs} == {"host", "cuda"}
     assert hopper.all_variants(Target("cuda", "sm_100")) == []
@@ -257,7 +262,7 @@ def test_selecting_by_size_finds_the_kernel_that_pads_it() -> None:
         (prefill, "head_dim", "72", "96"),
         (prefill, "head_dim_v", "130", "192"),
         (prefill, "dtype", "bf16", "bf16"),
-        (hopper_kernels.fp8_spec(64, 48, True), "head_dim", "96", "128"),
+        (hopper_kernels.fp8_spec(64, 48, True, True), "head_dim", "96", "128"),
         (few_rows, "head_dim", "72", "128"),
         (few_rows, "head_dim", "257", "257"),
         (few_rows, "rows", "9", "16"),
@@ -267,7 +272,7 @@ def test_selecting_by_size_finds_the_kernel_that_pads_it() -> None:
         (latent, "rows", "65", "65"),
         (latent, "dtype", "fp16", "fp16"),
         (hopper_kernels.mla_spec("e4m3", 512, 16), "dtype", "bf16", "e4m3"),
-        (hopper_kernels.fp8_spec(64, 48, True), "dtype", "bf16", "bf16"),
+        (hopper_kernels.fp8_spec(64, 48, True, True), "dtype", "bf16", "bf16"),
     ):
         assert hopper.canonical(spec, field, wanted) == found
 

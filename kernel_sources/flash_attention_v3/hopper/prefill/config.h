@@ -90,8 +90,8 @@ struct Config {
   static constexpr int kOffsetK = kStagesQ * kWarpgroups * kBytesQ;
   static constexpr int kOffsetV = kOffsetK + kStages * kBytesK;
   // Values of e4m3 are loaded here, and transposed to where others are loaded.
-  static constexpr int kStagesLoaded = Tile::kStagesLoaded;
   static constexpr int kTransposers = Tile::kTransposers;  // warps
+  static constexpr int kStagesLoaded = kTransposers > 0 ? Tile::kStagesLoaded : kStages;
   static constexpr int kPartColumns =
       kFp8 ? Tile::kPartColumns : kHeadDimV;  // of the output, multiplied at a time
   static constexpr int kParts = kFp8 ? kHeadDimV / kPartColumns : 1;

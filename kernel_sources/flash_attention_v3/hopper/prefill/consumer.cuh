@@ -135,12 +135,15 @@ struct Consumer {
                      accumulate);
   }
 
-  // Adds a part that has arrived to the tile's output.
+  // Adds a part that has arrived to the tile's output; of several blocks with half of what their sum
+  // may have lost.
   __device__ __forceinline__ void add_part(int i) {
     pin_registers(of_block);
+    const float factor = C::kSummedBlocks > 1 && summed > 1 ? 1.f + kHalfLost : 1.f;
 #pragma unroll
     for (int j = 0; j < C::kPartColumns / 2; ++j) {
-      output[i * (C::kPartColumns / 2) + j] += of_block[j];
+      float& sum = output[i * (C::kPartColumns / 2) + j];
+      sum = C::kSummedBlocks > 1 ? fmaf(of_block[j], factor, sum) : sum + of_block[j];
     }
   }
 
