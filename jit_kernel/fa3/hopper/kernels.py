@@ -25,6 +25,8 @@ DTYPES = ("bf16", "fp16")
 HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
 # Of the kernels in e4m3, of q, k and v alike.
 FP8_HEAD_DIMS = (64, 128, 256)
+# Those with a variant whose values a kernel before transposes.
+PREPARED_HEAD_DIMS = (256,)
 # Rows of queries in a tile, by head sizes; 128 where they are not named.
 TILE_ROWS = {(64, 64): 256}
 _APPEND_THREADS = 128  # kAppendThreads of append/params.h, as the unit asserts
@@ -52,6 +54,14 @@ def padded_fp8(head_dim: int, head_dim_v: int) -> int | None:
     return next((size for size in FP8_HEAD_DIMS if max(head_dim, head_dim_v) <= size), None)
 
 
+def fp8_size(head_dim: int, head_dim_v: int) -> int:
+    """As `padded_fp8`; raises ValueError where no kernel serves them."""
+    size = padded_fp8(head_dim, head_dim_v)
+    if size is None:
+        raise ValueError(f"no kernel in e4m3 has head sizes {head_dim}/{head_dim_v}")
+    return size
+
+
 def forward_spec(dtype: str, head_dim: int, head_dim_v: int, masked: bool, softcap: bool) -> KernelSpec:
     """The kernel of one variant; `masked` stands for causal, window and chunk."""
     numbers = f"{head_dim}, {head_dim_v}, {str(masked).lower()}, {str(softcap).lower()}"
@@ -72,9 +82,7 @@ def fp8_spec(head_dim: int, head_dim_v: int, masked: bool, prepared: bool) -> Ke
 
     prepared: the kernel of `prepare_spec` has transposed the values; else this one does.
     """
-    size = padded_fp8(head_dim, head_dim_v)
-    if size is None:
-        raise ValueError(f"no kernel in e4m3 has head sizes {head_dim}/{head_dim_v}")
+    size = fp8_size(head_dim, head_dim_v)
     unit = (
         '#include "flash_attention_v3/hopper/prefill/forward.cuh"\n'
         f"JIT_KERNEL_EXPORT_FORWARD_FP8({size}, {str(masked).lower()}, {str(prepared).lower()})\n"
@@ -90,7 +98,8 @@ def prepare_spec(size: int) -> KernelSpec:
         f"JIT_KERNEL_EXPORT_PREPARE_VALUES({size}, {_PREPARE_THREADS})\n"
     )
     launch = (("threads", _PREPARE_THREADS), ("shared_bytes", 0))
-    return KernelSpec(FOLDER, unit, "cuda", (("function", PREPARE), ("dtype", "e4m3"), ("head_dim", size), *launch), _FLAGS)
+    variant = (("function", PREPARE), ("dtype", "e4m3"), ("head_dim", size), *launch)
+    return KernelSpec(FOLDER, unit, "cuda", variant, _FLAGS)
 
 
 def append_spec(dtype: str, quantises: bool = False) -> KernelSpec:
@@ -149,10 +158,12 @@ def all_specs() -> Iterator[KernelSpec]:
     and those in e4m3."""
     yield LAUNCHER
     for head_dim in FP8_HEAD_DIMS:
+        for masked in (False, True):
+            yield fp8_spec(head_dim, head_dim, masked, prepared=False)
+    for head_dim in PREPARED_HEAD_DIMS:
         yield prepare_spec(head_dim)
         for masked in (False, True):
-            for prepared in (False, True):
-                yield fp8_spec(head_dim, head_dim, masked, prepared)
+            yield fp8_spec(head_dim, head_dim, masked, prepared=True)
     yield append_spec("e4m3")
     for dtype in DTYPES:
         yield append_spec(dtype)

@@ -56,9 +56,10 @@ constexpr Shape kShapes[] = {
   shape_of<head_dim, head_dim_v, false, false>(), shape_of<head_dim, head_dim_v, true, false>(), \
       shape_of<head_dim, head_dim_v, true, true>(),
 #include "flash_attention_v3/hopper/prefill/tile_table.inc"
-#define JIT_KERNEL_FP8_TILE(head_dim, ...)                                       \
-  fp8_shape_of<head_dim, false, false>(), fp8_shape_of<head_dim, true, false>(), \
-      fp8_shape_of<head_dim, false, true>(), fp8_shape_of<head_dim, true, true>(),
+#define JIT_KERNEL_FP8_TILE(head_dim, ...) \
+  fp8_shape_of<head_dim, false, false>(), fp8_shape_of<head_dim, true, false>(),
+#define JIT_KERNEL_FP8_PREPARED_TILE(head_dim, ...) \
+  fp8_shape_of<head_dim, false, true>(), fp8_shape_of<head_dim, true, true>(),
 #include "flash_attention_v3/hopper/prefill/fp8_tile_table.inc"
 };
 

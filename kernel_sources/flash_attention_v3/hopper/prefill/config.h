@@ -97,7 +97,6 @@ struct Config {
   static constexpr int kParts = kFp8 ? kHeadDimV / kPartColumns : 1;
   // Values of e4m3 that a kernel before has transposed; else warps of this one do.
   static constexpr bool kPrepared = kFp8 && kTransposers == 0;
-  static constexpr int kSummedBlocks = Tile::kSummedBlocks;
   static constexpr int kOffsetLoaded = kOffsetV + kStages * kBytesV;
   static constexpr int kOffsetOrder =
       kOffsetLoaded + (kTransposers > 0 ? kStagesLoaded * kBytesV : 0);
@@ -115,6 +114,7 @@ struct Config {
   static_assert(!kFp8 || (kOverlap && kQuerySteps == 0 && !kCached && kHeadDim % 64 == 0),
                 "what the kernels in e4m3 are made for");
   static_assert(kParts == 1 || kParts == 4, "see run_in_parts()");
+  static_assert(!kPrepared || kParts > 1, "run_overlapped() clears no prepared values");
   static_assert(kHeadDim % 32 == 0 && kHeadDimV % 32 == 0, "head sizes are padded to a panel");
   static_assert(kQuerySteps >= 0 && kQuerySteps <= kHeadDim / 16, "steps of the head size");
   static_assert(kSharedBytes <= 227 * 1024, "a block of sm_90 has 227 KiB of shared memory");

@@ -41,9 +41,7 @@ struct Consumer {
   int block_begin, block_end;  // blocks that some row of the warpgroup sees
   float scores[C::kKeys / 2];
   float output[C::kHeadDimV / 2];
-  // The sums of the products of the last few blocks, or a part of one block's.
-  float of_block[C::kFp8 ? C::kPartColumns / 2 : 1];
-  int summed;  // blocks in it
+  float of_block[C::kFp8 ? C::kPartColumns / 2 : 1];  // the sums of a block's products, or a part
   u32 probabilities[C::kKeys * C::kElementBytes / 8];
   float scale;         // of scores to exponents of 2
   int changes_scores;  // of e4m3: scores are multiplied before they are masked
@@ -97,20 +95,13 @@ struct Consumer {
     wgmma_commit();
   }
 
-  // Of e4m3, its first part.
+  // Of e4m3, its first part, for which there is nothing to add to.
   __device__ __forceinline__ void issue_output(int accumulate, bool values_are_here = false) {
     if (!values_are_here) mbarrier_wait(shared.v_full(v_at.stage()), v_at.parity());
-    if constexpr (!C::kFp8) {
-      issue_16_bit_output(accumulate);
+    if constexpr (C::kFp8) {
+      issue_part(0);
     } else {
-      if constexpr (C::kSummedBlocks > 1) {
-        if (summed == C::kSummedBlocks) {
-          add_part(0);
-          summed = 0;
-        }
-      }
-      issue_part(0, C::kSummedBlocks > 1 ? summed : 0);
-      ++summed;
+      issue_16_bit_output(accumulate);
     }
   }
 
@@ -129,21 +120,17 @@ struct Consumer {
   }
 
   // Of e4m3: a part of the block's output.
-  __device__ __forceinline__ void issue_part(int i, int accumulate = 0) {
+  __device__ __forceinline__ void issue_part(int i) {
     multiply_part<C>(of_block, probabilities,
-                     v_low + (v_at.stage() * C::kBytesV + i * C::kPartColumns * C::kKeys >> 4),
-                     accumulate);
+                     v_low + (v_at.stage() * C::kBytesV + i * C::kPartColumns * C::kKeys >> 4));
   }
 
-  // Adds a part that has arrived to the tile's output; of several blocks with half of what their sum
-  // may have lost.
+  // Adds a part that has arrived to the tile's output.
   __device__ __forceinline__ void add_part(int i) {
     pin_registers(of_block);
-    const float factor = C::kSummedBlocks > 1 && summed > 1 ? 1.f + kHalfLost : 1.f;
 #pragma unroll
     for (int j = 0; j < C::kPartColumns / 2; ++j) {
-      float& sum = output[i * (C::kPartColumns / 2) + j];
-      sum = C::kSummedBlocks > 1 ? fmaf(of_block[j], factor, sum) : sum + of_block[j];
+      output[i * (C::kPartColumns / 2) + j] += of_block[j];
     }
   }
 
@@ -283,7 +270,7 @@ struct Consumer {
   // output of the first block; in a cache, where no row of a block is seen, none was loaded, and
   // all of it is cleared. A draft mask may hide a key of any block that has bits from every row.
   __device__ __forceinline__ void clear_hidden_values(int block) {
-    if constexpr (!C::kMasked || (C::kFp8 && !C::kPrepared)) return;
+    if constexpr (!C::kMasked || C::kTransposers > 0) return;
     const typename C::Info& tile = *shared.tile(tile_at.stage());
     int low, seen = C::kKeys;
     if constexpr (C::kCached) {
@@ -334,22 +321,23 @@ struct Consumer {
       wgmma_wait<0>();
       if (pending) {
         release_output();
-        rescale_output(output, softmax);
-        if constexpr (C::kFp8) rescale_output(of_block, softmax);
+        if constexpr (!C::kFp8) rescale_output(output, softmax);
       }
       // Asked for early, the answers are back when they are needed.
       const bool keys_are_here = mbarrier_test(shared.k_full(k_at.stage()), k_at.parity());
       const bool values_are_here = mbarrier_test(shared.v_full(v_at.stage()), v_at.parity());
       pack_probabilities<Element>(scores, probabilities);
-      if (--block < block_begin) return pending;
+      if (--block < block_begin) {
+        if constexpr (C::kFp8) add_block(pending);
+        return pending;
+      }
       if constexpr (C::kCached) {
         if (!pending || has_drafts(block + 1)) clear_hidden_values(block + 1);
-      } else if constexpr (C::kPrepared) {
-        if (!pending) clear_hidden_values(block + 1);
       }
       if constexpr (C::kPingPong) named_barrier_sync(kPingPongBarrier + warpgroup, 256);
       if (!keys_are_here) wait_keys();
       issue_scores();
+      if constexpr (C::kFp8) add_block(pending);
       issue_output(pending, values_are_here);
       if constexpr (C::kPingPong) {
         named_barrier_arrive(kPingPongBarrier + (warpgroup + 1) % C::kWarpgroups, 256);
@@ -359,6 +347,12 @@ struct Consumer {
       release_scores(block == block_begin);
       work_on_scores(block);
     }
+  }
+
+  __device__ __forceinline__ void add_block(bool pending) {
+    if (!pending) return;
+    add_part(0);
+    rescale_output(output, softmax);
   }
 
   // As run_overlapped(), with four parts of the output: one in flight beside the scores' product,
@@ -444,7 +438,6 @@ struct Consumer {
     changes_scores = uniform(tile.before != 1.f || params.softcap_scale > 0.f);
 #pragma unroll
     for (float& each : output) each = 0.f;
-    summed = 0;
   }
 
   __device__ __forceinline__ void run() {

@@ -6,8 +6,10 @@
 #include "flash_attention_v3/hopper/prefill/config.h"
 #include "flash_attention_v3/hopper/prefill/consumer.cuh"
 #include "flash_attention_v3/hopper/prefill/fp8_transposer.cuh"
+#include "flash_attention_v3/hopper/prefill/fp8_values.cuh"
 #include "flash_attention_v3/hopper/prefill/producer.cuh"
 #include "flash_attention_v3/hopper/prefill/tile_scheduler.cuh"
+#include "jit_kernel/cuda/overlap.cuh"
 
 namespace jit_kernel::hopper {
 

@@ -7,24 +7,17 @@
 
 namespace jit_kernel::hopper {
 
-// A sum of the tensor cores keeps some 14 bits, and cuts off what of a product lies below them: of
-// two blocks of 128 keys, 8 steps of 32, up to 1.1e-3 of a sum of terms of one sign (values around
-// 1), and nothing where the products have few bits. Half of it is given back.
-constexpr float kHalfLost = 5.5e-4f;
-
-// Probabilities times as many columns of transposed values as `part` holds, beside what it holds
-// where it accumulates; `v`: their descriptor's low half.
+// Probabilities times as many columns of transposed values as `part` holds; `v`: their descriptor's
+// low half.
 template <class C, int kCount, int kPacked>
 __device__ __forceinline__ void multiply_part(float (&part)[kCount],
-                                              const u32 (&probabilities)[kPacked], u32 v,
-                                              int accumulate) {
+                                              const u32 (&probabilities)[kPacked], u32 v) {
   pin_registers(part);
   wgmma_fence();
 #pragma unroll
   for (int i = 0; i < C::kKeys / 32; ++i) {
     wgmma_rs_e4m3(part, probabilities[4 * i], probabilities[4 * i + 1], probabilities[4 * i + 2],
-                  probabilities[4 * i + 3], wgmma_descriptor<C::kKeys>(v + (i * 32 >> 4)),
-                  i == 0 ? accumulate : 1);
+                  probabilities[4 * i + 3], wgmma_descriptor<C::kKeys>(v + (i * 32 >> 4)), i != 0);
   }
   wgmma_commit();
 }

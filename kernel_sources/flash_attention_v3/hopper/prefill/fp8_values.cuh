@@ -9,8 +9,6 @@
 
 #include "flash_attention_v3/hopper/common/sequence.cuh"
 #include "flash_attention_v3/hopper/prefill/fp8_params.h"
-#include "jit_kernel/cuda/mbarrier.cuh"
-#include "jit_kernel/cuda/overlap.cuh"
 
 namespace jit_kernel::hopper {
 
@@ -67,7 +65,7 @@ __device__ __forceinline__ int word_of_key(int key) {
 // Reads `count` keys of a block, zeros behind them and behind the last column.
 template <int kColumns>
 __device__ __forceinline__ void read_keys(const PrepareParams& params, const unsigned char* v,
-                                          int count, u32* words) {
+                                          int count, unsigned* words) {
   constexpr int kPieces = kColumns / 16;
 #pragma unroll
   for (int first = 0; first < kPreparedKeys * kPieces; first += kPreparerThreads) {
@@ -76,7 +74,7 @@ __device__ __forceinline__ void read_keys(const PrepareParams& params, const uns
     if (key < count && 16 * piece < params.head_dim_v) {
       read = *reinterpret_cast<const uint4*>(v + key * params.row_stride + 16 * piece);
     }
-    u32* const to = words + word_of_key<kColumns>(key) + 4 * piece;
+    unsigned* const to = words + word_of_key<kColumns>(key) + 4 * piece;
     to[0] = read.x;
     to[1] = read.y;
     to[2] = read.z;
@@ -85,10 +83,11 @@ __device__ __forceinline__ void read_keys(const PrepareParams& params, const uns
 }
 
 // Four keys of four columns each become four columns of four keys.
-__device__ __forceinline__ void transpose_bytes(const u32 (&keys)[4], u32 (&columns)[4]) {
-  const u32 low[2] = {__byte_perm(keys[0], keys[1], 0x5140), __byte_perm(keys[0], keys[1], 0x7362)};
-  const u32 high[2] = {__byte_perm(keys[2], keys[3], 0x5140),
-                       __byte_perm(keys[2], keys[3], 0x7362)};
+__device__ __forceinline__ void transpose_bytes(const unsigned (&keys)[4], unsigned (&columns)[4]) {
+  const unsigned low[2] = {__byte_perm(keys[0], keys[1], 0x5140),
+                           __byte_perm(keys[0], keys[1], 0x7362)};
+  const unsigned high[2] = {__byte_perm(keys[2], keys[3], 0x5140),
+                            __byte_perm(keys[2], keys[3], 0x7362)};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     columns[i] = __byte_perm(low[i / 2], high[i / 2], i % 2 == 0 ? 0x5410 : 0x7632);
@@ -97,24 +96,24 @@ __device__ __forceinline__ void transpose_bytes(const u32 (&keys)[4], u32 (&colu
 
 // A warp writes 128 keys of a column at a time, a lane four of them.
 template <int kColumns, int kKeys>
-__device__ __forceinline__ void write_columns(const u32* words, unsigned char* to) {
+__device__ __forceinline__ void write_columns(const unsigned* words, unsigned char* to) {
   const int lane = threadIdx.x % 32, group = lane / 4;
   constexpr int kGroups = kKeys / 16;
   unsigned char* const tile = to + group / kGroups * (kColumns * kKeys) + lane % 4 * 4;
-  const u32* from[4];
+  const unsigned* from[4];
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
     from[r] = words + word_of_key<kColumns>(16 * group + key_of_place(lane % 4, r));
   }
 #pragma unroll 2
   for (int word = threadIdx.x / 32; word < kColumns / 4; word += kPreparerThreads / 32) {
-    const u32 keys[4] = {from[0][word], from[1][word], from[2][word], from[3][word]};
-    u32 columns[4];
+    const unsigned keys[4] = {from[0][word], from[1][word], from[2][word], from[3][word]};
+    unsigned columns[4];
     transpose_bytes(keys, columns);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int place = prepared_place<kKeys>(row_of_column(4 * word + i), group % kGroups);
-      *reinterpret_cast<u32*>(tile + place) = columns[i];
+      *reinterpret_cast<unsigned*>(tile + place) = columns[i];
     }
   }
 }
@@ -123,7 +122,7 @@ __device__ __forceinline__ void write_columns(const u32* words, unsigned char* t
 // of queries reads one.
 template <int kColumns, int kKeys>
 __device__ __forceinline__ void prepare_values(const PrepareParams& params) {
-  __shared__ u32 words[kPreparedKeys * (kColumns / 4 + 1) + 9];
+  __shared__ unsigned words[kPreparedKeys * (kColumns / 4 + 1) + 9];
   const int block = blockIdx.x, head = blockIdx.y;
   const int batch = sequence_of(params, block);
   const int first = first_block(params.cu_seqlens_k, params.seqlen_k, batch);
@@ -143,6 +142,28 @@ __device__ __forceinline__ void prepare_values(const PrepareParams& params) {
   write_columns<kColumns, kKeys>(
       words, params.prepared + (static_cast<long long>(head) * params.blocks + block) *
                                    (kPreparedKeys * kColumns));
+}
+
+// In a tile of shared memory the keys in front of `begin` and from `end` on become 0; a warpgroup.
+template <class C>
+__device__ __forceinline__ void keep_prepared_values(char* v, int begin, int end) {
+#pragma unroll 1
+  for (int i = threadIdx.x % 128; i < C::kHeadDimV * (C::kKeys / 16); i += 128) {
+    const int row = i / (C::kKeys / 16), first = i % (C::kKeys / 16) * 16;
+    if (begin <= first && first + 16 <= end) continue;
+    unsigned* const words =
+        reinterpret_cast<unsigned*>(v + prepared_place<C::kKeys>(row, first / 16));
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      unsigned kept = 0;
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const int key = first + key_of_place(j, r);
+        if (begin <= key && key < end) kept |= 0xffu << 8 * r;
+      }
+      words[j] &= kept;
+    }
+  }
 }
 
 }  // namespace jit_kernel::hopper

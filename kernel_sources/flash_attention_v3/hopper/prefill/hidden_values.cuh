@@ -15,27 +15,6 @@ __device__ __forceinline__ int end_of_values(const ForwardParams& params, const 
   return max(0, visible_keys<C::kMasked>(params, last_row, tile.len_q, tile.len_k).high);
 }
 
-// Of a block of prepared values at `v` the keys in front of `begin` and from `end` on become 0.
-template <class C>
-__device__ __forceinline__ void keep_prepared_values(char* v, int begin, int end) {
-#pragma unroll 1
-  for (int i = threadIdx.x % 128; i < C::kHeadDimV * (C::kKeys / 16); i += 128) {
-    const int row = i / (C::kKeys / 16), first = i % (C::kKeys / 16) * 16;
-    if (begin <= first && first + 16 <= end) continue;
-    u32* const words = reinterpret_cast<u32*>(v + prepared_place<C::kKeys>(row, first / 16));
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      u32 kept = 0;
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        const int key = first + key_of_place(j, r);
-        if (begin <= key && key < end) kept |= 0xffu << 8 * r;
-      }
-      words[j] &= kept;
-    }
-  }
-}
-
 // Rows of a block of values at `v`.
 template <class C>
 __device__ __forceinline__ void clear_values(u32 v, int begin, int end) {

@@ -6,6 +6,7 @@
 #include "flash_attention_v3/hopper/common/tensor_rows.cuh"
 #include "flash_attention_v3/hopper/prefill/hidden_values.cuh"
 #include "flash_attention_v3/hopper/prefill/shared_memory.cuh"
+#include "jit_kernel/cuda/overlap.cuh"
 
 namespace jit_kernel::hopper {
 

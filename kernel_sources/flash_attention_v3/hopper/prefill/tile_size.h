@@ -16,15 +16,13 @@ struct Tile {
   // Of the scores' product, 16 columns each: so many take the queries from registers.
   static constexpr int kQuerySteps = kQuerySteps_;
   static constexpr int kStagesLoaded = kStages, kTransposers = 0, kPartColumns = 0;
-  static constexpr int kSummedBlocks = 1;
 };
 
 // Of e4m3. kStagesLoaded: of values as they are loaded, 0 where a kernel before has transposed
 // them; kStages: of keys, and of transposed values. kPartColumns: the output of a block is
-// multiplied in parts of so many columns. kSummedBlocks: the products of so many blocks are one sum
-// of the tensor cores before they are added in float32.
+// multiplied in parts of so many columns.
 template <int kKeys_, int kWarpgroups_, int kStagesQ_, int kStages_, int kStagesLoaded_,
-          bool kPingPong_, int kPartColumns_, int kSummedBlocks_>
+          bool kPingPong_, int kPartColumns_>
 struct Fp8Tile {
   static constexpr int kKeys = kKeys_;
   static constexpr int kWarpgroups = kWarpgroups_;
@@ -36,7 +34,6 @@ struct Fp8Tile {
   static constexpr int kQuerySteps = 0;
   static constexpr int kTransposers = kStagesLoaded > 0 ? 2 : 0;
   static constexpr int kPartColumns = kPartColumns_;
-  static constexpr int kSummedBlocks = kSummedBlocks_;
 };
 
 template <int kHeadDim, int kHeadDimV, bool kMasked>
@@ -50,8 +47,11 @@ struct Fp8TileFor;
 #include "flash_attention_v3/hopper/prefill/tile_table.inc"
 
 #define JIT_KERNEL_FP8_TILE(head_dim, ...) \
-  template <bool kMasked, bool kPrepared>  \
-  struct Fp8TileFor<head_dim, kMasked, kPrepared> : Fp8Tile<__VA_ARGS__> {};
+  template <bool kMasked>                  \
+  struct Fp8TileFor<head_dim, kMasked, false> : Fp8Tile<__VA_ARGS__> {};
+#define JIT_KERNEL_FP8_PREPARED_TILE(head_dim, ...) \
+  template <bool kMasked>                           \
+  struct Fp8TileFor<head_dim, kMasked, true> : Fp8Tile<__VA_ARGS__> {};
 #include "flash_attention_v3/hopper/prefill/fp8_tile_table.inc"
 
 }  // namespace jit_kernel::hopper
