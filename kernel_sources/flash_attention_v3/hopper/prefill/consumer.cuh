@@ -272,16 +272,7 @@ struct Consumer {
   __device__ __forceinline__ void clear_hidden_values(int block) {
     if constexpr (!C::kMasked || C::kTransposers > 0) return;
     const typename C::Info& tile = *shared.tile(tile_at.stage());
-    int low, seen = C::kKeys;
-    if constexpr (C::kCached) {
-      low = tile.low;
-      seen = uniform(max(0, min(tile.high - block * C::kKeys, C::kKeys)));
-    } else {
-      low = visible_keys<C::kMasked>(params, tile.row, tile.len_q, tile.len_k).low;
-      if constexpr (C::kPrepared) {
-        seen = uniform(min(end_of_values<C>(params, tile) - block * C::kKeys, C::kKeys));
-      }
-    }
+    const int low = first_seen<C>(params, tile), seen = end_in_block<C>(params, tile, block);
     const int hidden = uniform(min(low - block * C::kKeys, C::kKeys));
     const bool drafted = has_drafts(block);
     if (hidden <= 0 && seen == C::kKeys && !drafted) return;
@@ -367,9 +358,7 @@ struct Consumer {
       rescale_output(output, softmax);
       pack_probabilities<Element>(scores, probabilities);
       if (--block < block_begin) return;
-      if constexpr (C::kPrepared) {
-        if (block == block_end - 2) clear_hidden_values(block + 1);
-      }
+      if (C::kPrepared && block == block_end - 2) clear_hidden_values(block + 1);
       if constexpr (C::kPingPong) named_barrier_sync(kPingPongBarrier + warpgroup, 256);
       issue_output(0, values_are_here);
       if (!keys_are_here) wait_keys();
