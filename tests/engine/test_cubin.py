@@ -94,7 +94,7 @@ def test_a_kernel_is_loaded_under_its_key_by_a_launcher_that_is_prepared_once(na
     assert kernels.handles == {("a",): 7, ("b",): 8}
     assert compiled.prepared == [3]
     assert len(compiled.launchers) == 1
-    expected = (64, 64, False, False, False) if name == "hopper" else ("k", "pi", 128, 64)
+    expected = (64, 64, False, False, False, False) if name == "hopper" else ("k", "pi", 128, 64)
     assert compiled.loaded == [(b"image", *expected)] * 2
     assert kernels.forward == "forward" if name == "hopper" else kernels.launch == "launch"
 

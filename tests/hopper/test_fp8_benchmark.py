@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from jit_kernel import config
+from jit_kernel.fa3.hopper import prefill
 
 sys.path.append(str(config.package_dir().parent / "benchmarks"))
 
@@ -33,6 +34,15 @@ def test_a_line_has_the_median_in_its_own_operations(cell: hopper_fp8.Cell) -> N
     assert line["over_product"] == pytest.approx(share, abs=1e-3)
     assert line["over_cudnn"] == pytest.approx(2, abs=1e-3)
     assert (line["goal"], line["value"], line["asked"]) == (cell.goal, line["ours_tflops"], cell.asked)
+
+
+def test_the_kernel_that_transposes_inside_stands_beside_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {"cudnn": [4.0], "ours": [2.0], "product": [1.0], "inside": [2.5]}
+    line = hopper_fp8.line_of_cell(CELLS[4], times)
+    assert line["ours_tflops"] == pytest.approx(1.25 * line["inside_tflops"], abs=0.1)
+    monkeypatch.setattr(prefill, "prepares", lambda call: True)
+    assert hopper_fp8.transposed_inside(lambda: prefill.prepares(None))() is False
+    assert prefill.prepares(None) is True
 
 
 def test_a_cell_without_a_goal_says_none() -> None:

@@ -12,7 +12,9 @@ import torch
 
 import jit_kernel.flash_attention_v3 as fa3
 from jit_kernel import config, device
+from jit_kernel.fa3.call import Call
 from jit_kernel.fa3.hopper import kernels as hopper_kernels
+from jit_kernel.fa3.hopper import prefill
 from tests.support import case_run, cases, hidden, large_scores, reference
 from tests.support.hopper_inputs import starts
 
@@ -40,13 +42,24 @@ CASES = int(os.environ.get("JIT_KERNEL_TEST_CASES", "400"))
 FUNCTIONS = {name: getattr(fa3, name) for name in (cases.VARLEN, cases.DENSE)}
 
 
+def transpose_inside(monkeypatch: pytest.MonkeyPatch, inside: bool) -> None:
+    """Every call's values are transposed by the attention kernel, or by one before it where there is a variant."""
+
+    def prepares(call: Call) -> bool:
+        size = hopper_kernels.padded_fp8(call.q.shape[-1], call.v.shape[-1])
+        return not inside and size in hopper_kernels.PREPARED_HEAD_DIMS
+
+    monkeypatch.setattr(prefill, "prepares", prepares)
+
+
 @pytest.fixture(autouse=True)
 def _hopper_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every call goes to the Hopper kernels, or fails."""
+    """Every call goes to the Hopper kernels, or fails; values are prepared however few query rows there are."""
     if device.get_device_capability() != (9, 0):
         pytest.skip("the kernels are for compute capability 9.0")
     monkeypatch.setenv("JIT_KERNEL_IMPLEMENTATION", "hopper")
     config.reload()
+    transpose_inside(monkeypatch, False)
     yield
     monkeypatch.undo()
     config.reload()
@@ -56,17 +69,21 @@ def rand8(*shape: int, mean: float = 0.0) -> torch.Tensor:
     return (torch.randn(*shape, device="cuda") + mean).to(FP8)
 
 
-@pytest.mark.parametrize("free", [0, 120, 131])
-def test_random_cases(free: int, say: list[str]) -> None:
+@pytest.mark.parametrize(("free", "inside"), [(0, False), (120, True), (131, False)])
+def test_random_cases(free: int, inside: bool, monkeypatch: pytest.MonkeyPatch, say: list[str]) -> None:
     """With multiprocessors left free, few blocks take many tiles each, one after the other."""
+    transpose_inside(monkeypatch, inside)
     functions = {name: partial(function, sm_margin=free) for name, function in FUNCTIONS.items()}
     seeds = range(free * CASES, free * CASES + CASES)
     worst = max(case_run.judge(cases.draw(seed, SPACE), functions).worst for seed in seeds)
     say.append(f"hopper e4m3: {CASES} random cases, {free} multiprocessors left free, worst share {worst:.3f}")
 
 
-@pytest.mark.parametrize("free", [0, 131])
-def test_what_no_query_sees_reaches_no_result(free: int, say: list[str]) -> None:
+@pytest.mark.parametrize(("free", "inside"), [(0, False), (131, True)])
+def test_what_no_query_sees_reaches_no_result(
+    free: int, inside: bool, monkeypatch: pytest.MonkeyPatch, say: list[str]
+) -> None:
+    transpose_inside(monkeypatch, inside)
     functions = {name: partial(function, sm_margin=free) for name, function in FUNCTIONS.items()}
     counts = [hidden.differ(hidden.draw(seed, SPACE), functions) for seed in range(free * 300, free * 300 + 300)]
     with_some = sum(count > 0 for count in counts)
@@ -90,6 +107,24 @@ def test_long_contexts_keep_their_accuracy(d: int, keys: int, mean: float, say: 
     emulated = float((reference.emulate_fp8(sequence, problem).double() - ref).norm())
     assert ours <= 1.2 * emulated
     say.append(f"hopper e4m3, d {d}, {keys} keys, values around {mean}: {ours / emulated:.3f} of the emulation's error")
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("d", "dv"), [(256, 256), (208, 48), (16, 240)])
+def test_values_transposed_before_or_inside_give_the_same_bits(
+    d: int, dv: int, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(3)
+    lengths_q, lengths_k = [1, 0, 130, 300, 64, 5], [700, 90, 0, 129, 128, 1000]
+    q, k, v = rand8(sum(lengths_q), 4, d), rand8(sum(lengths_k), 2, d), rand8(sum(lengths_k), 2, dv)
+    results = []
+    for inside in (False, True):
+        transpose_inside(monkeypatch, inside)
+        results += fa3.flash_attn_varlen_func(
+            q, k, v, starts(lengths_q), starts(lengths_k), causal=causal, return_softmax_lse=True
+        )
+    assert torch.equal(results[0], results[2])
+    assert torch.equal(results[1], results[3])
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -184,9 +219,10 @@ def test_large_scores(case: large_scores.Case) -> None:
             assert not wrong, f"{sq} queries, {sk} keys, head size {d}: {wrong}"
 
 
-def test_a_captured_call_replays_on_new_inputs() -> None:
+@pytest.mark.parametrize("d", [128, 256])
+def test_a_captured_call_replays_on_new_inputs(d: int) -> None:
     torch.manual_seed(6)
-    q, k, v = (rand8(2, 500, 4, 128) for _ in range(3))
+    q, k, v = (rand8(2, 500, 4, d) for _ in range(3))
     factor = torch.full((2, 4), 0.5, device="cuda")
     out = torch.empty(q.shape, dtype=torch.bfloat16, device="cuda")
     call = partial(fa3.flash_attn_func, q, k, v, causal=True, q_descale=factor)

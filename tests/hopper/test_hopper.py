@@ -20,6 +20,7 @@ from jit_kernel.fa3.call import Call
 from jit_kernel.fa3.decision import Accepted, Rejected
 from jit_kernel.fa3.features import Features
 from jit_kernel.fa3.hopper import kernels as hopper_kernels
+from jit_kernel.fa3.hopper import prefill
 from jit_kernel.jit import KernelSpec
 from tests.support.hopper_variants import NAMED, NAMED_CACHED, NAMED_FP8, NAMED_MLA, TARGET, compile_spec
 
@@ -61,9 +62,14 @@ def test_a_variant_compiles_without_spills_or_serialised_products(fields: tuple[
     compiles_well(hopper_kernels.forward_spec(*fields))
 
 
-@pytest.mark.parametrize(("head_dim", "masked"), NAMED_FP8)
-def test_a_kernel_in_e4m3_compiles_as_well(head_dim: int, masked: bool) -> None:
-    compiles_well(hopper_kernels.fp8_spec(head_dim, head_dim, masked))
+@pytest.mark.parametrize(("head_dim", "masked", "prepared"), NAMED_FP8)
+def test_a_kernel_in_e4m3_compiles_as_well(head_dim: int, masked: bool, prepared: bool) -> None:
+    compiles_well(hopper_kernels.fp8_spec(head_dim, head_dim, masked, prepared))
+
+
+@pytest.mark.parametrize("head_dim", hopper_kernels.PREPARED_HEAD_DIMS)
+def test_the_kernel_that_prepares_values_compiles_as_well(head_dim: int) -> None:
+    compiles_well(hopper_kernels.prepare_spec(head_dim))
 
 
 @pytest.mark.parametrize("fields", NAMED_CACHED, ids=str)
@@ -93,10 +99,44 @@ def test_the_whole_space_has_no_more_kernels_than_are_counted_here() -> None:
     specs = hopper.all_variants(TARGET)
     assert len(specs) == len(set(specs))
     counted = Counter(str(dict(spec.variant)["function"]) for spec in specs)
-    expected = {"launcher": 1, "forward": 48, "forward_fp8": 6, "forward_cached": 12, "decode": 44, "append": 5}
-    assert counted == {**expected, "mla": 18}
+    expected = {"launcher": 1, "forward": 48, "forward_fp8": 8, "forward_cached": 12, "decode": 44, "append": 5}
+    assert counted == {**expected, "mla": 18, "prepare_values": 1}
     assert {spec.route for spec in specs} == {"host", "cuda"}
     assert hopper.all_variants(Target("cuda", "sm_100")) == []
+
+
+def dense_fp8(rows: int, d: int, dv: int, heads: int = 1, **change: object) -> Call:
+    """A call in e4m3 with one key head and as many keys as query rows; no memory is touched."""
+    q, k, v = (torch.empty(1, rows, n, size, dtype=FP8, device="meta") for n, size in ((heads, d), (1, d), (1, dv)))
+    names = inspect.signature(jit_kernel.flash_attn_func).parameters
+    given = {name: p.default for name, p in names.items() if p.default is not inspect.Parameter.empty}
+    return Call(*calls.of(calls.DENSE, {**given, "q": q, "k": k, "v": v, **change}))
+
+
+@pytest.mark.parametrize(
+    ("call", "prepares"),
+    [
+        (dense_fp8(4096, 256, 256), True),
+        (dense_fp8(4095, 256, 256), False),
+        (dense_fp8(2048, 208, 16, heads=2), True),
+        (dense_fp8(16384, 256, 256, causal=True), True),
+        (dense_fp8(16383, 256, 256, causal=True), False),
+        (dense_fp8(20_000, 256, 256, window_size=(4096, 0)), False),
+        (dense_fp8(20_000, 256, 256, window_size=(-1, 64)), True),
+        (dense_fp8(20_000, 256, 256, attention_chunk=4096), False),
+        (dense_fp8(20_000, 128, 128), False),
+    ],
+)
+def test_values_are_transposed_before_where_that_was_faster(call: Call, prepares: bool) -> None:
+    assert prefill.prepares(call) is prepares
+
+
+def test_a_ragged_call_counts_the_mean_of_its_query_rows() -> None:
+    q = torch.empty(16_384, 1, 256, dtype=FP8, device="meta")
+    for batch, prepares in ((4, True), (5, False)):
+        call = dense_fp8(1, 256, 256)
+        call.q, call.cu_seqlens_q = q, torch.empty(batch + 1, dtype=torch.int32, device="meta")
+        assert prefill.prepares(call) is prepares
 
 
 @pytest.mark.parametrize("d", range(8, 257, 8))
@@ -113,7 +153,8 @@ def test_every_multiple_of_8_has_a_kernel_that_warm_up_compiles(d: int) -> None:
             assert "multiples of 16" in decision.reason
         else:
             assert isinstance(decision, Accepted)
-            assert hopper.variant(TARGET, e4m3, {}) in specs
+            for rows in (1, 20_000):
+                assert hopper.variant(TARGET, e4m3, dense_fp8(rows, d, dv)) in specs
 
 
 @pytest.mark.parametrize(
@@ -257,7 +298,7 @@ def test_selecting_by_size_finds_the_kernel_that_pads_it() -> None:
         (prefill, "head_dim", "72", "96"),
         (prefill, "head_dim_v", "130", "192"),
         (prefill, "dtype", "bf16", "bf16"),
-        (hopper_kernels.fp8_spec(64, 48, True), "head_dim", "96", "128"),
+        (hopper_kernels.fp8_spec(64, 48, True, False), "head_dim", "96", "128"),
         (few_rows, "head_dim", "72", "128"),
         (few_rows, "head_dim", "257", "257"),
         (few_rows, "rows", "9", "16"),
@@ -267,7 +308,7 @@ def test_selecting_by_size_finds_the_kernel_that_pads_it() -> None:
         (latent, "rows", "65", "65"),
         (latent, "dtype", "fp16", "fp16"),
         (hopper_kernels.mla_spec("e4m3", 512, 16), "dtype", "bf16", "e4m3"),
-        (hopper_kernels.fp8_spec(64, 48, True), "dtype", "bf16", "bf16"),
+        (hopper_kernels.fp8_spec(64, 48, True, False), "dtype", "bf16", "bf16"),
     ):
         assert hopper.canonical(spec, field, wanted) == found
 
@@ -276,7 +317,7 @@ class KernelsDouble:
     """Stands for a GPU's loaded kernels: one variant is there, and `forward` says whether rows are aligned."""
 
     def __init__(self, aligned: bool) -> None:
-        self.handles = {(torch.bfloat16, 64, 64, True, False): 7, (FP8, 64, 64, True): 8}
+        self.handles = {(torch.bfloat16, 64, 64, True, False): 7, (FP8, 64, 64, True, False): 8}
         self.launched: list[tuple[object, ...]] = []
         self.aligned = aligned
 
@@ -330,7 +371,8 @@ def test_only_a_known_kind_of_call_passes_by_the_dispatcher(
         assert not asked
         assert isinstance(result, torch.Tensor)
         assert result.shape == x.shape
-        assert kernels.launched[0][:4] == (8 if x.dtype is FP8 else 7, x, x, x)
+        handles = (8, 0) if x.dtype is FP8 else (7,)  # the second one's is of the kernel that prepares values
+        assert kernels.launched[0][: len(handles) + 3] == (*handles, x, x, x)
     else:
         assert not kernels.launched
         assert asked == [call]

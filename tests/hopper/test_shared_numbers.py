@@ -29,10 +29,20 @@ def test_the_head_sizes_are_the_tables() -> None:
 
 def test_the_head_sizes_of_e4m3_are_the_tables() -> None:
     rows = shared_numbers.fp8_tile_rows()
-    assert tuple(row.head_dim for row in rows if row.masked) == hopper_kernels.FP8_HEAD_DIMS
+    assert tuple(row.head_dim for row in rows if row.masked and not row.prepared) == hopper_kernels.FP8_HEAD_DIMS
+    assert tuple(row.head_dim for row in rows if row.masked and row.prepared) == hopper_kernels.PREPARED_HEAD_DIMS
+    inside = {(row.head_dim, row.masked): (row.keys, row.part_columns) for row in rows if not row.prepared}
+    for row in rows:
+        assert inside[row.head_dim, row.masked] == (row.keys, row.part_columns), "the same bits"
+        assert row.prepared == (row.stages_loaded == 0)
     text = (shared_numbers.INCLUDE / "wgmma.cuh").read_text(encoding="utf-8")
     defined = {int(n) for n in re.findall(r"^JIT_KERNEL_WGMMA_E4M3\((\d+)", text, re.M)}
     assert defined == {row.keys for row in rows} | {row.part_columns for row in rows}
+
+
+def test_both_sides_have_the_block_of_prepared_keys() -> None:
+    path = shared_numbers.HOPPER / "prefill" / "fp8_params.h"
+    assert int(shared_numbers.constant(path, "kPreparedKeys")) == hopper_kernels.PREPARED_KEYS
 
 
 def test_nothing_else_lists_the_head_sizes() -> None:
@@ -86,7 +96,7 @@ def test_a_block_has_the_shared_memory_that_the_architecture_has() -> None:
     ("host", "launch", "function"),
     [
         ("prefill.py", "prefill_launch.h", "forward"),
-        ("prefill.py", "prefill_launch.h", "forward_fp8"),
+        ("prefill.py", "fp8_launch.h", "forward_fp8"),
         ("cached.py", "cached_launch.h", "forward_cached"),
         ("decode.py", "decode_launch.h", "decode"),
         ("mla.py", "mla_launch.h", "mla"),

@@ -23,8 +23,9 @@ NAMED = [
     ("fp16", 96, 96, False, False),
 ]
 
-# Of e4m3: d, is masked.
-NAMED_FP8 = [(d, masked) for d in hopper_kernels.FP8_HEAD_DIMS for masked in (False, True)]
+# Of e4m3: d, is masked, values are prepared.
+NAMED_FP8 = [(d, masked, False) for d in hopper_kernels.FP8_HEAD_DIMS for masked in (False, True)]
+NAMED_FP8 += [(d, masked, True) for d in hopper_kernels.PREPARED_HEAD_DIMS for masked in (False, True)]
 
 # On cached keys: dtype, d, dv. Each tile has its own registers.
 NAMED_CACHED = [("fp16" if d == 96 else "bf16", d, dv) for d, dv in hopper_kernels.HEAD_DIMS]

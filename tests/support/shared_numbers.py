@@ -43,10 +43,11 @@ def tile_rows() -> list[TileRow]:
 
 @dataclass(frozen=True)
 class Fp8TileRow:
-    """One row of hopper/prefill/fp8_tile_table.inc for calls with or without a mask."""
+    """One row of hopper/prefill/fp8_tile_table.inc for calls with or without a mask, values prepared or not."""
 
     head_dim: int
     masked: bool
+    prepared: bool
     keys: int
     warpgroups: int
     stages_q: int
@@ -60,10 +61,10 @@ def fp8_tile_rows() -> list[Fp8TileRow]:
     """Every row of the table of e4m3, without and with a mask, in order."""
     text = re.sub(r"//[^\n]*", "", (HOPPER / "prefill" / "fp8_tile_table.inc").read_text(encoding="utf-8"))
     rows = []
-    for fields in re.findall(r"^JIT_KERNEL_FP8_TILE\((.*?)\)$", text, re.MULTILINE | re.DOTALL):
+    for kind, fields in re.findall(r"^JIT_KERNEL_FP8_(PREPARED_)?TILE\((.*?)\)$", text, re.MULTILINE | re.DOTALL):
         for masked in (False, True):
             head_dim, *tile = (_value(field, masked) for field in fields.split(","))
-            rows.append(Fp8TileRow(head_dim, masked, *tile))  # type: ignore[arg-type]
+            rows.append(Fp8TileRow(head_dim, masked, bool(kind), *tile))  # type: ignore[arg-type]
     return rows
 
 

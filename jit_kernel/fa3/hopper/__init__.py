@@ -161,7 +161,7 @@ def canonical(spec: KernelSpec, field: str, value: str) -> str:
     if not value.isdecimal() or field not in ("head_dim", "head_dim_v", "rows"):
         return value
     function = dict(spec.variant)["function"]
-    if function == kernels.FP8:
+    if function in (kernels.FP8, kernels.PREPARE):
         sizes = sorted(kernels.FP8_HEAD_DIMS)
     elif function == "mla":
         sizes = sorted(kernels.MLA_ROWS if field == "rows" else kernels.MLA_HEAD_DIMS_V)
@@ -181,7 +181,7 @@ def variant(target: Target, features: Features, call: Call) -> KernelSpec:
         return cached.spec_of(call) if key is None else decode.spec_of(key)
     masked = features.causal or features.window or features.chunk
     if features.dtype == "e4m3":
-        return kernels.fp8_spec(features.head_dim, features.head_dim_v, masked)
+        return kernels.fp8_spec(features.head_dim, features.head_dim_v, masked, prefill.prepares(call))
     return prefill.spec_of(features.dtype, features.head_dim, features.head_dim_v, masked, features.softcap)
 
 

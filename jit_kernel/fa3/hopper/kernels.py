@@ -19,14 +19,19 @@ LAUNCHER = KernelSpec(
 )
 # As kernels and as the launcher's functions: prefill on cached keys, and in e4m3.
 CACHED, FP8 = "forward_cached", "forward_fp8"
+PREPARE = "prepare_values"  # for the latter
 DTYPES = ("bf16", "fp16")
 # Head sizes of q and k, and of v; the least that hold a call's serve it, the rest is padded inside.
 HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
 # Of the kernels in e4m3, of q, k and v alike.
 FP8_HEAD_DIMS = (64, 128, 256)
+# Those with a variant whose values a kernel before transposes.
+PREPARED_HEAD_DIMS = (256,)
 # Rows of queries in a tile, by head sizes; 128 where they are not named.
 TILE_ROWS = {(64, 64): 256}
 _APPEND_THREADS = 128  # kAppendThreads of append/params.h, as the unit asserts
+_PREPARE_THREADS = 256  # kPreparerThreads of prefill/fp8_params.h, likewise
+PREPARED_KEYS = 128  # kPreparedKeys there: of a block of prepared values
 # Of the decode kernels: of q, k and v, and the packed query rows of a sequence.
 DECODE_HEAD_DIMS = (64, 128, 256)
 DECODE_ROWS = (8, 16, 32, 64)
@@ -49,6 +54,14 @@ def padded_fp8(head_dim: int, head_dim_v: int) -> int | None:
     return next((size for size in FP8_HEAD_DIMS if max(head_dim, head_dim_v) <= size), None)
 
 
+def fp8_size(head_dim: int, head_dim_v: int) -> int:
+    """As `padded_fp8`; raises ValueError where no kernel serves them."""
+    size = padded_fp8(head_dim, head_dim_v)
+    if size is None:
+        raise ValueError(f"no kernel in e4m3 has head sizes {head_dim}/{head_dim_v}")
+    return size
+
+
 def forward_spec(dtype: str, head_dim: int, head_dim_v: int, masked: bool, softcap: bool) -> KernelSpec:
     """The kernel of one variant; `masked` stands for causal, window and chunk."""
     numbers = f"{head_dim}, {head_dim_v}, {str(masked).lower()}, {str(softcap).lower()}"
@@ -64,16 +77,28 @@ def forward_spec(dtype: str, head_dim: int, head_dim_v: int, masked: bool, softc
     return KernelSpec(FOLDER, unit, "cuda", variant, _FLAGS)
 
 
-def fp8_spec(head_dim: int, head_dim_v: int, masked: bool) -> KernelSpec:
-    """The kernel in e4m3 that serves head sizes; softcap is a branch in it. Raises ValueError where none does."""
-    size = padded_fp8(head_dim, head_dim_v)
-    if size is None:
-        raise ValueError(f"no kernel in e4m3 has head sizes {head_dim}/{head_dim_v}")
+def fp8_spec(head_dim: int, head_dim_v: int, masked: bool, prepared: bool) -> KernelSpec:
+    """The kernel in e4m3 that serves head sizes; softcap is a branch in it. Raises ValueError where none does.
+
+    prepared: the kernel of `prepare_spec` has transposed the values; else this one does.
+    """
+    size = fp8_size(head_dim, head_dim_v)
     unit = (
         '#include "flash_attention_v3/hopper/prefill/forward.cuh"\n'
-        f"JIT_KERNEL_EXPORT_FORWARD_FP8({size}, {str(masked).lower()})\n"
+        f"JIT_KERNEL_EXPORT_FORWARD_FP8({size}, {str(masked).lower()}, {str(prepared).lower()})\n"
     )
-    variant = (("function", FP8), ("dtype", "e4m3"), ("head_dim", size), ("masked", masked))
+    variant = (("function", FP8), ("dtype", "e4m3"), ("head_dim", size), ("masked", masked), ("prepared", prepared))
+    return KernelSpec(FOLDER, unit, "cuda", variant, _FLAGS)
+
+
+def prepare_spec(size: int) -> KernelSpec:
+    """The kernel that transposes values in e4m3 before the attention kernel of a head size runs."""
+    unit = (
+        '#include "flash_attention_v3/hopper/prefill/forward.cuh"\n'
+        f"JIT_KERNEL_EXPORT_PREPARE_VALUES({size}, {_PREPARE_THREADS})\n"
+    )
+    launch = (("threads", _PREPARE_THREADS), ("shared_bytes", 0))
+    variant = (("function", PREPARE), ("dtype", "e4m3"), ("head_dim", size), *launch)
     return KernelSpec(FOLDER, unit, "cuda", variant, _FLAGS)
 
 
@@ -134,7 +159,11 @@ def all_specs() -> Iterator[KernelSpec]:
     yield LAUNCHER
     for head_dim in FP8_HEAD_DIMS:
         for masked in (False, True):
-            yield fp8_spec(head_dim, head_dim, masked)
+            yield fp8_spec(head_dim, head_dim, masked, prepared=False)
+    for head_dim in PREPARED_HEAD_DIMS:
+        yield prepare_spec(head_dim)
+        for masked in (False, True):
+            yield fp8_spec(head_dim, head_dim, masked, prepared=True)
     yield append_spec("e4m3")
     for dtype in DTYPES:
         yield append_spec(dtype)
@@ -228,7 +257,7 @@ class DeviceKernels(jit.DeviceKernels):
             return "cache" in fields, fields["head_dim_v"], fields["rows"]
         cached, fp8 = fields["function"] == CACHED, fields["function"] == FP8
         head_dim_v = fields["head_dim" if fp8 else "head_dim_v"]
-        return fields["head_dim"], head_dim_v, cached or fields["masked"], cached, fp8
+        return fields["head_dim"], head_dim_v, cached or fields["masked"], cached, fp8, fields.get("prepared", False)
 
 
 _devices: dict[int, DeviceKernels] = {}

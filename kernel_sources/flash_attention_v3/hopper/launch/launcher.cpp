@@ -1,7 +1,7 @@
 // The host side of the Hopper kernels: loads cubins, encodes tensor maps, launches on the caller's
 // stream.
 //
-//   load_kernel(image, head_dim, head_dim_v, masked, cached, fp8) -> handle, for forward,
+//   load_kernel(image, head_dim, head_dim_v, masked, cached, fp8, prepared) -> handle, for forward,
 //   forward_fp8 and forward_cached
 //   load_plain(image, name, threads, shared_bytes) -> handle, for a launch that knows no variants
 //   prepare(device) -> multiprocessors: what a launch needs that does not depend on the variant
@@ -15,6 +15,7 @@
 #include "flash_attention_v3/hopper/launch/cached_launch.h"
 #include "flash_attention_v3/hopper/launch/decode_launch.h"
 #include "flash_attention_v3/hopper/launch/exports.h"
+#include "flash_attention_v3/hopper/launch/fp8_launch.h"
 #include "flash_attention_v3/hopper/launch/known_decode.h"
 #include "flash_attention_v3/hopper/launch/mla_launch.h"
 #include "flash_attention_v3/hopper/launch/prefill_launch.h"

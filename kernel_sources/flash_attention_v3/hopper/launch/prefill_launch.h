@@ -29,14 +29,14 @@ constexpr double kLog2E = 1.4426950408889634;
 // What the host must know of a variant.
 struct Shape {
   int head_dim, head_dim_v;
-  bool masked, cached, fp8;
+  bool masked, cached, fp8, prepared;
   int rows, keys, threads, shared_bytes, panel, panel_v;
 };
 
 template <class C>
 constexpr Shape shape_of() {
-  return {C::kHeadDim, C::kHeadDimV, C::kMasked,      C::kCached, C::kFp8,   C::kRows,
-          C::kKeys,    C::kThreads,  C::kSharedBytes, C::kPanel,  C::kPanelV};
+  return {C::kHeadDim, C::kHeadDimV, C::kMasked,  C::kCached,      C::kFp8,   C::kPrepared,
+          C::kRows,    C::kKeys,     C::kThreads, C::kSharedBytes, C::kPanel, C::kPanelV};
 }
 
 template <int kHeadDim, int kHeadDimV, bool kMasked, bool kCached>
@@ -45,9 +45,10 @@ constexpr Shape shape_of() {
                          TileFor<kHeadDim, kHeadDimV, kMasked>, kCached>>();
 }
 
-template <int kHeadDim, bool kMasked>
+template <int kHeadDim, bool kMasked, bool kPrepared>
 constexpr Shape fp8_shape_of() {
-  return shape_of<Config<e4m3, kHeadDim, kHeadDim, kMasked, true, Fp8TileFor<kHeadDim, kMasked>>>();
+  return shape_of<
+      Config<e4m3, kHeadDim, kHeadDim, kMasked, true, Fp8TileFor<kHeadDim, kMasked, kPrepared>>>();
 }
 
 constexpr Shape kShapes[] = {
@@ -56,7 +57,9 @@ constexpr Shape kShapes[] = {
       shape_of<head_dim, head_dim_v, true, true>(),
 #include "flash_attention_v3/hopper/prefill/tile_table.inc"
 #define JIT_KERNEL_FP8_TILE(head_dim, ...) \
-  fp8_shape_of<head_dim, false>(), fp8_shape_of<head_dim, true>(),
+  fp8_shape_of<head_dim, false, false>(), fp8_shape_of<head_dim, true, false>(),
+#define JIT_KERNEL_FP8_PREPARED_TILE(head_dim, ...) \
+  fp8_shape_of<head_dim, false, true>(), fp8_shape_of<head_dim, true, true>(),
 #include "flash_attention_v3/hopper/prefill/fp8_tile_table.inc"
 };
 
@@ -75,10 +78,10 @@ struct Variant {
 };
 
 inline int64_t load_kernel(Bytes image, int64_t head_dim, int64_t head_dim_v, bool masked,
-                           bool cached, bool fp8) {
+                           bool cached, bool fp8, bool prepared) {
   for (const Shape& shape : kShapes) {
     if (shape.head_dim == head_dim && shape.head_dim_v == head_dim_v && shape.masked == masked &&
-        shape.cached == cached && shape.fp8 == fp8) {
+        shape.cached == cached && shape.fp8 == fp8 && shape.prepared == prepared) {
       return cuda::KernelTable<Variant>::get().add(
           std::make_unique<Variant>(shape, std::string(image)));
     }
@@ -197,12 +200,12 @@ struct CallScalars {
   bool clear_rest;
 };
 
-inline void launch_forward(Variant& variant, ForwardParams& params, const TensorView& q,
-                           const TensorView& k, const TensorView& v, const TensorView& out,
-                           const Optional<TensorView>& lse, const Lengths& lengths, int64_t batch,
-                           const Optional<TensorView>& sinks, const CallScalars& call) {
-  const int device = cuda::checked_device(q.device().device_id);
-  const cuda::ContextGuard context(device);
+// The parameters of a call, and the blocks that it takes.
+inline unsigned set_forward(const Variant& variant, ForwardParams& params, const TensorView& q,
+                            const TensorView& k, const TensorView& v, const TensorView& out,
+                            const Optional<TensorView>& lse, const Lengths& lengths, int64_t batch,
+                            const Optional<TensorView>& sinks, const CallScalars& call,
+                            int device) {
   params.batch = static_cast<int>(batch);
   set_tensors(params, variant.shape, q, k, v, out, lengths);
   set_lse(params, lse);
@@ -210,9 +213,7 @@ inline void launch_forward(Variant& variant, ForwardParams& params, const Tensor
   set_sinks(params, sinks);
   params.clear_rest = call.clear_rest;
   params.progress = ProgressPool::of(device).counters(cuda::current_stream(device));
-  void* arguments[] = {&params};
-  variant.kernel.launch(device, {grid_of(params, variant.shape, 0, 1, device, call.sm_margin)},
-                        arguments);
+  return grid_of(params, variant.shape, 0, 1, device, call.sm_margin);
 }
 
 // Shapes, dtypes and devices have been checked; every address and stride is a multiple of 16 bytes.
@@ -227,42 +228,18 @@ inline bool forward(int64_t handle, TensorView q, TensorView k, TensorView v, Te
   if (if_aligned && !(is_aligned(q) && is_aligned(k) && is_aligned(v) && is_aligned(out))) {
     return false;
   }
+  const int device = cuda::checked_device(q.device().device_id);
+  const cuda::ContextGuard context(device);
+  Variant& variant = cuda::KernelTable<Variant>::get().at(handle);
   ForwardParams params = {};
-  launch_forward(cuda::KernelTable<Variant>::get().at(handle), params, q, k, v, out, lse,
-                 {data_of<int>(cu_seqlens_q), data_of<int>(cu_seqlens_k), data_of<int>(seqused_q),
-                  data_of<int>(seqused_k)},
-                 cu_seqlens_q.has_value() ? cu_seqlens_q.value().size(0) - 1 : q.size(0), sinks,
-                 {softmax_scale, softcap, left, right, chunk, sm_margin, clear_rest});
-  return true;
-}
-
-inline Descale descale_of(const Optional<TensorView>& factors) {
-  if (!factors.has_value()) return {};
-  const TensorView& x = factors.value();
-  return {data_of<float>(factors), x.stride(0), x.stride(1)};
-}
-
-// As `forward`, of e4m3; out is bf16.
-inline bool forward_fp8(int64_t handle, TensorView q, TensorView k, TensorView v, TensorView out,
-                        Optional<TensorView> lse, Optional<TensorView> cu_seqlens_q,
-                        Optional<TensorView> cu_seqlens_k, Optional<TensorView> seqused_q,
-                        Optional<TensorView> seqused_k, Optional<TensorView> sinks,
-                        Optional<TensorView> q_descale, Optional<TensorView> k_descale,
-                        Optional<TensorView> v_descale, double softmax_scale, double softcap,
-                        int64_t left, int64_t right, int64_t chunk, int64_t sm_margin,
-                        bool clear_rest, bool if_aligned) {
-  if (if_aligned && !(is_aligned(q) && is_aligned(k) && is_aligned(v) && is_aligned(out))) {
-    return false;
-  }
-  Fp8Params params = {};
-  params.q_descale = descale_of(q_descale);
-  params.k_descale = descale_of(k_descale);
-  params.v_descale = descale_of(v_descale);
-  launch_forward(cuda::KernelTable<Variant>::get().at(handle), params, q, k, v, out, lse,
-                 {data_of<int>(cu_seqlens_q), data_of<int>(cu_seqlens_k), data_of<int>(seqused_q),
-                  data_of<int>(seqused_k)},
-                 cu_seqlens_q.has_value() ? cu_seqlens_q.value().size(0) - 1 : q.size(0), sinks,
-                 {softmax_scale, softcap, left, right, chunk, sm_margin, clear_rest});
+  const unsigned blocks =
+      set_forward(variant, params, q, k, v, out, lse,
+                  {data_of<int>(cu_seqlens_q), data_of<int>(cu_seqlens_k), data_of<int>(seqused_q),
+                   data_of<int>(seqused_k)},
+                  cu_seqlens_q.has_value() ? cu_seqlens_q.value().size(0) - 1 : q.size(0), sinks,
+                  {softmax_scale, softcap, left, right, chunk, sm_margin, clear_rest}, device);
+  void* arguments[] = {&params};
+  variant.kernel.launch(device, {blocks}, arguments);
   return true;
 }
 

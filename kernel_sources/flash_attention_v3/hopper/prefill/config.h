@@ -90,18 +90,21 @@ struct Config {
   static constexpr int kOffsetK = kStagesQ * kWarpgroups * kBytesQ;
   static constexpr int kOffsetV = kOffsetK + kStages * kBytesK;
   // Values of e4m3 are loaded here, and transposed to where others are loaded.
-  static constexpr int kStagesLoaded = Tile::kStagesLoaded;
   static constexpr int kTransposers = Tile::kTransposers;  // warps
+  static constexpr int kStagesLoaded = kTransposers > 0 ? Tile::kStagesLoaded : kStages;
   static constexpr int kPartColumns =
       kFp8 ? Tile::kPartColumns : kHeadDimV;  // of the output, multiplied at a time
   static constexpr int kParts = kFp8 ? kHeadDimV / kPartColumns : 1;
+  // Values of e4m3 that a kernel before has transposed; else warps of this one do.
+  static constexpr bool kPrepared = kFp8 && kTransposers == 0;
   static constexpr int kOffsetLoaded = kOffsetV + kStages * kBytesV;
-  static constexpr int kOffsetOrder = kOffsetLoaded + (kFp8 ? kStagesLoaded * kBytesV : 0);
+  static constexpr int kOffsetOrder =
+      kOffsetLoaded + (kTransposers > 0 ? kStagesLoaded * kBytesV : 0);
   static constexpr int kOffsetTile = kOffsetOrder + kMaxSorted * 2;
   static constexpr int kOffsetBarriers = kOffsetTile + kTileSlots * int(sizeof(Info));
   static constexpr int kLoadedBarriers =
       2 * kStagesQ * kWarpgroups + 4 * kStages + 2 * kTileSlots + 1;
-  static constexpr int kBarriers = kLoadedBarriers + (kFp8 ? 2 * kStagesLoaded : 0);
+  static constexpr int kBarriers = kLoadedBarriers + (kTransposers > 0 ? 2 * kStagesLoaded : 0);
   static constexpr int kSharedBytes = kOffsetBarriers + kBarriers * 8;
 
   static_assert(!kCached || (kMasked && kSoftcap), "cached keys are masked and capped at run time");
@@ -111,6 +114,7 @@ struct Config {
   static_assert(!kFp8 || (kOverlap && kQuerySteps == 0 && !kCached && kHeadDim % 64 == 0),
                 "what the kernels in e4m3 are made for");
   static_assert(kParts == 1 || kParts == 4, "see run_in_parts()");
+  static_assert(!kPrepared || kParts > 1, "run_overlapped() clears no prepared values");
   static_assert(kHeadDim % 32 == 0 && kHeadDimV % 32 == 0, "head sizes are padded to a panel");
   static_assert(kQuerySteps >= 0 && kQuerySteps <= kHeadDim / 16, "steps of the head size");
   static_assert(kSharedBytes <= 227 * 1024, "a block of sm_90 has 227 KiB of shared memory");

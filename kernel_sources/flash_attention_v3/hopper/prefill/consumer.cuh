@@ -266,24 +266,22 @@ struct Consumer {
   // of 0 times NaN is NaN. Each warpgroup writes them for itself, the same bytes, so none waits for
   // another; no product is in flight here. A row of a panel is contiguous, however it is swizzled.
   //
-  // Of a cache the values behind the last such key are cleared too, before the output of the first
-  // block; where no row of a block is seen, none was loaded, and all of it is cleared. A draft mask
-  // may hide a key of any block that has bits from every row.
+  // Of a cache, and of prepared values, those behind the last such key are cleared too, before the
+  // output of the first block; in a cache, where no row of a block is seen, none was loaded, and
+  // all of it is cleared. A draft mask may hide a key of any block that has bits from every row.
   __device__ __forceinline__ void clear_hidden_values(int block) {
-    if constexpr (!C::kMasked || C::kFp8) return;
+    if constexpr (!C::kMasked || C::kTransposers > 0) return;
     const typename C::Info& tile = *shared.tile(tile_at.stage());
-    int low, seen = C::kKeys;
-    if constexpr (C::kCached) {
-      low = tile.low;
-      seen = uniform(max(0, min(tile.high - block * C::kKeys, C::kKeys)));
-    } else {
-      low = visible_keys<C::kMasked>(params, tile.row, tile.len_q, tile.len_k).low;
-    }
+    const int low = first_seen<C>(params, tile), seen = end_in_block<C>(params, tile, block);
     const int hidden = uniform(min(low - block * C::kKeys, C::kKeys));
     const bool drafted = has_drafts(block);
     if (hidden <= 0 && seen == C::kKeys && !drafted) return;
     mbarrier_wait(shared.v_full(v_at.stage()), v_at.parity());
-    clear_values<C>(shared.v(v_at.stage()), 0, hidden);
+    if constexpr (C::kPrepared) {
+      keep_prepared_values<C>(shared.base + C::kOffsetV + v_at.stage() * C::kBytesV, hidden, seen);
+    } else {
+      clear_values<C>(shared.v(v_at.stage()), 0, hidden);
+    }
     if constexpr (C::kCached) {
       clear_values<C>(shared.v(v_at.stage()), seen, C::kKeys);
       if (drafted) clear_unseen_values<C>(shared.v(v_at.stage()), params, tile, block);
@@ -360,6 +358,7 @@ struct Consumer {
       rescale_output(output, softmax);
       pack_probabilities<Element>(scores, probabilities);
       if (--block < block_begin) return;
+      if (C::kPrepared && block == block_end - 2) clear_hidden_values(block + 1);
       if constexpr (C::kPingPong) named_barrier_sync(kPingPongBarrier + warpgroup, 256);
       issue_output(0, values_are_here);
       if (!keys_are_here) wait_keys();

@@ -6,8 +6,10 @@
 #include "flash_attention_v3/hopper/prefill/config.h"
 #include "flash_attention_v3/hopper/prefill/consumer.cuh"
 #include "flash_attention_v3/hopper/prefill/fp8_transposer.cuh"
+#include "flash_attention_v3/hopper/prefill/fp8_values.cuh"
 #include "flash_attention_v3/hopper/prefill/producer.cuh"
 #include "flash_attention_v3/hopper/prefill/tile_scheduler.cuh"
+#include "jit_kernel/cuda/overlap.cuh"
 
 namespace jit_kernel::hopper {
 
@@ -26,10 +28,10 @@ __device__ __forceinline__ void initialise_barriers(const typename C::Params& pa
   for (int stage = 0; stage < C::kStages; ++stage) {
     mbarrier_init(shared.k_full(stage), loaders);
     mbarrier_init(shared.k_empty(stage), 4 * C::kWarpgroups);
-    mbarrier_init(shared.v_full(stage), C::kFp8 ? C::kTransposers : loaders);
+    mbarrier_init(shared.v_full(stage), C::kTransposers > 0 ? C::kTransposers : loaders);
     mbarrier_init(shared.v_empty(stage), (uses_boxes<C>(params) ? 4 : 128) * C::kWarpgroups);
   }
-  for (int stage = 0; C::kFp8 && stage < C::kStagesLoaded; ++stage) {
+  for (int stage = 0; C::kTransposers > 0 && stage < C::kStagesLoaded; ++stage) {
     mbarrier_init(shared.loaded_v_full(stage), loaders);
     mbarrier_init(shared.loaded_v_empty(stage), C::kTransposers);
   }
@@ -71,7 +73,9 @@ __device__ __forceinline__ void run_producers(const typename C::Params& params,
     schedule<C>(params, shared);
   } else {
     if (threadIdx.x < 96 && params.clear_rest) clear_rest(params);
-    if constexpr (C::kFp8) transpose_values<C>(params, shared, uniform(threadIdx.x / 32 - 2));
+    if constexpr (C::kTransposers > 0) {
+      transpose_values<C>(params, shared, uniform(threadIdx.x / 32 - 2));
+    }
   }
 }
 
@@ -119,14 +123,24 @@ __device__ __forceinline__ void forward(const typename C::Params& params, char* 
   }
 
 // The kernel of a head size in e4m3; softcap is a branch in it.
-#define JIT_KERNEL_EXPORT_FORWARD_FP8(head_dim, masked)                              \
-  using ForwardConfig =                                                              \
-      jit_kernel::hopper::Config<jit_kernel::e4m3, head_dim, head_dim, masked, true, \
-                                 jit_kernel::hopper::Fp8TileFor<head_dim, masked>>;  \
-  extern "C" __global__ void __launch_bounds__(ForwardConfig::kThreads, 1)           \
-      forward_fp8(const __grid_constant__ jit_kernel::hopper::Fp8Params params) {    \
-    extern __shared__ __align__(1024) char shared_memory[];                          \
-    jit_kernel::hopper::forward<ForwardConfig>(params, shared_memory);               \
+#define JIT_KERNEL_EXPORT_FORWARD_FP8(head_dim, masked, prepared)                             \
+  using ForwardConfig =                                                                       \
+      jit_kernel::hopper::Config<jit_kernel::e4m3, head_dim, head_dim, masked, true,          \
+                                 jit_kernel::hopper::Fp8TileFor<head_dim, masked, prepared>>; \
+  extern "C" __global__ void __launch_bounds__(ForwardConfig::kThreads, 1)                    \
+      forward_fp8(const __grid_constant__ jit_kernel::hopper::Fp8Params params) {             \
+    extern __shared__ __align__(1024) char shared_memory[];                                   \
+    jit_kernel::hopper::forward<ForwardConfig>(params, shared_memory);                        \
+  }
+
+// The kernel that prepares values for it.
+#define JIT_KERNEL_EXPORT_PREPARE_VALUES(head_dim, threads)                                      \
+  static_assert(threads == jit_kernel::hopper::kPreparerThreads, "what the launcher counts on"); \
+  extern "C" __global__ void __launch_bounds__(threads)                                          \
+      prepare_values(const __grid_constant__ jit_kernel::hopper::PrepareParams params) {         \
+    jit_kernel::let_next_kernel_start();                                                         \
+    jit_kernel::hopper::prepare_values<                                                          \
+        head_dim, jit_kernel::hopper::Fp8TileFor<head_dim, false, true>::kKeys>(params);         \
   }
 
 // The kernel of a pair of head sizes on cached keys.

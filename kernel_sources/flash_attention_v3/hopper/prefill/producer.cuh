@@ -4,7 +4,9 @@
 #include "flash_attention_v3/hopper/common/mask.cuh"
 #include "flash_attention_v3/hopper/common/sequence.cuh"
 #include "flash_attention_v3/hopper/common/tensor_rows.cuh"
+#include "flash_attention_v3/hopper/prefill/hidden_values.cuh"
 #include "flash_attention_v3/hopper/prefill/shared_memory.cuh"
+#include "jit_kernel/cuda/overlap.cuh"
 
 namespace jit_kernel::hopper {
 
@@ -39,7 +41,7 @@ __device__ __forceinline__ void prefetch_queries(const ForwardParams& params,
 
 template <class C>
 struct Producer {
-  const ForwardParams& params;
+  const typename C::Params& params;
   Shared<C> shared;
   RingPosition<C::kStagesQ> q_at;
   RingPosition<C::kStages> k_at;
@@ -69,8 +71,14 @@ struct Producer {
     mbarrier_wait(shared.loaded_v_empty(v_at.stage()), v_at.parity() ^ 1);
     const u32 full = shared.loaded_v_full(v_at.stage());
     mbarrier_arrive_expect(full, C::kBytesV);
-    load_rows<C::kHeadDimV, C::kPanelV, C::kKeys, C::kElementBytes>(
-        shared.loaded_v(v_at.stage()), params.v, full, kEvictLast, at, block * C::kKeys, head);
+    if constexpr (C::kPrepared) {
+      bulk_load(shared.v(v_at.stage()),
+                params.prepared + static_cast<long long>(at.place + block) * C::kBytesV, C::kBytesV,
+                full, kEvictLast);
+    } else {
+      load_rows<C::kHeadDimV, C::kPanelV, C::kKeys, C::kElementBytes>(
+          shared.loaded_v(v_at.stage()), params.v, full, kEvictLast, at, block * C::kKeys, head);
+    }
     v_at.advance();
   }
 
@@ -82,12 +90,13 @@ struct Producer {
   }
 
   // Values are loaded as if the sequence ended where the tile's last query sees no more: the copy
-  // engine fills the rest with zeros. What no row of a tile sees may hold anything, and a
-  // probability of 0 times NaN is NaN.
-  __device__ __forceinline__ int end_of_values(const TileInfo& tile) const {
-    if constexpr (!C::kMasked) return tile.len_k;
-    const int last_row = min(tile.row + C::kRows, tile.len_q) - 1;
-    return max(0, visible_keys<C::kMasked>(params, last_row, tile.len_q, tile.len_k).high);
+  // engine fills the rest with zeros.
+  __device__ __forceinline__ MapPlace place_of_values(const TileInfo& tile, int head) const {
+    if constexpr (C::kPrepared) {
+      return {0, first_prepared<C::kKeys>(params, tile.batch, head)};
+    } else {
+      return map_place(params.v, params.cu_seqlens_k, tile.batch, end_of_values<C>(params, tile));
+    }
   }
 
   // Loads in the order of use: each block's keys before the values of the block before it, also
@@ -100,7 +109,7 @@ struct Producer {
     if constexpr (C::kStagesQ == 1) load_last_values();
     load_queries(tile);
     if constexpr (C::kStagesQ > 1) load_last_values();
-    v_place = map_place(params.v, params.cu_seqlens_k, tile.batch, end_of_values(tile));
+    v_place = place_of_values(tile, head);
     v_head = head;
     const int claim_at =
         claims_late<C>(params) ? min(tile.block_end - 2, tile.block_begin + kClaimBlocks) : -1;
@@ -120,7 +129,9 @@ struct Producer {
 
 // One thread.
 template <class C>
-__device__ __forceinline__ void produce(const ForwardParams& params, const Shared<C>& shared) {
+__device__ __forceinline__ void produce(const typename C::Params& params, const Shared<C>& shared) {
+  // Also where there is no tile: the values' memory is the caller's again when this kernel ends.
+  if constexpr (C::kPrepared) wait_for_previous_kernel();
   Producer<C> producer{params, shared};
   RingPosition<kTileSlots> at;
   while (true) {

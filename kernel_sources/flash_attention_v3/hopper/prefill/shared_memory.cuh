@@ -18,9 +18,9 @@ struct Shared {
   }
   __device__ u32 k(int stage) const { return address(C::kOffsetK + stage * C::kBytesK); }
   __device__ u32 v(int stage) const { return address(C::kOffsetV + stage * C::kBytesV); }
-  // Where the copy engine puts values: where they are multiplied from, but for e4m3.
+  // Where the copy engine puts values: where they are multiplied from, or transposed.
   __device__ u32 loaded_v(int stage) const {
-    if constexpr (C::kFp8) return address(C::kOffsetLoaded + stage * C::kBytesV);
+    if constexpr (C::kTransposers > 0) return address(C::kOffsetLoaded + stage * C::kBytesV);
     return v(stage);
   }
   __device__ unsigned short* order() const {
@@ -44,11 +44,12 @@ struct Shared {
   __device__ u32 v_full(int stage) const { return ring(2, stage); }
   __device__ u32 v_empty(int stage) const { return ring(3, stage); }
   __device__ u32 loaded_v_full(int stage) const {
-    if constexpr (C::kFp8) return barrier(C::kLoadedBarriers + stage);
+    if constexpr (C::kTransposers > 0) return barrier(C::kLoadedBarriers + stage);
     return v_full(stage);
   }
   __device__ u32 loaded_v_empty(int stage) const {
-    if constexpr (C::kFp8) return barrier(C::kLoadedBarriers + C::kStagesLoaded + stage);
+    if constexpr (C::kTransposers > 0)
+      return barrier(C::kLoadedBarriers + C::kStagesLoaded + stage);
     return v_empty(stage);
   }
   __device__ u32 tile_full(int slot) const { return ring(4, slot); }

@@ -25,6 +25,17 @@ __device__ __forceinline__ void tma_load(u32 destination, const void* map, u32 b
       : "memory");
 }
 
+// Copies `bytes` that lie side by side, a multiple of 16 at multiples of 16, and counts them on
+// `barrier`.
+__device__ __forceinline__ void bulk_load(u32 destination, const void* source, u32 bytes,
+                                          u32 barrier, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1], %2, [%3], %4;" ::"r"(destination),
+      "l"(source), "r"(bytes), "r"(barrier), "l"(policy)
+      : "memory");
+}
+
 // Asks for a box to be brought into the L2 cache.
 __device__ __forceinline__ void tma_prefetch(const void* map, int c0, int c1, int c2, int c3,
                                              int c4) {
