@@ -1,0 +1,70 @@
+// Everything that is fixed when a backward kernel is compiled, and where things lie in shared
+// memory. No device code: the launcher reads it too.
+#pragma once
+
+#include "flash_attention_v3/hopper/backward/params.h"
+#include "flash_attention_v3/hopper/common/warpgroups.h"
+#include "jit_kernel/cuda/element_types.h"
+
+namespace jit_kernel::hopper {
+
+enum : int {
+  kPartRows = 64,  // the sums of a tile's grad_q lie in parts of 64 x 64, a wgmma's accumulators
+  kPartFloats = 64 * 64,
+  kPrepareThreads = 256,
+  kFinishThreads = 128,
+};
+
+// Queries of a tile by head size. Scores and their gradients are computed with keys as rows, 64 to
+// a warpgroup; the sums of grad_k and grad_v take head_dim registers of a thread, which leaves
+// room for 64 queries at 128.
+template <int kHeadDim>
+struct BackwardTile;
+template <>
+struct BackwardTile<64> {
+  enum : int { kQueries = 128 };
+};
+template <>
+struct BackwardTile<128> {
+  enum : int { kQueries = 64 };
+};
+
+template <class Element_, int kHeadDim_, bool kSoftcap_>
+struct BackwardConfig {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr bool kSoftcap = kSoftcap_;
+  static constexpr int kQueries = BackwardTile<kHeadDim>::kQueries;
+  static constexpr int kWarpgroups = 2;
+  static constexpr int kKeys = kWarpgroups * kRowsPerWarpgroup;
+  static constexpr int kThreads = (kWarpgroups + 1) * 128;
+  static constexpr int kProducerRegisters = 24;
+  static constexpr int kConsumerRegisters = 240;
+  static constexpr int kStages = 2;  // of queries, of grad_out and of the gradients of scores
+
+  // Tiles lie in panels of 64 columns, 128 bytes a row.
+  static constexpr int kPanel = 64;
+  static constexpr int kPanelKeys = kKeys * 128;  // bytes of a panel
+  static constexpr int kPanelQueries = kQueries * 128;
+  static constexpr int kBytesKeys = kKeys * kHeadDim * 2;
+  static constexpr int kBytesQueries = kQueries * kHeadDim * 2;
+  static constexpr int kBytesScores = kKeys * kQueries * 2;
+  static constexpr int kParts = kQueries / 64 * (kHeadDim / 64);  // of a tile's grad_q
+  static constexpr int kPartColumns = kHeadDim / 64;              // parts beside each other
+  static constexpr int kPartBytes = kPartFloats * 4;
+  static constexpr int kOffsetV = kBytesKeys;
+  static constexpr int kOffsetQ = kOffsetV + kBytesKeys;
+  static constexpr int kOffsetGradOut = kOffsetQ + kStages * kBytesQueries;
+  static constexpr int kOffsetScores = kOffsetGradOut + kStages * kBytesQueries;
+  static constexpr int kOffsetSums = kOffsetScores + kStages * kBytesScores;
+  static constexpr int kOffsetLse = kOffsetSums + kParts * kPartBytes;
+  static constexpr int kOffsetDelta = kOffsetLse + kStages * kQueries * 4;
+  static constexpr int kOffsetBarriers = kOffsetDelta + kStages * kQueries * 4;
+  static constexpr int kBarriers = 1 + 4 * kStages + 2 * kWarpgroups;
+  static constexpr int kSharedBytes = kOffsetBarriers + kBarriers * 8;
+
+  static_assert(kParts == kWarpgroups, "each warpgroup computes one part of a tile's grad_q");
+  static_assert(kSharedBytes <= 227 * 1024, "a block of sm_90 has 227 KiB of shared memory");
+};
+
+}  // namespace jit_kernel::hopper
