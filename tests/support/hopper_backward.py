@@ -2,7 +2,8 @@
 
 Rows that hold no query, keys that no query sees and queries that see no key hold NaN: a gradient that is not finite
 has read one of them. The rule, per row: the distance from float64 is at most twice that of the same formula in the
-inputs' dtype, three times with softcap, plus two epsilons of the row's length.
+inputs' dtype, three times with softcap, plus two epsilons of the row's length, plus an epsilon of the added lengths of
+its terms, as `gradients` has it: a short sum of long terms is as uncertain as they are.
 """
 
 from __future__ import annotations
@@ -103,6 +104,13 @@ def formula(
     return scale * (ds @ k).to(wide), scale * (ds.mT @ q).to(wide), (p.mT @ grad).to(wide)
 
 
+def _terms(scale: float, tensors: tuple[Tensor, ...], weights: Tensor, delta: Tensor) -> tuple[Tensor, ...]:
+    """(h, s) of dq, dk and dv: the sum of the lengths of a row's terms, products of g and v before they cancel."""
+    of_q, of_k, of_v, of_g = (x.norm(dim=-1) for x in tensors)
+    size = scale * weights * (of_g[:, :, None] * of_v[:, None] + delta.abs()[..., None])
+    return (size * of_k[:, None]).sum(2), (size * of_q[..., None]).sum(1), (weights * of_g[..., None]).sum(1)
+
+
 @dataclass
 class Made:
     """A plan's call, and its gradients: in float64, and by the same formula in the dtype."""
@@ -110,6 +118,7 @@ class Made:
     call: Backward
     exact: tuple[Tensor, ...]
     own: tuple[Tensor, ...]
+    terms: tuple[Tensor, ...]  # of a row of each gradient, the sum of the lengths
     sinks: Tensor | None
 
 
@@ -137,6 +146,7 @@ def make(plan: Plan, device: str = "cuda") -> Made:
     sinks = torch.randn(heads, device=device) if plan.sinks else None
     exact = [torch.zeros(x.shape, dtype=torch.float64, device=device) for x in (q, k, v)]
     own = [torch.zeros_like(x) for x in exact]
+    sizes = [torch.zeros(x.shape[:-1], dtype=torch.float64, device=device) for x in (q, k, v)]
     grad_sinks = torch.zeros(heads, dtype=torch.float64, device=device) if plan.sinks else None
     scale = plan.d**-0.5 * 1.2
     for at in range(len(plan.lengths_q)):
@@ -170,6 +180,10 @@ def make(plan: Plan, device: str = "cuda") -> Made:
         ref = (weights @ tensors[2] * tensors[3]).sum(-1).where(seeing, 0) - grad_of_lse
         if grad_sinks is not None and sinks is not None:
             grad_sinks -= (torch.exp(sinks.double()[:, None] - own_lse) * ref).sum(1)
+        for i, grown in enumerate(_terms(scale, tensors, weights, ref)):
+            if i:
+                grown = grown.unflatten(0, (plan.heads_k, plan.group)).sum(1)
+            (sizes[i] if plan.ragged else sizes[i][at])[where[int(i > 0)]] = grown.T
         for result, of, d in ((exact, torch.float64, ref), (own, plan.dtype, delta)):
             found = formula(plan, scale, tensors, seen, own_lse, d, of)
             for i, grads in enumerate(found):
@@ -191,17 +205,17 @@ def make(plan: Plan, device: str = "cuda") -> Made:
         seqused_q=None if used[0] is None else ints(used[0]), seqused_k=None if used[1] is None else ints(used[1]),
         max_seqlen_q=max(plan.lengths_q), max_seqlen_k=max(plan.lengths_k), deterministic=plan.deterministic,
     )  # fmt: skip
-    return Made(call, tuple(exact), tuple(own), grad_sinks)
+    return Made(call, tuple(exact), tuple(own), tuple(sizes), grad_sinks)
 
 
 def worst_share(made: Made, found: Gradients, plan: Plan) -> float:
     """The largest share of the rule's limit that a row takes; not more than 1 passes, NaN is infinity."""
     factor, worst = 3.0 if plan.softcap else 2.0, 0.0
-    for ours, ref, own in zip(found[:3], made.exact, made.own, strict=True):
+    for ours, ref, own, terms in zip(found[:3], made.exact, made.own, made.terms, strict=True):
         if ours.numel() == 0:
             continue
         length = ref.norm(dim=-1)
-        limit = factor * (own - ref).norm(dim=-1) + 2 * EPSILON[plan.dtype] * length + 1e-6 * length.max()
+        limit = factor * (own - ref).norm(dim=-1) + 2 * EPSILON[plan.dtype] * length + EPSILON[plan.dtype] * terms
         off = (ours.double() - ref).norm(dim=-1)
         share = torch.where(off == 0, 0, off / limit).max()
         worst = max(worst, math.inf if math.isnan(float(share)) else float(share))

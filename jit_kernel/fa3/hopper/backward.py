@@ -58,7 +58,7 @@ def gradients(call: Backward) -> Gradients:
     grad_out, out = _aligned(call.grad_out), _aligned(call.out)
     has_other_rows = call.cu_seqlens_q is not None or call.seqused_q is not None or call.seqused_k is not None
     sequences = q.shape[0] if call.cu_seqlens_q is None else call.cu_seqlens_q.shape[0] - 1
-    if 0 in (q.numel(), k.numel(), v.numel(), sequences):
+    if q.numel() == 0 or sequences == 0:
         return _nothing(call)
     new = torch.zeros if has_other_rows else torch.empty
     grads = [new(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
@@ -92,9 +92,10 @@ def _grad_sinks(sinks: Tensor | None, lse_log2: Tensor, delta: Tensor) -> Tensor
 
 
 def _nothing(call: Backward) -> Gradients:
-    """Without a query or a key: zeros, but what a gradient of lse, which is the sink then, gives to the sinks."""
+    """Without a query: zeros."""
     grads = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (call.q, call.k, call.v)]
-    return Gradients(grads[0], grads[1], grads[2], None)
+    of_sinks = None if call.sinks is None else torch.zeros_like(call.sinks, dtype=torch.float32)
+    return Gradients(grads[0], grads[1], grads[2], of_sinks)
 
 
 def _aligned(x: Tensor) -> Tensor:

@@ -25,8 +25,9 @@ __device__ __forceinline__ void initialise_barriers(const BackwardShared<C>& sha
 template <class C>
 __device__ __forceinline__ void backward(const BackwardParams& params, char* base) {
   const BackwardShared<C> shared{shared_address(base)};
-  const KeyTile tile = find_tile<C>(params, blockIdx.x);
+  KeyTile& tile = *reinterpret_cast<KeyTile*>(base + C::kOffsetTile);
   if (threadIdx.x == 0) {
+    tile = find_tile<C>(params, blockIdx.x);
     tma_prefetch_descriptor(&params.q.map);
     tma_prefetch_descriptor(&params.grad_out.map);
     initialise_barriers<C>(shared);

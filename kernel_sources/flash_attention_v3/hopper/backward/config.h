@@ -15,6 +15,17 @@ enum : int {
   kFinishThreads = 128,
 };
 
+// A block's tile of keys, of one key head.
+struct KeyTile {
+  int batch, head;  // of the keys
+  int len_q, len_k;
+  int first_key;     // of the tile
+  int seen_key;      // the first of the sequence that some query sees
+  int seeing_row;    // the first query that sees some key
+  int begin, end;    // tiles of queries that see some key of the tile
+  int tile_q;        // the sequence's first tile of queries
+};
+
 // Queries of a tile by head size. Scores and their gradients are computed with keys as rows, 64 to
 // a warpgroup; the sums of grad_k and grad_v take head_dim registers of a thread, which leaves
 // room for 64 queries at 128.
@@ -61,7 +72,8 @@ struct BackwardConfig {
   static constexpr int kOffsetDelta = kOffsetLse + kStages * kQueries * 4;
   static constexpr int kOffsetBarriers = kOffsetDelta + kStages * kQueries * 4;
   static constexpr int kBarriers = 1 + 4 * kStages + 2 * kWarpgroups;
-  static constexpr int kSharedBytes = kOffsetBarriers + kBarriers * 8;
+  static constexpr int kOffsetTile = kOffsetBarriers + kBarriers * 8;
+  static constexpr int kSharedBytes = kOffsetTile + int(sizeof(KeyTile));
 
   static_assert(kParts == kWarpgroups, "each warpgroup computes one part of a tile's grad_q");
   static_assert(kSharedBytes <= 227 * 1024, "a block of sm_90 has 227 KiB of shared memory");

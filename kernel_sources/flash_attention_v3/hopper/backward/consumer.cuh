@@ -28,6 +28,19 @@ __device__ __forceinline__ float2 load_two(u32 address) {
   return value;
 }
 
+__device__ __forceinline__ void store_words(u32 address, const u32 (&words)[4]) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(words[0]),
+               "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+
+__device__ __forceinline__ void load_words(u32 address, u32 (&words)[4]) {
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(address)
+               : "memory");
+}
+
 template <class Element>
 __device__ __forceinline__ float2 unpack(u32 two) {
   if constexpr (kIsBf16<Element>) {
@@ -54,10 +67,10 @@ struct BackwardConsumer {
   float scores[kScores], grads[kScores];  // the gradients of probabilities
   float sums[32];
   u32 packed[kScores / 2];       // probabilities
-  u32 factors[C::kSoftcap ? kScores / 2 : 1];  // with softcap: times the slope of the cap
   u32 packed_grads[kScores / 2]; // gradients of scores
   QueryInterval rows[2];         // that see this thread's keys
   int every_low, every_high;     // queries that see all keys of the warpgroup
+  int seeing_row;                // the first that sees some key
   RingPosition<C::kStages> at;
   u32 sums_parity = 1;
 
@@ -76,6 +89,7 @@ struct BackwardConsumer {
     every_low = uniform(seeing_queries(params, last, tile.len_q, tile.len_k).low);
     every_high = uniform(seeing_queries(params, first, tile.len_q, tile.len_k).high);
     if (uniform(last) >= uniform(tile.len_k)) every_high = -(1 << 30);
+    seeing_row = uniform(tile.seeing_row);
   }
 
   // keys x queries, of two tiles with the head size as k: K Q^T, V dO^T.
@@ -123,58 +137,100 @@ struct BackwardConsumer {
     wgmma_commit();
   }
 
-  // Scores of a tile to probabilities, those of keys that a query does not see to 0.
-  __device__ __forceinline__ void work_on_scores(int row, int stage) {
-    const u32 lse = shared.lse(stage) + accumulator_column(0) * 4;
-    const bool masked = row < every_low || row + C::kQueries > every_high;
+  // Whether some query of a tile sees some key of the warpgroup and not all of them.
+  __device__ __forceinline__ bool is_masked(int row) const {
+    return row < every_low || row + C::kQueries > every_high;
+  }
+
+  // Zeros where a query does not see a key; they are chosen, as what they replace may be anything.
+  __device__ __forceinline__ void mask(float (&values)[kScores], int row) {
 #pragma unroll
-    for (int i = 0; i < C::kQueries / 8; ++i) {
-      const float2 two = load_two(lse + 32 * i);
+    for (int r = 0; r < 2; ++r) {
+      const int low = rows[r].low - accumulator_column(row);
+      const int high = rows[r].high - accumulator_column(row);
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        float* const s = scores + 4 * i + 2 * r;
-        float slope[2];
-        if constexpr (C::kSoftcap) {
-          s[0] = tanh_fast(s[0] * params.softcap_scale);
-          s[1] = tanh_fast(s[1] * params.softcap_scale);
-          slope[0] = fmaf(-s[0], s[0], 1.f);
-          slope[1] = fmaf(-s[1], s[1], 1.f);
-        }
-        s[0] = exp2_fast(fmaf(s[0], params.scale_log2, -two.x));
-        s[1] = exp2_fast(fmaf(s[1], params.scale_log2, -two.y));
-        if (masked) {
-          const int column = accumulator_column(row + 8 * i);
-          s[0] = column >= rows[r].low && column < rows[r].high ? s[0] : 0.f;
-          s[1] = column + 1 >= rows[r].low && column + 1 < rows[r].high ? s[1] : 0.f;
-        }
-        packed[2 * i + r] = pack<Element>(s[0], s[1]);
-        if constexpr (C::kSoftcap) {
-          factors[2 * i + r] = pack<Element>(s[0] * slope[0], s[1] * slope[1]);
+      for (int i = 0; i < C::kQueries / 8; ++i) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          float& value = values[4 * i + 2 * r + c];
+          value = 8 * i + c >= low && 8 * i + c < high ? value : 0.f;
         }
       }
     }
   }
 
-  // The gradients of scores, P (dP - D). What a query does not see may be anything: 0 times it is
-  // not 0, so those are chosen, not multiplied.
+  // Where this thread keeps 16 bytes of each 16 queries for itself until its warp stores gradients
+  // of scores there: registers are few.
+  __device__ __forceinline__ u32 own_words(int buffer, int i) const {
+    return shared.scores(buffer) + i / 4 * C::kPanelKeys + i % 4 * 512 + threadIdx.x % 32 * 16 +
+           (warpgroup * kRowsPerWarpgroup + first_row_of_warp()) * 128;
+  }
+
+  // Scores of 16 queries to those that softcap makes of them, over the cap, and its slopes there.
+  __device__ __forceinline__ void cap_scores(int stage, int i) {
+    u32 slopes[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      float& a = scores[8 * i + 2 * j];
+      float& b = scores[8 * i + 2 * j + 1];
+      a = tanh_fast(a * params.softcap_scale);
+      b = tanh_fast(b * params.softcap_scale);
+      slopes[j] = pack<Element>(fmaf(-a, a, 1.f), fmaf(-b, b, 1.f));
+    }
+    store_words(own_words(stage, i), slopes);
+  }
+
+  // Scores of a tile to probabilities.
+  __device__ __forceinline__ void work_on_scores(int row, int stage) {
+    const u32 lse = shared.lse(stage) + accumulator_column(0) * 4;
+#pragma unroll
+    for (int i = 0; i < C::kQueries / 8; ++i) {
+      if (C::kSoftcap && i % 2 == 0) cap_scores(stage, i / 2);
+      const float2 two = load_two(lse + 32 * i);
+#pragma unroll
+      for (int j = 4 * i; j < 4 * i + 4; ++j) {
+        scores[j] = exp2_fast(fmaf(scores[j], params.scale_log2, j % 2 ? -two.y : -two.x));
+      }
+    }
+    if (is_masked(row)) mask(scores, row);
+#pragma unroll
+    for (int i = 0; i < kScores / 2; ++i) {
+      packed[i] = pack<Element>(scores[2 * i], scores[2 * i + 1]);
+    }
+  }
+
+  // The gradients of scores, P (dP - D), of rounded probabilities: float32 ones would take the
+  // registers of the next tile's scores.
   __device__ __forceinline__ void work_on_gradients(int row, int stage) {
     const u32 delta = shared.delta(stage) + accumulator_column(0) * 4;
-    const bool masked = row < every_low || row + C::kQueries > every_high;
 #pragma unroll
     for (int i = 0; i < C::kQueries / 8; ++i) {
       const float2 two = load_two(delta + 32 * i);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float2 p = unpack<Element>(C::kSoftcap ? factors[2 * i + r] : packed[2 * i + r]);
-        float a = p.x * (grads[4 * i + 2 * r] - two.x);
-        float b = p.y * (grads[4 * i + 2 * r + 1] - two.y);
-        if (masked) {
-          const int column = accumulator_column(row + 8 * i);
-          a = column >= rows[r].low && column < rows[r].high ? a : 0.f;
-          b = column + 1 >= rows[r].low && column + 1 < rows[r].high ? b : 0.f;
-        }
-        packed_grads[2 * i + r] = pack<Element>(a, b);
+        const float2 p = unpack<Element>(packed[2 * i + r]);
+        float* const grad = grads + 4 * i + 2 * r;
+        grad[0] = p.x * (grad[0] - two.x);
+        grad[1] = p.y * (grad[1] - two.y);
       }
+      if (C::kSoftcap && i % 2 == 1) multiply_slopes(stage, i / 2);
+    }
+    if (is_masked(row)) mask(grads, row);
+#pragma unroll
+    for (int i = 0; i < kScores / 2; ++i) {
+      packed_grads[i] = pack<Element>(grads[2 * i], grads[2 * i + 1]);
+    }
+    if constexpr (C::kSoftcap) __syncwarp();  // all have read what store_gradients() overwrites
+  }
+
+  __device__ __forceinline__ void multiply_slopes(int stage, int i) {
+    u32 slopes[4];
+    load_words(own_words(stage, i), slopes);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float2 two = unpack<Element>(slopes[j]);
+      grads[8 * i + 2 * j] *= two.x;
+      grads[8 * i + 2 * j + 1] *= two.y;
     }
   }
 
@@ -221,7 +277,7 @@ struct BackwardConsumer {
 
   // Queries that see no key may hold anything, and their gradients.
   __device__ __forceinline__ void clear_blind_queries(int row, int stage) {
-    const int hidden = uniform(min(tile.seeing_row - row, C::kQueries));
+    const int hidden = min(seeing_row - row, C::kQueries);
     if (hidden <= 0) return;
     clear_rows(shared.q(stage), C::kPanelQueries, hidden);
     clear_rows(shared.grad_out(stage), C::kPanelQueries, hidden);
@@ -257,10 +313,10 @@ struct BackwardConsumer {
     mbarrier_wait(shared.grad_out_full(stage), parity);
     issue_scores(grads, shared.v(), shared.grad_out(stage));
     work_on_scores(row, stage);
-    wgmma_wait<0>();
-    pin_registers(grads);
     clear_blind_queries(row, stage);
     issue_gradient(grad_v, packed, shared.grad_out(stage));
+    wgmma_wait<1>();
+    pin_registers(grads);
     work_on_gradients(row, stage);
     store_gradients(stage);
     proxy_fence();
@@ -299,6 +355,8 @@ struct BackwardConsumer {
     }
     wgmma_wait<0>();
     pin_registers(scores);
+    pin_registers(grad_k);
+    pin_registers(grad_v);
   }
 };
 

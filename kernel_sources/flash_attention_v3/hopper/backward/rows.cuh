@@ -37,12 +37,17 @@ __device__ __forceinline__ float multiply_8(const unsigned short* a, const unsig
 }
 
 // A block for each tile and head, 16 threads a row: D = rowsum(dO O) - grad_lse and lse as an
-// exponent of 2; rows that are not there or see no key get 0 and infinity, whatever their memory
-// holds. The tile's sums become 0.
+// exponent of 2; rows that are not there or have an lse of -inf get 0 and infinity, whatever their
+// memory holds; of those that see no key and have a sink, only lse and its gradient count. The
+// tile's sums become 0.
 template <class C>
 __device__ __forceinline__ void prepare_rows(const BackwardParams& params) {
   using Element = typename C::Element;
   const QueryTile tile = find_query_tile(params, C::kQueries);
+  const int len_k =
+      sequence_length(tile.batch, params.seqlen_k, params.cu_seqlens_k, params.seqused_k);
+  const int seeing_row =
+      len_k > 0 ? max(0, seeing_queries(params, 0, tile.len_q, len_k).low) : tile.len_q;
   const int head = blockIdx.y, lane = threadIdx.x % 16;
   const long long place = static_cast<long long>(head) * params.tiles_q + blockIdx.x;
   float* const sums = params.sums + place * (C::kParts * kPartFloats);
@@ -56,6 +61,8 @@ __device__ __forceinline__ void prepare_rows(const BackwardParams& params) {
     float lse = minus_infinity(), sum = 0.f;
     if (inside) {
       lse = params.lse[tile.batch * params.lse_batch_stride + head * params.lse_head_stride + at];
+    }
+    if (inside && row >= seeing_row) {
       const unsigned short* const out =
           gradient_row(params.rows_out, tile.batch, tile.offset, row, head);
       const unsigned short* const grad =

@@ -49,17 +49,6 @@ __device__ __forceinline__ QueryInterval seeing_queries(const BackwardParams& pa
   return {low - shift, high - shift};
 }
 
-// A block's tile of keys, of one key head.
-struct KeyTile {
-  int batch, head;   // of the keys
-  int len_q, len_k;
-  int first_key;     // of the tile
-  int seen_key;      // the first of the sequence that some query sees
-  int seeing_row;    // the first query that sees some key
-  int begin, end;    // tiles of queries that see some key of the tile
-  int tile_q;        // the sequence's first tile of queries
-};
-
 template <class C>
 __device__ __forceinline__ KeyTile find_tile(const BackwardParams& params, int block) {
   // Sections of heads whose queries and sums the L2 cache holds; within one, tiles in order, each

@@ -83,7 +83,7 @@ inline void set_backward_tensors(BackwardParams& params, const BackwardShape& sh
   params.head_dim = static_cast<int>(q.size(q.ndim() - 1));
   params.head_dim_v = static_cast<int>(v.size(v.ndim() - 1));
   const bool bounded_q = ragged_q || params.seqused_q != nullptr;
-  const bool bounded_k = ragged_k || params.seqused_k != nullptr;
+  const bool bounded_k = ragged_k || params.seqused_k != nullptr || params.seqlen_k == 0;
   encode_map(params.q, "q", q, 64, shape.queries, bounded_q, q);
   encode_map(params.grad_out, "grad_out", grad_out, 64, shape.queries, bounded_q, q);
   encode_map(params.k, "k", k, 64, shape.keys, bounded_k, q);
@@ -131,7 +131,7 @@ inline void set_lse(BackwardParams& params, const TensorView& lse,
 }
 
 // Shapes, dtypes and devices have been checked; every address and stride is a multiple of 16 bytes,
-// there is a query and a key, and lse has one number after the other. work: as backward_tiles and
+// there is a query, and lse has one number after the other. work: as backward_tiles and
 // backward_tile say, lse and D of all first. added: zeros, one for each query head, tile and
 // part, where sums are to be made in order.
 inline bool backward(int64_t handle, TensorView grad_out, TensorView q, TensorView k, TensorView v,
@@ -169,9 +169,11 @@ inline bool backward(int64_t handle, TensorView grad_out, TensorView q, TensorVi
   const auto tiles = static_cast<unsigned>(params.tiles_q);
   const auto heads = static_cast<unsigned>(params.heads_q);
   variant.prepare.launch(device, {tiles, heads}, arguments);
-  variant.main.launch(
-      device, {static_cast<unsigned>(params.tiles_k) * static_cast<unsigned>(params.heads_k)},
-      arguments);
+  if (params.tiles_k > 0) {
+    variant.main.launch(
+        device, {static_cast<unsigned>(params.tiles_k) * static_cast<unsigned>(params.heads_k)},
+        arguments);
+  }
   variant.finish.launch(device, {tiles, heads, static_cast<unsigned>(variant.shape.parts)},
                         arguments);
   return true;
