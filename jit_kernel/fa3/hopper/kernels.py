@@ -35,7 +35,7 @@ DECODE_MOST_ROWS = {64: 64, 128: 64, 256: 32}
 MLA_HEAD_DIMS_V = (256, 512)
 MLA_ROWS = (16, 32, 64)
 # Of the backward kernels: of q, k and v alike; the rest is padded inside.
-BACKWARD_HEAD_DIMS = (64, 128)
+BACKWARD_HEAD_DIMS = (64, 128, 256)
 # The compiler's account of registers and spills goes to the entry's log, which the tests read.
 _FLAGS = ("--ptxas-options=-v",)
 

@@ -12,12 +12,14 @@ __device__ __forceinline__ void initialise_barriers(const BackwardShared<C>& sha
   for (int stage = 0; stage < C::kStages; ++stage) {
     mbarrier_init(shared.q_full(stage), 1);
     mbarrier_init(shared.q_empty(stage), 4 * C::kWarpgroups);
+  }
+  for (int stage = 0; stage < C::kStagesGradOut; ++stage) {
     mbarrier_init(shared.grad_out_full(stage), 1);
     mbarrier_init(shared.grad_out_empty(stage), 4 * C::kWarpgroups);
   }
-  for (int part = 0; part < C::kWarpgroups; ++part) {
-    mbarrier_init(shared.sums_full(part), 128);
-    mbarrier_init(shared.sums_empty(part), 1);
+  for (int warpgroup = 0; warpgroup < C::kWarpgroups; ++warpgroup) {
+    mbarrier_init(shared.sums_full(warpgroup), 128);
+    mbarrier_init(shared.sums_empty(warpgroup), 1);
   }
   mbarrier_init_fence();
 }
@@ -39,13 +41,18 @@ __device__ __forceinline__ void backward(const BackwardParams& params, char* bas
     if (threadIdx.x == 0) {
       load_tiles<C>(params, shared, tile);
     } else if (threadIdx.x == 32 || threadIdx.x == 64) {
-      add_sums<C>(params, shared, tile, threadIdx.x / 32 - 1);
+      const int warpgroup = threadIdx.x / 32 - 1;
+      if (params.added != nullptr) {
+        add_sums_in_order<C>(params, shared, tile, warpgroup);
+      } else {
+        add_sums<C>(params, shared, tile, warpgroup);
+      }
     }
   } else {
     raise_registers<C::kConsumerRegisters>();
-    BackwardConsumer<C> consumer(params, shared, tile, uniform(threadIdx.x / 128 - 1));
+    ConsumerOf<C> consumer(params, shared, tile, uniform(threadIdx.x / 128 - 1));
     consumer.run();
-    store_gradients_of_keys(consumer);
+    store_gradients_of_keys<C>(consumer);
   }
 }
 

@@ -2,9 +2,21 @@
 #pragma once
 
 #include "flash_attention_v3/hopper/backward/consumer.cuh"
+#include "flash_attention_v3/hopper/backward/wide_consumer.cuh"
 #include "flash_attention_v3/hopper/common/epilogue.cuh"
 
 namespace jit_kernel::hopper {
+
+template <class C, bool kIsWide = C::kIsWide>
+struct ConsumerKind {
+  using Type = BackwardConsumer<C>;
+};
+template <class C>
+struct ConsumerKind<C, true> {
+  using Type = WideConsumer<C>;
+};
+template <class C>
+using ConsumerOf = typename ConsumerKind<C>::Type;
 
 // 64 rows x kColumns, a wgmma's accumulators times `factor`; `place`: of the first row. Rows at or
 // past `rows` and columns at or past `columns` are left alone.
@@ -43,21 +55,25 @@ __device__ __forceinline__ int sequence_offset(const int* cu_seqlens, int batch)
   return cu_seqlens != nullptr ? cu_seqlens[batch] : 0;
 }
 
+// Of a warpgroup: all columns of its 64 keys, or its columns of the block's 64 keys.
 template <class C>
-__device__ __forceinline__ void store_gradients_of_keys(const BackwardConsumer<C>& consumer) {
+__device__ __forceinline__ void store_gradients_of_keys(const ConsumerOf<C>& consumer) {
   const BackwardParams& params = consumer.params;
   const KeyTile& tile = consumer.tile;
   if (tile.first_key < 0) return;
-  const int first = tile.first_key + consumer.warpgroup * kRowsPerWarpgroup;
+  constexpr int kColumns = C::kIsWide ? C::kHeadDim / C::kWarpgroups : C::kHeadDim;
+  const int first = tile.first_key + (C::kIsWide ? 0 : consumer.warpgroup * kRowsPerWarpgroup);
+  const int column = C::kIsWide ? consumer.warpgroup * kColumns : 0;
   const int offset = sequence_offset(params.cu_seqlens_k, tile.batch);
   const int rows = tile.len_k - first;
-  store_accumulators<typename C::Element, C::kHeadDim>(
-      consumer.grad_v, 1.f, gradient_row(params.grad_v, tile.batch, offset, first, tile.head),
-      params.grad_v.row_stride, rows, params.head_dim_v);
-  store_accumulators<typename C::Element, C::kHeadDim>(
+  store_accumulators<typename C::Element, kColumns>(
+      consumer.grad_v, 1.f,
+      gradient_row(params.grad_v, tile.batch, offset, first, tile.head) + column,
+      params.grad_v.row_stride, rows, params.head_dim_v - column);
+  store_accumulators<typename C::Element, kColumns>(
       consumer.grad_k, params.softmax_scale,
-      gradient_row(params.grad_k, tile.batch, offset, first, tile.head), params.grad_k.row_stride,
-      rows, params.head_dim);
+      gradient_row(params.grad_k, tile.batch, offset, first, tile.head) + column,
+      params.grad_k.row_stride, rows, params.head_dim - column);
 }
 
 }  // namespace jit_kernel::hopper

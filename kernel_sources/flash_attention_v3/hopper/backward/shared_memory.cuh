@@ -19,7 +19,10 @@ struct BackwardShared {
   __device__ u32 scores(int stage) const {
     return base + C::kOffsetScores + stage * C::kBytesScores;
   }
-  __device__ u32 sums(int part) const { return base + C::kOffsetSums + part * C::kPartBytes; }
+  // Of a warpgroup: a part of the sums on its way.
+  __device__ u32 sums(int warpgroup) const {
+    return base + C::kOffsetSums + warpgroup * C::kPartBytes;
+  }
   __device__ u32 lse(int stage) const { return base + C::kOffsetLse + stage * C::kQueries * 4; }
   __device__ u32 delta(int stage) const { return base + C::kOffsetDelta + stage * C::kQueries * 4; }
   __device__ u32 barrier(int index) const { return base + C::kOffsetBarriers + 8 * index; }
@@ -27,11 +30,13 @@ struct BackwardShared {
   __device__ u32 q_full(int stage) const { return barrier(1 + stage); }
   __device__ u32 q_empty(int stage) const { return barrier(1 + C::kStages + stage); }
   __device__ u32 grad_out_full(int stage) const { return barrier(1 + 2 * C::kStages + stage); }
-  __device__ u32 grad_out_empty(int stage) const { return barrier(1 + 3 * C::kStages + stage); }
-  __device__ u32 sums_full(int part) const { return barrier(1 + 4 * C::kStages + part); }
-  __device__ u32 sums_empty(int part) const {
-    return barrier(1 + 4 * C::kStages + C::kWarpgroups + part);
+  __device__ u32 grad_out_empty(int stage) const {
+    return barrier(1 + 2 * C::kStages + C::kStagesGradOut + stage);
   }
+  __device__ u32 sums_full(int warpgroup) const {
+    return barrier(1 + 2 * C::kStages + 2 * C::kStagesGradOut + warpgroup);
+  }
+  __device__ u32 sums_empty(int warpgroup) const { return sums_full(C::kWarpgroups + warpgroup); }
 };
 
 }  // namespace jit_kernel::hopper

@@ -25,7 +25,8 @@ constexpr BackwardShape backward_shape_of() {
   return {kHeadDim, C::kQueries, C::kKeys, C::kParts, C::kThreads, C::kSharedBytes};
 }
 
-constexpr BackwardShape kBackwardShapes[] = {backward_shape_of<64>(), backward_shape_of<128>()};
+constexpr BackwardShape kBackwardShapes[] = {backward_shape_of<64>(), backward_shape_of<128>(),
+                                              backward_shape_of<256>()};
 
 struct BackwardVariant {
   BackwardVariant(const BackwardShape& shape, const std::string& image)
