@@ -16,35 +16,39 @@ ARCHITECTURE = "sm_90a"
 _LOG2E = 1.4426950408889634
 
 
-def padded(head_dim: int, head_dim_v: int) -> int | None:
-    """The head size of the kernel that serves a call's, or None."""
-    return next((size for size in kernels.BACKWARD_HEAD_DIMS if max(head_dim, head_dim_v) <= size), None)
-
-
 def decide(call: Backward) -> Decision:
-    """bf16 and fp16 on sm_90a, head sizes up to 128 that are multiples of 8; every mask, softcap and sinks."""
-    q, k, v = call.q, call.k, call.v
-    if not q.is_cuda:
-        return Rejected(f"q is on {q.device}: its backward kernels are for cuda:{ARCHITECTURE}", claimed=False)
-    target = device_target(q.device)
-    if target.architecture != ARCHITECTURE:
-        return Rejected(f"q is on {target}: its backward kernels are for cuda:{ARCHITECTURE}", claimed=False)
-    return served(call, DTYPE_NAMES.get(q.dtype, str(q.dtype)), q.shape[-1], k.shape[-1], v.shape[-1])
+    """bf16 and fp16 on sm_90a, head sizes up to 256 that are multiples of 8; every mask, softcap, sinks, in order."""
+    q = call.q
+    target = device_target(q.device) if q.is_cuda else None
+    if target is None or target.architecture != ARCHITECTURE:
+        where = target or q.device
+        return Rejected(f"q is on {where}: its backward kernels are for cuda:{ARCHITECTURE}", claimed=False)
+    return decide_unplaced(call)
 
 
-def served(call: Backward, dtype: str, *sizes: int) -> Decision:
-    """What `decide` says of all but the device; sizes: of q, k and v."""
-    if dtype not in kernels.DTYPES:
+def decide_unplaced(call: Backward) -> Decision:
+    """What `decide` says where the device is right."""
+    dtype, head_dim, head_dim_v = call.q.dtype, call.q.shape[-1], call.v.shape[-1]
+    if DTYPE_NAMES.get(dtype) not in kernels.DTYPES:
         return Rejected(f"q has dtype {dtype}: its backward kernels compute in bf16 and fp16", claimed=False)
-    named = f"head sizes {sizes[0]}/{sizes[-1]} of q and v"
-    if any(size % 8 for size in sizes):
-        return Rejected(f"{named}: the copy engine moves multiples of 8", claimed=False)
-    if padded(sizes[0], sizes[-1]) is None:
-        most = max(kernels.BACKWARD_HEAD_DIMS)
-        return Rejected(f"{named}: its backward kernels have head sizes up to {most}", claimed=False)
+    sizes = f"q and v have head sizes {head_dim}/{head_dim_v}"
+    if head_dim % 8 or head_dim_v % 8:
+        return Rejected(f"{sizes}: the copy engine moves multiples of 8", claimed=False)
+    most = max(kernels.BACKWARD_HEAD_DIMS)
+    if max(head_dim, head_dim_v) > most:
+        return Rejected(f"{sizes}: its backward kernels have head sizes up to {most}", claimed=False)
     if (call.cu_seqlens_q is None) != (call.cu_seqlens_k is None):
         return Rejected("cu_seqlens_q and cu_seqlens_k: its backward kernels take both or none", claimed=False)
     return Accepted()
+
+
+def spec_of(call: Backward) -> KernelSpec:
+    """The kernels that serve a call; raises ValueError for head sizes that none have."""
+    most = max(call.q.shape[-1], call.v.shape[-1])
+    size = next((size for size in kernels.BACKWARD_HEAD_DIMS if most <= size), None)
+    if size is None:
+        raise ValueError(f"no backward kernel has a head size of {most}")
+    return kernels.backward_spec(DTYPE_NAMES[call.q.dtype], size, call.softcap > 0)
 
 
 def variants(target: Target) -> list[KernelSpec]:
@@ -57,19 +61,16 @@ def gradients(call: Backward) -> Gradients:
     q, k, v = (_aligned(x) for x in (call.q, call.k, call.v))
     grad_out, out = _aligned(call.grad_out), _aligned(call.out)
     has_other_rows = call.cu_seqlens_q is not None or call.seqused_q is not None or call.seqused_k is not None
-    sequences = q.shape[0] if call.cu_seqlens_q is None else call.cu_seqlens_q.shape[0] - 1
+    sequences: int = q.shape[0] if call.cu_seqlens_q is None else call.cu_seqlens_q.shape[0] - 1
     if q.numel() == 0 or sequences == 0:
         return _nothing(call)
     new = torch.zeros if has_other_rows else torch.empty
     grads = [new(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
-    device = kernels.kernels_of(q.device)
-    size = padded(q.shape[-1], v.shape[-1])
-    key = ("backward", q.dtype, size, call.softcap > 0)
+    device, heads = kernels.kernels_of(q.device), q.shape[-2]
+    key = ("backward", q.dtype, q.shape[-1], v.shape[-1], call.softcap > 0)
     handle = device.handles.get(key)
     if handle is None:
-        assert size is not None  # `decide` accepted it
-        handle = device.load(key, kernels.backward_spec(DTYPE_NAMES[q.dtype], size, call.softcap > 0))
-    heads = q.shape[-2]
+        handle = device.load(key, spec_of(call))
     tiles, tile_floats, rows, parts = device.backward_room(handle, q.shape[-3], sequences, call.cu_seqlens_q is not None)
     work = torch.empty(heads * tiles * tile_floats, dtype=torch.float32, device=q.device)
     added = torch.zeros(heads * tiles * parts, dtype=torch.int32, device=q.device) if call.deterministic else None

@@ -59,19 +59,18 @@ __device__ __forceinline__ void backward(const BackwardParams& params, char* bas
 }  // namespace jit_kernel::hopper
 
 // The kernels of a variant.
-#define JIT_KERNEL_EXPORT_BACKWARD(element, head_dim, softcap)                              \
-  using BackwardOf =                                                                        \
-      jit_kernel::hopper::BackwardConfig<jit_kernel::element, head_dim, softcap>;           \
-  extern "C" __global__ void __launch_bounds__(BackwardOf::kThreads, 1)                     \
-      backward(const __grid_constant__ jit_kernel::hopper::BackwardParams params) {         \
-    extern __shared__ __align__(1024) char shared_memory[];                                 \
-    jit_kernel::hopper::backward<BackwardOf>(params, shared_memory);                        \
-  }                                                                                         \
-  extern "C" __global__ void __launch_bounds__(jit_kernel::hopper::kPrepareThreads)         \
-      backward_prepare(const __grid_constant__ jit_kernel::hopper::BackwardParams params) { \
-    jit_kernel::hopper::prepare_rows<BackwardOf>(params);                                   \
-  }                                                                                         \
-  extern "C" __global__ void __launch_bounds__(jit_kernel::hopper::kFinishThreads)          \
-      backward_finish(const __grid_constant__ jit_kernel::hopper::BackwardParams params) {  \
-    jit_kernel::hopper::finish_rows<BackwardOf>(params);                                    \
+#define JIT_KERNEL_EXPORT_BACKWARD(element, head_dim, softcap)                                   \
+  using BackwardOf = jit_kernel::hopper::BackwardConfig<jit_kernel::element, head_dim, softcap>; \
+  extern "C" __global__ void __launch_bounds__(BackwardOf::kThreads, 1)                          \
+      backward(const __grid_constant__ jit_kernel::hopper::BackwardParams params) {              \
+    extern __shared__ __align__(1024) char shared_memory[];                                      \
+    jit_kernel::hopper::backward<BackwardOf>(params, shared_memory);                             \
+  }                                                                                              \
+  extern "C" __global__ void __launch_bounds__(jit_kernel::hopper::kPrepareThreads)              \
+      backward_prepare(const __grid_constant__ jit_kernel::hopper::BackwardParams params) {      \
+    jit_kernel::hopper::prepare_rows<BackwardOf>(params);                                        \
+  }                                                                                              \
+  extern "C" __global__ void __launch_bounds__(jit_kernel::hopper::kFinishThreads)               \
+      backward_finish(const __grid_constant__ jit_kernel::hopper::BackwardParams params) {       \
+    jit_kernel::hopper::finish_rows<BackwardOf>(params);                                         \
   }

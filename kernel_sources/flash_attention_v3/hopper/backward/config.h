@@ -19,16 +19,16 @@ enum : int {
 struct KeyTile {
   int batch, head;  // of the keys
   int len_q, len_k;
-  int first_key;     // of the tile
-  int seen_key;      // the first of the sequence that some query sees
-  int seeing_row;    // the first query that sees some key
-  int begin, end;    // tiles of queries that see some key of the tile
-  int tile_q;        // the sequence's first tile of queries
+  int first_key;   // of the tile
+  int seen_key;    // the first of the sequence that some query sees
+  int seeing_row;  // the first query that sees some key
+  int begin, end;  // tiles of queries that see some key of the tile
+  int tile_q;      // the sequence's first tile of queries
 };
 
-// Up to 128 scores and their gradients are computed with keys as rows, 64 to a warpgroup, whose sums
-// of grad_k and grad_v take head_dim registers of a thread; that leaves room for 64 queries at 128.
-// At 256 both warpgroups have the same 64 keys and half of the columns each.
+// Up to 128 scores and their gradients are computed with keys as rows, 64 to a warpgroup, whose
+// sums of grad_k and grad_v take head_dim registers of a thread; that leaves room for 64 queries at
+// 128. At 256 both warpgroups have the same 64 keys and half of the columns each.
 template <int kHeadDim>
 struct BackwardTile;
 template <>

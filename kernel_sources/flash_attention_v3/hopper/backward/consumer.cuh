@@ -154,9 +154,8 @@ struct BackwardConsumer : ScoresOfKeys<C> {
   __device__ __forceinline__ void store_gradients(int buffer) {
 #pragma unroll
     for (int i = 0; i < C::kQueries / 16; ++i) {
-      store_matrices(
-          this->matrices(shared.scores(buffer), warpgroup * kRowsPerWarpgroup, i),
-          packed_grads + 4 * i);
+      store_matrices(this->matrices(shared.scores(buffer), warpgroup * kRowsPerWarpgroup, i),
+                     packed_grads + 4 * i);
     }
   }
 

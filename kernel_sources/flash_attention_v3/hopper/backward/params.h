@@ -33,7 +33,7 @@ struct BackwardParams {
   float* lse_log2;
   float* delta;
   float* sums;
-  int* added;  // null where any order will do
+  int* added;                          // null where any order will do
   int batch, heads_q, heads_k, group;  // group: query heads for a key head
   int seqlen_q, seqlen_k;              // of dense tensors; of a ragged one all its rows
   int head_dim, head_dim_v;
@@ -42,10 +42,10 @@ struct BackwardParams {
   int heads_at_a_time;           // of key heads and sequences, whose queries share the L2 cache
   float scale_log2;  // scores to exponents of 2: softmax_scale * log2(e), with softcap: softcap *
                      // log2(e)
-  float softcap_scale;            // softmax_scale / softcap
-  float softmax_scale;            // of the gradients of q and k
-  int window_left, window_right;  // a large number when unbounded
-  int chunk;                      // 0 when there are none
+  float softcap_scale;                     // softmax_scale / softcap
+  float softmax_scale;                     // of the gradients of q and k
+  int window_left, window_right;           // a large number when unbounded
+  int chunk;                               // 0 when there are none
   unsigned chunk_multiplier, chunk_shift;  // as ForwardParams has them
 };
 

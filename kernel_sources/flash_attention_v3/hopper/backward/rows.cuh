@@ -13,8 +13,7 @@ struct QueryTile {
 __device__ __forceinline__ QueryTile find_query_tile(const BackwardParams& params, int rows) {
   const int tile = blockIdx.x;
   QueryTile found;
-  found.batch =
-      sequence_of_tile(params.cu_seqlens_q, tile, params.batch, rows, params.tiles_per_q);
+  found.batch = sequence_of_tile(params.cu_seqlens_q, tile, params.batch, rows, params.tiles_per_q);
   found.row =
       (tile - first_tile(params.cu_seqlens_q, found.batch, rows, params.tiles_per_q)) * rows;
   found.len_q =

@@ -80,9 +80,9 @@ __device__ __forceinline__ KeyTile find_tile(const BackwardParams& params, int b
   found.seen_key = visible_keys<true>(params, 0, found.len_q, found.len_k).low;
   found.seeing_row = max(0, seeing_queries(params, 0, found.len_q, found.len_k).low);
   const int last_key = min(found.first_key + C::kKeys, found.len_k) - 1;
-  const int low =
-      max(0, seeing_queries(params, found.first_key, found.len_q, found.len_k).low);
-  const int high = min(found.len_q, seeing_queries(params, last_key, found.len_q, found.len_k).high);
+  const int low = max(0, seeing_queries(params, found.first_key, found.len_q, found.len_k).low);
+  const int high =
+      min(found.len_q, seeing_queries(params, last_key, found.len_q, found.len_k).high);
   const bool none = found.first_key < 0 || found.first_key >= found.len_k || low >= high;
   found.begin = none ? 0 : low / C::kQueries;
   found.end = none ? 0 : (high + C::kQueries - 1) / C::kQueries;

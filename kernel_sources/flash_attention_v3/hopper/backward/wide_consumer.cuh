@@ -21,7 +21,7 @@ struct WideConsumer : ScoresOfKeys<C> {
   static_assert(C::kTurns == 2, "see step()");
 
   float grad_k[kColumns / 2], grad_v[kColumns / 2];
-  float sums[32];  // of a part of grad_q
+  float sums[32];         // of a part of grad_q
   float scores[kScores];  // of the second warpgroup: the gradients of probabilities
   RingPosition<C::kStages> q_at;
   RingPosition<C::kStagesGradOut> grad_at;
@@ -40,8 +40,8 @@ struct WideConsumer : ScoresOfKeys<C> {
   __device__ __forceinline__ void issue_scores() {
     const bool first = warpgroup == 0;
     const u32 a = wgmma_descriptor_low(first ? shared.k() : shared.v(), 16);
-    const u32 b = wgmma_descriptor_low(
-        first ? shared.q(q_at.stage()) : shared.grad_out(grad_at.stage()), 16);
+    const u32 b =
+        wgmma_descriptor_low(first ? shared.q(q_at.stage()) : shared.grad_out(grad_at.stage()), 16);
     pin_registers(scores);
     wgmma_fence();
 #pragma unroll

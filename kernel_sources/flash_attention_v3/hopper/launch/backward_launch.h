@@ -26,7 +26,7 @@ constexpr BackwardShape backward_shape_of() {
 }
 
 constexpr BackwardShape kBackwardShapes[] = {backward_shape_of<64>(), backward_shape_of<128>(),
-                                              backward_shape_of<256>()};
+                                             backward_shape_of<256>()};
 
 struct BackwardVariant {
   BackwardVariant(const BackwardShape& shape, const std::string& image)
@@ -89,7 +89,8 @@ inline void set_backward_tensors(BackwardParams& params, const BackwardShape& sh
   encode_map(params.grad_out, "grad_out", grad_out, 64, shape.queries, bounded_q, q);
   encode_map(params.k, "k", k, 64, shape.keys, bounded_k, q);
   encode_map(params.v, "v", v, 64, shape.keys, bounded_k, q);
-  params.tiles_q = static_cast<int>(tiles_of(params.seqlen_q, params.batch, ragged_q, shape.queries));
+  params.tiles_q =
+      static_cast<int>(tiles_of(params.seqlen_q, params.batch, ragged_q, shape.queries));
   params.tiles_k = static_cast<int>(tiles_of(params.seqlen_k, params.batch, ragged_k, shape.keys));
   params.tiles_per_q = ragged_q ? 0 : params.tiles_q / params.batch;
   params.tiles_per_k = ragged_k ? 0 : params.tiles_k / params.batch;
@@ -140,8 +141,8 @@ inline bool backward(int64_t handle, TensorView grad_out, TensorView q, TensorVi
                      Optional<TensorView> cu_seqlens_q, Optional<TensorView> cu_seqlens_k,
                      Optional<TensorView> seqused_q, Optional<TensorView> seqused_k,
                      TensorView grad_q, TensorView grad_k, TensorView grad_v, TensorView work,
-                     Optional<TensorView> added, double softmax_scale, double softcap,
-                     int64_t left, int64_t right, int64_t chunk) {
+                     Optional<TensorView> added, double softmax_scale, double softcap, int64_t left,
+                     int64_t right, int64_t chunk) {
   BackwardVariant& variant = cuda::KernelTable<BackwardVariant>::get().at(handle);
   const int device = cuda::checked_device(q.device().device_id);
   const cuda::ContextGuard context(device);
@@ -150,8 +151,8 @@ inline bool backward(int64_t handle, TensorView grad_out, TensorView q, TensorVi
   params.cu_seqlens_k = data_of<int>(cu_seqlens_k);
   params.seqused_q = data_of<int>(seqused_q);
   params.seqused_k = data_of<int>(seqused_k);
-  params.batch = static_cast<int>(
-      cu_seqlens_q.has_value() ? cu_seqlens_q.value().size(0) - 1 : q.size(0));
+  params.batch =
+      static_cast<int>(cu_seqlens_q.has_value() ? cu_seqlens_q.value().size(0) - 1 : q.size(0));
   set_backward_tensors(params, variant.shape, grad_out, q, k, v);
   set_backward_scores(params, softmax_scale, softcap, left, right, chunk);
   set_lse(params, lse, grad_lse);
@@ -161,7 +162,8 @@ inline bool backward(int64_t handle, TensorView grad_out, TensorView q, TensorVi
   params.rows_out = rows_of(out);
   params.rows_grad_out = rows_of(grad_out);
   params.heads_at_a_time = heads_at_a_time(params, variant.shape);
-  const int64_t rows = static_cast<int64_t>(params.heads_q) * params.tiles_q * variant.shape.queries;
+  const int64_t rows =
+      static_cast<int64_t>(params.heads_q) * params.tiles_q * variant.shape.queries;
   params.lse_log2 = static_cast<float*>(data_of(work));
   params.delta = params.lse_log2 + rows;
   params.sums = params.delta + rows;

@@ -18,11 +18,10 @@ __device__ __forceinline__ void bulk_load(u32 destination, const void* source, u
 
 // Adds float32 numbers of shared memory to those at `destination`, as part of this thread's group.
 __device__ __forceinline__ void bulk_add(float* destination, u32 source, u32 bytes) {
-  asm volatile(
-      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(
-          destination),
-      "r"(source), "r"(bytes)
-      : "memory");
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(
+                   destination),
+               "r"(source), "r"(bytes)
+               : "memory");
 }
 
 __device__ __forceinline__ void bulk_commit() {
