@@ -71,7 +71,9 @@ def gradients(call: Backward) -> Gradients:
     handle = device.handles.get(key)
     if handle is None:
         handle = device.load(key, spec_of(call))
-    tiles, tile_floats, rows, parts = device.backward_room(handle, q.shape[-3], sequences, call.cu_seqlens_q is not None)
+    tiles, tile_floats, rows, parts = device.backward_room(
+        handle, q.shape[-3], sequences, call.cu_seqlens_q is not None
+    )
     work = torch.empty(heads * tiles * tile_floats, dtype=torch.float32, device=q.device)
     added = torch.zeros(heads * tiles * parts, dtype=torch.int32, device=q.device) if call.deterministic else None
     lse = call.lse if call.lse.stride(-1) == 1 else call.lse.contiguous()
