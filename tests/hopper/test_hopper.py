@@ -100,7 +100,7 @@ def test_the_whole_space_has_no_more_kernels_than_are_counted_here() -> None:
     assert len(specs) == len(set(specs))
     counted = Counter(str(dict(spec.variant)["function"]) for spec in specs)
     expected = {"launcher": 1, "forward": 48, "forward_fp8": 8, "forward_cached": 12, "decode": 44, "append": 5}
-    assert counted == {**expected, "mla": 18, "prepare_values": 1}
+    assert counted == {**expected, "mla": 18, "prepare_values": 1, "backward": 12}
     assert {spec.route for spec in specs} == {"host", "cuda"}
     assert hopper.all_variants(Target("cuda", "sm_100")) == []
 

@@ -165,6 +165,8 @@ def canonical(spec: KernelSpec, field: str, value: str) -> str:
         sizes = sorted(kernels.FP8_HEAD_DIMS)
     elif function == "mla":
         sizes = sorted(kernels.MLA_ROWS if field == "rows" else kernels.MLA_HEAD_DIMS_V)
+    elif function == "backward":
+        sizes = sorted(kernels.BACKWARD_HEAD_DIMS)
     elif function == "decode":
         sizes = sorted(kernels.DECODE_ROWS if field == "rows" else kernels.DECODE_HEAD_DIMS)
     else:

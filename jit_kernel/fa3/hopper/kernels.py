@@ -39,6 +39,8 @@ DECODE_MOST_ROWS = {64: 64, 128: 64, 256: 32}
 # Of the MLA kernels: of v and qv, where q and k have 64, and the packed query rows of a tile.
 MLA_HEAD_DIMS_V = (256, 512)
 MLA_ROWS = (16, 32, 64)
+# Of the backward kernels: of q, k and v alike; the rest is padded inside.
+BACKWARD_HEAD_DIMS = (64, 128, 256)
 # The compiler's account of registers and spills goes to the entry's log, which the tests read.
 _FLAGS = ("--ptxas-options=-v",)
 
@@ -153,10 +155,29 @@ def cached_spec(dtype: str, head_dim: int, head_dim_v: int) -> KernelSpec:
     return KernelSpec(FOLDER, unit, "cuda", variant, _FLAGS)
 
 
+def backward_spec(dtype: str, head_dim: int, softcap: bool) -> KernelSpec:
+    """The backward kernels of a head size; masks are branches in them."""
+    unit = (
+        '#include "flash_attention_v3/hopper/backward/backward.cuh"\n'
+        f"JIT_KERNEL_EXPORT_BACKWARD({dtype}, {head_dim}, {str(softcap).lower()})\n"
+    )
+    variant = (("function", "backward"), ("dtype", dtype), ("head_dim", head_dim), ("softcap", softcap))
+    return KernelSpec(FOLDER, unit, "cuda", variant, _FLAGS)
+
+
+def backward_specs() -> Iterator[KernelSpec]:
+    """Every backward kernel."""
+    for dtype in DTYPES:
+        for head_dim in BACKWARD_HEAD_DIMS:
+            for softcap in (False, True):
+                yield backward_spec(dtype, head_dim, softcap)
+
+
 def all_specs() -> Iterator[KernelSpec]:
     """The launcher and every kernel: two dtypes, six pairs of head sizes, with and without mask and softcap, cached;
-    and those in e4m3."""
+    those in e4m3; and the backward ones."""
     yield LAUNCHER
+    yield from backward_specs()
     for head_dim in FP8_HEAD_DIMS:
         for masked in (False, True):
             yield fp8_spec(head_dim, head_dim, masked, prepared=False)
@@ -192,7 +213,8 @@ def _is_plain(spec: KernelSpec) -> bool:
 
 
 class DeviceKernels(jit.DeviceKernels):
-    """The kernels of one GPU; `forward`, `forward_fp8`, `forward_cached`, `decode`, `mla` and `append` launch them."""
+    """The kernels of one GPU; `forward`, `forward_fp8`, `forward_cached`, `decode`, `mla`, `append` and `backward`
+    launch them."""
 
     def __init__(self, index: int, target: Target) -> None:
         super().__init__(index, target, LAUNCHER)
@@ -234,6 +256,16 @@ class DeviceKernels(jit.DeviceKernels):
         """As `partial_floats`, of an MLA kernel; tiles: of query rows of one sequence, of all key heads."""
         return int(self._launcher()["mla_partial_floats"](handle, self._index, tiles, batch, sm_margin))
 
+    def backward(self, *arguments: object) -> None:
+        """The backward kernels of a variant, one after the other."""
+        self._launcher()["backward"](*arguments)
+
+    def backward_room(self, handle: int, length: int, batch: int, ragged: bool) -> tuple[int, int, int, int]:
+        """For `length` rows of queries: their tiles, and of one tile the numbers that it needs, rows and parts."""
+        launcher = self._launcher()
+        tile_floats, rows, parts = (int(launcher["backward_tile"](handle, i)) for i in range(3))
+        return int(launcher["backward_tiles"](handle, length, batch, ragged)), tile_floats, rows, parts
+
     def partial_floats(
         self, handle: int, heads_k: int, tiles: int, rows_k: int, sm_margin: int, fixed_ranges: bool
     ) -> int:
@@ -245,7 +277,7 @@ class DeviceKernels(jit.DeviceKernels):
         if _is_plain(spec):
             return "load_plain"
         function = dict(spec.variant)["function"]
-        return f"load_{function}" if function in ("decode", "mla") else "load_kernel"
+        return f"load_{function}" if function in ("decode", "mla", "backward") else "load_kernel"
 
     def _load_arguments(self, spec: KernelSpec, cubin: Cubin) -> tuple[Any, ...]:
         fields = dict(spec.variant)
@@ -253,6 +285,8 @@ class DeviceKernels(jit.DeviceKernels):
             return fields["function"], fields["threads"], fields["shared_bytes"]
         if fields["function"] == "decode":
             return fields["dtype"] == "bf16", "cache" in fields, fields["head_dim"], fields["rows"], self._index
+        if fields["function"] == "backward":
+            return (fields["head_dim"],)
         if fields["function"] == "mla":
             return "cache" in fields, fields["head_dim_v"], fields["rows"]
         cached, fp8 = fields["function"] == CACHED, fields["function"] == FP8

@@ -7,11 +7,14 @@
 //   prepare(device) -> multiprocessors: what a launch needs that does not depend on the variant
 //   forward(handle, tensors..., scalars...) -> whether it was launched; so forward_fp8, of e4m3
 //   forward_cached(handle, tensors..., scalars...) -> whether it was launched
+//   load_backward(image, head_dim) -> handle; backward_tiles, backward_tile: of its memory
+//   backward(handle, tensors..., scalars...): three kernels, one after the other
 #include <tvm/ffi/tvm_ffi.h>
 
 #include <cstdint>
 
 #include "flash_attention_v3/hopper/launch/append_launch.h"
+#include "flash_attention_v3/hopper/launch/backward_launch.h"
 #include "flash_attention_v3/hopper/launch/cached_launch.h"
 #include "flash_attention_v3/hopper/launch/decode_launch.h"
 #include "flash_attention_v3/hopper/launch/exports.h"
@@ -50,4 +53,8 @@ JIT_KERNEL_EXPORT_CALL(forward_fp8, jit_kernel::hopper::forward_fp8)
 JIT_KERNEL_EXPORT_CALL(forward_cached, jit_kernel::hopper::forward_cached)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(load_plain, jit_kernel::hopper::load_plain);
 JIT_KERNEL_EXPORT_CALL(append, jit_kernel::hopper::append)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(load_backward, jit_kernel::hopper::load_backward);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(backward_tiles, jit_kernel::hopper::backward_tiles);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(backward_tile, jit_kernel::hopper::backward_tile);
+JIT_KERNEL_EXPORT_CALL(backward, jit_kernel::hopper::backward)
 JIT_KERNEL_EXPORT_KNOWN_DECODE(kDLCUDA)
