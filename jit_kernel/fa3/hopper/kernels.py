@@ -19,6 +19,8 @@ LAUNCHER = KernelSpec(
 )
 # As kernels and as the launcher's functions: prefill on cached keys, and in e4m3.
 CACHED, FP8 = "forward_cached", "forward_fp8"
+# As kernels: a cache in e4m3 to 16 bits. The launcher's function for it and prefill behind it.
+WIDEN, WIDENED = "widen", "forward_widened"
 DTYPES = ("bf16", "fp16")
 # Head sizes of q and k, and of v; the least that hold a call's serve it, the rest is padded inside.
 HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
@@ -27,6 +29,7 @@ FP8_HEAD_DIMS = (64, 128, 256)
 # Rows of queries in a tile, by head sizes; 128 where they are not named.
 TILE_ROWS = {(64, 64): 256}
 _APPEND_THREADS = 128  # kAppendThreads of append/params.h, as the unit asserts
+_WIDEN_THREADS = 256  # kWidenThreads of widen/params.h, likewise
 # Of the decode kernels: of q, k and v, and the packed query rows of a sequence.
 DECODE_HEAD_DIMS = (64, 128, 256)
 DECODE_ROWS = (8, 16, 32, 64)
@@ -128,6 +131,13 @@ def cached_spec(dtype: str, head_dim: int, head_dim_v: int) -> KernelSpec:
     return KernelSpec(FOLDER, unit, "cuda", variant, _FLAGS)
 
 
+def widen_spec() -> KernelSpec:
+    """The kernel that makes 16 bits of rows of a cache in e4m3: every head size, layout and dtype."""
+    unit = f'#include "flash_attention_v3/hopper/widen/widen.cuh"\nJIT_KERNEL_EXPORT_WIDEN({_WIDEN_THREADS})\n'
+    variant = (("function", WIDEN), ("dtype", "e4m3"), ("threads", _WIDEN_THREADS), ("shared_bytes", 0))
+    return KernelSpec(FOLDER, unit, "cuda", variant, _FLAGS)
+
+
 def all_specs() -> Iterator[KernelSpec]:
     """The launcher and every kernel: two dtypes, six pairs of head sizes, with and without mask and softcap, cached;
     and those in e4m3."""
@@ -136,6 +146,7 @@ def all_specs() -> Iterator[KernelSpec]:
         for masked in (False, True):
             yield fp8_spec(head_dim, head_dim, masked)
     yield append_spec("e4m3")
+    yield widen_spec()
     for dtype in DTYPES:
         yield append_spec(dtype)
         yield append_spec(dtype, quantises=True)
@@ -175,6 +186,7 @@ class DeviceKernels(jit.DeviceKernels):
         self.decode = functions["decode"]  # type: ignore[method-assign]
         self.mla = functions["mla"]  # type: ignore[method-assign]
         self.forward_cached = functions[CACHED]  # type: ignore[method-assign]
+        self.forward_widened = functions[WIDENED]  # type: ignore[method-assign]
         known.serve(functions["known_decode"])
 
     def forward(self, *arguments: object) -> bool:
@@ -188,6 +200,10 @@ class DeviceKernels(jit.DeviceKernels):
     def forward_cached(self, *arguments: object) -> bool:
         """As `forward`, on cached keys."""
         return bool(self._launcher()[CACHED](*arguments))
+
+    def forward_widened(self, *arguments: object) -> bool:
+        """As `forward_cached`, of a cache in e4m3."""
+        return bool(self._launcher()[WIDENED](*arguments))
 
     def append(self, *arguments: object) -> bool:
         """As `forward`."""

@@ -8,6 +8,7 @@
 #include "flash_attention_v3/hopper/prefill/fp8_transposer.cuh"
 #include "flash_attention_v3/hopper/prefill/producer.cuh"
 #include "flash_attention_v3/hopper/prefill/tile_scheduler.cuh"
+#include "jit_kernel/cuda/overlap.cuh"
 
 namespace jit_kernel::hopper {
 
@@ -86,6 +87,7 @@ __device__ __forceinline__ void forward(const typename C::Params& params, char* 
     }
     initialise_barriers<C>(params, shared);
   }
+  if constexpr (C::kCached) wait_for_previous_kernel();
   if (is_sorted(params)) {
     sort_sequences<C>(params, reinterpret_cast<int*>(base), shared.order());
     proxy_fence();  // the copy engine writes next where the lengths lay
