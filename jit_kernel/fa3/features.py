@@ -18,8 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jit_kernel.fa3.call import FIELDS, Arguments, Call, MetadataParameters, is_deterministic
-from jit_kernel.fa3.rows import has_cache, has_many_rows, widens
+from jit_kernel.fa3.call import (
+    FIELDS,
+    Arguments,
+    Call,
+    MetadataParameters,
+    has_cache,
+    has_many_rows,
+    is_deterministic,
+    widens,
+)
 
 DTYPE_NAMES = {
     torch.float32: "fp32",

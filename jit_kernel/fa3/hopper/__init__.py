@@ -14,11 +14,20 @@ from jit_kernel import config
 from jit_kernel.device import Target
 from jit_kernel.fa3 import call as calls
 from jit_kernel.fa3 import header
-from jit_kernel.fa3.call import Call, MetadataParameters, Result
+from jit_kernel.fa3.call import (
+    FEW_ROWS,
+    WIDE_BYTES,
+    WIDE_ROWS,
+    Call,
+    MetadataParameters,
+    Result,
+    has_cache,
+    has_many_rows,
+    widens,
+)
 from jit_kernel.fa3.decision import Accepted, Decision, Rejected
 from jit_kernel.fa3.features import Features, asks_for_more, mixed_dtypes, unclaimed
 from jit_kernel.fa3.hopper import append, cached, decode, kernels, known, mla, prefill, widened
-from jit_kernel.fa3.rows import FEW_ROWS, WIDE_BYTES, WIDE_ROWS, has_cache, has_many_rows, widens
 from jit_kernel.jit import KernelSpec
 
 NAME = "hopper"
