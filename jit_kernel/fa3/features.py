@@ -1,8 +1,8 @@
 """What a call asks for, as plain scalars.
 
 `plain_features()` makes a plain tuple on the path of a call; `Features` gives the same fields names, for an
-implementation's `decide()`, for `why` and for error texts. Nothing here but `many_rows` depends on the batch or on a
-sequence's length, so that what serves a sequence never depends on its neighbours.
+implementation's `decide()`, for `why` and for error texts. Nothing here but `many_rows` and `widens` depends on the
+batch or on a sequence's length, so that what serves a sequence never depends on its neighbours.
 
 ARGUMENTS says which arguments ask for a feature. What an implementation claims, it claims by the names of this table:
 `decide` rejects every other feature (`unclaimed`), and so does a faster way that never makes the features of a call
@@ -18,7 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jit_kernel.fa3.call import FIELDS, KVCACHE, Arguments, Call, MetadataParameters, is_deterministic
+from jit_kernel.fa3.call import (
+    FIELDS,
+    Arguments,
+    Call,
+    MetadataParameters,
+    has_cache,
+    has_many_rows,
+    is_deterministic,
+    widens,
+)
 
 DTYPE_NAMES = {
     torch.float32: "fp32",
@@ -74,10 +83,6 @@ _SHOWN = {
 }
 
 
-# So many packed query rows, tokens x query heads of a key head, are few.
-FEW_ROWS = 64
-
-
 @dataclass(frozen=True)
 class Features:
     """What one call asks for. The order of the fields is the order of `plain_features()`."""
@@ -114,6 +119,7 @@ class Features:
     metadata: bool = False  # scheduler_metadata
     deterministic: bool = False  # of flash_attn_with_kvcache
     many_rows: bool = False  # what has_many_rows() says
+    widens: bool = False  # what widens() says
 
     def used(self) -> str:
         """The fields that differ from a plain dense call, as one line of text."""
@@ -170,24 +176,8 @@ def plain_features(call: Call) -> tuple[object, ...]:
         call.scheduler_metadata is not None,
         is_deterministic(call),
         has_many_rows(call),
+        widens(call),
     )
-
-
-def has_many_rows(call: Call) -> bool:
-    """Whether a sequence of a call over an e4m3 cache may have more than FEW_ROWS packed query rows.
-
-    Never with num_splits=1, where a sequence's bits must not depend on its neighbours, nor with a plan, which is for
-    one implementation.
-    """
-    if call.k.dtype is not torch.float8_e4m3fn or call.num_splits == 1 or call.scheduler_metadata is not None:
-        return False
-    rows = (call.max_seqlen_q or 0) * (call.q.shape[-2] // call.k.shape[-2])
-    return has_cache(call) and call.qv is None and rows > FEW_ROWS
-
-
-def has_cache(call: Call) -> bool:
-    """Whether a call's keys lie in a cache, a dense one or one of pages."""
-    return call.function == KVCACHE or call.page_table is not None
 
 
 def features_of(call: Call) -> Features:

@@ -100,7 +100,7 @@ def test_the_whole_space_has_no_more_kernels_than_are_counted_here() -> None:
     assert len(specs) == len(set(specs))
     counted = Counter(str(dict(spec.variant)["function"]) for spec in specs)
     expected = {"launcher": 1, "forward": 48, "forward_fp8": 8, "forward_cached": 12, "decode": 44, "append": 5}
-    assert counted == {**expected, "mla": 18, "prepare_values": 1, "backward": 12}
+    assert counted == {**expected, "mla": 18, "prepare_values": 1, "backward": 12, "widen": 1}
     assert {spec.route for spec in specs} == {"host", "cuda"}
     assert hopper.all_variants(Target("cuda", "sm_100")) == []
 
@@ -251,6 +251,7 @@ MIXED = dataclasses.replace(CALL, kv_dtype="e4m3", cache=True, ragged_k=False, g
         {"append": True, "rotary": True, "ragged_append": True, "cache_batch_idx": True, "cache_leftpad": True},
         {"group": 64, "split": True},
         {"head_dim": 256, "head_dim_v": 16, "group": 32},
+        {"many_rows": True, "widens": True, "group": 71, "descale": True, "split": True},
     ],
     ids=str,
 )
@@ -269,8 +270,9 @@ def test_an_e4m3_cache_is_served_with_every_feature_of_caches(change: dict[str, 
         ({"dtype": "fp16", "token_scales": True}, "k_scale and v_scale: weights times scales are rounded to fp16"),
         ({"group": 71}, "71 query heads for a key head: its tiles have 64"),
         ({"head_dim": 256, "group": 33}, "33 query heads for a key head: its tiles have 32"),
-        ({"many_rows": True}, "q in bf16 with k and v in e4m3, more than 64 query rows"),
-        ({"dtype": "e4m3", "many_rows": True}, "q, k and v in e4m3, more than 64 query rows"),
+        ({"many_rows": True}, "q in bf16 with k and v in e4m3, more than 64 query rows: it makes 16 bits of the cache"),
+        ({"dtype": "e4m3", "many_rows": True}, "in at most 2 GiB, without k_scale, v_scale and deterministic"),
+        ({"many_rows": True, "widens": True, "head_dim": 72}, "the copy engine moves multiples of 16 bytes"),
         ({"kv_dtype": "bf16", "descale": True}, "q_descale"),
         ({"dtype": "e4m3", "head_dim": 72}, "head sizes 72/128: of e4m3 the copy engine moves multiples of 16"),
         ({"dtype": "e4m3", "group": 71}, "q, k and v in e4m3, 71 query heads for a key head: its tiles have 64"),

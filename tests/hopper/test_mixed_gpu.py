@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from jit_kernel import config, device
-from jit_kernel.fa3.features import FEW_ROWS
+from jit_kernel.fa3.call import FEW_ROWS
 from tests.support import cases, decode_on_gpu
 from tests.support.decode_on_gpu import Paged, in_processes, jobs_of
 from tests.support.hopper_inputs import poisoned

@@ -98,6 +98,7 @@ def test_a_block_has_the_shared_memory_that_the_architecture_has() -> None:
         ("prefill.py", "prefill_launch.h", "forward"),
         ("prefill.py", "fp8_launch.h", "forward_fp8"),
         ("cached.py", "cached_launch.h", "forward_cached"),
+        ("widened.py", "widened_launch.h", "forward_widened"),
         ("decode.py", "decode_launch.h", "decode"),
         ("mla.py", "mla_launch.h", "mla"),
         ("append.py", "append_launch.h", "append"),

@@ -14,18 +14,20 @@ from jit_kernel import config
 from jit_kernel.device import Target
 from jit_kernel.fa3 import call as calls
 from jit_kernel.fa3 import header
-from jit_kernel.fa3.call import Call, MetadataParameters, Result
-from jit_kernel.fa3.decision import Accepted, Decision, Rejected
-from jit_kernel.fa3.features import (
+from jit_kernel.fa3.call import (
     FEW_ROWS,
-    Features,
-    asks_for_more,
+    WIDE_BYTES,
+    WIDE_ROWS,
+    Call,
+    MetadataParameters,
+    Result,
     has_cache,
     has_many_rows,
-    mixed_dtypes,
-    unclaimed,
+    widens,
 )
-from jit_kernel.fa3.hopper import append, cached, decode, kernels, known, mla, prefill
+from jit_kernel.fa3.decision import Accepted, Decision, Rejected
+from jit_kernel.fa3.features import Features, asks_for_more, mixed_dtypes, unclaimed
+from jit_kernel.fa3.hopper import append, cached, decode, kernels, known, mla, prefill, widened
 from jit_kernel.jit import KernelSpec
 
 NAME = "hopper"
@@ -110,10 +112,15 @@ def _unserved_of_fp8_cache(features: Features, dtypes: str, sizes: str) -> str |
     """What no decode kernel over a cache in e4m3 does of a call, None where there is nothing."""
     if features.token_scales and features.dtype == "fp16":  # see docs/decisions.md
         return f"{dtypes}, k_scale and v_scale: weights times scales are rounded to fp16, too coarse beside such a q"
-    if features.many_rows:  # see docs/decisions.md
-        return f"{dtypes}, more than {FEW_ROWS} query rows: its kernels read and convert the cache once for so many"
+    if features.many_rows and not features.widens:  # see docs/decisions.md
+        return (
+            f"{dtypes}, more than {FEW_ROWS} query rows: it makes 16 bits of the cache first, for {WIDE_ROWS} rows a "
+            f"sequence and more, in at most {WIDE_BYTES >> 30} GiB, without k_scale, v_scale and deterministic"
+        )
     if features.head_dim % 16 or features.head_dim_v % 16:
         return f"{dtypes}, {sizes}: the copy engine moves multiples of 16 bytes"
+    if features.widens:
+        return None
     most = decode.most_group(features.head_dim, features.head_dim_v)
     if features.group > most:
         return f"{dtypes}, {features.group} query heads for a key head: its tiles have {most} at {sizes}"
@@ -179,7 +186,7 @@ def variant(target: Target, features: Features, call: Call) -> KernelSpec:
     if features.qv:
         return mla.spec_of(mla.key_of(call))
     if features.cache:
-        key = decode.key_of(call)
+        key = None if features.widens else decode.key_of(call)
         return cached.spec_of(call) if key is None else decode.spec_of(key)
     masked = features.causal or features.window or features.chunk
     if features.dtype == "e4m3":
@@ -198,7 +205,7 @@ def try_known(call: Call) -> Result | None:
         asks_for_more = _mixed_qv_asks_for_more(call) or not cached
         return None if asks_for_more else _attend_cache(call, only_known=True)
     if call.k.dtype is not call.q.dtype or (cached and call.q.dtype is _FP8):
-        asks_for_more = _mixed_asks_for_more(call) or not cached or has_many_rows(call)
+        asks_for_more = _mixed_asks_for_more(call) or not cached or (has_many_rows(call) and not widens(call))
         asks_for_more |= call.q.dtype is torch.float16 and (call.k_scale is not None or call.v_scale is not None)
         return None if asks_for_more else _attend_cache(call, only_known=True)
     if cached:
@@ -225,6 +232,8 @@ def attend(call: Call) -> Result:
 def _attend_cache(call: Call, *, only_known: bool) -> Result | None:
     if call.qv is not None:
         return mla.attend(call, only_known=only_known)
+    if widens(call):
+        return widened.attend(call, only_known=only_known)
     key = decode.key_of(call)
     if key is not None:
         return decode.attend(call, key, only_known=only_known)

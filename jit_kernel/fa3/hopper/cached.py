@@ -42,7 +42,7 @@ def try_attend(call: Call, *, only_known: bool) -> Result | None:
     if handle is None:
         handle = device.load(key, spec_of(call))
     splits = calls.splits_of(call)
-    scratch = None if splits == 1 else _scratch(call, device.multiprocessors)
+    scratch = None if splits == 1 else scratch_of(call, device.multiprocessors)
     launched = device.forward_cached(
         handle, *arguments.cache_tensors(call, result, lse), scratch, splits, arguments.new_rows(call),
         *arguments.scalars(call, *calls.mask_bounds(call)), only_known,
@@ -52,7 +52,7 @@ def try_attend(call: Call, *, only_known: bool) -> Result | None:
     return result if lse is None else (result, lse)
 
 
-def _scratch(call: Call, multiprocessors: int) -> Tensor | None:
+def scratch_of(call: Call, multiprocessors: int) -> Tensor | None:
     """Memory for the parts that the keys of tiles may be cut into, None where they will not be.
 
     The kernel finds the number of parts by the lengths, which only the device knows; it cuts no more than fit here.
@@ -90,4 +90,4 @@ def spec_of(call: Call) -> KernelSpec:
     sizes = kernels.padded(head_dim, head_dim_v)
     if sizes is None:
         raise ValueError(f"no kernel has head sizes {head_dim}/{head_dim_v}")
-    return kernels.cached_spec(DTYPE_NAMES[call.q.dtype], *sizes)
+    return kernels.cached_spec(DTYPE_NAMES[calls.result_dtype(call.q.dtype)], *sizes)

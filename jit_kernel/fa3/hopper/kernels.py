@@ -20,6 +20,8 @@ LAUNCHER = KernelSpec(
 # As kernels and as the launcher's functions: prefill on cached keys, and in e4m3.
 CACHED, FP8 = "forward_cached", "forward_fp8"
 PREPARE = "prepare_values"  # for the latter
+# As kernels: a cache in e4m3 to 16 bits. The launcher's function for it and prefill behind it.
+WIDEN, WIDENED = "widen", "forward_widened"
 DTYPES = ("bf16", "fp16")
 # Head sizes of q and k, and of v; the least that hold a call's serve it, the rest is padded inside.
 HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
@@ -32,6 +34,7 @@ TILE_ROWS = {(64, 64): 256}
 _APPEND_THREADS = 128  # kAppendThreads of append/params.h, as the unit asserts
 _PREPARE_THREADS = 256  # kPreparerThreads of prefill/fp8_params.h, likewise
 PREPARED_KEYS = 128  # kPreparedKeys there: of a block of prepared values
+_WIDEN_THREADS = 256  # kWidenThreads of widen/params.h, likewise
 # Of the decode kernels: of q, k and v, and the packed query rows of a sequence.
 DECODE_HEAD_DIMS = (64, 128, 256)
 DECODE_ROWS = (8, 16, 32, 64)
@@ -173,6 +176,13 @@ def backward_specs() -> Iterator[KernelSpec]:
                 yield backward_spec(dtype, head_dim, softcap)
 
 
+def widen_spec() -> KernelSpec:
+    """The kernel that makes 16 bits of rows of a cache in e4m3: every head size, layout and dtype."""
+    unit = f'#include "flash_attention_v3/hopper/widen/widen.cuh"\nJIT_KERNEL_EXPORT_WIDEN({_WIDEN_THREADS})\n'
+    variant = (("function", WIDEN), ("dtype", "e4m3"), ("threads", _WIDEN_THREADS), ("shared_bytes", 0))
+    return KernelSpec(FOLDER, unit, "cuda", variant, _FLAGS)
+
+
 def all_specs() -> Iterator[KernelSpec]:
     """The launcher and every kernel: two dtypes, six pairs of head sizes, with and without mask and softcap, cached;
     those in e4m3; and the backward ones."""
@@ -186,6 +196,7 @@ def all_specs() -> Iterator[KernelSpec]:
         for masked in (False, True):
             yield fp8_spec(head_dim, head_dim, masked, prepared=True)
     yield append_spec("e4m3")
+    yield widen_spec()
     for dtype in DTYPES:
         yield append_spec(dtype)
         yield append_spec(dtype, quantises=True)
@@ -226,6 +237,7 @@ class DeviceKernels(jit.DeviceKernels):
         self.decode = functions["decode"]  # type: ignore[method-assign]
         self.mla = functions["mla"]  # type: ignore[method-assign]
         self.forward_cached = functions[CACHED]  # type: ignore[method-assign]
+        self.forward_widened = functions[WIDENED]  # type: ignore[method-assign]
         known.serve(functions["known_decode"])
 
     def forward(self, *arguments: object) -> bool:
@@ -239,6 +251,10 @@ class DeviceKernels(jit.DeviceKernels):
     def forward_cached(self, *arguments: object) -> bool:
         """As `forward`, on cached keys."""
         return bool(self._launcher()[CACHED](*arguments))
+
+    def forward_widened(self, *arguments: object) -> bool:
+        """As `forward_cached`, of a cache in e4m3."""
+        return bool(self._launcher()[WIDENED](*arguments))
 
     def append(self, *arguments: object) -> bool:
         """As `forward`."""

@@ -24,6 +24,20 @@ struct TensorRows {
   int wrap;
 };
 
+// One factor for each sequence and key head; strides in elements.
+struct Descale {
+  const float* data;  // null: all are 1
+  long long batch_stride, head_stride;
+};
+
+// The factors of a tile's scores and values, of what is in e4m3 or was.
+struct TileFactors {
+  float scale_log2;  // as ForwardParams has it, with the factors of q and k where scores are not
+                     // capped; never below kLeastFp8Scale
+  float before;      // scores are multiplied by it first, where they are capped or it is not 1
+  float values;      // the factor of v
+};
+
 // All strides in elements.
 struct ForwardParams {
   TensorRows q, k, v;

@@ -146,6 +146,45 @@ inline int64_t set_parts(CachedParams& params, const Shape& shape, int64_t num_s
   return num_splits > 0 ? num_splits : std::max<int64_t>(1, params.capacity / kLeastKeysOfPart);
 }
 
+// What a call on a cache has beside its tensors.
+struct CachedScalars {
+  int64_t num_splits, new_rows;
+  CallScalars call;
+};
+
+// The kernel's arguments but for what belongs to the launch itself.
+inline void set_arguments(CachedParams& params, const Shape& shape, const TensorView& q,
+                          const TensorView& k, const TensorView& v, const TensorView& out,
+                          const Optional<TensorView>& lse, const CacheIndices& indices,
+                          const Optional<TensorView>& sinks, const Optional<TensorView>& draft_mask,
+                          const CachedScalars& scalars) {
+  const CallScalars& call = scalars.call;
+  set_call(params, shape, q, k, v, out, indices);
+  set_cache(params, shape, q, k, v, indices);
+  set_drafts(params, draft_mask);
+  set_lse(params, lse);
+  set_scores(params, call.softmax_scale, call.softcap, call.left, call.right, call.chunk);
+  params.seqlen_k_new = static_cast<int>(scalars.new_rows);
+  set_sinks(params, sinks);
+  params.clear_rest = call.clear_rest;
+}
+
+// overlapped: the kernel before is one that lets this one start early.
+inline void launch_cached(Variant& variant, CachedParams& params,
+                          const Optional<TensorView>& scratch, const CachedScalars& scalars,
+                          int device, bool overlapped) {
+  params.progress = ProgressPool::of(device).counters(cuda::current_stream(device));
+  void* arguments[] = {&params};
+  const int64_t parts = set_parts(params, variant.shape, scalars.num_splits, scratch, device);
+  const unsigned grid =
+      grid_of(params, variant.shape, params.pack_shift, parts, device, scalars.call.sm_margin);
+  if (overlapped) {
+    variant.kernel.launch_overlapped(device, {grid}, 1, arguments);
+  } else {
+    variant.kernel.launch(device, {grid}, arguments);
+  }
+}
+
 // As `forward`, on a cache: k and v are (pages, page_size, heads, columns) with page_table, else
 // one page a batch entry. New keys of new_rows tokens, or of cu_seqlens_k_new, lie in it
 // already.
@@ -166,20 +205,11 @@ inline bool forward_cached(int64_t handle, TensorView q, TensorView k, TensorVie
   const cuda::ContextGuard context(device);
   const CacheIndices indices = {page_table,       cu_seqlens_q,    seqused_q,    seqused_k,
                                 cu_seqlens_k_new, cache_batch_idx, cache_leftpad};
+  const CachedScalars scalars = {
+      num_splits, new_rows, {softmax_scale, softcap, left, right, chunk, sm_margin, clear_rest}};
   CachedParams params = {};
-  set_call(params, variant.shape, q, k, v, out, indices);
-  set_cache(params, variant.shape, q, k, v, indices);
-  set_drafts(params, draft_mask);
-  set_lse(params, lse);
-  set_scores(params, softmax_scale, softcap, left, right, chunk);
-  params.seqlen_k_new = static_cast<int>(new_rows);
-  set_sinks(params, sinks);
-  params.clear_rest = clear_rest;
-  params.progress = ProgressPool::of(device).counters(cuda::current_stream(device));
-  void* arguments[] = {&params};
-  const int64_t parts = set_parts(params, variant.shape, num_splits, scratch, device);
-  const unsigned grid = grid_of(params, variant.shape, params.pack_shift, parts, device, sm_margin);
-  variant.kernel.launch(device, {grid}, arguments);
+  set_arguments(params, variant.shape, q, k, v, out, lse, indices, sinks, draft_mask, scalars);
+  launch_cached(variant, params, scratch, scalars, device, false);
   return true;
 }
 

@@ -6,7 +6,8 @@
 //   load_plain(image, name, threads, shared_bytes) -> handle, for a launch that knows no variants
 //   prepare(device) -> multiprocessors: what a launch needs that does not depend on the variant
 //   forward(handle, tensors..., scalars...) -> whether it was launched; so forward_fp8, of e4m3
-//   forward_cached(handle, tensors..., scalars...) -> whether it was launched
+//   forward_cached(handle, tensors..., scalars...) -> whether it was launched; so forward_widened,
+//   of a cache in e4m3, which the kernel of another handle widens first
 //   load_backward(image, head_dim) -> handle; backward_tiles, backward_tile: of its memory
 //   backward(handle, tensors..., scalars...): three kernels, one after the other
 #include <tvm/ffi/tvm_ffi.h>
@@ -22,6 +23,7 @@
 #include "flash_attention_v3/hopper/launch/known_decode.h"
 #include "flash_attention_v3/hopper/launch/mla_launch.h"
 #include "flash_attention_v3/hopper/launch/prefill_launch.h"
+#include "flash_attention_v3/hopper/launch/widened_launch.h"
 
 namespace jit_kernel::hopper {
 
@@ -51,6 +53,7 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(prepare, jit_kernel::hopper::prepare);
 JIT_KERNEL_EXPORT_CALL(forward, jit_kernel::hopper::forward)
 JIT_KERNEL_EXPORT_CALL(forward_fp8, jit_kernel::hopper::forward_fp8)
 JIT_KERNEL_EXPORT_CALL(forward_cached, jit_kernel::hopper::forward_cached)
+JIT_KERNEL_EXPORT_CALL(forward_widened, jit_kernel::hopper::forward_widened)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(load_plain, jit_kernel::hopper::load_plain);
 JIT_KERNEL_EXPORT_CALL(append, jit_kernel::hopper::append)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(load_backward, jit_kernel::hopper::load_backward);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "flash_attention_v3/hopper/prefill/epilogue.cuh"
+#include "flash_attention_v3/hopper/prefill/fp8_factors.cuh"
 
 namespace jit_kernel::hopper {
 
@@ -18,6 +19,7 @@ __device__ __forceinline__ CachedRows finish_rows(const CachedParams& params,
                                                   const CachedTileInfo& tile, const Softmax& state,
                                                   int warpgroup) {
   const int thread = threadIdx.x % 4;
+  const TileFactors factors = tile_factors(params, tile);
   CachedRows rows;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -26,9 +28,10 @@ __device__ __forceinline__ CachedRows finish_rows(const CachedParams& params,
     const int head = tile.head + (row & ((1 << params.pack_shift) - 1));
     rows.inside[r] = token < tile.len_q;
     const RowResult result =
-        finish_row(state.sum[r], half_reference<typename C::Element>(state, r, params.scale_log2),
+        finish_row(state.sum[r], half_reference<typename C::Element>(state, r, factors.scale_log2),
                    half_sink_log2<typename C::Element>(params, head));
-    rows.factor[r] = result.factor;
+    // A row that sees no key is 0, whatever the factor.
+    rows.factor[r] = result.factor == 0.f ? 0.f : result.factor * factors.values;
     const long long place = static_cast<long long>(tile.offset_q) + token;
     rows.out[r] = static_cast<unsigned short*>(params.out) + tile.batch * params.out_batch_stride +
                   place * params.out_row_stride + head * params.out_head_stride + 8 * thread;

@@ -27,6 +27,7 @@ struct CachedParams : ForwardParams {
   const int* cache_batch_idx;  // each null where there is none
   const int* cache_leftpad;
   const int* cu_seqlens_k_new;
+  const TileFactors* factors;  // of each sequence and key head; null where the cache has 16 bits
   const int* draft_mask;
   long long draft_mask_stride;
   int draft_words;         // of a row of draft_mask, 32 keys each; 0 where there is none

@@ -7,6 +7,7 @@
 
 #include "flash_attention_v3/hopper/common/softmax.cuh"
 #include "flash_attention_v3/hopper/prefill/cached_keys.cuh"
+#include "flash_attention_v3/hopper/prefill/fp8_factors.cuh"
 #include "jit_kernel/cuda/memory.cuh"
 #include "jit_kernel/cuda/warpgroup.cuh"
 
@@ -68,7 +69,7 @@ __device__ __forceinline__ bool leave_part(const CachedParams& params, const Cac
   for (int i = 0; i < kOutputs; ++i) {
     store_16(own.piece(i), output[4 * i], output[4 * i + 1], output[4 * i + 2], output[4 * i + 3]);
   }
-  const float to2 = params.scale_log2;
+  const float to2 = tile_factors(params, tile).scale_log2;
   store_16(own.piece(kOutputs), half_reference<typename C::Element>(state, 0, to2),
            half_reference<typename C::Element>(state, 1, to2), state.sum[0], state.sum[1]);
   __threadfence();

@@ -20,6 +20,11 @@ struct TileInfo {
   int block_begin, block_end;  // blocks of keys, walked from the last to the first
 };
 
+// The same in e4m3, with the factors of the sequence's and head's scores and values.
+struct Fp8TileInfo : TileInfo {
+  TileFactors factors;
+};
+
 // The same of keys in a cache, whose rows are numbered as cached_params.h says. head is the first
 // of the tile's query heads, row counts packed rows, len_q tokens.
 struct CachedTileInfo : TileInfo {
@@ -27,14 +32,6 @@ struct CachedTileInfo : TileInfo {
   int low, high;            // rows of the cache that some row of the tile sees
   int part, parts;          // of the tile's keys, and how many there are
   int ordinal, first_part;  // the tile's number among all, and its first part's
-};
-
-// The same in e4m3, with the factors of the sequence's and head's scores and values.
-struct Fp8TileInfo : TileInfo {
-  float scale_log2;  // as ForwardParams has it, with the factors of q and k where scores are not
-                     // capped; never below kLeastFp8Scale
-  float before;      // scores are multiplied by it first, where they are capped or it is not 1
-  float values;      // the factor of v
 };
 
 // Calls on cached keys have one kernel for each pair of head sizes: what they ask for is found out
@@ -64,6 +61,7 @@ struct Config {
   using Params = typename CallTypes<kCached_, kFp8>::Params;
   using Info = typename CallTypes<kCached_, kFp8>::Info;
   static constexpr bool kCached = kCached_;
+  static constexpr bool kTileFactors = kCached || kFp8;  // a tile has factors of its own
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kHeadDimV = kHeadDimV_;
   static constexpr bool kMasked = kMasked_;

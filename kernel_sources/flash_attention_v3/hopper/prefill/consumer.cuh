@@ -15,6 +15,7 @@
 #include "flash_attention_v3/hopper/prefill/cached_keys.cuh"
 #include "flash_attention_v3/hopper/prefill/cached_parts.cuh"
 #include "flash_attention_v3/hopper/prefill/fp8_epilogue.cuh"
+#include "flash_attention_v3/hopper/prefill/fp8_factors.cuh"
 #include "flash_attention_v3/hopper/prefill/fp8_products.cuh"
 #include "flash_attention_v3/hopper/prefill/hidden_values.cuh"
 #include "flash_attention_v3/hopper/prefill/shared_memory.cuh"
@@ -44,7 +45,7 @@ struct Consumer {
   float of_block[C::kFp8 ? C::kPartColumns / 2 : 1];  // the sums of a block's products, or a part
   u32 probabilities[C::kKeys * C::kElementBytes / 8];
   float scale;         // of scores to exponents of 2
-  int changes_scores;  // of e4m3: scores are multiplied before they are masked
+  int changes_scores;  // with factors of a tile: scores are multiplied before they are masked
   u32 queries[C::kQuerySteps > 0 ? 4 * C::kQuerySteps : 1];
 
   __device__ __forceinline__ Consumer(const typename C::Params& params, const Shared<C>& shared,
@@ -201,20 +202,19 @@ struct Consumer {
 
   template <class Between>
   __device__ __forceinline__ void work_on_scores(int block, Between between) {
-    if constexpr (C::kFp8) {
+    if constexpr (C::kTileFactors) {
       if (changes_scores) {
-        change_scores(scores, shared.tile(tile_at.stage())->before, params.softcap_scale > 0.f);
+        const float before = tile_factors(params, *shared.tile(tile_at.stage())).before;
+        change_scores(scores, before, params.softcap_scale > 0.f);
       }
     } else if constexpr (C::kSoftcap) {
-      if (!C::kCached || params.softcap_scale > 0.f) {
 #pragma unroll
-        for (float& score : scores) score = tanh_fast(score * params.softcap_scale);
-      }
+      for (float& score : scores) score = tanh_fast(score * params.softcap_scale);
     }
     const int column = block * C::kKeys;
     if (column + C::kKeys > every_high) mask_block<true>(column);
     if (C::kMasked && column < every_low) mask_block<false>(column);
-    softmax_step<Element>(scores, softmax, C::kFp8 ? scale : params.scale_log2, between);
+    softmax_step<Element>(scores, softmax, score_scale(), between);
   }
   __device__ __forceinline__ void work_on_scores(int block) {
     work_on_scores(block, [](int) {});
@@ -406,11 +406,8 @@ struct Consumer {
     }
   }
 
-  __device__ __forceinline__ float largest_scale() const {
-    if constexpr (C::kCached || C::kFp8) {
-      if (params.softcap_scale == 0.f) return kLargestScale<false>;
-    }
-    return kLargestScale<C::kSoftcap>;
+  __device__ __forceinline__ float score_scale() const {
+    return C::kTileFactors ? scale : params.scale_log2;
   }
 
   __device__ __forceinline__ bool run_blocks() {
@@ -421,10 +418,11 @@ struct Consumer {
     return C::kOverlap ? run_overlapped() : run_in_turn();
   }
 
-  __device__ __forceinline__ void start_fp8_tile() {
-    const typename C::Info& tile = *shared.tile(tile_at.stage());
-    scale = tile.scale_log2;
-    changes_scores = uniform(tile.before != 1.f || params.softcap_scale > 0.f);
+  __device__ __forceinline__ void take_factors() {
+    const TileFactors factors = tile_factors(params, *shared.tile(tile_at.stage()));
+    scale = factors.scale_log2;
+    changes_scores = uniform(factors.before != 1.f || params.softcap_scale > 0.f);
+    if constexpr (!C::kFp8) return;
 #pragma unroll
     for (float& each : output) each = 0.f;
   }
@@ -437,8 +435,8 @@ struct Consumer {
     issue_scores();
     wgmma_wait<0>();
     while (true) {
-      if constexpr (C::kFp8) start_fp8_tile();
-      start_row(softmax, (C::kFp8 ? scale : params.scale_log2) > largest_scale());
+      if constexpr (C::kTileFactors) take_factors();
+      start_row(softmax, score_scale() > largest_scale<C>(params.softcap_scale));
       skip_values(skipped_first());
       const bool pending = run_blocks();
       const int skipped = skipped_last();

@@ -90,6 +90,7 @@ __device__ __forceinline__ void forward(const typename C::Params& params, char* 
     }
     initialise_barriers<C>(params, shared);
   }
+  if constexpr (C::kCached) wait_for_previous_kernel();
   if (is_sorted(params)) {
     sort_sequences<C>(params, reinterpret_cast<int*>(base), shared.order());
     proxy_fence();  // the copy engine writes next where the lengths lay

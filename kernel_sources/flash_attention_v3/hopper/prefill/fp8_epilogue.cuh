@@ -25,7 +25,7 @@ __device__ __forceinline__ void store_fp8_tile(const Fp8Params& params, const Fp
   const int thread = threadIdx.x % 4;
   const int row = accumulator_row(tile.row + warpgroup * kRowsPerWarpgroup);
   const bool inside[2] = {row < tile.len_q, row + 8 < tile.len_q};
-  const float sink = half_sink_log2<e4m3>(params, tile.head), to2 = tile.scale_log2;
+  const float sink = half_sink_log2<e4m3>(params, tile.head), to2 = tile.factors.scale_log2;
   const RowResult result[2] = {finish_row(state.sum[0], half_reference<e4m3>(state, 0, to2), sink),
                                finish_row(state.sum[1], half_reference<e4m3>(state, 1, to2), sink)};
   const long long place = static_cast<long long>(tile.offset_q) + row;
@@ -41,7 +41,7 @@ __device__ __forceinline__ void store_fp8_tile(const Fp8Params& params, const Fp
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     // A row that sees no key is 0, whatever the factor.
-    const float factor = result[r].factor == 0.f ? 0.f : result[r].factor * tile.values;
+    const float factor = result[r].factor == 0.f ? 0.f : result[r].factor * tile.factors.values;
 #pragma unroll
     for (int i = 0; i < C::kHeadDimV / 16; ++i) {
       const int even = 8 * i + 2 * r, odd = even + 4;

@@ -6,12 +6,6 @@
 
 namespace jit_kernel::hopper {
 
-// One factor for each sequence and key head; strides in elements.
-struct Descale {
-  const float* data;  // null: all are 1
-  long long batch_stride, head_stride;
-};
-
 struct Fp8Params : ForwardParams {
   Descale q_descale, k_descale, v_descale;
   const unsigned char* prepared;  // values as fp8_values.cuh lays them out; null: `v` holds them

@@ -112,7 +112,7 @@ class TileScheduler {
     info.len_q = len_q;
     info.len_k = len_k;
     info.offset_q = params_.cu_seqlens_q != nullptr ? params_.cu_seqlens_q[batch] : 0;
-    if constexpr (C::kFp8) write_factors(info, params_);
+    if constexpr (C::kFp8) info.factors = factors_of(params_, batch, head / params_.group);
     if constexpr (C::kCached) {
       write_cached(info);
       return;
