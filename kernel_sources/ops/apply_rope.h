@@ -45,8 +45,19 @@ __device__ __forceinline__ void regroup(float (&a)[kPairs], float (&b)[kPairs], 
   }
 }
 
-// Rows are heads, those of q before those of k; blockDim.x threads, at most a warp, share one.
-template <class T, class Angle, class Weight, bool kWide>
+// A head of a token among those of q, then of k.
+template <class T>
+__device__ __forceinline__ T* head_row(T* q, T* k, Index token, int head, int q_heads, Index q_token,
+                                       Index q_head, Index k_token, Index k_head) {
+  const bool is_q = head < q_heads;
+  const Index at =
+      is_q ? token * q_token + head * q_head : token * k_token + (head - q_heads) * k_head;
+  return reinterpret_cast<T*>(const_cast<char*>(address(is_q ? q : k, at)));
+}
+
+// A row is kHeads heads of a token, which turn by the same angles: their elements are all on the
+// way before the angles are. blockDim.x threads, at most a warp where kHeads > 1, share a row.
+template <class T, class Angle, class Weight, bool kWide, int kHeads>
 __global__ void __launch_bounds__(kMostThreads)
     apply_rope(const T* q, const T* k, T* q_out, T* k_out, const Angle* cos, const Angle* sin,
                const void* positions, const Weight* q_weight, const Weight* k_weight, Index tokens,
@@ -54,26 +65,24 @@ __global__ void __launch_bounds__(kMostThreads)
                Index q_head, Index k_token, Index k_head, Index q_out_token, Index q_out_head,
                Index k_out_token, Index k_out_head, Index cos_row, Index sin_row, float eps,
                bool interleaved, bool wide_positions) {
+  constexpr int kN = kWords<T, kPairs>;
   meet_neighbours();
   const unsigned row = static_cast<unsigned>(own_row());
   const unsigned heads = static_cast<unsigned>(q_heads + k_heads);
-  const Index token = row / heads;
+  const unsigned groups = (heads + kHeads - 1) / kHeads;
+  const Index token = row / groups;
+  const int first_head = static_cast<int>(row % groups) * kHeads;
   const bool present = token < tokens;
-  int head = static_cast<int>(row % heads);
-  const bool is_q = head < q_heads;
-  if (!is_q) head -= q_heads;
-  const Index from_row = is_q ? token * q_token + head * q_head : token * k_token + head * k_head;
-  const Index to_row =
-      is_q ? token * q_out_token + head * q_out_head : token * k_out_token + head * k_out_head;
-  const T* from = reinterpret_cast<const T*>(address(is_q ? q : k, from_row));
-  T* to = reinterpret_cast<T*>(address(is_q ? q_out : k_out, to_row));
-  const Weight* weight = is_q ? q_weight : k_weight;
+  const Place at = place_of(size, rotary, interleaved);
 
-  Place at = place_of(size, rotary, interleaved);
-  if (!present) at.first_end = at.second_end = at.pairs = 0;
-  float a[kPairs], b[kPairs];
-  load_floats<T, kWide, kPairs>(from, at.first, at.first_end, a);
-  load_floats<T, kWide, kPairs>(from, at.second, at.second_end, b);
+  auto is_here = [&](int n) { return present && first_head + n < q_heads + k_heads; };
+  unsigned first[kHeads][kN], second[kHeads][kN];
+#pragma unroll
+  for (int n = 0; n < kHeads; ++n) {
+    const T* from = head_row(q, k, token, first_head + n, q_heads, q_token, q_head, k_token, k_head);
+    load_packed<T, kWide, kPairs>(from, at.first, is_here(n) ? at.first_end : 0, first[n]);
+    load_packed<T, kWide, kPairs>(from, at.second, is_here(n) ? at.second_end : 0, second[n]);
+  }
   Index position = 0;
   if (present) {
     position = wide_positions ? static_cast<const Index*>(positions)[token]
@@ -82,42 +91,52 @@ __global__ void __launch_bounds__(kMostThreads)
   const bool inside = position >= 0 && position < table_rows;
   float c[kPairs], s[kPairs];
   if (inside) {
+    const int pairs = present ? at.pairs : 0;
     load_floats<Angle, kWide, kPairs>(
-        reinterpret_cast<const Angle*>(address(cos, position * cos_row)), at.pair, at.pairs, c);
+        reinterpret_cast<const Angle*>(address(cos, position * cos_row)), at.pair, pairs, c);
     load_floats<Angle, kWide, kPairs>(
-        reinterpret_cast<const Angle*>(address(sin, position * sin_row)), at.pair, at.pairs, s);
+        reinterpret_cast<const Angle*>(address(sin, position * sin_row)), at.pair, pairs, s);
   } else {
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) c[j] = s[j] = __uint_as_float(0x7fc00000u);
   }
-  if (q_weight || k_weight) {
-    float squares = 0.0f;
 #pragma unroll
-    for (int j = 0; j < kPairs; ++j) squares += a[j] * a[j] + b[j] * b[j];
-    const float mean = over_row<Sum>(squares) / static_cast<float>(size);
-    if (weight) {
-      const float factor = rsqrtf(mean + eps);
-      float w[kPairs];
-      load_floats<Weight, kWide, kPairs>(weight, at.first, at.first_end, w);
+  for (int n = 0; n < kHeads; ++n) {
+    float a[kPairs], b[kPairs];
+    unpack<T>(first[n], a);
+    unpack<T>(second[n], b);
+    if (q_weight || k_weight) {
+      float squares = 0.0f;
 #pragma unroll
-      for (int j = 0; j < kPairs; ++j) a[j] *= factor * w[j];
-      load_floats<Weight, kWide, kPairs>(weight, at.second, at.second_end, w);
+      for (int j = 0; j < kPairs; ++j) squares += a[j] * a[j] + b[j] * b[j];
+      const float mean = over_row<Sum>(squares) / static_cast<float>(size);
+      const Weight* weight = first_head + n < q_heads ? q_weight : k_weight;
+      if (weight) {
+        const float factor = rsqrtf(mean + eps);
+        float w[kPairs];
+        load_floats<Weight, kWide, kPairs>(weight, at.first, at.first_end, w);
 #pragma unroll
-      for (int j = 0; j < kPairs; ++j) b[j] *= factor * w[j];
+        for (int j = 0; j < kPairs; ++j) a[j] *= factor * w[j];
+        load_floats<Weight, kWide, kPairs>(weight, at.second, at.second_end, w);
+#pragma unroll
+        for (int j = 0; j < kPairs; ++j) b[j] *= factor * w[j];
+      }
     }
-  }
-  if (at.pairs) {
-    if (at.alternate) regroup(a, b, true);
+    if (at.pairs) {
+      if (at.alternate) regroup(a, b, true);
 #pragma unroll
-    for (int j = 0; j < kPairs; ++j) {
-      const float first = a[j];
-      a[j] = first * c[j] - b[j] * s[j];
-      b[j] = first * s[j] + b[j] * c[j];
+      for (int j = 0; j < kPairs; ++j) {
+        const float x = a[j];
+        a[j] = x * c[j] - b[j] * s[j];
+        b[j] = x * s[j] + b[j] * c[j];
+      }
+      if (at.alternate) regroup(a, b, false);
     }
-    if (at.alternate) regroup(a, b, false);
+    T* to = head_row(q_out, k_out, token, first_head + n, q_heads, q_out_token, q_out_head,
+                     k_out_token, k_out_head);
+    store_floats<T, kWide, kPairs>(to, at.first, is_here(n) ? at.first_end : 0, a);
+    store_floats<T, kWide, kPairs>(to, at.second, is_here(n) ? at.second_end : 0, b);
   }
-  store_floats<T, kWide, kPairs>(to, at.first, at.first_end, a);
-  store_floats<T, kWide, kPairs>(to, at.second, at.second_end, b);
 }
 
 }  // namespace jit_kernel

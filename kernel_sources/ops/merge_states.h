@@ -12,7 +12,8 @@ __device__ __forceinline__ float seen(float lse) {
   return lse == __uint_as_float(0x7f800000u) ? __uint_as_float(0xff800000u) : lse;
 }
 
-// Two passes over a row's lse, which are few, and one over its values, kAtOnce parts at a time.
+// Two passes over a row's lse, which are few, and one over its values, kAtOnce parts at a time. The
+// first ones are asked for beside their lse, whatever these will say: one latency less.
 template <class T, class Out, bool kWide>
 __global__ void __launch_bounds__(kMostThreads)
     merge_states(const T* parts, const float* part_lse, Out* out, float* lse, int splits,
@@ -24,39 +25,54 @@ __global__ void __launch_bounds__(kMostThreads)
   const Index row = own_row();
   if (row >= rows) return;
   const float* weights = nested_row(part_lse, row, inner, part_lse_outer, part_lse_inner);
+  const T* values = nested_row(parts, row, inner, part_outer, part_inner);
   const float nothing = __uint_as_float(0xff800000u);
-  float largest = nothing;
-  for (int i = 0; i < splits; ++i) largest = fmaxf(largest, seen(weights[i * lse_split]));
-  float sum = 0.0f;
-  for (int i = 0; i < splits; ++i) {
-    const float own = seen(weights[i * lse_split]);
-    sum += own == nothing ? 0.0f : expf(own - largest);
+  unsigned words[kAtOnce][4];
+  auto load = [&](int i, Index begin, bool wanted, unsigned (&to)[4]) {
+    const T* part = reinterpret_cast<const T*>(address(values, i * part_split));
+    load_packed<T, kWide, kCount>(part, begin, wanted ? size : 0, to);
+  };
+  const Index own_begin = static_cast<Index>(threadIdx.x) * kCount;
+  float first_lse[kAtOnce];
+#pragma unroll
+  for (int n = 0; n < kAtOnce; ++n) {
+    first_lse[n] = n < splits ? seen(weights[n * lse_split]) : nothing;
   }
+#pragma unroll
+  for (int n = 0; n < kAtOnce; ++n) load(n, own_begin, n < splits, words[n]);
+
+  float largest = nothing, sum = 0.0f;
+#pragma unroll
+  for (int n = 0; n < kAtOnce; ++n) largest = fmaxf(largest, first_lse[n]);
+  for (int i = kAtOnce; i < splits; ++i) largest = fmaxf(largest, seen(weights[i * lse_split]));
+  auto power = [&](float own) { return own == nothing ? 0.0f : expf(own - largest); };
+#pragma unroll
+  for (int n = 0; n < kAtOnce; ++n) sum += power(first_lse[n]);
+  for (int i = kAtOnce; i < splits; ++i) sum += power(seen(weights[i * lse_split]));
   const float whole = sum == 0.0f ? nothing : largest + logf(sum);
   if (lse && threadIdx.x == 0) *nested_row(lse, row, inner, lse_outer, lse_inner) = whole;
-  const T* values = nested_row(parts, row, inner, part_outer, part_inner);
+
   Out* to = nested_row(out, row, inner, out_outer, out_inner);
-  for (Index begin = static_cast<Index>(threadIdx.x) * kCount; begin < size;
-       begin += static_cast<Index>(blockDim.x) * kCount) {
+  for (Index begin = own_begin; begin < size; begin += static_cast<Index>(blockDim.x) * kCount) {
     float total[kCount] = {};
     for (int first = 0; first < splits; first += kAtOnce) {
-      unsigned words[kAtOnce][4];
       float weight[kAtOnce];
 #pragma unroll
       for (int n = 0; n < kAtOnce; ++n) {
         const int i = first + n;
         const float own = i < splits ? seen(weights[i * lse_split]) : nothing;
-        weight[n] = own == nothing ? 0.0f : expf(own - largest) / sum;
-        const T* part = reinterpret_cast<const T*>(address(values, i * part_split));
-        // A part of weight 0 is not read: its values may be anything.
-        load_packed<T, kWide, kCount>(part, begin, weight[n] == 0.0f ? 0 : size, words[n]);
+        weight[n] = power(own) / sum;
+        const bool here = own != nothing && weight[n] != 0.0f;
+        if (!here) weight[n] = 0.0f;  // of a row that no part saw 0 / 0
+        if (first > 0 || begin != own_begin) load(i, begin, here, words[n]);
       }
 #pragma unroll
       for (int n = 0; n < kAtOnce; ++n) {
         float x[kCount];
         unpack<T>(words[n], x);
+        // The values of a part of weight 0 may be anything.
 #pragma unroll
-        for (int j = 0; j < kCount; ++j) total[j] += weight[n] * x[j];
+        for (int j = 0; j < kCount; ++j) total[j] += weight[n] == 0.0f ? 0.0f : weight[n] * x[j];
       }
     }
     store_floats<Out, kWide, kCount>(to, begin, size, total);

@@ -154,7 +154,12 @@ __device__ __forceinline__ void load_words(const char* from, unsigned (&words)[k
     static_assert(kN % 4 == 0, "whole 16 bytes");
 #pragma unroll
     for (int i = 0; i < kN; i += 4) {
+#ifdef TRY_CS
+      uint4 four;
+      asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(four.x), "=r"(four.y), "=r"(four.z), "=r"(four.w) : "l"(from + 4 * i));
+#else
       const uint4 four = reinterpret_cast<const uint4*>(from)[i / 4];
+#endif
       words[i] = four.x, words[i + 1] = four.y, words[i + 2] = four.z, words[i + 3] = four.w;
     }
   }
@@ -273,7 +278,9 @@ __device__ __forceinline__ Index own_row() {
 template <class T>
 __device__ __forceinline__ T* nested_row(T* base, Index row, int inner, Index outer_stride,
                                          Index inner_stride) {
-  const unsigned outer = static_cast<unsigned>(row) / static_cast<unsigned>(inner);
+  // One dimension has no outer rows: a division is 60 cycles before the first load.
+  const unsigned outer =
+      row < inner ? 0u : static_cast<unsigned>(row) / static_cast<unsigned>(inner);
   const unsigned rest = static_cast<unsigned>(row) - outer * static_cast<unsigned>(inner);
   const Index element = outer * outer_stride + rest * inner_stride;
   return reinterpret_cast<T*>(const_cast<char*>(address(base, element)));
@@ -295,13 +302,14 @@ __device__ __forceinline__ float over_row(float x) {
     x = Join::join(x, __shfl_xor_sync(0xffffffffu, x, offset));
   }
   if (threads > 32) {
-    __shared__ float of_warp[32];
-    const unsigned lane = threadIdx.x % 32;
-    if (lane == 0) of_warp[threadIdx.x / 32] = x;
+    constexpr unsigned kWarps = kMostThreads / 32;
+    __shared__ float of_warp[kWarps];
+    const unsigned lane = threadIdx.x % kWarps;
+    if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = x;
     __syncthreads();
     x = lane < threads / 32 ? of_warp[lane] : 0.0f;
 #pragma unroll
-    for (unsigned offset = 16; offset; offset /= 2) {
+    for (unsigned offset = kWarps / 2; offset; offset /= 2) {
       x = Join::join(x, __shfl_xor_sync(0xffffffffu, x, offset));
     }
   }
