@@ -88,7 +88,7 @@ def first_call() -> None:
         jit.load_cubin(kernel.spec, kernel.target)
         jit.load(jit.LAUNCHER, kernel.target)
     seconds = time.perf_counter() - began
-    if on_gpu and not torch.allclose(out, x * weight + rest + 0.5):
+    if on_gpu and not torch.allclose(out, x * weight + rest + 0.5, atol=1e-5):  # a sum may be all but nothing
         raise RuntimeError("the kernel's answer is wrong")
     compiled = [event.spec.kernel for event in jit.events() if event.action == "compiled"]
     print(json.dumps({"seconds": seconds, "compiled": compiled}))

@@ -209,12 +209,12 @@ def head_block(threads: int) -> tuple[int, int]:
 
 def heads_each(threads: int, heads: int) -> int:
     """How many heads of a token the threads of one take, which are at most a warp where they are several."""
-    return 2 if threads <= _WARP and heads > _MANY_HEADS else 1
+    return 4 if threads <= _WARP and heads > _MANY_HEADS else 1
 
 
 def warps_each(turns: int, tokens: int) -> int:
     """How many warps share a token whose pieces are so many turns of one: all of them where tokens are few."""
-    return turns if tokens <= _FEW_ROWS else min(turns, 2)
+    return turns if tokens <= _FEW_ROWS else min(turns, 8)
 
 
 def even(x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:

@@ -41,18 +41,21 @@ __global__ void __launch_bounds__(kMostThreads)
 #pragma unroll
   for (int n = 0; n < kAtOnce; ++n) load(n, own_begin, n < splits, words[n]);
 
-  float largest = nothing, sum = 0.0f;
+  float largest = nothing, sum = 0.0f, first_power[kAtOnce];
 #pragma unroll
   for (int n = 0; n < kAtOnce; ++n) largest = fmaxf(largest, first_lse[n]);
   for (int i = kAtOnce; i < splits; ++i) largest = fmaxf(largest, seen(weights[i * lse_split]));
-  auto power = [&](float own) { return own == nothing ? 0.0f : expf(own - largest); };
+  // Every thread of a row computes these: with expf, a power and a division for each part twice,
+  // and a choice an element, instructions were what bounded a merge of four parts, not memory.
+  auto power = [&](float own) { return own == nothing ? 0.0f : __expf(own - largest); };
 #pragma unroll
-  for (int n = 0; n < kAtOnce; ++n) sum += power(first_lse[n]);
+  for (int n = 0; n < kAtOnce; ++n) sum += first_power[n] = power(first_lse[n]);
   for (int i = kAtOnce; i < splits; ++i) sum += power(seen(weights[i * lse_split]));
   const float whole = sum == 0.0f ? nothing : largest + logf(sum);
   if (lse && threadIdx.x == 0) *nested_row(lse, row, inner, lse_outer, lse_inner) = whole;
 
   Out* to = nested_row(out, row, inner, out_outer, out_inner);
+  const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
   for (Index begin = own_begin; begin < size; begin += static_cast<Index>(blockDim.x) * kCount) {
     float total[kCount] = {};
     for (int first = 0; first < splits; first += kAtOnce) {
@@ -60,19 +63,19 @@ __global__ void __launch_bounds__(kMostThreads)
 #pragma unroll
       for (int n = 0; n < kAtOnce; ++n) {
         const int i = first + n;
-        const float own = i < splits ? seen(weights[i * lse_split]) : nothing;
-        weight[n] = power(own) / sum;
-        const bool here = own != nothing && weight[n] != 0.0f;
-        if (!here) weight[n] = 0.0f;  // of a row that no part saw 0 / 0
-        if (first > 0 || begin != own_begin) load(i, begin, here, words[n]);
+        const float own = first == 0   ? first_power[n]
+                          : i < splits ? power(seen(weights[i * lse_split]))
+                                       : 0.0f;
+        weight[n] = own * inverse;
+        if (first > 0 || begin != own_begin) load(i, begin, weight[n] != 0.0f, words[n]);
       }
 #pragma unroll
       for (int n = 0; n < kAtOnce; ++n) {
+        if (weight[n] == 0.0f) continue;  // its values may be anything
         float x[kCount];
         unpack<T>(words[n], x);
-        // The values of a part of weight 0 may be anything.
 #pragma unroll
-        for (int j = 0; j < kCount; ++j) total[j] += weight[n] == 0.0f ? 0.0f : weight[n] * x[j];
+        for (int j = 0; j < kCount; ++j) total[j] += weight[n] * x[j];
       }
     }
     store_floats<Out, kWide, kCount>(to, begin, size, total);

@@ -154,12 +154,7 @@ __device__ __forceinline__ void load_words(const char* from, unsigned (&words)[k
     static_assert(kN % 4 == 0, "whole 16 bytes");
 #pragma unroll
     for (int i = 0; i < kN; i += 4) {
-#ifdef TRY_CS
-      uint4 four;
-      asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(four.x), "=r"(four.y), "=r"(four.z), "=r"(four.w) : "l"(from + 4 * i));
-#else
       const uint4 four = reinterpret_cast<const uint4*>(from)[i / 4];
-#endif
       words[i] = four.x, words[i + 1] = four.y, words[i + 2] = four.z, words[i + 3] = four.w;
     }
   }
@@ -292,6 +287,17 @@ struct Sum {
 struct Largest {
   static __device__ __forceinline__ float join(float a, float b) { return fmaxf(a, b); }
 };
+
+// Join of several numbers over the row's threads, at most a warp: their shuffles overlap.
+template <class Join, int kCount>
+__device__ __forceinline__ void over_lanes(float (&x)[kCount]) {
+  for (unsigned offset = blockDim.x / 2; offset; offset /= 2) {
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) {
+      x[n] = Join::join(x[n], __shfl_xor_sync(0xffffffffu, x[n], offset));
+    }
+  }
+}
 
 // Join, of which 0 changes nothing, over the row's threads, in each of them. All threads of a block
 // come here, once a kernel.
