@@ -88,7 +88,7 @@ def plan_of(targets: Sequence[Target], selects: Sequence[dict[str, str]], module
     plan = Plan([], {})
     for target in dict.fromkeys(targets):
         if modules or target.vendor != "musa":
-            plan.jobs += [Job(s, target, jit.is_stored(s, target)) for s in selected(target, selects, modules)]
+            plan.jobs.extend(Job(s, target, jit.is_stored(s, target)) for s in selected(target, selects, modules))
             continue
         major, minor = int(target.architecture[3]), int(target.architecture[4])
         if (major, minor) < moore_threads.MINIMUM_CAPABILITY:
@@ -96,7 +96,7 @@ def plan_of(targets: Sequence[Target], selects: Sequence[dict[str, str]], module
         from jit_kernel.fa3.musa import prebuild
 
         try:
-            plan.jobs += [MateJob(each, target) for select in selects for each in prebuild.selected_modules(select)]
+            plan.jobs.extend(MateJob(each, target) for select in selects for each in prebuild.selected_modules(select))
         except NotImplementedError as error:
             plan.unserved[target] = str(error)
     return plan
