@@ -100,9 +100,11 @@ wheel: $(VENV)/.ready
 	$(PIP) build hatchling
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist .
 
-# The plain wheel, and one for this machine's kind with launchers in it: run it on x86-64 and on aarch64.
+# The plain wheel, one with launchers for this machine's kind, x86-64, and one for aarch64, compiled by ziglang's clang.
 wheels: wheel
-	$(BIN)/python tools/platform_wheel.py $$(ls -t dist/jit_kernel-*-py3-none-any.whl | head -1) --out dist
+	$(PIP) ziglang
+	$(BIN)/python tools/platform_wheel.py $$(ls -t dist/jit_kernel-*-py3-none-any.whl | head -1) --out dist \
+		--cross "aarch64=$(abspath $(BIN))/python -m ziglang c++ -target aarch64-linux-gnu.2.17"
 
 clean-cache:
 	rm -rf cache/store

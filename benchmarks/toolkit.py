@@ -88,7 +88,7 @@ def first_call() -> None:
         jit.load_cubin(kernel.spec, kernel.target)
         jit.load(jit.LAUNCHER, kernel.target)
     seconds = time.perf_counter() - began
-    if on_gpu and not torch.allclose(out, x * weight + rest + 0.5):
+    if on_gpu and not torch.allclose(out, x * weight + rest + 0.5, atol=1e-5):  # a sum may be all but nothing
         raise RuntimeError("the kernel's answer is wrong")
     compiled = [event.spec.kernel for event in jit.events() if event.action == "compiled"]
     print(json.dumps({"seconds": seconds, "compiled": compiled}))
@@ -173,8 +173,10 @@ def host_times(folder: Path) -> Iterator[dict[str, Any]]:
         driver_double.Driver(str(driver_double.built(folder)))
         given = [driver_double.on_cuda(4096 * (i + 1), 2, 32) for i in range(4)]
     a, b, c, d = given
+    launch = kernel[1, SIZE]
     calls: dict[str, Callable[[], object]] = {
         "jit.cuda": lambda: kernel[1, SIZE](a, b, c, d, 0.5, SIZE),
+        "jit.cuda, the launch kept": lambda: launch(a, b, c, d, 0.5, SIZE),
         "tvm-ffi's bare call": lambda: nothing(a, b, c, d, 0.5, SIZE),
         "torch.add": lambda: torch.add(x, weight, out=out),
     }

@@ -6,6 +6,7 @@ No GPU is needed to compile for one: `--target cuda:sm_90a` works on a machine t
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -16,6 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from jit_kernel import config, jit, moore_threads, ready
+from jit_kernel.commands.selecting import selections
 from jit_kernel.device import Target, detect_device, device_target
 from jit_kernel.engine import compiler, machine, progress
 from jit_kernel.engine.store import CacheError
@@ -78,16 +80,15 @@ class Plan:
         return [job for job in self.jobs if not job.stored]
 
 
-def plan_of(targets: Sequence[Target], select: dict[str, str], modules: Sequence[str] = ()) -> Plan:
-    """The jobs of every target that `select` lets through: of `modules`, or of attention where none is named.
+def plan_of(targets: Sequence[Target], selects: Sequence[dict[str, str]], modules: Sequence[str] = ()) -> Plan:
+    """The jobs of every target that one of `selects` lets through: of `modules`, or of attention if none is named.
 
     Raises ValueError as `specs_of` does, CacheError for a store that cannot be used.
     """
     plan = Plan([], {})
     for target in dict.fromkeys(targets):
         if modules or target.vendor != "musa":
-            specs = declared_by(modules, target, select) if modules else specs_of(target, select)
-            plan.jobs.extend(Job(spec, target, jit.is_stored(spec, target)) for spec in specs)
+            plan.jobs.extend(Job(s, target, jit.is_stored(s, target)) for s in selected(target, selects, modules))
             continue
         major, minor = int(target.architecture[3]), int(target.architecture[4])
         if (major, minor) < moore_threads.MINIMUM_CAPABILITY:
@@ -95,10 +96,16 @@ def plan_of(targets: Sequence[Target], select: dict[str, str], modules: Sequence
         from jit_kernel.fa3.musa import prebuild
 
         try:
-            plan.jobs.extend(MateJob(modules, target) for modules in prebuild.selected_modules(select))
+            plan.jobs.extend(MateJob(each, target) for select in selects for each in prebuild.selected_modules(select))
         except NotImplementedError as error:
             plan.unserved[target] = str(error)
     return plan
+
+
+def selected(target: Target, selects: Sequence[dict[str, str]], modules: Sequence[str]) -> list[KernelSpec]:
+    """The kernels for a target that one of `selects` lets through, each once. Raises ValueError as `specs_of` does."""
+    found = (declared_by(modules, target, each) if modules else specs_of(target, each) for each in selects)
+    return list(dict.fromkeys(itertools.chain.from_iterable(found)))
 
 
 def specs_of(target: Target, select: dict[str, str]) -> list[KernelSpec]:
@@ -191,8 +198,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="VENDOR:ARCH",
-        help="what to compile for, for example cpu:native, cuda:sm_90a or musa:mp_31; may be repeated; "
-        "without it, the device that is present",
+        help="what to compile for, as cpu:native, cuda:sm_90a or musa:mp_31; may be repeated; without it, what is here",
     )
     parser.add_argument(
         "--select",
@@ -200,7 +206,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="FIELD=VALUE",
-        help="only the variants that serve this, for example head_dim=128 dtype=bf16",
+        help="only the variants that serve this, as head_dim=128 dtype=bf16; a field twice means either value",
     )
     parser.add_argument(
         "--module",
@@ -224,20 +230,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.jobs is not None and options.jobs < 1:
         parser.error(f"--jobs is {options.jobs}; it must be at least 1")
-    select: dict[str, str] = {}
-    for item in (item for group in options.select for item in group):
-        field, equals, value = item.partition("=")
-        if not (field and equals and value):
-            parser.error(f"--select is {item!r}; it must be field=value")
-        select[field] = value
-    if options.profile and (select or options.module):
+    if options.profile and (options.select or options.module):
         parser.error("--profile names each kernel; it cannot stand beside --select or --module")
     try:
         targets = [Target.parse(text) for text in options.target]
         if options.profile:
             plan = plan_of_profile(options.profile, targets)
         else:
-            plan = plan_of(targets or [device_target(detect_device())], select, options.module)
+            selects = selections(itertools.chain(*options.select))
+            plan = plan_of(targets or [device_target(detect_device())], selects, options.module)
     except (ValueError, CacheError) as error:
         parser.error(str(error))
     if options.list or options.dry_run:

@@ -231,14 +231,14 @@ def _unpack(store: Store, options: argparse.Namespace) -> int:
 
 def _why(store: Store, options: argparse.Namespace) -> int:
     from jit_kernel import warmup
+    from jit_kernel.commands.selecting import selections
     from jit_kernel.device import detect_device, device_target
     from jit_kernel.engine.build import why
 
-    select = dict(item.partition("=")[::2] for item in options.select)
+    selects = selections(options.select)
     missing = 0
     for target in [Target.parse(text) for text in options.target] or [device_target(detect_device())]:
-        found = warmup.declared_by(options.module, target, select) if options.module else None
-        for spec in found or warmup.specs_of(target, select):
+        for spec in warmup.selected(target, selects, options.module or ()):
             place, reason = why(spec, target)
             missing += not place
             print(f"stored  {target} {spec}: {place}" if place else f"missing {target} {spec}: {reason}")

@@ -95,7 +95,7 @@ def _check_library(data: bytes, functions: set[str]) -> None:
         raise UnfitError("it ended with status 0 and made no shared library: another kind of ELF file")
     if data[4:6] != b"\x02\x01":  # the tables of 32-bit and of big-endian files are laid out otherwise
         return
-    there = _defined(data)
+    there = defined(data)
     missing = sorted(name for name in functions if _PREFIX + name.encode() not in there)
     if missing or not any(name.startswith(_PREFIX) for name in there):
         wanted = ", ".join(missing) or "any of the kernel's functions"
@@ -106,7 +106,7 @@ def _machine(data: bytes) -> int:
     return int(struct.unpack_from("<H" if data[5] == 1 else ">H", data, 18)[0])
 
 
-def _defined(data: bytes) -> set[bytes]:
+def defined(data: bytes) -> set[bytes]:
     """The names of the dynamic symbols that a 64-bit little-endian ELF file defines."""
     (sections,) = struct.unpack_from("<Q", data, 40)
     size, count = struct.unpack_from("<HH", data, 58)

@@ -55,8 +55,7 @@ def _plan(q: Tensor, k: Tensor | None, q_out: Tensor, k_out: Tensor | None, cos:
     if k_weight is not None and k is None:
         raise ValueError("k_weight is given; it must be None, because k is None")
     kv_heads, half, rotary = (0 if k is None else k.shape[1]), cos.shape[1], 2 * cos.shape[1]
-    rows = tokens * (heads + kv_heads)
-    if not rows * size:
+    if not tokens * (heads + kv_heads) * size:
         return launch.Plan(None)
     places = [each.stride()[:2] if each is not None else (0, 0) for each in (q, k, q_out, k_out)]
     numbers = (tokens, heads, kv_heads, size, rotary, cos.shape[0], *sum(places, ()), cos.stride(0), sin.stride(0))
@@ -64,11 +63,13 @@ def _plan(q: Tensor, k: Tensor | None, q_out: Tensor, k_out: Tensor | None, cos:
         return launch.on_cpu("apply_rope", "apply_rope", numbers)
     threads = -(-half // 8) + -(-(size - rotary) // 16)
     whole = launch.wide(8, q, k, q_out, k_out, cos, sin, q_weight, k_weight) and (size - rotary) % 16 == 0
-    name = launch.entry("apply_rope", q.dtype, cos.dtype, weight, whole)
+    each = launch.heads_each(threads, tokens * (heads + kv_heads))
+    name = launch.entry("apply_rope", q.dtype, cos.dtype, weight, whole, each)
+    rows = tokens * (-(-heads // each) - (-kv_heads // each))
     return launch.on_gpu("apply_rope", name, q.device, rows, launch.head_block(threads), numbers)
 
 
 _plans = launch.Plans(_plan)
 _write = jit.operator("jit_kernel::apply_rope", _apply_rope, fake=lambda *_: None, mutates=("q_out", "k_out"))
-for _type, _angle in itertools.product((torch.bfloat16, torch.float16), (None, torch.float32)):
-    launch.declare("apply_rope", launch.entry("apply_rope", _type, _angle or _type, _type, True))
+for _type, _angle, _each in itertools.product((torch.bfloat16, torch.float16), (None, torch.float32), (1, 4)):
+    launch.declare("apply_rope", launch.entry("apply_rope", _type, _angle or _type, _type, True, _each))

@@ -68,7 +68,9 @@ def _plan(k_cache: Tensor, v_cache: Tensor, page_table: Tensor, cu_seqlens: Tens
         return launch.on_cpu("gather_kv", "gather_kv", numbers)
     whole = launch.wide(16 // k_out.element_size(), k_cache, v_cache, k_out, v_out)
     name = launch.entry("gather_kv", k_cache.dtype, k_out.dtype, whole)
-    return launch.on_gpu("gather_kv", name, k_cache.device, tokens, (32, 4), numbers)  # a warp a token
+    turns = -(-heads * -(-max(sizes) * k_out.element_size() // 16) // 64)  # of a warp that takes a token
+    columns = launch.warps_each(turns, tokens)
+    return launch.on_gpu("gather_kv", name, k_cache.device, tokens, (32, 4), numbers, columns)
 
 
 _plans = launch.Plans(_plan)

@@ -18,7 +18,8 @@ from jit_kernel.device import Target
 
 Strides = tuple[int, int]
 MOST_THREADS = 512  # of a block, as cuda/rows.cuh has it
-_WARP, _FEW_ROWS = 32, 256
+_WARP, _FEW_ROWS, _MANY_HEADS = 32, 256, 16384
+_KEPT, _BLOCKS_NUMBERS = 4, 16384
 _MOST_PLANS = 4096  # of a kernel: batches of a serving engine have as many shapes as tokens
 
 
@@ -154,19 +155,26 @@ def wide(elements: int, *values: Tensor | None) -> bool:
     return True
 
 
-def block_of(pieces: int, rows: int, kept: int = 2) -> tuple[tuple[int, int], int]:
+def block_of(pieces: int, rows: int, few: int = 1) -> tuple[tuple[int, int], int]:
     """The block for rows of so many 16-byte pieces: its threads and rows, and the pieces that a thread keeps.
 
-    A thread has up to `kept` pieces, so that enough is in flight; few rows have all their pieces at once.
+    A thread has four pieces on their way, so that enough are, or of few rows `few`, so that each takes less long.
     """
+    many = rows > _FEW_ROWS
     if pieces <= _WARP:
-        threads = 1 << max(pieces - 1, 0).bit_length()
-        return (threads, max(1, 4 * _WARP // threads)), 1
-    each = 1 if rows <= _FEW_ROWS else kept
+        each = (4 if pieces >= 16 else 2 if pieces >= 8 else 1) if many else 1
+        return _short(math.ceil(pieces / each)), each
+    each = _KEPT if many else few
     while each < 4 and math.ceil(pieces / each) > MOST_THREADS:
         each *= 2
     threads = math.ceil(math.ceil(pieces / each) / _WARP) * _WARP
     return (min(threads, MOST_THREADS), 1), each
+
+
+def _short(pieces: int) -> tuple[int, int]:
+    """The block for rows of so many threads, at most a warp: a power of two, and the rows."""
+    threads = 1 << max(pieces - 1, 0).bit_length()
+    return threads, max(1, 4 * _WARP // threads)
 
 
 def on_gpu(
@@ -188,7 +196,7 @@ def on_gpu(
 def columns_of(pieces: int, rows: int) -> tuple[tuple[int, int], int, int]:
     """For numbers that need no others of their row: the block, how many share a row, and a thread's pieces."""
     if pieces <= _WARP:
-        return (*block_of(pieces, rows)[:1], 1, 1)
+        return _short(pieces), 1, 1
     each, most = (1, 4 * _WARP) if rows <= _FEW_ROWS else (2, 8 * _WARP)
     threads = min(most, math.ceil(math.ceil(pieces / each) / _WARP) * _WARP)
     return (threads, 1), math.ceil(pieces / (threads * each)), each
@@ -196,7 +204,17 @@ def columns_of(pieces: int, rows: int) -> tuple[tuple[int, int], int, int]:
 
 def head_block(threads: int) -> tuple[int, int]:
     """The block for heads of so many threads each."""
-    return block_of(threads, 1)[0] if threads <= _WARP else (2 * _WARP, 1)
+    return _short(threads) if threads <= _WARP else (2 * _WARP, 1)
+
+
+def heads_each(threads: int, heads: int) -> int:
+    """How many heads of a token the threads of one take, which are at most a warp where they are several."""
+    return 4 if threads <= _WARP and heads > _MANY_HEADS else 1
+
+
+def warps_each(turns: int, tokens: int) -> int:
+    """How many warps share a token whose pieces are so many turns of one: all of them where tokens are few."""
+    return turns if tokens <= _FEW_ROWS else min(turns, 8)
 
 
 def even(x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
@@ -205,6 +223,11 @@ def even(x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     if size < 1024 or not (x.is_contiguous() and out.is_contiguous()):
         return x, out
     return x.view(-1, size), out.view(-1, size)
+
+
+def fits_a_block(x: Tensor, out: Tensor) -> bool:
+    """Whether one block of a GPU keeps a whole tensor in registers: then one kernel does what else takes two."""
+    return not x.is_cpu and 0 < x.numel() <= _BLOCKS_NUMBERS and x.is_contiguous() and out.is_contiguous()
 
 
 def grouped(x: Tensor, groups: int) -> Tensor:

@@ -18,9 +18,8 @@ def quantize_fp8(x: Tensor, group: int | str = "token", *, scale: Tensor | None 
     """x as float8_e4m3fn, and the float32 scales that it is to be multiplied by: largest |x| / 448 of what shares one.
 
     x: (..., d) float32, float16 or bfloat16, any strides with a unit last one whose rows lie in two dimensions. group:
-    "token": a scale a row, (..., 1); a divisor of d, as 128: a scale for so many numbers of a row, (..., d / 128);
-    "tensor": one for all, (1,), or scale= that one. A largest number below 1e-12 counts as that. out, scale_out (any
-    strides): where the results go. Raises TypeError and ValueError by an argument's name.
+    "token": a scale a row, (..., 1); a divisor of d, as 128: one for so many, (..., d / 128); "tensor": one, (1,), or
+    scale=. A largest number below 1e-12 counts as that. out, scale_out: the results. Raises TypeError and ValueError.
     """
     checks.dims("x", checks.tensor("x", x), 1)
     size = checks.group(group, x.shape[-1], scale, scale_out)
@@ -38,6 +37,8 @@ def _plan(x: Tensor, out: Tensor, scales: Tensor, group: int | None, finds_scale
     groups = x.shape[-1] // group if group else 1
     wanted = (1,) if group is None else (*x.shape[:-1], groups)
     checks.quantized(x, out, scales, "scale_out" if finds_scale else "scale", wanted)
+    if group is None and finds_scale and launch.fits_a_block(x, out):
+        x, out, scales, group = x.view(1, -1), out.view(1, -1), scales.view(1, 1), x.numel()
     if group is None:
         return _plan_tensor(*launch.even(x, out), finds_scale)
     if not scales.numel():
@@ -66,8 +67,7 @@ def _plan_tensor(x: Tensor, out: Tensor, finds_scale: bool) -> launch.Plan:
     largest = launch.cuda_kernel("quantize_fp8", launch.entry("largest_parts", x.dtype, whole), x.device)
 
     def both(x: Tensor, out: Tensor, scales: Tensor) -> None:
-        parts = x.new_empty(_PARTS, dtype=torch.float32)
-        largest[_PARTS, 256](x, parts, *numbers[:5])
+        largest[_PARTS, 256](x, parts := x.new_empty(_PARTS, dtype=torch.float32), *numbers[:5])
         quantize(x, out, scales, parts, _PARTS)
 
     return launch.Plan(both) if finds_scale else quantize

@@ -54,7 +54,7 @@ def _plan(x: Tensor, residual: Tensor | None, weight: Tensor, out: Tensor, scale
     if x.is_cpu:
         return launch.on_cpu("rms_norm", "rms_norm", numbers)
     piece = 16 // x.element_size()
-    block, kept = launch.block_of(-(-size // piece), rows)
+    block, kept = launch.block_of(-(-size // piece), rows, few=2)
     whole = launch.wide(piece, x, residual, weight, out)
     name = launch.entry("rms_norm", x.dtype, weight.dtype, out.dtype, residual is not None, whole, kept)
     return launch.on_gpu("rms_norm", name, x.device, rows, block, numbers)

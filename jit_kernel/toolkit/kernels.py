@@ -48,8 +48,10 @@ class Kernel:
         return target.vendor == "cuda" and self._target in (None, target)
 
     def __getitem__(self, shape: Any) -> Launch:
-        known = self._shapes.get(shape)
-        return known if known is not None else self._keep(shape)
+        try:
+            return self._shapes[shape]
+        except KeyError:
+            return self._keep(shape)
 
     def _keep(self, shape: Any) -> Launch:
         if not isinstance(shape, tuple) or len(shape) not in (2, 3):

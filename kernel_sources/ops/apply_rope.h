@@ -45,8 +45,10 @@ __device__ __forceinline__ void regroup(float (&a)[kPairs], float (&b)[kPairs], 
   }
 }
 
-// Rows are heads, those of q before those of k; blockDim.x threads, at most a warp, share one.
-template <class T, class Angle, class Weight, bool kWide>
+// A row is kHeads heads of a token, of q or of k, which turn by the same angles: their elements are
+// all on the way before the angles are. blockDim.x threads, at most a warp where kHeads > 1, share
+// a row; the rows of a token are those of q, then those of k.
+template <class T, class Angle, class Weight, bool kWide, int kHeads>
 __global__ void __launch_bounds__(kMostThreads)
     apply_rope(const T* q, const T* k, T* q_out, T* k_out, const Angle* cos, const Angle* sin,
                const void* positions, const Weight* q_weight, const Weight* k_weight, Index tokens,
@@ -54,70 +56,96 @@ __global__ void __launch_bounds__(kMostThreads)
                Index q_head, Index k_token, Index k_head, Index q_out_token, Index q_out_head,
                Index k_out_token, Index k_out_head, Index cos_row, Index sin_row, float eps,
                bool interleaved, bool wide_positions) {
+  constexpr int kN = kWords<T, kPairs>;
   meet_neighbours();
   const unsigned row = static_cast<unsigned>(own_row());
-  const unsigned heads = static_cast<unsigned>(q_heads + k_heads);
-  const Index token = row / heads;
-  const bool present = token < tokens;
-  int head = static_cast<int>(row % heads);
-  const bool is_q = head < q_heads;
-  if (!is_q) head -= q_heads;
-  const Index from_row = is_q ? token * q_token + head * q_head : token * k_token + head * k_head;
-  const Index to_row =
-      is_q ? token * q_out_token + head * q_out_head : token * k_out_token + head * k_out_head;
-  const T* from = reinterpret_cast<const T*>(address(is_q ? q : k, from_row));
-  T* to = reinterpret_cast<T*>(address(is_q ? q_out : k_out, to_row));
+  const unsigned q_rows = (q_heads + kHeads - 1) / kHeads, k_rows = (k_heads + kHeads - 1) / kHeads;
+  const Index token = row / (q_rows + k_rows);
+  const unsigned group = row % (q_rows + k_rows);
+  const bool present = token < tokens, is_q = group < q_rows;
+  const int head = static_cast<int>(is_q ? group : group - q_rows) * kHeads;
+  const int heads = present ? (is_q ? q_heads : k_heads) - head : 0;
+  const Index step = is_q ? q_head : k_head, to_step = is_q ? q_out_head : k_out_head;
+  const T* from = reinterpret_cast<const T*>(
+      address(is_q ? q : k, token * (is_q ? q_token : k_token) + head * step));
+  T* to = reinterpret_cast<T*>(
+      address(is_q ? q_out : k_out, token * (is_q ? q_out_token : k_out_token) + head * to_step));
   const Weight* weight = is_q ? q_weight : k_weight;
+  const Place at = place_of(size, rotary, interleaved);
 
-  Place at = place_of(size, rotary, interleaved);
-  if (!present) at.first_end = at.second_end = at.pairs = 0;
-  float a[kPairs], b[kPairs];
-  load_floats<T, kWide, kPairs>(from, at.first, at.first_end, a);
-  load_floats<T, kWide, kPairs>(from, at.second, at.second_end, b);
+  unsigned first[kHeads][kN], second[kHeads][kN];
+#pragma unroll
+  for (int n = 0; n < kHeads; ++n) {
+    const T* own = reinterpret_cast<const T*>(address(from, n * step));
+    load_packed<T, kWide, kPairs>(own, at.first, n < heads ? at.first_end : 0, first[n]);
+    load_packed<T, kWide, kPairs>(own, at.second, n < heads ? at.second_end : 0, second[n]);
+  }
   Index position = 0;
   if (present) {
     position = wide_positions ? static_cast<const Index*>(positions)[token]
                               : static_cast<const int*>(positions)[token];
   }
+  unsigned weights[2][kWords<Weight, kPairs>];
+  load_packed<Weight, kWide, kPairs>(weight, at.first, weight ? at.first_end : 0, weights[0]);
+  load_packed<Weight, kWide, kPairs>(weight, at.second, weight ? at.second_end : 0, weights[1]);
   const bool inside = position >= 0 && position < table_rows;
   float c[kPairs], s[kPairs];
   if (inside) {
+    const int pairs = present ? at.pairs : 0;
     load_floats<Angle, kWide, kPairs>(
-        reinterpret_cast<const Angle*>(address(cos, position * cos_row)), at.pair, at.pairs, c);
+        reinterpret_cast<const Angle*>(address(cos, position * cos_row)), at.pair, pairs, c);
     load_floats<Angle, kWide, kPairs>(
-        reinterpret_cast<const Angle*>(address(sin, position * sin_row)), at.pair, at.pairs, s);
+        reinterpret_cast<const Angle*>(address(sin, position * sin_row)), at.pair, pairs, s);
   } else {
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) c[j] = s[j] = __uint_as_float(0x7fc00000u);
   }
+  float factors[kHeads];
   if (q_weight || k_weight) {
-    float squares = 0.0f;
 #pragma unroll
-    for (int j = 0; j < kPairs; ++j) squares += a[j] * a[j] + b[j] * b[j];
-    const float mean = over_row<Sum>(squares) / static_cast<float>(size);
+    for (int n = 0; n < kHeads; ++n) {
+      float a[kPairs], b[kPairs];
+      unpack<T>(first[n], a);
+      unpack<T>(second[n], b);
+      factors[n] = 0.0f;
+#pragma unroll
+      for (int j = 0; j < kPairs; ++j) factors[n] += a[j] * a[j] + b[j] * b[j];
+    }
+    if constexpr (kHeads > 1) {
+      over_lanes<Sum>(factors);
+    } else {
+      factors[0] = over_row<Sum>(factors[0]);
+    }
+    const float share = 1.0f / static_cast<float>(size);
+#pragma unroll
+    for (int n = 0; n < kHeads; ++n) factors[n] = rsqrtf(factors[n] * share + eps);
+  }
+#pragma unroll
+  for (int n = 0; n < kHeads; ++n) {
+    float a[kPairs], b[kPairs];
+    unpack<T>(first[n], a);
+    unpack<T>(second[n], b);
     if (weight) {
-      const float factor = rsqrtf(mean + eps);
-      float w[kPairs];
-      load_floats<Weight, kWide, kPairs>(weight, at.first, at.first_end, w);
+      float w[kPairs], v[kPairs];
+      unpack<Weight>(weights[0], w);
+      unpack<Weight>(weights[1], v);
 #pragma unroll
-      for (int j = 0; j < kPairs; ++j) a[j] *= factor * w[j];
-      load_floats<Weight, kWide, kPairs>(weight, at.second, at.second_end, w);
-#pragma unroll
-      for (int j = 0; j < kPairs; ++j) b[j] *= factor * w[j];
+      for (int j = 0; j < kPairs; ++j) a[j] *= factors[n] * w[j], b[j] *= factors[n] * v[j];
     }
-  }
-  if (at.pairs) {
-    if (at.alternate) regroup(a, b, true);
+    if (at.pairs) {
+      if (at.alternate) regroup(a, b, true);
 #pragma unroll
-    for (int j = 0; j < kPairs; ++j) {
-      const float first = a[j];
-      a[j] = first * c[j] - b[j] * s[j];
-      b[j] = first * s[j] + b[j] * c[j];
+      for (int j = 0; j < kPairs; ++j) {
+        const float x = a[j];
+        a[j] = x * c[j] - b[j] * s[j];
+        b[j] = x * s[j] + b[j] * c[j];
+      }
+      if (at.alternate) regroup(a, b, false);
     }
-    if (at.alternate) regroup(a, b, false);
+    T* own = reinterpret_cast<T*>(address(to, n * to_step));
+    store_floats<T, kWide, kPairs>(own, at.first, n < heads ? at.first_end : 0, a);
+    store_floats<T, kWide, kPairs>(own, at.second, n < heads ? at.second_end : 0, b);
   }
-  store_floats<T, kWide, kPairs>(to, at.first, at.first_end, a);
-  store_floats<T, kWide, kPairs>(to, at.second, at.second_end, b);
 }
 
 }  // namespace jit_kernel

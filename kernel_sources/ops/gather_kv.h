@@ -49,7 +49,8 @@ __device__ __forceinline__ void give(const unsigned (&words)[kWords<Cached, kPie
   }
 }
 
-// A warp takes a token: the pieces of its heads, keys and values, kAtOnce of a lane at a time.
+// A warp takes a token, or with gridDim.y warps their part of it: the pieces of its heads, keys and
+// values, kAtOnce of a lane at a time.
 template <class Cached, class T, bool kWide>
 __global__ void __launch_bounds__(kMostThreads)
     gather_kv(const Cached* k_cache, const Cached* v_cache, const int* page_table,
@@ -70,7 +71,8 @@ __global__ void __launch_bounds__(kMostThreads)
   const bool inside = page >= 0 && page < pages;
   const Index k_from = page * k_page + place * k_place, v_from = page * v_page + place * v_place;
   const int most = k_size < v_size ? v_size : k_size, pieces = (most + kCount - 1) / kCount;
-  for (int first = static_cast<int>(threadIdx.x); first < heads * pieces; first += 32 * kAtOnce) {
+  const int step = 32 * kAtOnce, own = static_cast<int>(blockIdx.y) * step + threadIdx.x;
+  for (int first = own; first < heads * pieces; first += step * static_cast<int>(gridDim.y)) {
     unsigned key[kAtOnce][kN], value[kAtOnce][kN];
 #pragma unroll
     for (int n = 0; n < kAtOnce; ++n) {

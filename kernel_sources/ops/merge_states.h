@@ -12,7 +12,8 @@ __device__ __forceinline__ float seen(float lse) {
   return lse == __uint_as_float(0x7f800000u) ? __uint_as_float(0xff800000u) : lse;
 }
 
-// Two passes over a row's lse, which are few, and one over its values, kAtOnce parts at a time.
+// Two passes over a row's lse, which are few, and one over its values, kAtOnce parts at a time. The
+// first ones are asked for beside their lse, whatever these will say: one latency less.
 template <class T, class Out, bool kWide>
 __global__ void __launch_bounds__(kMostThreads)
     merge_states(const T* parts, const float* part_lse, Out* out, float* lse, int splits,
@@ -24,35 +25,53 @@ __global__ void __launch_bounds__(kMostThreads)
   const Index row = own_row();
   if (row >= rows) return;
   const float* weights = nested_row(part_lse, row, inner, part_lse_outer, part_lse_inner);
+  const T* values = nested_row(parts, row, inner, part_outer, part_inner);
   const float nothing = __uint_as_float(0xff800000u);
-  float largest = nothing;
-  for (int i = 0; i < splits; ++i) largest = fmaxf(largest, seen(weights[i * lse_split]));
-  float sum = 0.0f;
-  for (int i = 0; i < splits; ++i) {
-    const float own = seen(weights[i * lse_split]);
-    sum += own == nothing ? 0.0f : expf(own - largest);
+  unsigned words[kAtOnce][4];
+  auto load = [&](int i, Index begin, bool wanted, unsigned (&to)[4]) {
+    const T* part = reinterpret_cast<const T*>(address(values, i * part_split));
+    load_packed<T, kWide, kCount>(part, begin, wanted ? size : 0, to);
+  };
+  const Index own_begin = static_cast<Index>(threadIdx.x) * kCount;
+  float first_lse[kAtOnce];
+#pragma unroll
+  for (int n = 0; n < kAtOnce; ++n) {
+    first_lse[n] = n < splits ? seen(weights[n * lse_split]) : nothing;
   }
+#pragma unroll
+  for (int n = 0; n < kAtOnce; ++n) load(n, own_begin, n < splits, words[n]);
+
+  float largest = nothing, sum = 0.0f, first_power[kAtOnce];
+#pragma unroll
+  for (int n = 0; n < kAtOnce; ++n) largest = fmaxf(largest, first_lse[n]);
+  for (int i = kAtOnce; i < splits; ++i) largest = fmaxf(largest, seen(weights[i * lse_split]));
+  // Every thread of a row computes these: with expf, a power and a division for each part twice,
+  // and a choice an element, instructions were what bounded a merge of four parts, not memory.
+  auto power = [&](float own) { return own == nothing ? 0.0f : __expf(own - largest); };
+#pragma unroll
+  for (int n = 0; n < kAtOnce; ++n) sum += first_power[n] = power(first_lse[n]);
+  for (int i = kAtOnce; i < splits; ++i) sum += power(seen(weights[i * lse_split]));
   const float whole = sum == 0.0f ? nothing : largest + logf(sum);
   if (lse && threadIdx.x == 0) *nested_row(lse, row, inner, lse_outer, lse_inner) = whole;
-  const T* values = nested_row(parts, row, inner, part_outer, part_inner);
+
   Out* to = nested_row(out, row, inner, out_outer, out_inner);
-  for (Index begin = static_cast<Index>(threadIdx.x) * kCount; begin < size;
-       begin += static_cast<Index>(blockDim.x) * kCount) {
+  const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+  for (Index begin = own_begin; begin < size; begin += static_cast<Index>(blockDim.x) * kCount) {
     float total[kCount] = {};
     for (int first = 0; first < splits; first += kAtOnce) {
-      unsigned words[kAtOnce][4];
       float weight[kAtOnce];
 #pragma unroll
       for (int n = 0; n < kAtOnce; ++n) {
         const int i = first + n;
-        const float own = i < splits ? seen(weights[i * lse_split]) : nothing;
-        weight[n] = own == nothing ? 0.0f : expf(own - largest) / sum;
-        const T* part = reinterpret_cast<const T*>(address(values, i * part_split));
-        // A part of weight 0 is not read: its values may be anything.
-        load_packed<T, kWide, kCount>(part, begin, weight[n] == 0.0f ? 0 : size, words[n]);
+        const float own = first == 0   ? first_power[n]
+                          : i < splits ? power(seen(weights[i * lse_split]))
+                                       : 0.0f;
+        weight[n] = own * inverse;
+        if (first > 0 || begin != own_begin) load(i, begin, weight[n] != 0.0f, words[n]);
       }
 #pragma unroll
       for (int n = 0; n < kAtOnce; ++n) {
+        if (weight[n] == 0.0f) continue;  // its values may be anything
         float x[kCount];
         unpack<T>(words[n], x);
 #pragma unroll

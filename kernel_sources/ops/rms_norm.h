@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kMostThreads)
   Out* to = nested_row(out, row, inner, out_outer, out_inner);
 
   float squares = 0.0f;
-  auto add = [&](Index i, unsigned (&words)[4], const unsigned (&more)[4]) {
+  auto add = [&](Index i, unsigned (&words)[4], const unsigned (&more)[4], bool store) {
     float a[kCount];
     unpack<T>(words, a);
     if constexpr (kResidual) {
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kMostThreads)
 #pragma unroll
       for (int j = 0; j < kCount; ++j) a[j] += b[j];
       pack<T>(a, words);
-      store_packed<T, kWide, kCount>(sums, i, end, words);
+      if (store) store_packed<T, kWide, kCount>(sums, i, end, words);
       unpack<T>(words, a);
     }
 #pragma unroll
@@ -51,18 +51,17 @@ __global__ void __launch_bounds__(kMostThreads)
   for (int k = 0; k < kKept; ++k) {
     load_packed<Weight, kWide, kCount>(weight, begin + k * step, end, weights[k]);
   }
-  const float divisor = scale ? *scale : 1.0f;
+  const float inverse = scale ? 1.0f / *scale : 1.0f, share = 1.0f / static_cast<float>(size);
 #pragma unroll
-  for (int k = 0; k < kKept; ++k) add(begin + k * step, kept[k], other[k]);
+  for (int k = 0; k < kKept; ++k) add(begin + k * step, kept[k], other[k], false);
   for (Index i = begin + kKept * step; i < end; i += step) {
     unsigned words[4], more[4];
     load_packed<T, kWide, kCount>(from, i, end, words);
     if (kResidual) load_packed<T, kWide, kCount>(sums, i, end, more);
-    add(i, words, more);
+    add(i, words, more, true);
   }
 
-  const float mean = over_row<Sum>(squares) / static_cast<float>(size);
-  const float factor = rsqrtf(mean + eps) / divisor;
+  const float factor = rsqrtf(over_row<Sum>(squares) * share + eps) * inverse;
   auto norm = [&](Index i, const unsigned (&words)[4],
                   const unsigned (&of_weight)[kWords<Weight, kCount>]) {
     float a[kCount], w[kCount];
@@ -73,7 +72,11 @@ __global__ void __launch_bounds__(kMostThreads)
     store_floats<Out, kWide, kCount>(to, i, end, a);
   };
 #pragma unroll
-  for (int k = 0; k < kKept; ++k) norm(begin + k * step, kept[k], weights[k]);
+  for (int k = 0; k < kKept; ++k) {
+    // Behind all reads: 1 % less than before the sum.
+    if (kResidual) store_packed<T, kWide, kCount>(sums, begin + k * step, end, kept[k]);
+    norm(begin + k * step, kept[k], weights[k]);
+  }
   for (Index i = begin + kKept * step; i < end; i += step) {
     unsigned words[4], of_weight[kWords<Weight, kCount>];
     load_packed<T, kWide, kCount>(kResidual ? sums : from, i, end, words);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import platform
 import re
 import subprocess
@@ -67,6 +68,41 @@ def test_the_wheel_is_small_and_whole(tmp_path):
         assert f"[{group}]\njit_kernel = jit_kernel.integrations.{engine}:plugin" in scripts.read_text()
 
 
+def platform_wheel() -> dict[str, Any]:
+    """The names of the tool."""
+    code = (ROOT / "tools" / "platform_wheel.py").read_text()
+    tool: dict[str, Any] = {"__name__": "tool"}
+    exec(compile(code, "platform_wheel.py", "exec"), tool)
+    return tool
+
+
+def elf(path: Path) -> tuple[int, set[str]]:
+    """The ELF machine of a library and what it exports, by this test's own reading of the file."""
+    data = path.read_bytes()
+    return int.from_bytes(data[18:20], "little"), set(re.findall(r"__tvm_ffi_times\b", data.decode("latin-1")))
+
+
+def test_another_machines_launchers_are_of_its_machine_and_export_the_same(tmp_path):
+    """A compiler that makes something else ends `make wheels`; an entry's hashes are those of its new library."""
+    tool, folder = platform_wheel(), tmp_path / "store"
+    children.run(tiny.call, environment={"JIT_KERNEL_CACHE_DIR": str(folder)}, scratch=tmp_path)
+    (place,) = folder.rglob("kernel.so")
+    before, own = place.read_bytes(), platform.machine()
+    other = next(name for name in tool["ELF_MACHINES"] if name != own)
+    tool["CROSS_FLAGS"] = ("-Wl,-s",)  # g++ stands for a compiler that makes code for the machine that is asked for
+    store = tool["crossed"](folder, config.package_dir().parent, tmp_path / "same", own, "g++ -DANOTHER")
+    (made,) = store.rglob("kernel.so")
+    assert elf(made) == (tool["ELF_MACHINES"][own], {"__tvm_ffi_times"}) and made.read_bytes() != before
+    manifest = json.loads(made.with_name("manifest.json").read_text())
+    assert manifest["files"]["kernel.so"]["sha256"] == hashlib.sha256(made.read_bytes()).hexdigest()
+    wheel = tool["with_layer"](built("wheel", tmp_path / "dist"), store, tmp_path, other)
+    assert re.fullmatch(rf".*-py3-none-manylinux_2_\d+_{other}\.whl", wheel.name)
+    with pytest.raises(SystemExit, match=rf"made a library for ELF machine .*; it must be .*, {other}"):
+        tool["crossed"](folder, config.package_dir().parent, tmp_path / "other", other, "g++")
+    with pytest.raises(SystemExit, match="the machine must be one of x86_64, aarch64"):
+        tool["crossed"](folder, config.package_dir().parent, tmp_path / "none", "mips", "g++")
+
+
 def test_a_platform_wheel_has_a_layer_that_is_used_without_a_compiler(tmp_path):
     """Entries of a store become the installed package's last layer; the tag and RECORD are what an installer reads."""
     wheel = built("wheel", tmp_path / "dist")
@@ -74,9 +110,7 @@ def test_a_platform_wheel_has_a_layer_that_is_used_without_a_compiler(tmp_path):
     assert (
         children.run(tiny.call, environment={"JIT_KERNEL_CACHE_DIR": store}, scratch=tmp_path).result["compiled"] == 1
     )
-    code = (ROOT / "tools" / "platform_wheel.py").read_text()
-    tool: dict[str, Any] = {"__name__": "tool"}
-    exec(compile(code, "platform_wheel.py", "exec"), tool)
+    tool = platform_wheel()
     made = tool["with_layer"](wheel, Path(store), tmp_path)
     assert re.fullmatch(rf"jit_kernel-[\d.]+-py3-none-manylinux_2_\d+_{platform.machine()}\.whl", made.name)
     with zipfile.ZipFile(made) as archive:

@@ -40,6 +40,21 @@ def test_warmup_lists_every_variant(store):
     assert not any(entry["stored"] for entry in listed)
 
 
+def test_a_field_that_is_selected_twice_means_either_value(store):
+    """In one --select or in two; `why` reads them the same way."""
+    words = ("--target", "cpu:native", "--select", "dtype=bf16", "dtype=fp32", "head_dim=128")
+    either, *alone = (
+        {entry["kernel"] + str(entry["variant"]) for entry in json.loads(answer.stdout)}
+        for answer in (
+            command("jit_kernel.warmup", "--list", "--json", *chosen, JIT_KERNEL_CACHE_DIR=store)
+            for chosen in (words, words[:4] + words[5:], (*words[:3], "dtype=fp32", "--select", *words[5:]))
+        )
+    )
+    assert either == alone[0] | alone[1] and alone[0] - alone[1] and alone[1] - alone[0]
+    missing = command("jit_kernel", "cache", "why", *words, JIT_KERNEL_CACHE_DIR=store)
+    assert len(missing.stdout.splitlines()) == len(either), missing.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

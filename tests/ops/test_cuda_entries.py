@@ -74,7 +74,7 @@ def test_what_a_call_passes_is_what_the_entry_takes(monkeypatch, op):
     [
         ("rms_norm", "rms_norm<jit_kernel::bf16, jit_kernel::bf16, jit_kernel::bf16, true, true, 4>"),
         ("quantize_fp8", "quantize_rows<jit_kernel::bf16, true, 4>"),
-        ("apply_rope", "apply_rope<jit_kernel::bf16, float, jit_kernel::bf16, true>"),
+        ("apply_rope", "apply_rope<jit_kernel::bf16, float, jit_kernel::bf16, true, 4>"),
         ("merge_states", "merge_states<float, jit_kernel::bf16, true>"),
     ],
 )

@@ -22,7 +22,7 @@ import tvm_ffi.libinfo
 
 from jit_kernel import config
 from jit_kernel.ops import launch
-from tests.support.ops import Draw
+from tests.support.ops import Draw, seeds
 
 SOURCES = config.kernel_sources_dir()
 SHIM = Path(__file__).resolve().parents[1] / "support" / "emulated" / "host_cuda.h"
@@ -85,6 +85,6 @@ def test_random_cases(emulation, monkeypatch, op):
     monkeypatch.setattr(plans, "_known", {})
     monkeypatch.setattr(sys.modules["jit_kernel.ops.quantize_fp8"], "_PARTS", 3)  # 528 blocks take a minute a call
     cases = importlib.import_module(f"tests.ops.test_{op}")
-    for seed in range(25):
+    for seed in seeds(25):
         cases.check(Draw(seed, "cpu"))
     assert emulation

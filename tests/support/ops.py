@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
+
+from jit_kernel.ops import launch
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 E4M3 = torch.float8_e4m3fn
@@ -24,9 +27,20 @@ _ROUNDING = {
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def cases(device: str) -> range:
+def cases(device: str) -> Iterator[int]:
     """The seeds of a device's random cases."""
-    return range(CASES if device == "cpu" else ON_GPU)
+    return seeds(CASES if device == "cpu" else ON_GPU)
+
+
+def seeds(count: int) -> Iterator[int]:
+    """So many seeds; with every second one a call is launched on a GPU as one of many rows is."""
+    few = launch._FEW_ROWS, launch._MANY_HEADS
+    try:
+        for seed in range(count):
+            launch._FEW_ROWS, launch._MANY_HEADS = (0, 0) if seed % 2 else few
+            yield seed
+    finally:
+        launch._FEW_ROWS, launch._MANY_HEADS = few
 
 
 class Draw:

@@ -2,8 +2,8 @@
 //
 // Vec, kLanes and kRegisters; zero, set1, load, store, fma (a * b + c), max, abs, where_less,
 // copy_sign, reduce_add, reduce_max, reduce_each, exp2; load_as_float and store_as for every
-// element type. With __AVX512BF16__ also load_pairs, set1_pair and dot_pairs: 16 sums of pairs of
-// bf16.
+// element type. max(a, b) is b where either is a NaN, as x86's instruction has it. With
+// __AVX512BF16__ also load_pairs, set1_pair and dot_pairs: 16 sums of pairs of bf16.
 #pragma once
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)

@@ -26,7 +26,7 @@ inline Vec load(const float* p) {
 inline void store(float* p, Vec x) { std::memcpy(p, &x, sizeof(x)); }
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }  // contracted where there is an FMA
 inline Vec where_less(Vec a, Vec b, Vec yes, Vec no) { return a < b ? yes : no; }
-inline Vec max(Vec a, Vec b) { return where_less(a, b, b, a); }
+inline Vec max(Vec a, Vec b) { return where_less(b, a, a, b); }
 inline Vec abs(Vec a) { return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(a) & INT32_MAX); }
 inline Vec copy_sign(Vec magnitude, Vec sign) {
   return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(magnitude) |
@@ -42,7 +42,8 @@ inline float reduce_max(Vec a) {
 template <int kDegree>
 inline Vec exp2(Vec x) {
   const Vec lowest = set1(-126.0f), shift = set1(12582912.0f);  // 1.5 * 2^23 rounds to an integer
-  Vec bounded = max(x, lowest), shifted = bounded + shift;
+  // In this order a NaN stays one: it is the second operand.
+  Vec bounded = max(lowest, x), shifted = bounded + shift;
   Vec f = bounded - (shifted - shift);
   Vec y = fma(set1(0.00132764668f), f, set1(0.00967554129f));
   y = fma(y, f, set1(0.0555071329f));

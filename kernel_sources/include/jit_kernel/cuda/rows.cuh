@@ -273,7 +273,9 @@ __device__ __forceinline__ Index own_row() {
 template <class T>
 __device__ __forceinline__ T* nested_row(T* base, Index row, int inner, Index outer_stride,
                                          Index inner_stride) {
-  const unsigned outer = static_cast<unsigned>(row) / static_cast<unsigned>(inner);
+  // One dimension has no outer rows: a division is 60 cycles before the first load.
+  const unsigned outer =
+      row < inner ? 0u : static_cast<unsigned>(row) / static_cast<unsigned>(inner);
   const unsigned rest = static_cast<unsigned>(row) - outer * static_cast<unsigned>(inner);
   const Index element = outer * outer_stride + rest * inner_stride;
   return reinterpret_cast<T*>(const_cast<char*>(address(base, element)));
@@ -286,6 +288,17 @@ struct Largest {
   static __device__ __forceinline__ float join(float a, float b) { return fmaxf(a, b); }
 };
 
+// Join of several numbers over the row's threads, at most a warp: their shuffles overlap.
+template <class Join, int kCount>
+__device__ __forceinline__ void over_lanes(float (&x)[kCount]) {
+  for (unsigned offset = blockDim.x / 2; offset; offset /= 2) {
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) {
+      x[n] = Join::join(x[n], __shfl_xor_sync(0xffffffffu, x[n], offset));
+    }
+  }
+}
+
 // Join, of which 0 changes nothing, over the row's threads, in each of them. All threads of a block
 // come here, once a kernel.
 template <class Join>
@@ -295,13 +308,14 @@ __device__ __forceinline__ float over_row(float x) {
     x = Join::join(x, __shfl_xor_sync(0xffffffffu, x, offset));
   }
   if (threads > 32) {
-    __shared__ float of_warp[32];
-    const unsigned lane = threadIdx.x % 32;
-    if (lane == 0) of_warp[threadIdx.x / 32] = x;
+    constexpr unsigned kWarps = kMostThreads / 32;
+    __shared__ float of_warp[kWarps];
+    const unsigned lane = threadIdx.x % kWarps;
+    if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = x;
     __syncthreads();
     x = lane < threads / 32 ? of_warp[lane] : 0.0f;
 #pragma unroll
-    for (unsigned offset = 16; offset; offset /= 2) {
+    for (unsigned offset = kWarps / 2; offset; offset /= 2) {
       x = Join::join(x, __shfl_xor_sync(0xffffffffu, x, offset));
     }
   }
