@@ -25,13 +25,14 @@ def launcher_of(kernel: str) -> KernelSpec:
 LAUNCHER = launcher_of("launcher")
 
 
-# The kernels of a GPU by its number and the place of their launcher, which is that of a family's kernels.
+# The kernels of a GPU by its number and their folder.
 _families: dict[tuple[int, str], DeviceKernels] = {}
 
 
 class DeviceKernels:
     """The kernels of one GPU: compiled or loaded at first use, then a handle of the launcher's.
 
+    folder: of the kernels, if it is not the launcher's own.
     compiles_under_capture: whether a kernel may be compiled while the current stream is captured into a graph.
 
     The launcher exports `prepare(device) -> multiprocessors`, `load_kernel(image, ...) -> handle` and what launches.
@@ -39,11 +40,11 @@ class DeviceKernels:
 
     compiles_under_capture = False
 
-    def __init__(self, index: int, target: Target, launcher: KernelSpec) -> None:
+    def __init__(self, index: int, target: Target, launcher: KernelSpec, folder: str = "") -> None:
         self.target = target
         self.handles: dict[tuple[Any, ...], int] = {}
         self._on_device: dict[KernelSpec, int] = {}
-        _families.setdefault((index, launcher.kernel), self)
+        _families[index, folder or launcher.kernel] = self
         self._index = index
         self._launcher_spec = launcher
         self._functions: Any = None
