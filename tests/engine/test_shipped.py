@@ -11,13 +11,14 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import jit_kernel
-from jit_kernel import config, jit, ready
+from jit_kernel import config, flash_attention_v3, jit, ready, warmup
 from jit_kernel.commands import cache
 from jit_kernel.device import cpu_target
 from jit_kernel.engine import unpack
@@ -25,6 +26,7 @@ from jit_kernel.fa3.cpu import kernels
 from tests.support import children, tiny
 
 REQUESTS = 1000
+ATTENTION = ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache")
 USER = 12345
 BARE: dict[str, str | None] = {"PATH": "", "CXX": None, "JIT_KERNEL_SEALED": "1"}
 DEMO = Path(config.package_dir()).parent / "examples" / "first_call.py"
@@ -57,6 +59,8 @@ def unpacked_and_served(pack: str, profile: str) -> dict[str, Any]:
     """As in an image without compilers: Triton cannot be imported, PATH is empty, the process is sealed."""
     sys.modules["triton"] = None  # type: ignore[assignment]
     assert cache.main(["unpack", pack]) == 0
+    with mock.patch.multiple(flash_attention_v3, **dict.fromkeys(ATTENTION)):  # a check that made a call would raise
+        assert warmup.main(["--check", "--profile", profile]) == 0
     done = ready.preload(profile)
     return {**serve(REQUESTS), "loaded": done["loaded"]}
 
