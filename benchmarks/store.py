@@ -183,7 +183,7 @@ def ready(requests: int, processes: int) -> list[dict[str, Any]]:
 def main() -> None:
     """Measure, print and append to results/store.jsonl."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--processes", type=int, default=3)
     parser.add_argument("--only", choices=("hit", "many", "ready"))

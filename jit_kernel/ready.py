@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 
@@ -130,9 +130,10 @@ def _rehearse(fields: Mapping[str, object]) -> None:
     dtypes = [dtype for dtype, name in DTYPE_NAMES.items() if name == fields.get("dtype")]
     if fields.get("function") != "forward" or "kv_dtype" in fields or not dtypes:
         return
-    with torch.no_grad(), torch.device("cpu"):
-        q, k = (torch.ones(1, 128, heads, 64).to(dtypes[0]) for heads in (8, 2))
-        starts, lengths, pages = (torch.tensor(each, dtype=torch.int32) for each in ([0, 128], [128], [[0, 1]]))
+    with torch.no_grad():
+        q, k = (torch.ones(1, 128, heads, 64, device="cpu").to(dtypes[0]) for heads in (8, 2))
+        numbers: tuple[list[Any], ...] = ([0, 128], [128], [[0, 1]])
+        starts, lengths, pages = (torch.tensor(each, dtype=torch.int32, device="cpu") for each in numbers)
         cached, kept = k.view(2, 64, 2, 64), []
         for _ in range(2):  # the results together, as a server holds some: torch's next ones take memory that is there
             kept.append(flash_attention_v3.flash_attn_func(q, k, k, causal=True))
