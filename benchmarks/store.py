@@ -133,11 +133,12 @@ def many(rounds: int) -> list[dict[str, Any]]:
         # An installed package has its bytecode; where none may be written, compiling the sources takes 100 ms.
         environment |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": f"{folder}/bytecode"}
         subprocess.run(command, env=environment, capture_output=True, check=True)
-        whole, inside, lookups = [], [], {"one": [], "many": []}
+        whole, busy, inside, lookups = [], [], [], {"one": [], "many": []}
         for _ in range(rounds):
-            started = time.perf_counter()
+            started, before = time.perf_counter(), os.times()
             done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
             whole.append(time.perf_counter() - started)
+            busy.append(sum(os.times()[2:4]) - sum(before[2:4]))
             assert len(done.stdout.splitlines()) == ENTRIES
             started = time.perf_counter()
             assert sum(1 for _ in Store(Path(folder, "many")).verified(glance=True)) == ENTRIES
@@ -147,6 +148,7 @@ def many(rounds: int) -> list[dict[str, Any]]:
                 Store(Path(folder, name)).lookup("tiny", str(cpu_target()), key, entry.name.rpartition("-")[2])
                 lookups[name].append((time.perf_counter() - started) * 1e3)
     listed = {"case": "list of 1,000 entries", "inside_ms": round(statistics.median(inside) * 1e3, 1)}
+    listed |= {"least_ms": round(min(whole) * 1e3, 1), "processor_ms": round(statistics.median(busy) * 1e3, 1)}
     listed |= {"goal": "200 ms", "value": round(statistics.median(whole) * 1e3, 1)}
     found = {"case": "look-up among 1,000 entries", "of_one_ms": round(statistics.median(lookups["one"]), 3)}
     return [listed, {**found, "goal": "as of one", "value": round(statistics.median(lookups["many"]), 3)}]
