@@ -8,6 +8,7 @@ read at each question: only compilations and reports ask.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Callable
@@ -170,6 +171,11 @@ def given_settings() -> dict[str, str]:
     return found
 
 
+def search_path() -> str:
+    """PATH, where programs are searched; empty without one."""
+    return os.environ.get("PATH", "")
+
+
 def host_compiler() -> str:
     """The C++ compiler that the user asks for (CXX), with options if any; empty without one."""
     return os.environ.get("CXX", "").strip()
@@ -247,14 +253,20 @@ def local_kernels() -> str:
     return os.environ.get("LOCAL_KERNELS", "")
 
 
+@functools.cache
 def package_dir() -> Path:
-    """The folder of the Python package."""
+    """The folder of the Python package; to resolve it at each look-up would take 0.05 ms."""
     return Path(__file__).resolve().parent
 
 
 def checkout_root() -> Path | None:
     """The root of the source checkout that the package runs from, or None when it is installed."""
-    root = package_dir().parent
+    return _checkout_of(package_dir())
+
+
+@functools.cache
+def _checkout_of(package: Path) -> Path | None:
+    root = package.parent
     here = (root / "kernel_sources").is_dir() and (root / "pyproject.toml").is_file()
     return root if here else None
 

@@ -1,27 +1,31 @@
 """Ready before the first request: the kernels of a profile, compiled, checked or loaded.
 
-A profile is what JIT_KERNEL_RECORD wrote. A kernel that the package itself lists is taken as the package has it now; of
-any other the profile's own line is what is compiled.
+A profile is what JIT_KERNEL_RECORD wrote. A kernel that attention lists, or that jit_kernel.ops or somebody's package
+declares, is taken as it is declared now; of any other the profile's own line is what is compiled.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 
 from jit_kernel import flash_attention_v3, jit
 from jit_kernel.device import Target, device_target
-from jit_kernel.engine import build, compiler, memory, record, seal
+from jit_kernel.engine import build, compiler, cubin, memory, record, seal
+from jit_kernel.engine.progress import warn_once
 from jit_kernel.engine.store import CacheError
 from jit_kernel.fa3 import dispatch
+from jit_kernel.fa3.features import DTYPE_NAMES
 from jit_kernel.jit import KernelSpec
+from jit_kernel.toolkit import declared
 
 Kernel = tuple[KernelSpec, Target]
 
@@ -48,24 +52,47 @@ def kernels_of(profile: str | os.PathLike[str], targets: Collection[Target] = ()
     for target in targets:
         if target not in there:
             raise ValueError(f"target is {target}; profile {path} has {', '.join(sorted(map(str, there)))}")
-    listed = {target: _listed(target) for target in there}
+    listed = functools.cache(_listed)
     return [
-        (spec if spec.sources else listed[target].get((spec.kernel, spec.variant), spec), target)
+        (_as_now(spec, listed(_lister_of(spec), target)), target)
         for spec, target in found
         if not targets or target in targets
     ]
 
 
-def _listed(target: Target) -> dict[tuple[str, object], KernelSpec]:
-    """The kernels that the package lists for a target, by name and variant."""
-    if target.vendor == "musa":  # MATE's, which are no kernels of ours
-        return {}
-    return {(spec.kernel, spec.variant): spec for spec in dispatch.select_variants(target, {})}
+_OPS = "jit_kernel.ops"
+
+
+def _lister_of(spec: KernelSpec) -> str:
+    """The module that may declare a kernel: "" for attention, "-" where nobody is known to."""
+    if spec.sources is not None:
+        return spec.sources.package or "-"
+    return _OPS if spec.kernel.startswith("ops/") else ""
+
+
+def _listed(lister: str, target: Target) -> list[KernelSpec]:
+    """What a module declares for a target, or attention lists."""
+    if lister == "-" or target.vendor == "musa":  # MATE's are no kernels of ours
+        return []
+    if not lister:
+        return [cubin.LAUNCHER, *dispatch.select_variants(target, {})]
+    try:
+        importlib.import_module(lister)
+    except ImportError as error:
+        warn_once(f"{lister} cannot be imported ({error}); its kernels are taken as the profile has them")
+    return declared.known(lister, target)
+
+
+def _as_now(spec: KernelSpec, listed: Sequence[KernelSpec]) -> KernelSpec:
+    """The kernel of the same name and variant that is listed, if it is one."""
+    same = [each for each in listed if (each.kernel, each.variant) == (spec.kernel, spec.variant)]
+    return same[0] if len(same) == 1 else spec
 
 
 def preload(profile: str | os.PathLike[str]) -> Preloaded:
     """Load every kernel of a profile that this machine's devices can run, so that no request waits for one.
 
+    Kernels of a GPU are put on it; those of attention on the CPU are called once with numbers of no meaning.
     What is not stored is compiled, unless the process is sealed: then it is a jit.SealedError. Raises what jit.load
     raises, record.ProfileError, CacheError, and ValueError where the profile holds nothing for this machine.
     """
@@ -84,12 +111,38 @@ def preload(profile: str | os.PathLike[str]) -> Preloaded:
     importlib.import_module("jit_kernel.fa3.checks.call")  # 20 ms of the first call that is not a plain one
     for target in {target for _, target in mine}:  # what else a first call would choose, or load
         flash_attention_v3._load_fa3_kernels(here[target])
+    for spec, target in mine:
+        if spec.route != "host":
+            cubin.ready(here[target].index, target, spec)
+        elif spec.kernel == "flash_attention_v3/cpu":
+            _rehearse(dict(spec.variant))
     return Preloaded(
         loaded=len(mine),
         compiled=jit.stats()["compiled"] - before,
         skipped=len(kernels) - len(mine),
         seconds=time.perf_counter() - started,
     )
+
+
+def _rehearse(fields: Mapping[str, object]) -> None:
+    """Make the first calls of a CPU kernel here: the first takes 1.4 ms more than the next (library code that is read
+    for the first time, scratch memory and threads that are made, torch's own first operations)."""
+    dtypes = [dtype for dtype, name in DTYPE_NAMES.items() if name == fields.get("dtype")]
+    if fields.get("function") != "forward" or "kv_dtype" in fields or not dtypes:
+        return
+    with torch.no_grad():
+        q, k = (torch.ones(1, 128, heads, 64, device="cpu").to(dtypes[0]) for heads in (8, 2))
+        numbers: tuple[list[Any], ...] = ([0, 128], [128], [[0, 1]])
+        starts, lengths, pages = (torch.tensor(each, dtype=torch.int32, device="cpu") for each in numbers)
+        cached, kept = k.view(2, 64, 2, 64), []
+        for _ in range(2):  # the results together, as a server holds some: torch's next ones take memory that is there
+            kept.append(flash_attention_v3.flash_attn_func(q, k, k, causal=True))
+            kept.append(
+                flash_attention_v3.flash_attn_varlen_func(q[0], k[0], k[0], starts, starts, 128, 128, causal=True)
+            )
+            flash_attention_v3.flash_attn_with_kvcache(
+                q[:, :1], cached, cached, cache_seqlens=lengths, page_table=pages, causal=True
+            )
 
 
 def check(kernels: Sequence[Kernel]) -> dict[Kernel, str]:

@@ -27,7 +27,7 @@ from jit_kernel.engine import (
 from jit_kernel.engine.entry import Entry, Miss, sha256_of
 from jit_kernel.engine.lock import EntryLock
 from jit_kernel.engine.spec import Event, KernelSpec
-from jit_kernel.engine.store import CacheError, Store, write_manifest, write_unit
+from jit_kernel.engine.store import CacheError, Store, read_only_layers, write_manifest, write_unit
 from jit_kernel.engine.wanted import Wanted, wanted_of
 from jit_kernel.engine.wanted import key_of as key_of
 
@@ -217,7 +217,7 @@ def _explained_miss(wanted: Wanted, miss: Miss, store: Store) -> str:
     """Why it is not stored: what lies in its place, else what differs from the nearest entry."""
     if miss.damaged is not None:
         return miss.reason
-    stores = [store, *layers.read_only()]
+    stores = [store, *read_only_layers()]
     reason = explain.why_missed(wanted.spec, wanted.target, wanted.key, wanted.inputs, stores) or miss.reason
     progress.say(f"{wanted.spec} is not stored: {reason}", "debug")
     return reason

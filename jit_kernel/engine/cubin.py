@@ -25,9 +25,14 @@ def launcher_of(kernel: str) -> KernelSpec:
 LAUNCHER = launcher_of("launcher")
 
 
+# The kernels of a GPU by its number and their folder.
+_families: dict[tuple[int, str], DeviceKernels] = {}
+
+
 class DeviceKernels:
     """The kernels of one GPU: compiled or loaded at first use, then a handle of the launcher's.
 
+    folder: of the kernels, if it is not the launcher's own.
     compiles_under_capture: whether a kernel may be compiled while the current stream is captured into a graph.
 
     The launcher exports `prepare(device) -> multiprocessors`, `load_kernel(image, ...) -> handle` and what launches.
@@ -35,9 +40,11 @@ class DeviceKernels:
 
     compiles_under_capture = False
 
-    def __init__(self, index: int, target: Target, launcher: KernelSpec) -> None:
+    def __init__(self, index: int, target: Target, launcher: KernelSpec, folder: str = "") -> None:
         self.target = target
         self.handles: dict[tuple[Any, ...], int] = {}
+        self._on_device: dict[KernelSpec, int] = {}
+        _families[index, folder or launcher.kernel] = self
         self._index = index
         self._launcher_spec = launcher
         self._functions: Any = None
@@ -82,11 +89,18 @@ class DeviceKernels:
         Raises what `jit.load` raises, and RuntimeError when it would take a compiler while the current stream is
         being captured.
         """
+        handle = self.handles[key] = self.put_on_device(spec)
+        return handle
+
+    def put_on_device(self, spec: KernelSpec) -> int:
+        """The handle of a variant, whatever calls name it by. Raises what `load` raises."""
+        if spec in self._on_device:
+            return self._on_device[spec]
         if not self.compiles_under_capture:
             self._refuse_to_compile_under_capture(spec)
         cubin = memory.load_cubin(spec, self.target)
         handle = int(self._launcher()[self._load_function(spec)](cubin.image, *self._load_arguments(spec, cubin)))
-        self.handles[key] = handle
+        self._on_device[spec] = handle
         return handle
 
     def _warmed_by(self) -> str:
@@ -134,3 +148,15 @@ def kernels_of(index: int, target: Target) -> EntryKernels:
     """The kernels of a GPU for a target, the same at every call."""
     found = _devices.get((index, target))
     return found if found is not None else _devices.setdefault((index, target), EntryKernels(index, target))
+
+
+def ready(index: int, target: Target, spec: KernelSpec) -> None:
+    """Put a kernel on a GPU, so that its first launch loads nothing. Raises what `DeviceKernels.load` raises.
+
+    Nothing is done for one of a family that does not serve this GPU here: no call will launch it.
+    """
+    family = _families.get((index, spec.kernel))
+    if family is None and (spec.sources is not None or spec.entry):
+        family = kernels_of(index, target)
+    if family is not None:
+        family.put_on_device(spec)

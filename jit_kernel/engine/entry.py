@@ -70,7 +70,7 @@ def sha256_of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def read_file(path: Path, root: Path, most: int) -> bytes:
+def read_file(path: Path | str, root: Path, most: int) -> bytes:
     """The bytes of a plain file, one more than `most` at most.
 
     Raises CacheError where another user may change it, DamagedError where it is no plain file, OSError.
@@ -81,7 +81,7 @@ def read_file(path: Path, root: Path, most: int) -> bytes:
         status = os.fstat(descriptor)
         ownership.check_status(status, path, root)
         if not stat.S_ISREG(status.st_mode):
-            raise DamagedError(f"{path.name} is not a plain file")
+            raise DamagedError(f"{os.path.basename(path)} is not a plain file")
         parts = []
         while most >= 0 and (part := os.read(descriptor, min(most, status.st_size) + 1)):
             parts.append(part)
@@ -100,9 +100,10 @@ def verify(folder: Path, key: str, root: Path, *, glance: bool = False) -> Entry
     """
     place = str(root)
     try:
-        for part in os.path.relpath(folder, root).split(os.sep):
-            place = f"{place}/{part}"
-            ownership.check_folder(place, root)
+        for part in str(folder)[len(place) :].split(os.sep):  # as strings: paths would take 0.05 ms
+            if part:
+                place = f"{place}/{part}"
+                ownership.check_folder(place, root)
     except FileNotFoundError:
         return Miss("no entry")
     except NotADirectoryError as error:
@@ -133,8 +134,7 @@ def _unreadable(place: Path, root: Path, error: OSError) -> Miss:
 
 def _read(folder: Path, key: str, root: Path, glance: bool) -> Entry:
     try:
-        text = read_file(folder / MANIFEST, root, _MOST_MANIFEST_BYTES)
-        manifest = json.loads(text)
+        manifest = json.loads(read_file(f"{folder}/{MANIFEST}", root, _MOST_MANIFEST_BYTES))
     except FileNotFoundError:
         raise DamagedError("its manifest is missing") from None
     except DamagedError:
@@ -152,28 +152,29 @@ def _read(folder: Path, key: str, root: Path, glance: bool) -> Entry:
         size, digest = expected.get("size"), expected.get("sha256")
         if type(size) is not int or size < 0 or not isinstance(digest, str):
             raise DamagedError(f"its manifest is malformed: it gives no size and sha256 of {name}")
-        files[name] = _looked_at(folder / name, size) if glance else _verified(folder / name, root, size, digest)
+        path = f"{folder}/{name}"
+        files[name] = _looked_at(path, size) if glance else _verified(path, root, size, digest)
     artifact = manifest.get("artifact")
     if not isinstance(artifact, str) or artifact not in files:
         raise DamagedError("its manifest names no artifact")
     return Entry(folder, manifest, files)
 
 
-def _verified(path: Path, root: Path, size: int, digest: str) -> bytes:
+def _verified(path: str, root: Path, size: int, digest: str) -> bytes:
     data = read_file(path, root, size)
     if len(data) != size:
-        raise DamagedError(f"{path.name} has {os.lstat(path).st_size} bytes, not {size}")
+        raise DamagedError(f"{os.path.basename(path)} has {os.lstat(path).st_size} bytes, not {size}")
     if sha256_of(data) != digest:
-        raise DamagedError(f"{path.name} has other bytes than were compiled")
+        raise DamagedError(f"{os.path.basename(path)} has other bytes than were compiled")
     return data
 
 
-def _looked_at(path: Path, size: int) -> bytes:
+def _looked_at(path: str, size: int) -> bytes:
     status = os.lstat(path)
     if not stat.S_ISREG(status.st_mode):
-        raise DamagedError(f"{path.name} is not a plain file")
+        raise DamagedError(f"{os.path.basename(path)} is not a plain file")
     if status.st_size != size:
-        raise DamagedError(f"{path.name} has {status.st_size} bytes, not {size}")
+        raise DamagedError(f"{os.path.basename(path)} has {status.st_size} bytes, not {size}")
     return b""
 
 
@@ -213,7 +214,7 @@ def size_of(folder: Path) -> int:
 def manifest_of(folder: Path, root: Path) -> dict[str, Any] | None:
     """The manifest of an entry, unverified; None where it cannot be read."""
     try:
-        manifest = json.loads(read_file(folder / MANIFEST, root, _MOST_MANIFEST_BYTES))
+        manifest = json.loads(read_file(f"{folder}/{MANIFEST}", root, _MOST_MANIFEST_BYTES))
     except (OSError, ValueError, RecursionError, ownership.CacheError):
         return None
     return manifest if isinstance(manifest, dict) else None

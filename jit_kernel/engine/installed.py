@@ -94,10 +94,39 @@ def _host_compilers() -> Iterator[Found]:
         reason = f"CXX is {config.host_compiler()!r}"
         yield Found("host", Path(command[0]).name, command, Path(command[0]).resolve(), reason)
     for name in ("g++", "clang++"):
-        path = shutil.which(name)
-        if path:
-            reason = f"{name} is on PATH and CXX is not set"
-            yield Found("host", name, (os.path.abspath(path),), Path(path).resolve(), reason)
+        found = _on_path(name)
+        if found:
+            yield found
+
+
+# What a search of PATH found, and the file that it was: to search and resolve again takes 0.1 ms of each look-up.
+_searched: dict[tuple[str, str], tuple[Found, tuple[int, ...]]] = {}
+config.on_reload(_searched.clear)
+
+
+def _on_path(name: str) -> Found | None:
+    """A compiler of PATH: the one that was found before for this PATH, as long as the same file is there."""
+    asked = name, config.search_path()
+    known = _searched.get(asked)
+    if known is not None and known[1] == _file_of(known[0].command[0]):
+        return known[0]
+    _searched.pop(asked, None)
+    path = shutil.which(name)
+    if not path:
+        return None
+    found = Found("host", name, (os.path.abspath(path),), Path(path).resolve(), f"{name} is on PATH and CXX is not set")
+    if os.path.isabs(path):  # else another working folder has another
+        _searched[asked] = found, _file_of(found.command[0])
+    return found
+
+
+def _file_of(path: str) -> tuple[int, ...]:
+    """Which file lies at a path, links followed; nothing where none does."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return ()
+    return status.st_dev, status.st_ino, status.st_mode
 
 
 def _unusable(problem: str) -> CompilerNotFoundError:

@@ -14,22 +14,10 @@ from jit_kernel import config
 from jit_kernel.engine import seal
 from jit_kernel.engine.entry import Entry, Miss
 from jit_kernel.engine.progress import warn_once
-from jit_kernel.engine.store import Store
+from jit_kernel.engine.store import Store, read_only_layers
 from jit_kernel.engine.wanted import Wanted
 
 Unusable = tuple[Entry, str] | None
-
-
-def read_only() -> list[Store]:
-    """The layers, in order. Raises CacheError for one that another user could change."""
-    found = []
-    for root in config.cache_layers():
-        layer = Store(root)
-        layer.check()
-        if not root.is_dir():
-            warn_once(f"cache layer {root} is not there, and counts as empty; JIT_KERNEL_CACHE_LAYERS names it")
-        found.append(layer)
-    return found
 
 
 def find(wanted: Wanted, store: Store, unusable: Unusable = None) -> Entry | Miss:
@@ -41,7 +29,7 @@ def find(wanted: Wanted, store: Store, unusable: Unusable = None) -> Entry | Mis
     own = _own(wanted, store, unusable)
     if isinstance(own, Entry):
         return replace(own, layer=str(store.root))
-    for layer in read_only():
+    for layer in read_only_layers():
         found = _any(wanted, layer, unusable)
         if isinstance(found, Entry):
             if own.damaged is not None:

@@ -79,15 +79,17 @@ def _in_memory(image: bytes, title: str) -> str | None:
             first = os.memfd_create(name, flags | _NOEXEC_SEAL)
         except OSError:  # an older kernel
             first = os.memfd_create(name, flags)
-        with os.fdopen(first, "wb", buffering=0) as file:
+        try:
             view = memoryview(image)
             while view:
-                view = view[file.write(view) :]
+                view = view[os.write(first, view) :]
             seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
             fcntl.fcntl(first, fcntl.F_ADD_SEALS, seals)
             me = os.readlink("/proc/self")
             with _guard:
                 number = _last_number = fcntl.fcntl(first, fcntl.F_DUPFD_CLOEXEC, _last_number + 1)
+        finally:
+            os.close(first)
     except OSError:
         return None
     return f"/proc/{me}/fd/{number}"

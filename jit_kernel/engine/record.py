@@ -1,10 +1,10 @@
 """A profile: the kernels that a run loaded, one a line of JSON, so that a warm-up compiles just those.
 
 A line holds what names a kernel and what it is compiled from: kernel, route, variant, flags, unit and target, of a
-kernel of somebody else's its entry and its sources, too: their texts, or the folder, which has to be in the same place
-where the profile is read; nothing of a call, so no lengths. A kernel that the package has itself is compiled from the
-package's present unit, whatever the line says; what stands in the unit of another is code, so a profile that somebody
-else could change is refused.
+kernel of somebody else's its entry and its sources, too: their texts, the package that they belong to, or else the
+folder, which has to be in the same place where the profile is read; nothing of a call, so no lengths. A kernel that a
+package declares is compiled from its present unit, whatever the line says (ready.py); what stands in the unit of
+another is code, so a profile that somebody else could change is refused.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from jit_kernel import config
 from jit_kernel.device import Target
-from jit_kernel.engine import ownership
+from jit_kernel.engine import ownership, packages
 from jit_kernel.engine.forks import Lock
 from jit_kernel.engine.progress import warn_once
 from jit_kernel.engine.sources import Sources
@@ -103,9 +103,17 @@ def _plain(spec: KernelSpec) -> dict[str, object]:
     if spec.entry:
         found["entry"] = spec.entry
     if spec.sources is not None:
-        own = spec.sources
-        found["sources"] = {"name": own.name, **({"folder": own.folder} if own.folder else {"text": dict(own.text)})}
+        found["sources"] = {"name": spec.sources.name, **_place_of(spec, spec.sources)}
     return found
+
+
+def _place_of(spec: KernelSpec, own: Sources) -> dict[str, object]:
+    """Where somebody's sources lie, for any machine where that can be said."""
+    if not own.folder:
+        return {"text": dict(own.text)}
+    module = json.loads(spec.unit)["module"] if spec.route == "triton" else ""
+    found = packages.name_of(own.folder, module)
+    return {"folder": own.folder} if found is None else {"package": found[0], "way": found[1]}
 
 
 def _spec(fields: dict[str, object]) -> KernelSpec:
@@ -124,9 +132,11 @@ def _spec(fields: dict[str, object]) -> KernelSpec:
 
 def _sources(given: object, route: str) -> Sources:
     """The sources of a kernel that is not jit_kernel's own."""
-    kinds = {"folder", "name"}, {"text", "name"}
+    kinds = {"folder", "name"}, {"text", "name"}, {"package", "way", "name"}
     if not isinstance(given, dict) or set(given) not in kinds or not isinstance(given["name"], str):
-        raise ValueError(f"sources is {given!r}; it must have a name, and a folder or texts")
+        raise ValueError(f"sources is {given!r}; it must have a name, and a package's folder, a folder or texts")
+    if "package" in given:
+        return Sources.of_package(str(given["package"]), str(given["way"]), given["name"])
     if "text" in given:
         if route == "triton" or not isinstance(given["text"], dict):
             raise ValueError(f"sources has the text {given['text']!r}; it must be a folder for triton, else files")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from jit_kernel.engine import packages
 
 _NAME = re.compile(r"[A-Za-z0-9_][\w.-]*", re.ASCII)
 
@@ -17,11 +19,13 @@ class Sources:
 
     An entry's key covers the bytes of those files that its unit includes, directly or not, by names below the folder:
     two machines, or two places of one, share their kernels. The sources may include `jit_kernel/*` headers.
+    package: the one by which a profile names the folder; "" for a folder or texts that were given.
     """
 
     folder: str
     text: tuple[tuple[str, str], ...]
     name: str
+    package: str = field(default="", compare=False, repr=False)
 
     def __init__(
         self, folder: str | os.PathLike[str] | None = None, *, text: Mapping[str, str] | None = None, name: str = ""
@@ -45,6 +49,14 @@ class Sources:
         object.__setattr__(self, "folder", found)
         object.__setattr__(self, "text", texts)
         object.__setattr__(self, "name", chosen)
+        object.__setattr__(self, "package", "")
+
+    @classmethod
+    def of_package(cls, package: str, way: str, name: str) -> Sources:
+        """The folder that lies in an installed package, wherever that is here. Raises ValueError without one."""
+        found = cls(packages.folder_of(package, way), name=name)
+        object.__setattr__(found, "package", package)
+        return found
 
     def read(self, name: str) -> bytes | None:
         """The bytes of a file by its name below the folder, or of a text; None without one."""

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jit_kernel import config
 from jit_kernel.engine import lock as locks
 from jit_kernel.engine import ownership
 from jit_kernel.engine.entry import MANIFEST, DamagedError, Entry, Miss, manifest_of, places, read_file, verify
@@ -91,7 +92,7 @@ class Store:
         """Find and verify an entry. `compiler` is the present compiler's short identity; without one any
         compiler's entry will do. Writes nothing. Raises CacheError for what may not be read, or must not be."""
         if compiler is not None:
-            return verify(self.root / kernel / target / f"{key}-{compiler}", key, self.root)
+            return verify(self.root / f"{kernel}/{target}/{key}-{compiler}", key, self.root)
         miss = Miss("no entry")
         for name in self.names(kernel, target, key):
             found = verify(self.root / kernel / target / name, key, self.root)
@@ -242,6 +243,16 @@ class Store:
         with contextlib.suppress(OSError):
             if self.writable():
                 write_whole(self.root / COMPILERS, json.dumps({**kept, fingerprint: identity}, indent=1), 0o644)
+
+
+def read_only_layers() -> list[Store]:
+    """The layers under the user's store, in order. Raises CacheError for one that another user could change."""
+    found = [Store(root) for root in config.cache_layers()]
+    for layer in found:
+        layer.check()
+        if not layer.root.is_dir():
+            warn_once(f"cache layer {layer.root} is not there, and counts as empty; JIT_KERNEL_CACHE_LAYERS names it")
+    return found
 
 
 def write_unit(private: Path, name: str, text: str) -> Path:

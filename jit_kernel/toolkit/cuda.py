@@ -35,6 +35,9 @@ _CPU = _CUDA | {
     torch.float8_e4m3fn: "jit_kernel::e4m3",
 }
 del _CPU[torch.float8_e5m2]
+# The compiler names a unit's own constants after its first external function; without one after its process, and no two
+# builds had the same bytes. The cubin holds nothing of the function.
+_FIRST = 'extern "C" __device__ void jit_kernel_unit() {}'
 _HEADERS = {"__half": "cuda_fp16.h", "__nv_bfloat16": "cuda_bf16.h", "__nv_fp8": "cuda_fp8.h"}
 
 
@@ -75,7 +78,7 @@ def cuda(
     explanations call it; without one, the entry. cluster, cooperative, programmatic: as of `Kernel.launch`.
     """
     headers = [header for name, header in _HEADERS.items() if name in entry]
-    lines = [f"#include <{header}>" for header in headers]
+    lines = [_FIRST, *(f"#include <{header}>" for header in headers)]
     lines += [f'#include "{file}"', '#include "jit_kernel/cuda/entry_table.cuh"', f"JIT_KERNEL_ENTRY({entry})", ""]
     named = dict(variant or {"entry": entry})
     spec = spec_of(sources, file, "\n".join(lines), "cuda", named, flags, entry)

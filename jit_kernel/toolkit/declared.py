@@ -52,13 +52,21 @@ def specs_of(module: str, target: Target) -> list[KernelSpec]:
         importlib.import_module(module)
     except ImportError as error:
         raise ValueError(f"module is {module!r}; it cannot be imported: {error}") from error
-    mine = [kernel for owner, kernel in _declared if owner == module or owner.startswith(f"{module}.")]
-    if not mine:
+    if not _of(module):
         raise ValueError(f"module is {module!r}; it declares no kernel: jit_kernel.jit.declare(...) names them")
-    specs = dict.fromkeys(spec for kernel in _kernels(mine, target) for spec in kernel.jobs(target))
+    specs = known(module, target)
     if not specs:
         raise ValueError(f"module is {module!r}; it declares no kernel for {target}")
-    return list(specs)
+    return specs
+
+
+def known(module: str, target: Target) -> list[KernelSpec]:
+    """The same of a module that is imported; nothing where it declares nothing for the target."""
+    return list(dict.fromkeys(spec for kernel in _kernels(_of(module), target) for spec in kernel.jobs(target)))
+
+
+def _of(module: str) -> list[Compiled | Maker]:
+    return [kernel for owner, kernel in _declared if owner == module or owner.startswith(f"{module}.")]
 
 
 def _kernels(declared: Iterable[Compiled | Maker], target: Target) -> Iterator[Compiled]:

@@ -90,12 +90,12 @@ def test_a_kernel_is_loaded_under_its_key_by_a_launcher_that_is_prepared_once(na
     kernels = maker(3, TARGET)
     assert kernels.multiprocessors == 132
     assert kernels.load(("a",), spec) == 7
-    assert kernels.load(("b",), spec) == 8
-    assert kernels.handles == {("a",): 7, ("b",): 8}
+    assert kernels.load(("b",), spec) == 7
+    assert kernels.handles == {("a",): 7, ("b",): 7}
     assert compiled.prepared == [3]
     assert len(compiled.launchers) == 1
     expected = (64, 64, False, False, False, False) if name == "hopper" else ("k", "pi", 128, 64)
-    assert compiled.loaded == [(b"image", *expected)] * 2
+    assert compiled.loaded == [(b"image", *expected)]
     assert kernels.forward == "forward" if name == "hopper" else kernels.launch == "launch"
 
 
@@ -153,3 +153,30 @@ def test_nothing_of_hoppers_is_compiled_under_capture(stored: set[str], compiled
     assert compiled.cubins == []
     assert compiled.loaded == []
     assert kernels.handles == {}
+
+
+def test_a_kernel_that_is_made_ready_is_put_on_the_device_once(monkeypatch):
+    """By preload(), before any call has named it; one of a family that does not serve this GPU is left alone."""
+    put: list[bytes] = []
+
+    class Family(cubin.DeviceKernels):
+        compiles_under_capture = True
+
+        def _launcher(self) -> Any:
+            return {"load_kernel": lambda image: put.append(image) or len(put)}
+
+        def _load_arguments(self, spec: jit.KernelSpec, made: jit.Cubin) -> tuple[Any, ...]:
+            return ()
+
+    target = Target("cuda", "sm_80")
+    monkeypatch.setattr(cubin, "_families", {})
+    monkeypatch.setattr(cubin.builds, "is_stored", lambda spec, target: True)
+    monkeypatch.setattr(cubin.memory, "load_cubin", lambda spec, target: jit.Cubin(spec.unit.encode(), {}, Path()))
+    family = Family(7, target, jit.KernelSpec("family", "", "host"))
+    first, second = (jit.KernelSpec("family", unit, "cuda") for unit in ("one", "two"))
+    cubin.ready(7, target, first)
+    assert put == [b"one"] and family.load(("a",), first) == family.load(("b",), first) == 1 and put == [b"one"]
+    assert family.load(("c",), second) == 2 and family.handles == {("a",): 1, ("b",): 1, ("c",): 2}
+    cubin.ready(7, target, jit.KernelSpec("another", "", "cuda"))
+    cubin.ready(8, target, first)
+    assert len(put) == 2

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from tests.fuzz import meaning
 from tests.fuzz.bases import COMBINE, MERGE, METADATA
-from tests.fuzz.meaning import FLOATS, Meaning, UnjudgedError, dense, need, overlap, overlaps_itself, whole
+from tests.fuzz.meaning import Meaning
+from tests.fuzz.reading import FLOATS, INTEGERS, UnjudgedError, dense, need, overlap, overlaps_itself, whole, window
 from tests.support import reference
 from tests.support.case_tensors import put, raw
 from tests.support.cases import FP8, KVCACHE
@@ -250,11 +251,11 @@ def _metadata(a: dict[str, Any], parts: list[Tensor], shapes: list) -> None:
     need(all(a.get(name) is not None for name in list(least)[:5]), "a size is None")
     need(int(a["num_heads_q"]) % int(a["num_heads_kv"]) == 0, "heads do not fit")
     whole("num_splits", a.get("num_splits", 0), 0, 256)
-    meaning.window(a.get("window_size", (-1, -1)))
+    window(a.get("window_size", (-1, -1)))
     for name, size in (("cache_seqlens", batch), ("cu_seqlens_q", batch + 1), ("cu_seqlens_k_new", batch + 1),
                        ("cache_leftpad", batch)):  # fmt: skip
         if name == "cache_seqlens" or a.get(name) is not None:
-            tensor = dense(name, a.get(name), 1, meaning.INTEGERS)
+            tensor = dense(name, a.get(name), 1, INTEGERS)
             need(tensor.shape[0] == size, f"{name} has {tensor.shape[0]} numbers")
     need(a.get("qkv_dtype") is None or a["qkv_dtype"] in (*FLOATS, FP8), "qkv_dtype")
     require(shapes[0][1] == torch.int32 and len(shapes[0][0]) == 1 and len(shapes) == 1, f"the metadata is {shapes}")

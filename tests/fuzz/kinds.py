@@ -199,7 +199,8 @@ def _of_grad(around: Surroundings, x: Tensor) -> Made:
         around.stack.callback(functorch._grad_decrement_nesting)
         return made
 
-    return Made(_create_differentiable(x, around.once("grad", level)), x, (x,))
+    # As torch.func.grad does: a plain leaf that requires grad would be served, and have its gradient.
+    return Made(_create_differentiable(functorch._wrap_for_grad(x, around.once("grad", level))), x, (x,))
 
 
 def _dual(around: Surroundings, x: Tensor) -> Made:

@@ -28,7 +28,7 @@ from jit_kernel import flash_attention_v3
 from tests.fuzz import answers, kinds
 from tests.fuzz.drawing import Drawn
 from tests.fuzz.kinds import CANNOT, MODES, TRANSFORMS, Made, Surroundings
-from tests.fuzz.meaning import MeaninglessError, UnjudgedError, overlaps_itself
+from tests.fuzz.reading import MeaninglessError, UnjudgedError, overlaps_itself
 
 CUDA_ERROR = 71  # status of a process that a CUDA error ends
 ANSWERED, REFUSED = "answered", "refused by name"

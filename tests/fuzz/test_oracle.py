@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
 
 import jit_kernel
 from tests.fuzz import answers, bases, calls, drawing, meaning, oracle, workers
@@ -226,6 +227,14 @@ def test_a_derivative_that_is_dropped(plant):
     plant(without("q", lambda q: torch.empty_like(q).copy_(q).detach()))
     assert oracle.judge(_as(a_dense_call(), "q", "requires grad")).what == "wrong"
     assert oracle.judge(_as(a_dense_call(), "q", "dual")).what == "wrong"
+
+
+def test_a_tensor_that_torch_func_differentiates_is_one(plant):
+    """Not a plain leaf, which is served: the call is refused, and was counted as wrong where it was not."""
+    drawn = _as(a_dense_call(), "v", "of grad")
+    assert oracle.judge(drawn).what == oracle.REFUSED and not drawn.arguments["v"].requires_grad
+    plant(without("v", lambda v: functorch.get_unwrapped(v)))
+    assert oracle.judge(drawn).what == "wrong"
 
 
 def test_an_append_that_goes_elsewhere(plant):

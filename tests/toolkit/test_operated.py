@@ -7,11 +7,15 @@ import re
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from jit_kernel import config, jit, ready, warmup
 from jit_kernel.commands import cache, why
 from jit_kernel.device import Target
 from jit_kernel.engine import build, memory, nvrtc, record, seal
+from jit_kernel.engine.entry import sha256_of
+from jit_kernel.ops import launch
+from tests.support import children
 
 TARGET = Target("cuda", "sm_90a")
 HEADER = "#pragma once\ntemplate <class T> __global__ void fill(T* out, T value) { *out = value; }\n"
@@ -67,6 +71,22 @@ def test_own_kernels_are_recorded_packed_layered_and_sealed(tmp_path, given, cap
         build.obtain(kernels[0], TARGET)
     assert jit.events()[-1].action == "refused" and jit.events()[-1].spec == kernels[0]
     capsys.readouterr()
+
+
+def built() -> str:
+    """The sha256 of an operator's cubin, whose source has constants of its own."""
+    kernel = launch.cuda_kernel("store_kv", launch.entry("store_kv", torch.bfloat16, torch.bfloat16, True), str(TARGET))
+    return sha256_of(memory.load_cubin(kernel.spec, TARGET).image)
+
+
+@pytest.mark.skipif(nvrtc.find() is None, reason="no NVRTC")
+def test_two_builds_of_a_kernel_are_byte_equal(tmp_path):
+    """In two processes and two stores, as the builds of a pack are."""
+    found = [
+        children.run(built, environment={"JIT_KERNEL_CACHE_DIR": str(tmp_path / name)}, scratch=tmp_path).result
+        for name in ("one", "two")
+    ]
+    assert found[0] and found[0] == found[1]
 
 
 @pytest.mark.skipif(nvrtc.find() is None, reason="no NVRTC")

@@ -277,7 +277,7 @@ class DeviceKernels(jit.DeviceKernels):
     compiles_under_capture = True  # Triton compiles in a process of its own, which touches no stream
 
     def __init__(self, index: int, target: Target) -> None:
-        super().__init__(index, target, LAUNCHER)
+        super().__init__(index, target, LAUNCHER, FOLDER)
         self.plans: dict[object, Any] = {}
 
     def _keep(self, functions: Any) -> None:
