@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 from collections import Counter
 
 import pytest
 import torch
 
+import jit_kernel
 from jit_kernel.device import Target
 from jit_kernel.engine import nvrtc
 from jit_kernel.fa3 import call as calls
