@@ -3,8 +3,8 @@
 The rule, for each row of a gradient (a token of a head): |ours - ref| <= 2 |base - ref| + 2 eps |ref| in the 2-norm, 3
 times with softcap. ref is the formula in float64, base the same step by step in the inputs' dtype. Two roundings are
 allowed besides, as a row may be the small difference of long terms, and base may be lucky in one of a single key:
-2^-20 of the terms' added lengths, float32's own, and what eps |grad_out * out| in delta makes of the row, since out has
-been rounded before it comes here.
+2^-20 of the terms' added lengths, float32's own, and what 2 eps |grad_out * out| in delta makes of the row, since out
+has been rounded before it comes here.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def formula(call: Backward, where: tuple, keys: tuple, dtype: torch.dtype) -> tu
     found = [ds @ k * scale, _summed(ds.mT @ q * scale, group), _summed(p.mT @ g, group)]
     products = g.norm(dim=-1, keepdim=True) @ v.norm(dim=-1, keepdim=True).mT
     size = FLOAT32 * (products + (p * products).sum(-1, keepdim=True) + delta.abs())
-    size = p * (size + reference.ROW_SLACK[call.q.dtype] * (g * out).norm(dim=-1, keepdim=True))
+    size = p * (size + 2 * reference.ROW_SLACK[call.q.dtype] * (g * out).norm(dim=-1, keepdim=True))
     lengths = [(x.norm(dim=-1, keepdim=True)) for x in (q, k, g)]
     terms = [
         scale * size @ lengths[1],
