@@ -23,7 +23,8 @@ from jit_kernel.fa3.portable import forward as portable_forward  # noqa: E402
 from jit_kernel.jit import KernelSpec  # noqa: E402
 from tests.support import portable_backward as cases  # noqa: E402
 
-SPACE = cases.Space((torch.bfloat16, torch.float16), ((16, 16), (32, 32), (40, 24), (20, 12), (64, 32)), 48)
+SIZES = ((16, 16), (32, 32), (40, 24), (20, 12), (64, 32))
+SPACE = cases.Space((torch.bfloat16, torch.float16), SIZES, 40, most_sequences=2)
 FUNCTIONS = {each.__name__: each for each in (backward_rows, backward_keys, backward_queries)}
 # Small, so that a small case has full, masked and partly empty tiles on both sides.
 TILES = {part: backward_tiles.Tile(16, 32, 1, 1) for part in ("pairs", "keys", "values")}

@@ -33,6 +33,7 @@ class Space:
     longest: int
     device: str = "cpu"
     most_heads: int = 2  # of keys
+    most_sequences: int = 3
 
 
 def normal(shape: tuple[int, ...], space: Space, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -50,11 +51,11 @@ def draw(seed: int, space: Space) -> Backward:
     """
     dice, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     dtype, (d, dv) = dice.choice(space.dtypes), dice.choice(space.head_dims)
-    hk, group, batch = dice.randint(1, space.most_heads), dice.choice((1, 2, 3)), dice.randint(1, 3)
+    hk, group, batch = dice.randint(1, space.most_heads), dice.choice((1, 2, 3)), dice.randint(1, space.most_sequences)
     hq = hk * group
 
     def length() -> int:
-        return dice.choice((0, 1, dice.randint(1, space.longest), dice.randint(1, space.longest), space.longest))
+        return dice.choice((dice.randint(0, 1), dice.randint(1, space.longest), space.longest, space.longest))
 
     if dice.random() < 0.5:
         one, other = max(1, length()), max(1, length())
