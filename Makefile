@@ -88,6 +88,7 @@ bench-gpu:
 	$(PYTHON) benchmarks/hopper_prefill.py
 	$(PYTHON) benchmarks/hopper_serving.py --check
 	$(PYTHON) benchmarks/portable.py
+	$(PYTHON) benchmarks/gradients_gpu.py
 	$(PYTHON) benchmarks/overhead.py --device cuda
 	$(PYTHON) benchmarks/ops.py --device cuda
 	$(PYTHON) benchmarks/toolkit.py

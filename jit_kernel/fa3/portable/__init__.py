@@ -17,7 +17,7 @@ from jit_kernel.fa3 import header
 from jit_kernel.fa3.call import Call, MetadataParameters, Result
 from jit_kernel.fa3.decision import Accepted, Decision, Rejected, refusal
 from jit_kernel.fa3.features import Features, asks_for_more, features_of, unclaimed
-from jit_kernel.fa3.portable import append, forward, kernels, planning, tiles
+from jit_kernel.fa3.portable import append, backward, forward, kernels, planning, tiles
 from jit_kernel.jit import KernelSpec
 
 NAME = "portable"
@@ -68,7 +68,7 @@ def all_variants(target: Target) -> list[KernelSpec]:
     """What warm-up compiles for a target."""
     if not isinstance(supports(target), Accepted):
         return []
-    return list(kernels.all_specs(target))
+    return [*kernels.all_specs(target), *backward.variants(target)]
 
 
 def variant(target: Target, features: Features, call: Call) -> KernelSpec:
