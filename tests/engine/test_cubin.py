@@ -16,11 +16,12 @@ from jit_kernel.engine import build, cubin, memory
 from jit_kernel.engine.build import KernelSpec
 from jit_kernel.fa3.hopper import kernels as hopper_kernels
 from jit_kernel.fa3.hopper import known
+from jit_kernel.fa3.hopper import loaded as hopper_loaded
 from jit_kernel.fa3.portable import kernels as portable_kernels
 
 TARGET = Target("cuda", "sm_90a")
 MAKERS = {
-    "hopper": (hopper_kernels.DeviceKernels, hopper_kernels.forward_spec("bf16", 64, 64, False, False)),
+    "hopper": (hopper_loaded.DeviceKernels, hopper_kernels.forward_spec("bf16", 64, 64, False, False)),
     "portable": (portable_kernels.DeviceKernels, portable_kernels.combine_spec("fp32", "bf16", 64, True, 2)),
 }
 
@@ -101,7 +102,7 @@ def test_a_kernel_is_loaded_under_its_key_by_a_launcher_that_is_prepared_once(na
 
 def test_a_variant_that_says_how_it_is_launched_needs_no_table_of_the_launchers(compiled: Compiled) -> None:
     variant = (("function", "fill"), ("dtype", "bf16"), ("threads", 128), ("shared_bytes", 64))
-    kernels = hopper_kernels.DeviceKernels(0, TARGET)
+    kernels = hopper_loaded.DeviceKernels(0, TARGET)
     assert kernels.load(("a",), KernelSpec(hopper_kernels.FOLDER, "unit", "cuda", variant)) == 7
     assert compiled.loaded == [("plain", b"image", "fill", 128, 64)]
 

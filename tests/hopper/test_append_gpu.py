@@ -9,7 +9,7 @@ import torch
 
 from jit_kernel import device
 from jit_kernel.fa3.hopper import append
-from jit_kernel.fa3.hopper.kernels import DeviceKernels
+from jit_kernel.fa3.hopper.loaded import DeviceKernels
 from tests.support import appends, case_run, cases
 
 pytestmark = pytest.mark.gpu

@@ -15,7 +15,7 @@ from jit_kernel.fa3 import call as calls
 from jit_kernel.fa3.call import Call, Result
 from jit_kernel.fa3.features import DTYPE_NAMES
 from jit_kernel.fa3.hopper import arguments, kernels
-from jit_kernel.fa3.hopper.kernels import DeviceKernels
+from jit_kernel.fa3.hopper.loaded import DeviceKernels
 from jit_kernel.jit import KernelSpec
 
 Key = tuple[str, torch.dtype, int, int]  # the cache's dtype, head size of v, rows of a tile

@@ -12,7 +12,7 @@ from jit_kernel.fa3 import call as calls
 from jit_kernel.fa3.call import Call, Result
 from jit_kernel.fa3.features import DTYPE_NAMES
 from jit_kernel.fa3.hopper import arguments, kernels
-from jit_kernel.fa3.hopper.kernels import DeviceKernels
+from jit_kernel.fa3.hopper.loaded import DeviceKernels
 from jit_kernel.jit import KernelSpec
 
 _FP8 = torch.float8_e4m3fn
