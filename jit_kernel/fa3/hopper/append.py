@@ -7,7 +7,8 @@ from torch import Tensor
 
 from jit_kernel.fa3.call import Call, result_dtype
 from jit_kernel.fa3.features import DTYPE_NAMES
-from jit_kernel.fa3.hopper.loaded import DeviceKernels, append_spec
+from jit_kernel.fa3.hopper.kernels import append_spec
+from jit_kernel.fa3.hopper.loaded import DeviceKernels
 
 
 def append(

@@ -15,7 +15,8 @@ from jit_kernel.fa3 import call as calls
 from jit_kernel.fa3.call import Call, Result
 from jit_kernel.fa3.features import DTYPE_NAMES
 from jit_kernel.fa3.hopper import arguments, kernels
-from jit_kernel.fa3.hopper.kernels import DECODE_HEAD_DIMS, DECODE_MOST_ROWS, DECODE_ROWS, DeviceKernels
+from jit_kernel.fa3.hopper.kernels import DECODE_HEAD_DIMS, DECODE_MOST_ROWS, DECODE_ROWS
+from jit_kernel.fa3.hopper.loaded import DeviceKernels
 from jit_kernel.jit import KernelSpec
 
 Key = tuple[torch.dtype, int, int, bool]  # the result's dtype, head size, rows, whether the cache is in e4m3
