@@ -44,7 +44,10 @@ class TileScheduler {
  public:
   __device__ TileScheduler(const typename C::Params& params, const unsigned short* order)
       : params_(params), order_(order) {
-    if constexpr (C::kCached) splits_ = parts_of_tiles<C>(params);
+    if constexpr (C::kCached) {
+      cut_ = parts_of_tiles<C>(params);
+      splits_ = cut_.parts + (cut_.ends > 0);
+    }
     open_window(0);
   }
 
@@ -77,7 +80,7 @@ class TileScheduler {
   // Tiles of different length need many of them to even out, and 8 heads at a time still share each
   // read from memory 16 times: 8 heads of 16384 keys, d 256, took 12 % longer in sections of two
   // heads.
-  static constexpr int kLeastHeads = C::kMasked ? 8 : 1;
+  static constexpr int kLeastHeads = C::kMasked ? kHeadsOfSection : 1;
 
   __device__ static int lane() { return threadIdx.x % 32; }
   __device__ int heads() const { return min(section_, heads_of_tiles<C>(params_) - first_head_); }
@@ -148,7 +151,7 @@ class TileScheduler {
     info.parts = 1;
     if (splits_ == 1 || info.first_part + splits_ > params_.most_parts) return;
     const int blocks = info.block_end - info.block_begin;
-    const int each = (blocks + splits_ - 1) / splits_;
+    const int each = cut_.blocks_of_part(blocks);
     info.parts = (blocks + each - 1) / each;
     info.block_begin += part * each;
     info.block_end = min(info.block_end, info.block_begin + each);
@@ -200,7 +203,8 @@ class TileScheduler {
   int first_, width_;                   // the window's sequences
   int batch_, len_q_, len_k_, blocks_;  // this lane's sequence, blocks of queries
   int first_head_, section_;            // first query head of the section, heads of a whole one
-  int splits_ = 1;                      // parts of each tile's keys
+  int splits_ = 1;                      // parts of each tile's keys, with their ends
+  PartCut cut_ = {1, 0};
 };
 
 // The scheduler warp: finds the next tile while the producer and the consumers work on the present
