@@ -19,7 +19,10 @@ from tests.support.decode_model import CLUSTER_PARTS, KEYS, Mask, Schedule, Seen
 from tests.support.decode_ranges import Launch, Range, Ranges, RangeSchedule
 
 DECODE, LAUNCH = shared_numbers.HOPPER / "decode", shared_numbers.HOPPER / "launch"
-KINDS = [Ranges.of(d, heads_k, 4, halves) for d in (64, 128) for heads_k in (1, 4, 8) for halves in (False, True)]
+SHAPES = [(256, 4), (128, 32)]  # head size and group: ranges of one block, and chains
+KINDS = [
+    Ranges.of(d, heads_k, group, halves) for d, group in SHAPES for heads_k in (1, 4, 8) for halves in (False, True)
+]
 LONGEST = 6000  # rows of a cache that holds any sequence of `works`
 
 
