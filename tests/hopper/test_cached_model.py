@@ -124,6 +124,30 @@ def test_parts_of_a_tile_are_all_of_its_blocks_once_and_none_is_empty(begin: int
 
 
 @QUIET
+@given(st.integers(0, 300), st.integers(1, 3000), st.integers(1, 140), st.integers(1, 132))
+def test_idle_blocks_take_the_ends_of_the_parts(begin: int, count: int, tiles: int, blocks: int) -> None:
+    """Every block of keys once, and no block of the launch has more of them than without ends."""
+    splits = model.parts_of_tiles(tiles, blocks, count * 128, cached.PARTS_OF_BLOCK * blocks)
+    ends = model.ends_of_tiles(tiles, blocks, splits, cached.PARTS_OF_BLOCK * blocks)
+    parts = model.cut(begin, begin + count, splits, ends)
+    assert [block for part in parts for block in part] == list(range(begin, begin + count))
+    assert all(len(part) > 0 for part in parts)
+    longest = -(-count // splits)
+    if len(parts) > splits:
+        assert len(parts) == splits + 1 <= cached.PARTS_OF_BLOCK * blocks // tiles
+        assert max(len(part) for part in parts[:-1]) <= longest - model.BLOCKS_OF_END
+        assert ends * len(parts[-1]) <= longest
+
+
+def test_idle_blocks_have_work_where_keys_are_many() -> None:
+    """Of 256 x 131k with 8 and 1 heads, and of 1,024: 112 and 128 of 132 blocks had some, 147 and 512 of keys each."""
+    for tiles, longest in ((16, 129), (64, 498)):
+        splits = model.parts_of_tiles(tiles, 132, 131_072, 264)
+        parts = model.cut(0, 1024, splits, model.ends_of_tiles(tiles, 132, splits, 264))
+        assert max(len(part) for part in parts) == longest
+
+
+@QUIET
 @given(st.integers(1, 140), st.integers(1, 132), st.integers(0, 200_000))
 def test_keys_are_cut_as_the_portable_kernels_cut_them(tiles: int, blocks: int, keys: int) -> None:
     """Where memory does not bound it: what one implementation's heuristic gives, so does the other's with its parts."""
@@ -148,6 +172,7 @@ def test_the_host_has_the_kernels_own_numbers_of_parts() -> None:
         ("kPartStateColumns", cached.STATE_COLUMNS),
         ("kLeastKeysOfPart", cached.LEAST_KEYS),
         ("kMostPartsOfTile", cached.MOST_PARTS),
+        ("kBlocksOfEnd", model.BLOCKS_OF_END),
     ):
         assert re.findall(rf"{name} = (\d+)", text) == [str(number)]
     for row in TILES:

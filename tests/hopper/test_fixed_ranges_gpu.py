@@ -21,7 +21,7 @@ from tests.support.hopper_inputs import poisoned, randn
 pytestmark = pytest.mark.gpu
 
 # batch, queries, longest, heads, page size, head size: in clusters and without, two heads a block, odd heads, one
-# stream, results that are kept in shared memory and in the launch's, ranges of one block and of many.
+# stream, results that are kept in shared memory and in the launch's, ranges of one block and of many, chains of them.
 SHAPES = [
     (1, 1, 8192, (64, 8), 64, 128),
     (3, 1, 1000, (32, 8), 16, 128),
@@ -34,6 +34,8 @@ SHAPES = [
     (12, 4, 9000, (32, 2), 16, 64),
     (24, 4, 3000, (32, 4), 64, 256),
     (40, 1, 1500, (8, 4), 1, 128),
+    (21, 4, 9000, (32, 4), 64, 128),
+    (70, 4, 3000, (64, 8), 64, 128),
 ]
 
 

@@ -75,7 +75,7 @@ def test_a_launch_asks_for_the_models_room(double: OnHost, tile: tuple[int, int]
     for heads_k in (1, 2, 4, 8):
         for batch in (1, 7, 64, 300):
             for rows_k in (0, 100, 8192, 8193, 131_072):
-                grid: Grid = decode_ranges.grid_of(streams, d, MULTIPROCESSORS - 5, heads_k, batch, rows_k)
+                grid: Grid = decode_ranges.grid_of(streams, d, MULTIPROCESSORS - 5, heads_k, batch, rows_k, rows)
                 log2 = decode_ranges.Ranges.of(d, heads_k).log2_of(rows_k)
                 halves = streams == 2 and grid.heads_of_block == 1 and not grid.in_clusters
                 kept = max(0, log2 - halves - shared_levels)

@@ -19,7 +19,10 @@ from tests.support.decode_model import CLUSTER_PARTS, KEYS, Mask, Schedule, Seen
 from tests.support.decode_ranges import Launch, Range, Ranges, RangeSchedule
 
 DECODE, LAUNCH = shared_numbers.HOPPER / "decode", shared_numbers.HOPPER / "launch"
-KINDS = [Ranges.of(d, heads_k, 4, halves) for d in (64, 128) for heads_k in (1, 4, 8) for halves in (False, True)]
+SHAPES = [(256, 4), (128, 32)]  # head size and group: ranges of one block, and chains
+KINDS = [
+    Ranges.of(d, heads_k, group, halves) for d, group in SHAPES for heads_k in (1, 4, 8) for halves in (False, True)
+]
 LONGEST = 6000  # rows of a cache that holds any sequence of `works`
 
 
@@ -80,7 +83,8 @@ def every_join() -> None:
         shared += len(launch.counters)
         for batch, seen in enumerate(sequences):
             if seen.cost > 0:
-                assert results.pop(batch) == ranges.tree_of(1 << kind.cuts(seen))
+                log2 = kind.cuts(seen)
+                assert results.pop(batch) == ranges.tree_of(1 << log2, kind.chain(seen, log2))
         assert not results
     assert shared > 100
 
@@ -163,11 +167,13 @@ def test_the_model_has_the_kernels_own_numbers() -> None:
         ("kRowsOfNarrowRange", ranges.ROWS_OF_NARROW),
         ("kBlocksOfWideRange", ranges.BLOCKS_OF_WIDE),
         ("kMostRangesLog2", ranges.MOST_RANGES_LOG2),
+        ("kRowsOfTree", ranges.ROWS_OF_TREE),
+        ("kChainLog2", ranges.CHAIN_LOG2),
     ):
         assert re.findall(rf"\b{name} = (\d+)[,;]", text) == [str(number)]
     launch = (LAUNCH / "decode_launch.h").read_text(encoding="utf-8")
     assert "most_log2 = heads_k >= 8 ? 4 : heads_k >= 4 ? 5 : 6;" in launch
-    assert "blocks = shape.head_dim <= 64 ? 2 : 1;" in launch
+    assert "blocks = shape.head_dim <= 128 ? 2 : 1;" in launch
     assert 1 << Ranges.of(128, 8).log2_of(8192) <= 2 * CLUSTER_PARTS
 
 
@@ -195,12 +201,16 @@ def never_here(schedule: RangeSchedule, *given: int) -> dict[str, Any]:
 def one_after_the_other(launch: Launch, item: Range) -> ranges.Tree:
     nodes, first = [], 0
     while first < item.ranges:
-        level, tree = launch.partials[ranges.range_slot(item, first, launch.slots)]
-        nodes, first = [*nodes, tree], first + (1 << level)
+        count, tree = launch.partials[ranges.range_slot(item, first, launch.slots)]
+        nodes, first = [*nodes, tree], first + count
     return functools.reduce(ranges.join, nodes)
 
 
-CUTS, SET_RANGE = Ranges.cuts, RangeSchedule.set_range
+def as_if_all_were_a_tree(launch: Launch, item: Range) -> ranges.Tree:
+    return MERGED(launch, dataclasses.replace(item, chain=0))
+
+
+CUTS, SET_RANGE, MERGED = Ranges.cuts, RangeSchedule.set_range, Launch._merged
 MISTAKES: list[tuple[Callable[[], None], Any, str, Any]] = [
     (every_cut, Ranges, "cuts", cuts_by_the_batch),
     (every_cut, Ranges, "log2_of", lambda kind, rows_k: 3),
@@ -209,6 +219,7 @@ MISTAKES: list[tuple[Callable[[], None], Any, str, Any]] = [
     (every_join, RangeSchedule, "set_range", never_here),
     (every_join, ranges, "range_slot", lambda item, first, slots: item.first_part * slots + first - item.first),
     (every_join, Launch, "_merged", one_after_the_other),
+    (every_join, Launch, "_merged", as_if_all_were_a_tree),
     (every_cluster, ranges, "items_of_cluster", lambda seen, kind: CLUSTER(seen, Ranges(3, 1))),
 ]
 CLUSTER = ranges.items_of_cluster

@@ -37,7 +37,7 @@ def items_of() -> Callable[..., bytes]:
 def numbers_of(item: Item, in_cluster: bool = False) -> Numbers:
     """The fields of a DecodeItem, but for those that a call without ranges, or a cluster, does not read."""
     bounds = (item.block_begin, item.block_begin + item.distance, item.end_of_first, item.block_end)
-    rest = astuple(item)[10:] if isinstance(item, Range) else (0, 0, 0, 0)
+    rest = astuple(item)[10:] if isinstance(item, Range) else (0, 0, 0, 0, 0)
     shared = (item.first_part, item.parts, int(item.is_first))
     return (item.batch, item.low, item.high, *bounds, *((0, 1, 0) if in_cluster else shared), *rest)
 
@@ -63,7 +63,7 @@ def test_the_items_of_parts_are_the_models(items_of: Callable[..., bytes]) -> No
             expected = [numbers_of(item) for item in schedule.items()]
             found = items_from(items_of, lengths, len_q, kind, parts, part, mask)
             if kind is None:
-                found = [numbers[:10] + (0,) * 4 for numbers in found]
+                found = [numbers[:10] + (0,) * 5 for numbers in found]
             assert found == expected, (lengths, len_q, parts, part, kind)
             ranged += sum(numbers[11] > 1 for numbers in found)
     assert ranged > 1000
@@ -75,8 +75,8 @@ def test_the_tiles_of_a_sequence_are_sequences_of_its_tokens(tiles: int, items_o
     found_tiles = set()
     for lengths, len_q, parts, number, mask in cases():
         kind = KINDS[number % len(KINDS)]
-        if kind is not None and len_q * tiles * kind.group > 32:
-            kind = None  # the whole sequence's rows say how wide its ranges are
+        if kind is not None and len_q * tiles * kind.group > decode_ranges.ROWS_OF_TREE:
+            kind = None  # the whole sequence's rows say how wide its ranges are, and what joins them
         ends = [n - (tiles - 1 - i) * len_q for n in lengths for i in range(tiles)]
         seen = [model.seen_rows(mask, len_q, n, 0) for n in ends]
         for part in {0, parts // 2, parts - 1}:
@@ -85,9 +85,9 @@ def test_the_tiles_of_a_sequence_are_sequences_of_its_tokens(tiles: int, items_o
             expected = [(item.batch // tiles, *numbers_of(item)[1:], item.batch % tiles * len_q) for item in items]
             found = items_from(items_of, lengths, len_q * tiles, kind, parts, part, mask, tiles=tiles)
             if kind is None:
-                found = [numbers[:10] + (0,) * 4 + numbers[14:] for numbers in found]
+                found = [numbers[:10] + (0,) * 5 + numbers[15:] for numbers in found]
             assert found == expected, (lengths, len_q, parts, part, kind)
-            found_tiles |= {numbers[14] // len_q for numbers in found}
+            found_tiles |= {numbers[15] // len_q for numbers in found}
     assert found_tiles == set(range(tiles))
 
 
@@ -131,4 +131,4 @@ def items_from(
     log2, blocks, group, halves = (0, 1, 1, False) if kind is None else astuple(kind)
     packed = struct.pack(f"{len(lengths)}i", *lengths)
     data = bytes(items_of(packed, len_q, group, parts, part, log2, blocks, halves, mask.left, in_clusters, tiles))
-    return [numbers if tiles > 1 else numbers[:14] for numbers in struct.iter_unpack("15i", data)]
+    return [numbers if tiles > 1 else numbers[:15] for numbers in struct.iter_unpack("16i", data)]

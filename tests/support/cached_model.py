@@ -179,9 +179,15 @@ def packed_box(group: int, row: int, first_row: int) -> tuple[int, int]:
     return (first_row >> pack_shift(group)) + token, head
 
 
-def cut(begin: int, end: int, splits: int) -> list[range]:
-    """The blocks of each part of a tile, by TileScheduler::cut."""
+BLOCKS_OF_END = 2  # kBlocksOfEnd
+
+
+def cut(begin: int, end: int, splits: int, ends: int = 0) -> list[range]:
+    """The blocks of each part of a tile, by TileScheduler::cut and PartCut; ends: tiles of an idle block."""
     each = -(-(end - begin) // splits)
+    fewer = ends * (end - begin + BLOCKS_OF_END + splits) // (1 + splits * ends)
+    if ends > 0 and fewer + BLOCKS_OF_END <= each:
+        each = fewer
     parts = -(-(end - begin) // each)
     return [range(begin + part * each, min(end, begin + (part + 1) * each)) for part in range(parts)]
 
@@ -199,6 +205,12 @@ def parts_of_tiles(tiles: int, blocks: int, keys: int, most_parts: int) -> int:
     best = max((fill(parts) for parts in range(1, most + 1)), default=0.0)
     least = min((parts for parts in range(1, most + 1) if fill(parts) >= 0.85 * best), default=128)
     return 1 if most <= 1 else least
+
+
+def ends_of_tiles(tiles: int, blocks: int, parts: int, most_parts: int) -> int:
+    """How many tiles there are for each block that so many parts leave idle, of one sequence with few heads."""
+    idle = blocks - tiles * parts
+    return -(-tiles // idle) if parts > 1 and idle > 0 and (parts + 1) * tiles <= most_parts else 0
 
 
 def order(tiles: int, splits: int, base: int) -> list[tuple[int, int, int]]:

@@ -6,16 +6,18 @@ result is the tree of the joins that made it, so that two of the same bits are t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from tests.support import decode_model as model
-from tests.support.decode_model import CLUSTER_PARTS, KEYS, Item, Schedule, Seen
+from tests.support.decode_model import CLUSTER_PARTS, KEYS, Grid, Item, Schedule, Seen
 
 BLOCKS_OF_SHORT = 128  # kBlocksOfShort
-ROWS_OF_NARROW, BLOCKS_OF_WIDE = 32, 16  # kRowsOfNarrowRange, kBlocksOfWideRange
+ROWS_OF_NARROW, BLOCKS_OF_WIDE = 32, 32  # kRowsOfNarrowRange, kBlocksOfWideRange
 MOST_RANGES_LOG2 = 7  # kMostRangesLog2
+ROWS_OF_TREE, CHAIN_LOG2 = 16, 3  # kRowsOfTree, kChainLog2
 Tree = Any  # the number of a range, or a pair of trees
 
 
@@ -30,17 +32,20 @@ class Ranges:
 
     @classmethod
     def of(cls, head_dim: int, heads_k: int, group: int = 1, halves: bool = False) -> Ranges:
-        return cls(4 if heads_k >= 8 else 5 if heads_k >= 4 else 6, 2 if head_dim <= 64 else 1, group, halves)
+        return cls(4 if heads_k >= 8 else 5 if heads_k >= 4 else 6, 2 if head_dim <= 128 else 1, group, halves)
 
     def log2_of(self, rows_k: int) -> int:
         """Of a sequence of the longest cache."""
-        longest = -(-rows_k // KEYS)
-        return self._log2_of(longest, self.blocks) if longest else 0
+        return self._log2_of(-(-rows_k // KEYS), self.blocks) if rows_k else 0
 
     def cuts(self, seen: Seen) -> int:
         """range_cuts."""
         wide = BLOCKS_OF_WIDE if seen.len_q * self.group > ROWS_OF_NARROW else 1
         return self._log2_of(seen.cost, max(self.blocks, wide))
+
+    def chain(self, seen: Seen, log2: int) -> int:
+        """range_cuts: how many of 2^log2 ranges are joined in turn, to base 2."""
+        return min(CHAIN_LOG2, max(log2 - 1, 0)) if seen.len_q * self.group > ROWS_OF_TREE else 0
 
     def _log2_of(self, blocks: int, least: int) -> int:
         most = max(blocks // least, min(blocks, 2))
@@ -80,6 +85,7 @@ class Range(Item):
     ranges: int = 0
     first: int = 0  # from
     to: int = 0
+    chain: int = 0
 
     @property
     def end_of_first(self) -> int:
@@ -113,6 +119,7 @@ class RangeSchedule(Schedule):
                 continue
             made = self.set_range(self.first + source, start, end, log2, number)
             bounds = blocks_of_range(seen, log2, number, self.ranges)
+            made["chain"] = self.ranges.chain(seen, log2)
             yield Range(self.first + source, seen.low, seen.high, **bounds, **made)
             begin = begin_of_range(end - start, log2, number + 1) * (1 << log2) // of_stream
             self.at = start + begin if number + 1 < of_stream else end
@@ -158,8 +165,7 @@ def items_of_cluster(seen: Seen, ranges: Ranges) -> list[Range]:
     made = []
     for part in range(CLUSTER_PARTS):
         at = min(part * of_block, 1 << log2)
-        distance = max(1, begin(at + 1) - begin(at))
-        given = {"first_end": begin(at + 1), "distance": distance, "ranges": 1 << log2}
+        given = {"first_end": begin(at + 1), "distance": max(1, begin(at + 1) - begin(at)), "ranges": 1 << log2}
         made.append(Range(0, seen.low, seen.high, begin(at), begin(at + of_block), **given))
     return made
 
@@ -179,23 +185,39 @@ def join(first: Tree, second: Tree) -> Tree:
     return (first, second)
 
 
-def tree_of(count: int, first: int = 0) -> Tree:
+def tree_of(count: int, chain: int, first: int = 0) -> Tree:
     """All of so many ranges from one on."""
-    return join(tree_of(count // 2, first), tree_of(count // 2, first + count // 2)) if count > 1 else first
+    if count <= 1 << chain:
+        return functools.reduce(join, range(first, first + count))
+    return join(tree_of(count // 2, chain, first), tree_of(count // 2, chain, first + count // 2))
+
+
+def next_step(item: Range, count: int, level: int) -> tuple[bool, bool, int, int]:
+    """Whether a result of so many ranges joins a kept one, or is kept; of how many it then is; where."""
+    chain = item.chain
+    if count < 1 << chain:
+        begin = item.range >> chain << chain
+        is_here, is_second = item.first <= begin, item.range + 1 - count > begin
+        keeps = is_here and not is_second and item.range + 1 < item.to
+        return is_here and is_second, keeps, item.range + 1 - begin, 0
+    parent = item.range >> level + 1 << level + 1
+    is_here, is_second = item.first <= parent <= item.to - (2 << level), item.range >> level & 1 == 1
+    return is_here and is_second, is_here and not is_second, 2 * count, level - chain + (chain > 0)
 
 
 def climb(item: Range, tree: Tree, kept: dict[int, Tree]) -> tuple[int, Tree]:
-    """A range's result up the tree; level -1 where it is kept."""
-    level = 0
+    """A range's result and those before it; of no range where it is kept."""
+    count, level = 1, item.chain
     while True:
-        parent = item.range >> level + 1 << level + 1
-        if parent < item.first or parent + (2 << level) > item.to:
-            return level, tree
-        if item.range >> level & 1 == 0:
-            kept[level] = tree
-            return -1, None
-        tree = join(kept.pop(level), tree)
-        level += 1
+        joins, keeps, joined, where = next_step(item, count, level)
+        if keeps:
+            assert where not in kept, "something that was kept is lost"
+            kept[where] = tree
+            return 0, None
+        if not joins:
+            return count, tree
+        tree, count = join(kept.pop(where), tree), joined
+        level += joined > 1 << level
 
 
 class Launch:
@@ -223,39 +245,44 @@ class Launch:
             if stream == 1 and item.ranges == 1:
                 continue
             before = stream * (item.ranges // 2)
-            level, tree = climb(item, item.range + before, kept)
+            count, tree = climb(item, item.range + before, kept)
             assert max(kept, default=0) < MOST_RANGES_LOG2
-            if level < 0:
-                continue
-            if item.parts > 1:
-                self._share(item, before + (item.range >> level << level), level, tree)
-            elif self.ranges.halves and item.ranges > 1 and stream == 0:
+            if count > 0 and item.parts > 1:
+                self._share(item, before + item.range + 1 - count, count, tree)
+            elif count > 0 and self.ranges.halves and item.ranges > 1 and stream == 0:
                 halves[item.batch] = tree
-            else:
+            elif count > 0:
                 self._give(item, join(halves.pop(item.batch), tree) if stream == 1 else tree)
         assert not kept, "something that was kept is lost"
 
-    def _share(self, item: Range, first: int, level: int, tree: Tree) -> None:
+    def _share(self, item: Range, first: int, count: int, tree: Tree) -> None:
         """finish_node."""
         slot = range_slot(item, first, self.slots)
         assert slot not in self.partials, "a slot is written twice"
         assert first < self.slots, "a slot of another sequence"
-        self.partials[slot] = (level, tree)
+        self.partials[slot] = (count, tree)
         if item.range + 1 < item.to:
             return
-        count = self.counters[item.first_part] = self.counters.get(item.first_part, 0) + item.to - item.first
-        if count == item.ranges:
+        arrived = self.counters[item.first_part] = self.counters.get(item.first_part, 0) + item.to - item.first
+        if arrived == item.ranges:
             self.counters[item.first_part] = 0
             self._give(item, self._merged(item))
 
     def _merged(self, item: Range) -> Tree:
         """merge_ranges."""
         kept: dict[int, Tree] = {}
-        first, tree = 0, None
-        while first < item.ranges:
-            level, tree = self.partials[range_slot(item, first, self.slots)]
-            number = first >> level
-            first += 1 << level
+        tree, end, in_chain = None, 0, (1 << item.chain) - 1
+        while end < item.ranges:
+            first = end
+            count, tree = self.partials[range_slot(item, first, self.slots)]
+            end = first + count
+            if count <= in_chain and first & in_chain:
+                tree = join(kept[0], tree)
+            if end & in_chain:
+                kept[0] = tree
+                continue
+            level = max(item.chain, count.bit_length() - 1)
+            number = end - 1 >> level
             while number & 1:
                 tree, level, number = join(kept[level], tree), level + 1, number >> 1
             kept[level] = tree
@@ -266,7 +293,8 @@ class Launch:
         self.results[item.batch] = tree
 
 
-def grid_of(streams: int, head_dim: int, multiprocessors: int, heads_k: int, batch: int, rows_k: int) -> model.Grid:
-    """decode_grid of a call with fixed ranges."""
-    fits = 1 << Ranges.of(head_dim, heads_k).log2_of(rows_k) <= streams * CLUSTER_PARTS
-    return model.decode_grid(streams, multiprocessors, heads_k, batch, rows_k, may_cluster=fits)
+def grid_of(streams: int, head_dim: int, processors: int, heads_k: int, batch: int, rows_k: int, rows: int = 8) -> Grid:
+    """decode_grid of a call with fixed ranges on so many multiprocessors; rows: of the kernel's tile."""
+    of_block = 1 if rows > ROWS_OF_TREE else streams
+    fits = 1 << Ranges.of(head_dim, heads_k).log2_of(rows_k) <= of_block * CLUSTER_PARTS
+    return model.decode_grid(streams, processors, heads_k, batch, rows_k, may_cluster=fits)

@@ -118,10 +118,11 @@ static std::string found;  // of lane 0: the items, one after the other
 
 inline void keep(const DecodeItem& item) {
   if (threadIdx.x != 0) return;
-  const int numbers[] = {item.batch,    item.low,      item.high,       item.begin[0],
-                         item.begin[1], item.end[0],   item.end[1],     item.first_part,
-                         item.parts,    item.is_first, item.range,      item.ranges,
-                         item.from,     item.to,       item.first_token};
+  const int chain = item.ranges > 0 ? jit_kernel::hopper::chain_log2<64>(params, item) : 0;
+  const int numbers[] = {item.batch,    item.low,      item.high,   item.begin[0],
+                         item.begin[1], item.end[0],   item.end[1], item.first_part,
+                         item.parts,    item.is_first, item.range,  item.ranges,
+                         item.from,     item.to,       chain,       item.first_token};
   found.append(reinterpret_cast<const char*>(numbers), sizeof(numbers));
 }
 

@@ -6,7 +6,7 @@ namespace jit_kernel::hopper {
 
 constexpr int kDecodeKeys = 64;      // keys of a block: the rows of one wgmma
 constexpr int kDecodePanel = 64;     // columns of a panel: 128 bytes, the widest swizzle
-constexpr int kDecodeItemSlots = 2;  // items that the producer may be ahead
+constexpr int kDecodeItemSlots = 4;  // items that the warp which finds them may be ahead
 constexpr int kMostSharedBytes = 227 * 1024;
 constexpr int kClusterParts =
     8;  // thread blocks that share one sequence's keys, where those are few
@@ -14,8 +14,12 @@ constexpr int kPartialsPerBlock = 2;  // a block's run of work is cut at most at
 // Fixed ranges: a sequence of more blocks has twice as many, and one of more query rows wide ones,
 // whose results take as long to keep as keys to read.
 constexpr int kBlocksOfShort = 128;
-constexpr int kRowsOfNarrowRange = 32, kBlocksOfWideRange = 16;
+constexpr int kRowsOfNarrowRange = 32, kBlocksOfWideRange = 32;
 constexpr int kMostRangesLog2 = 7;
+// Of a sequence of more query rows 2^kChainLog2 ranges are joined in turn, so that a stream keeps
+// one result where a tree has three: what shared memory has no room for takes as long to come as
+// keys do.
+constexpr int kRowsOfTree = 16, kChainLog2 = 3;
 
 // A sequence, and the blocks of its keys that are this part's.
 struct DecodeItem {
@@ -63,6 +67,8 @@ struct DecodeConfig {
   static constexpr bool kManyNumbers = kHeadDim == 128 && kRows == (kMixed ? 32 : 64);
   static constexpr int kProducerRegisters = kManyNumbers ? 88 : 104;
   static constexpr int kConsumerRegisters = kManyNumbers ? 208 : 200;
+  // Whether a producer warp may find items for another one: beside 32 rows of e4m3 it would spill.
+  static constexpr bool kFindsAhead = !(kMixed && kManyNumbers);
   static constexpr int kPanels = kHeadDim / kDecodePanel;  // of queries and of the result
   // Of keys and values: 128 bytes, the widest swizzle, or a row where it is shorter.
   static constexpr int kCachePanel = kMixed && kHeadDim > 64 ? 128 : 64;  // columns
@@ -93,7 +99,10 @@ struct DecodeConfig {
   static constexpr int kOffsetQueries = kOffsetScales + kStages * kBytesScales;
   static constexpr int kOffsetItem = kOffsetQueries + kStreams * kRows * 16;
   static constexpr int kBytesItem = 64;
-  static constexpr int kOffsetBarriers = kOffsetItem + kDecodeItemSlots * kBytesItem;
+  // The places of an item's first boxes, a lane's each.
+  static constexpr int kOffsetPlaces = kOffsetItem + kDecodeItemSlots * kBytesItem;
+  static constexpr int kBytesPlaces = 32 * 4;
+  static constexpr int kOffsetBarriers = kOffsetPlaces + kDecodeItemSlots * kBytesPlaces;
   static constexpr int kBarriers = 2 * kStages + 2 * kDecodeItemSlots + 1;
   static constexpr int kOffsetBehind = (kOffsetBarriers + kBarriers * 8 + 15) / 16 * 16;
 
@@ -122,9 +131,9 @@ struct DecodeConfig {
   static constexpr int kEndOfUnits = kOffsetUnits + kStreams * kSharedUnits * kBytesOfUnit;
   static constexpr int kEndOfIncoming = kOffsetBehind + (kRoomForIncoming ? kBytesIncoming : 0);
   static constexpr int kSharedBytes = kEndOfUnits > kEndOfIncoming ? kEndOfUnits : kEndOfIncoming;
-  // A row's numbers, reference and sum, and behind all rows the level of the tree of ranges.
-  static constexpr int kOffsetLevel = kRows * (kHeadDim + 2);
-  static constexpr int kPartialFloats = kOffsetLevel + 4;
+  // A row's numbers, reference and sum, and behind all rows how many ranges it is of.
+  static constexpr int kOffsetCount = kRows * (kHeadDim + 2);
+  static constexpr int kPartialFloats = kOffsetCount + 4;
 
   // Which columns of the result a thread has: of each panel two, kHalfStep apart. Of 16 bits a
   // panel's are the panel's rows in the second product; of e4m3 those whose bytes a thread loads

@@ -23,7 +23,7 @@ struct DecodeConsumer {
   DecodeSoftmax<C> softmax;
   float scores[C::kRows / 2];
   float output[C::kPanels][C::kRows / 2];
-  // In one register: which buffer of probabilities is next, items so far modulo 4, and, of e4m3
+  // In one register: which buffer of probabilities is next, items so far modulo 8, and, of e4m3
   // with scales of tokens, the exponent of the largest scale of values so far.
   u32 state = 0;
 
@@ -39,9 +39,9 @@ struct DecodeConsumer {
     return first + (params.heads_of_block == 2 ? stream : 0);
   }
 
-  __device__ __forceinline__ int value_exponent() const { return static_cast<int>(state >> 3); }
+  __device__ __forceinline__ int value_exponent() const { return static_cast<int>(state >> 4); }
   __device__ __forceinline__ void set_value_exponent(int exponent) {
-    state = (state & 7u) | static_cast<u32>(exponent) << 3;
+    state = (state & 15u) | static_cast<u32>(exponent) << 4;
   }
 
   __device__ __forceinline__ void release(u32 barrier) {
@@ -418,15 +418,15 @@ struct DecodeConsumer {
       return;
     }
     const bool of_ranges = uniform(item.ranges) > 0;
-    const int level =
-        of_ranges ? climb<C>(params, item, shared, stream, my_part(), my_head(), output) : 0;
+    const int count =
+        of_ranges ? climb<C>(params, item, shared, stream, my_part(), my_head(), output) : 1;
     // Two halves become one where a part has both, a range that is alone is the first stream's.
     const bool is_whole = uniform(item.parts) == 1;
-    const bool joins = in_turns && (!of_ranges || (is_whole && level >= 0));
+    const bool joins = in_turns && (!of_ranges || (is_whole && count > 0));
     if (joins && uniform(item.ranges) != 1) join_streams<C>(shared, stream, output);
-    if (level >= 0 && !(joins && stream == 1)) {
+    if (count > 0 && !(joins && stream == 1)) {
       stream_sync(stream);
-      finish(item, level);
+      finish(item, count);
     }
     // The queries' memory and the statistics are free again.
     if (joins) {
@@ -436,15 +436,15 @@ struct DecodeConsumer {
     }
   }
 
-  // level: of a call with fixed ranges, how many of them the result is of, as exponent of 2.
-  __device__ __forceinline__ void finish(const DecodeItem& item, int level) {
+  // count: of a call with fixed ranges, how many of them the result is of.
+  __device__ __forceinline__ void finish(const DecodeItem& item, int count) {
     if (item.parts == 1) {
       store_rows<C>(params, item, shared, stream, output);
       return;
     }
     const int head = my_head(), part = my_part();
     if (item.ranges > 0) {
-      finish_node(item, level, head);
+      finish_node(item, count, head);
       return;
     }
     store_partial<C>(shared, stream, partial_of<C>(params, part, head, item.is_first), output);
@@ -454,13 +454,13 @@ struct DecodeConsumer {
     }
   }
 
-  // A node of the tree of a sequence's ranges, which several parts share.
-  __device__ __forceinline__ void finish_node(const DecodeItem& item, int level, int head) {
+  // So many of a sequence's ranges, which several parts share, up to the item's.
+  __device__ __forceinline__ void finish_node(const DecodeItem& item, int count, int head) {
     const int of_half = params.halves && stream == 1 ? item.ranges / 2 : 0;
-    const int first = (item.range >> level << level) + of_half;
+    const int first = item.range + 1 - count + of_half;
     float* const partial = range_of<C>(params, item, first, head);
     store_partial<C>(shared, stream, partial, output);
-    if (threadIdx.x % 128 == 0) partial[C::kOffsetLevel] = __int_as_float(level);
+    if (threadIdx.x % 128 == 0) partial[C::kOffsetCount] = __int_as_float(count);
     if (item.range + 1 < item.to) return;
     int* const answer = reinterpret_cast<int*>(shared.factors(stream));
     if (arrive_last(params, item, item.to - item.from, item.ranges, head, stream, answer)) {
@@ -470,14 +470,14 @@ struct DecodeConsumer {
 
   __device__ __forceinline__ void run() {
     while (true) {
-      static_assert(kDecodeItemSlots == 2, "a bit for the slot and one for its phase");
-      const u32 slot = state >> 1 & 1;
-      mbarrier_wait(shared.item_full(slot), state >> 2 & 1);
+      static_assert(kDecodeItemSlots == 4, "two bits for the slot and one for its phase");
+      const u32 slot = state >> 1 & 3;
+      mbarrier_wait(shared.item_full(slot), state >> 3 & 1);
       const DecodeItem& item = *shared.item(slot);
       if (uniform(item.batch) < 0) return;
       run_item(item);
       mbarrier_arrive(shared.item_empty(slot));  // every lane has read the item
-      state = (state & ~6u) | ((state + 2) & 6u);
+      state = (state & ~14u) | ((state + 2) & 14u);
     }
   }
 };

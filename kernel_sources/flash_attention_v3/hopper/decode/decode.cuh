@@ -14,13 +14,13 @@ namespace jit_kernel::hopper {
 // sends is here.
 template <class C>
 __device__ __forceinline__ void initialise_barrier(const DecodeShared<C>& shared, int index,
-                                                   int fillers) {
+                                                   int fillers, bool is_ahead) {
   constexpr int kItems = 2 * C::kStages, kIncoming = C::kBarriers - 1;
   if (index >= C::kBarriers) return;
   const int arrivals = index < C::kStages                  ? fillers
                        : index < kItems                    ? 4 * C::kStreams
                        : index < kItems + kDecodeItemSlots ? 1
-                       : index < kIncoming                 ? 128 * C::kStreams
+                       : index < kIncoming                 ? 128 * C::kStreams + is_ahead
                                                            : 1;
   mbarrier_init(shared.barrier(index), arrivals);
   mbarrier_init_fence();
@@ -37,7 +37,7 @@ __device__ __forceinline__ void decode(const DecodeParams& params, char* base) {
     const int fillers = !by_boxes                         ? 128
                         : C::kMixed && has_scales(params) ? 1 + kThreadsOfScales
                                                           : 1;
-    initialise_barrier<C>(shared, threadIdx.x - 128, fillers);
+    initialise_barrier<C>(shared, threadIdx.x - 128, fillers, finds_ahead<C>(params));
   } else if (by_boxes && threadIdx.x < 2) {
     tma_prefetch_descriptor(threadIdx.x == 0 ? &params.k.map : &params.v.map);
   }

@@ -163,37 +163,37 @@ __device__ __forceinline__ int find_nodes(const DecodeParams& params, const Deco
                                           int thread) {
   constexpr int kOfLane = (1 << kMostRangesLog2) / 32;
   const int lane = thread % 32;
-  int levels[kOfLane];
+  int counts[kOfLane];
 #pragma unroll
   for (int i = 0; i < kOfLane; ++i) {
     const int range = 32 * i + lane;
     if (range < item.ranges) {
       asm volatile("ld.global.cg.s32 %0, [%1];"
-                   : "=r"(levels[i])
-                   : "l"(range_of<C>(params, item, range, head) + C::kOffsetLevel)
+                   : "=r"(counts[i])
+                   : "l"(range_of<C>(params, item, range, head) + C::kOffsetCount)
                    : "memory");
     }
   }
   int count = 0;
 #pragma unroll 1
   for (int range = 0; range < item.ranges; ++count) {
-    int level = 0;
+    int of_node = 0;
 #pragma unroll
     for (int i = 0; i < kOfLane; ++i) {
-      const int found = __shfl_sync(0xffffffffu, levels[i], range % 32);
-      if (range / 32 == i) level = found;
+      const int found = __shfl_sync(0xffffffffu, counts[i], range % 32);
+      if (range / 32 == i) of_node = found;
     }
     if (thread == 0) {
       shared.nodes(stream)[count] = {static_cast<unsigned char>(range),
-                                     static_cast<unsigned char>(level)};
+                                     static_cast<unsigned char>(of_node)};
     }
-    range += 1 << level;
+    range += of_node;
   }
   stream_sync(stream);
   return count;
 }
 
-// Merges the ranges of a sequence as their tree says, four numbers of a row a thread.
+// Merges the ranges of a sequence in their order, four numbers of a row a thread.
 template <class C>
 __device__ __forceinline__ void merge_ranges(const DecodeParams& params, const DecodeItem& item,
                                              const DecodeShared<C>& shared, int stream, int head) {
@@ -205,6 +205,7 @@ __device__ __forceinline__ void merge_ranges(const DecodeParams& params, const D
   int thread = threadIdx.x % 128;
   asm volatile("" : "+r"(thread));  // as in merge_in_cluster
   const int count = find_nodes<C>(params, item, shared, stream, head, thread);
+  const int chain = chain_log2<C::kRows>(params, item);
   const uchar2* const nodes = shared.nodes(stream);
 #pragma unroll 1
   for (int at = thread; at < rows * kQuads; at += 128) {
@@ -232,12 +233,21 @@ __device__ __forceinline__ void merge_ranges(const DecodeParams& params, const D
       const int offset = nodes[min(i + kAhead, count - 1)].x * step;
       value[kAhead - 1] = load_other(of_thread + offset);
       end[kAhead - 1] = load_other_pair(of_row + offset);
-      // The first level, from the node's own on, where it is a first half waits for the second one.
       const uchar2 node = nodes[i];
-      const int waits = __ffs(~(node.x >> node.y)) - 1 + node.y;
+      const int end = node.x + node.y, in_chain = (1 << chain) - 1;
+      if (C::kRows > kRowsOfTree && node.y < 1 << chain) {
+        if ((node.x & in_chain) != 0) merged.join_before(kept[0]);
+        if ((end & in_chain) != 0) {  // what lies behind it in the chain comes next
+          kept[0] = merged;
+          continue;
+        }
+      }
+      // The first level, from the node's own on, where it is a first half waits for the second one.
+      const int own = max(chain, 31 - __clz(node.y));
+      const int waits = __ffs(~((end - 1) >> own)) - 1 + own;
 #pragma unroll
       for (int level = 0; level < kMostRangesLog2; ++level) {
-        if (level >= node.y && level < waits) merged.join_before(kept[level]);
+        if (level >= own && level < waits) merged.join_before(kept[level]);
         if (level == waits) kept[level] = merged;
       }
     }
@@ -314,15 +324,27 @@ __device__ __forceinline__ void send_results(const DecodeItem& item, const Decod
   }
 }
 
-// What a cluster's blocks have sent of fixed ranges, as their tree says. `nodes`: a power of two.
+// What a cluster's blocks have sent of fixed ranges, in their order. `nodes`: a power of two, each
+// of 2^chain ranges that are joined in turn.
 __device__ __forceinline__ MergedQuad merge_nodes(const float4 (&value)[kClusterParts],
-                                                  const float2 (&end)[kClusterParts], int nodes) {
+                                                  const float2 (&end)[kClusterParts], int nodes,
+                                                  int chain) {
   MergedQuad merged[kClusterParts];
 #pragma unroll
   for (int i = 0; i < kClusterParts; ++i) merged[i] = {end[i].x, end[i].y, value[i]};
 #pragma unroll
+  for (int i = 0; i < kClusterParts; i += 4) {
+    // Half of the ranges at most are a chain: two are a node of the tree, too.
+    if (chain != 2) break;
+    merged[i + 1].join_before(merged[i]);
+    merged[i + 2].join_before(merged[i + 1]);
+    merged[i + 3].join_before(merged[i + 2]);
+    merged[i] = merged[i + 3];
+  }
+#pragma unroll
   for (int width = 1; width < kClusterParts; width *= 2) {
     if (width >= nodes) break;
+    if (chain == 2 && width < 4) continue;
 #pragma unroll
     for (int i = 0; i < kClusterParts; i += 2 * width) {
       merged[i + width].join_before(merged[i]);
@@ -379,7 +401,7 @@ __device__ __forceinline__ void merge_in_cluster(const DecodeParams& params, con
     }
     MergedQuad merged;
     if (item.ranges > 0) {
-      merged = merge_nodes(value, end, item.ranges);
+      merged = merge_nodes(value, end, item.ranges, chain_log2<C::kRows>(params, item));
     } else {
       merged.add(value, end);
     }

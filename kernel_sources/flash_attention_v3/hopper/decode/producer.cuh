@@ -81,6 +81,15 @@ __device__ __forceinline__ bool has_scales(const DecodeParams& params) {
   return params.k.scales != nullptr || params.v.scales != nullptr;
 }
 
+// Whether the second warp, which hands the items over, finds them for the first one as well, and
+// the places of their first boxes: a first warp that did both itself asked for nothing meanwhile,
+// 800 cycles to find an item and up to 1,600 for a line of the page table. Clusters have one item.
+template <class C>
+__device__ __forceinline__ bool finds_ahead(const DecodeParams& params) {
+  return C::kFindsAhead && params.box_rows > 0 && params.copy_warps == 1 && !params.in_clusters &&
+         !(C::kMixed && has_scales(params));
+}
+
 template <class C>
 struct DecodeProducer {
   const DecodeParams& params;
@@ -115,12 +124,25 @@ struct DecodeProducer {
     return row < min(item.high, item.end[1] * kDecodeKeys) && row + params.box_rows > item.low;
   }
 
+  // How far the box whose place a lane knows lies behind a stage's first row.
+  __device__ __forceinline__ int row_of_lane(const DecodeItem& item) const {
+    const int lane = threadIdx.x % 32, boxes = 1 << params.boxes_log2;  // 1 to 16
+    return (lane >> params.boxes_log2) * step_of(item) * kDecodeKeys +
+           row_behind(item, (lane & (boxes - 1)) * params.box_rows);
+  }
+  // The place that a lane knows of an item's first boxes.
+  __device__ __forceinline__ int first_place(const DecodeItem& item) const {
+    return place_of(item, CachePlaces(params, item.batch),
+                    item.begin[0] * kDecodeKeys + row_of_lane(item));
+  }
+
   // A lane knows the place of a box of rows, 32 of them in a line, and the 32 behind are on their
   // way. Of a stage's copies, boxes x panels, warp w asks for every fourth: a warp issues them one
   // after the other. The first warp alone where there are no more than four.
-  __device__ __forceinline__ void load_boxes(const DecodeItem& item) {
+  __device__ __forceinline__ void load_boxes(const DecodeItem& item, int next_place,
+                                             bool is_known) {
     const int lane = threadIdx.x % 32;
-    const int boxes = 1 << params.boxes_log2;  // 1 to 16
+    const int boxes = 1 << params.boxes_log2;
     const int copy = lane * params.copy_warps + threadIdx.x / 32;
     const int box = copy & (boxes - 1), panel = (copy >> params.boxes_log2) * params.box_panels;
     const int bytes = params.box_rows * params.box_panels * C::kPanelBytes;
@@ -134,17 +156,15 @@ struct DecodeProducer {
     const int step = step_of(item);
     // Rows behind a stage's first one: of this lane's copy, and of the box whose place it knows.
     const int row_of_copy = row_behind(item, box * params.box_rows);
-    const int row_of_lane = (lane >> params.boxes_log2) * step * kDecodeKeys +
-                            row_behind(item, (lane & (boxes - 1)) * params.box_rows);
+    const int row_of_known = row_of_lane(item);
     const int rows_of_line = (32 >> params.boxes_log2) * step * kDecodeKeys;
-    int place = 0, next_place = 0;
-    int ahead = 0;
+    int place = 0, ahead = 0;
 #pragma unroll 1
     for (int block = item.begin[0]; block < item.end[0]; block += step) {
       const int first = block * kDecodeKeys;
       if (ahead == 0) {
-        const int row = first + row_of_lane;
-        if (block == item.begin[0]) next_place = place_of(item, places, row);
+        const int row = first + row_of_known;
+        if (block == item.begin[0] && !is_known) next_place = place_of(item, places, row);
         place = next_place;
         next_place = place_of(item, places, row + rows_of_line);
         ahead = 32;
@@ -153,7 +173,7 @@ struct DecodeProducer {
       const int here = __shfl_sync(0xffffffffu, place, 32 - ahead + box);
       const bool loads = copy < params.copies && is_needed(item, row);
       const unsigned needed =
-          __ballot_sync(0xffffffffu, lane < boxes && is_needed(item, first + row_of_lane));
+          __ballot_sync(0xffffffffu, lane < boxes && is_needed(item, first + row_of_known));
       const int expected = __popc(needed) * (params.copies >> params.boxes_log2) * bytes;
       const int in_place = loads ? places.row_in_place(row) : 0;
 #pragma unroll 1
@@ -332,7 +352,37 @@ struct DecodeProducer {
   }
 };
 
-// A producer warp; the second one hands the items over to the consumers, while the first one loads.
+// The next item from where the second warp has left it; false when there are no more.
+template <class C>
+__device__ __forceinline__ bool take_item(const DecodeShared<C>& shared,
+                                          RingPosition<kDecodeItemSlots>& at, DecodeItem& item,
+                                          int& place) {
+  mbarrier_wait(shared.item_full(at.stage()), at.parity());
+  item = *shared.item(at.stage());
+  place = shared.places(at.stage())[threadIdx.x % 32];
+  __syncwarp();
+  mbarrier_arrive_if(shared.item_empty(at.stage()), threadIdx.x == 0);
+  at.advance();
+  return item.batch >= 0;
+}
+
+// An item, or that there is none, to the consumers, and with its first places to the first warp.
+template <class C>
+__device__ __forceinline__ void hand_over(const DecodeShared<C>& shared,
+                                          RingPosition<kDecodeItemSlots>& at, DecodeItem& item,
+                                          bool found, int place) {
+  mbarrier_wait(shared.item_empty(at.stage()), at.parity() ^ 1);
+  if (C::kFindsAhead) shared.places(at.stage())[threadIdx.x % 32] = place;
+  if (threadIdx.x == 32) {
+    if (!found) item.batch = -1;
+    *shared.item(at.stage()) = item;
+  }
+  __syncwarp();
+  mbarrier_arrive_if(shared.item_full(at.stage()), threadIdx.x == 32);
+  at.advance();
+}
+
+// A producer warp; the second one hands the items over, while the first one loads.
 template <class C>
 __device__ __forceinline__ void produce_items(const DecodeParams& params,
                                               const DecodeShared<C>& shared,
@@ -340,30 +390,34 @@ __device__ __forceinline__ void produce_items(const DecodeParams& params,
                                               bool found, int head, const EarlyPlaces& early) {
   DecodeProducer<C> producer{params, shared, head, early};
   RingPosition<kDecodeItemSlots> at;
+  const bool is_ahead = finds_ahead<C>(params);
+  const bool by_boxes = params.box_rows > 0;
+  const int warp = uniform(threadIdx.x / 32);
+  const bool loads_boxes = by_boxes && warp < params.copy_warps, takes = is_ahead && warp == 0;
+  int place = 0;
+  bool is_first = true;
+  if (takes) {  // the first item, which it has found itself
+    mbarrier_arrive_if(shared.item_empty(0), threadIdx.x == 0);
+    at.advance();
+  }
 #pragma unroll 1
   while (true) {
-    if (threadIdx.x / 32 == 1) {
-      mbarrier_wait(shared.item_empty(at.stage()), at.parity() ^ 1);
-      if (threadIdx.x == 32) {
-        DecodeItem& slot = *shared.item(at.stage());
-        if (!found) item.batch = -1;
-        slot = item;
-        mbarrier_arrive(shared.item_full(at.stage()));
-      }
-      __syncwarp();
-      at.advance();
-    }
+    if (warp == 1) hand_over<C>(shared, at, item, found, place);
     if (!found) return;
-    if (__builtin_expect(params.box_rows > 0, 1)) {
-      if (static_cast<int>(threadIdx.x) < 32 * params.copy_warps) {
-        producer.load_boxes(item);
-      } else if (C::kMixed && threadIdx.x >= kFirstOfScales && has_scales(params)) {
-        producer.load_scales(item);
-      }
-    } else {
+    if (__builtin_expect(loads_boxes, 1)) {
+      producer.load_boxes(item, place, takes && !is_first);
+    } else if (!by_boxes) {
       producer.load_each_row(item);
+    } else if (C::kMixed && threadIdx.x >= kFirstOfScales && has_scales(params)) {
+      producer.load_scales(item);
     }
-    found = !params.in_clusters && schedule.next(item);
+    if (takes) {
+      found = take_item<C>(shared, at, item, place);
+      is_first = false;
+    } else {
+      found = !params.in_clusters && schedule.next(item);
+      if (found && is_ahead) place = producer.first_place(item);
+    }
   }
 }
 

@@ -1,9 +1,11 @@
-// Fixed ranges: a sequence's ranges are the leaves of a tree, and two neighbours of one level
-// become one result wherever they are computed, so that its bits are its own. A part joins what it
-// has of the tree as it goes; only the largest nodes that it has as a whole are partial results.
+// Fixed ranges: a sequence's ranges, or chains of ranges that are joined in turn, are the leaves of
+// a tree, and two neighbours of one level become one result wherever they are computed, so that its
+// bits are its own. A part joins what it has as it goes; only the largest nodes that it has as a
+// whole, the beginning of a chain and the single ranges of its end are partial results.
 #pragma once
 
 #include "flash_attention_v3/hopper/decode/epilogue.cuh"
+#include "flash_attention_v3/hopper/decode/schedule.cuh"
 
 namespace jit_kernel::hopper {
 
@@ -168,37 +170,68 @@ __device__ __forceinline__ void keep(const KeptLevel<C>& kept, const NodeEnds<C>
   }
 }
 
-// A range's result, with its statistics gathered, goes up the tree as far as this part has what
-// lies before it. The level of a node that stays so, whose statistics are where the range's were;
-// -1: it is kept for what comes behind it.
+// Where a result goes next: joined to the one that a level keeps, kept there itself, or neither.
+struct ClimbStep {
+  bool joins, keeps;
+  int count;  // ranges of the joined result
+  int level;  // where results are kept
+};
+
+// Of a result of the `count` ranges that end with the item's, of which 2^level are a node.
+__device__ __forceinline__ ClimbStep next_step(const DecodeItem& item, int chain, int count,
+                                               int level) {
+  const int range = item.range;
+  ClimbStep step;
+  if (count < 1 << chain) {
+    const int begin = range >> chain << chain;
+    const bool is_second = range + 1 - count > begin;
+    step.joins = item.from <= begin && is_second;
+    step.keeps = item.from <= begin && !is_second && range + 1 < item.to;
+    step.count = range + 1 - begin;
+    step.level = 0;
+    return step;
+  }
+  const int parent = range >> level + 1 << level + 1;
+  const bool is_here = parent >= item.from && parent + (2 << level) <= item.to;
+  step.joins = is_here && (range >> level & 1) == 1;
+  step.keeps = is_here && (range >> level & 1) == 0;
+  step.count = 2 * count;
+  step.level = level - chain + (chain > 0);
+  return step;
+}
+
+// A range's result, with its statistics gathered, is joined to those before it as far as this part
+// has them and their order says. How many ranges it is then of, with its statistics where the
+// range's were; 0: it is kept for what comes behind it.
 template <class C>
 __device__ __forceinline__ int climb(const DecodeParams& params, const DecodeItem& item,
                                      const DecodeShared<C>& shared, int stream, int part, int head,
                                      float (&output)[C::kPanels][C::kRows / 2]) {
   stream_sync(stream);  // the statistics are there
-  const int range = item.range;
   int thread = threadIdx.x % 128;
   // As in merge_in_cluster: nothing of this is worked out in front of the loop over items.
   asm volatile("" : "+r"(thread));
   NodeEnds<C> ends(shared, stream, thread);
-  int level = 0;
+  const int chain = chain_log2<C::kRows>(params, item);
+  int count = 1, level = chain;
 #pragma unroll 1
   while (true) {
-    const int parent = range >> level + 1 << level + 1;
-    if (parent < item.from || parent + (2 << level) > item.to) break;
-    const KeptLevel<C> kept(params, shared, stream, level, part, head, thread);
-    if ((range >> level & 1) == 0) {
+    const ClimbStep step = next_step(item, chain, count, level);
+    if (!step.joins && !step.keeps) break;
+    const KeptLevel<C> kept(params, shared, stream, step.level, part, head, thread);
+    if (step.keeps) {
       keep<C>(kept, ends, output);
-      return -1;
+      return 0;
     }
     join_kept<C>(kept, ends, output);
-    ++level;
+    if (step.count > 1 << level) ++level;
+    count = step.count;
   }
-  if (level > 0) {
+  if (count > 1) {
     stream_sync(stream);  // every thread has read the range's
     ends.store(shared, stream, thread);
   }
-  return level;
+  return count;
 }
 
 }  // namespace jit_kernel::hopper

@@ -108,6 +108,14 @@ __device__ __forceinline__ RangeCuts range_cuts(const DecodeParams& params, int 
   return {log2, params.halves};
 }
 
+// How many of an item's ranges are joined in turn, as exponent of 2, within a half of them. kRows:
+// of the kernel, which has no sequence of more.
+template <int kRows>
+__device__ __forceinline__ int chain_log2(const DecodeParams& params, const DecodeItem& item) {
+  if (kRows <= kRowsOfTree || item.len_q * params.group <= kRowsOfTree) return 0;
+  return max(0, min(kChainLog2, 30 - __clz(item.ranges)));
+}
+
 // The blocks of a range, of 2^log2 of so many blocks; behind the last range there is none. The
 // ranges are the leaves of a tree, of whose halves the first one is the longer where they are not
 // of one length.

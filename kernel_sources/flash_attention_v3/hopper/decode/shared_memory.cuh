@@ -40,7 +40,7 @@ struct DecodeShared {
     return reinterpret_cast<float4*>(base + C::kOffsetUnits) +
            (stream * C::kSharedUnits + unit) * 128;
   }
-  // Of a sequence's partial results: first ranges and levels, where the probabilities lay.
+  // Of a sequence's partial results: first ranges and how many, where the probabilities lay.
   __device__ uchar2* nodes(int stream) const {
     return reinterpret_cast<uchar2*>(base + C::kOffsetP +
                                      2 * C::kBlocksAtOnce * stream * C::kBytesP);
@@ -50,6 +50,9 @@ struct DecodeShared {
   }
   __device__ DecodeItem* item(int slot) const {
     return reinterpret_cast<DecodeItem*>(base + C::kOffsetItem + slot * C::kBytesItem);
+  }
+  __device__ int* places(int slot) const {
+    return reinterpret_cast<int*>(base + C::kOffsetPlaces + slot * C::kBytesPlaces);
   }
   // What the cluster's blocks send to this one, a slot each: quads of results, then a reference and
   // a sum for each.

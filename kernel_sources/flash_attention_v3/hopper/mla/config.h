@@ -64,15 +64,16 @@ struct MlaConfig {
                                           kRows * 4;  // of a warpgroup
   static constexpr int kOffsetQueries = kOffsetStatistics + 2 * kBytesStatistics;
   static constexpr int kOffsetItem = kOffsetQueries + kRows * 16;
+  static constexpr int kItemSlots = 2;  // items that the producer may be ahead
   static constexpr int kBytesItem = 80;
-  static constexpr int kOffsetAnswer = kOffsetItem + kDecodeItemSlots * kBytesItem;
+  static constexpr int kOffsetAnswer = kOffsetItem + kItemSlots * kBytesItem;
   static constexpr int kOffsetBarriers = kOffsetAnswer + 8;
   // Full: of each panel, or pair of panels in e4m3. Empty: of each half of a buffer. Items: full
   // and empty.
   static constexpr int kFulls = kMixed ? kPairs + 1 : kPanels;  // of a buffer
   static constexpr int kFirstEmpty = kBuffers * kFulls;
   static constexpr int kFirstItem = kFirstEmpty + 2 * kBuffers;
-  static constexpr int kBarriers = kFirstItem + 2 * kDecodeItemSlots;
+  static constexpr int kBarriers = kFirstItem + 2 * kItemSlots;
   static constexpr int kSharedBytes = kOffsetBarriers + kBarriers * 8;
   static constexpr int kPartialFloats = kRows * (kHeadDimV + 2);
 

@@ -12,7 +12,7 @@ __device__ __forceinline__ void consume_mla_items(const MlaParams& params,
                                                   const MlaShared<C>& shared, int head) {
   const int thread = threadIdx.x - 128;
   u32 phase = 0;  // of the buffers
-  RingPosition<kDecodeItemSlots> at;
+  RingPosition<C::kItemSlots> at;
 #pragma unroll 1
   while (true) {
     mbarrier_wait(shared.item_full(at.stage()), at.parity());

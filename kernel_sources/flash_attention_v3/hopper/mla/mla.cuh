@@ -17,10 +17,10 @@ __device__ __forceinline__ void initialise_mla_barrier(const MlaParams& params,
   if (index >= C::kBarriers) return;
   const bool by_boxes = params.box_rows > 0;
   const int loaders = !by_boxes ? kMlaRowWarps : C::kMixed ? 1 : 2;
-  const int arrivals = index < C::kFirstEmpty                     ? (by_boxes ? 1 : 32 * loaders)
-                       : index < C::kFirstItem                    ? 4
-                       : index < C::kFirstItem + kDecodeItemSlots ? 1
-                                                                  : 256 + 32 * loaders;
+  const int arrivals = index < C::kFirstEmpty                  ? (by_boxes ? 1 : 32 * loaders)
+                       : index < C::kFirstItem                 ? 4
+                       : index < C::kFirstItem + C::kItemSlots ? 1
+                                                               : 256 + 32 * loaders;
   mbarrier_init(shared.barrier(index), arrivals);
   mbarrier_init_fence();
 }

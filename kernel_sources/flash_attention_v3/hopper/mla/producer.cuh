@@ -87,7 +87,7 @@ struct MlaProducer {
 // A loading warp, until the items end.
 template <class C, class Producer>
 __device__ __forceinline__ void load_mla_items(const MlaShared<C>& shared, Producer& producer) {
-  RingPosition<kDecodeItemSlots> at;
+  RingPosition<C::kItemSlots> at;
 #pragma unroll 1
   while (true) {
     mbarrier_wait(shared.item_full(at.stage()), at.parity());
@@ -106,7 +106,7 @@ __device__ __forceinline__ void find_mla_items(const MlaParams& params,
                                                const MlaShared<C>& shared) {
   MlaSchedule schedule(params);
   schedule.start(blockIdx.y);
-  RingPosition<kDecodeItemSlots> at;
+  RingPosition<C::kItemSlots> at;
   MlaItem item;
   bool found = true;
 #pragma unroll 1

@@ -53,7 +53,7 @@ struct MlaShared {
   }
   __device__ u32 item_full(int slot) const { return barrier(C::kFirstItem + slot); }
   __device__ u32 item_empty(int slot) const {
-    return barrier(C::kFirstItem + kDecodeItemSlots + slot);
+    return barrier(C::kFirstItem + C::kItemSlots + slot);
   }
 };
 

@@ -22,6 +22,10 @@ struct CacheRows {
 // 128: both are as of the portable kernels.
 enum : int { kPartStateColumns = 8, kLeastKeysOfPart = 256, kMostPartsOfTile = 128 };
 
+// To begin and to end a part takes as long as so many blocks of keys: 4 us. A section of a sequence
+// too large for the L2 cache has at least so many heads.
+enum : int { kBlocksOfEnd = 2, kHeadsOfSection = 8 };
+
 struct CachedParams : ForwardParams {
   const int* page_table;       // null for a dense cache
   const int* cache_batch_idx;  // each null where there is none

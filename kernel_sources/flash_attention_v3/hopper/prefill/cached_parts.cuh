@@ -13,13 +13,37 @@
 
 namespace jit_kernel::hopper {
 
-// Into how many parts the keys of each tile are cut; all lanes of a warp together, and every block
-// finds the same. With num_splits 0 the least that fills its last round of blocks within 15 % of
-// the best, where a round is not nearly filled by whole tiles: FlashAttention's rule.
+// Parts that the keys of each tile are cut into, and where these leave blocks idle, how many tiles
+// there are for each of those: their keys' ends are then parts as well, which the idle take.
+class PartCut {
+ public:
+  // As many ends as there are tiles of which most blocks are idle: some 100.
+  __device__ __forceinline__ explicit PartCut(int parts, int ends = 0)
+      : packed_(parts + (ends > 0) | ends << kShift) {}
+  // Of a tile, its end with them.
+  __device__ __forceinline__ int parts() const { return packed_ & ((1 << kShift) - 1); }
+
+  // The blocks of keys of each part but an end, of so many.
+  __device__ __forceinline__ int blocks_of_part(int blocks) const {
+    const int whole = parts() - (ends() > 0), even = (blocks + whole - 1) / whole;
+    // All ends of an idle block take as long as a part, with what it costs to begin and end them.
+    const int fewer = (ends() * (blocks + kBlocksOfEnd + whole)) / (1 + whole * ends());
+    return ends() > 0 && fewer + kBlocksOfEnd <= even ? fewer : even;
+  }
+
+ private:
+  static constexpr int kShift = 20;
+  __device__ __forceinline__ int ends() const { return packed_ >> kShift; }
+  int packed_;  // one register: the scheduler warp has few
+};
+
+// All lanes of a warp together, and every block finds the same. With num_splits 0 the least that
+// fills its last round of blocks within 15 % of the best, where a round is not nearly filled by
+// whole tiles: FlashAttention's rule.
 template <class C>
-__device__ __forceinline__ int parts_of_tiles(const CachedParams& params) {
-  if (params.most_parts == 0 || params.num_splits == 1) return 1;
-  if (params.num_splits > 1) return params.num_splits;
+__device__ __forceinline__ PartCut parts_of_tiles(const CachedParams& params) {
+  if (params.most_parts == 0 || params.num_splits == 1) return PartCut(1);
+  if (params.num_splits > 1) return PartCut(params.num_splits);
   const int lane = threadIdx.x % 32, blocks = gridDim.x;
   int tiles = 0, longest = 0;
   for (int i = lane; i < params.batch; i += 32) {
@@ -29,7 +53,7 @@ __device__ __forceinline__ int parts_of_tiles(const CachedParams& params) {
   }
   tiles = __reduce_add_sync(0xffffffffu, min(tiles, 1 << 12)) * heads_of_tiles<C>(params);
   longest = __reduce_max_sync(0xffffffffu, longest);
-  if (tiles == 0 || 10 * tiles >= 8 * blocks) return 1;
+  if (tiles == 0 || 10 * tiles >= 8 * blocks) return PartCut(1);
   const int keys = min(longest, min(longest, params.window_left) +
                                     min(longest, params.window_right) + int(C::kRows));
   const int most =
@@ -45,7 +69,12 @@ __device__ __forceinline__ int parts_of_tiles(const CachedParams& params) {
   for (int parts = 1 + lane; parts <= most; parts += 32) {
     if (fill(parts) >= 0.85f * best) least = min(least, parts);
   }
-  return most <= 1 ? 1 : __reduce_min_sync(0xffffffffu, least);
+  const int parts = most <= 1 ? 1 : __reduce_min_sync(0xffffffffu, least);
+  const int idle = blocks - tiles * parts;
+  // Of several sequences, or sections of heads, the ends of one come before the parts of the next.
+  const bool has_ends = idle > 0 && parts > 1 && (parts + 1) * tiles <= params.most_parts &&
+                        params.batch == 1 && heads_of_tiles<C>(params) <= kHeadsOfSection;
+  return PartCut(parts, has_ends ? (tiles + idle - 1) / idle : 0);
 }
 
 // The place of a thread's pieces of 16 bytes in a part.
@@ -95,6 +124,8 @@ __device__ __forceinline__ void read_parts(const CachedParams& params, const Cac
                                            float (&output)[C::kHeadDimV / 2], Softmax& state,
                                            int thread) {
   constexpr int kOutputs = C::kHeadDimV / 8;
+  // Loads of so many are on their way: as registers allow.
+  constexpr int kAtOnce = C::kHeadDimV > 64 && C::kHeadDimV <= 128 ? 2 : 1;
   float top[2] = {minus_infinity(), minus_infinity()};
 #pragma unroll 4  // loads that wait together: one after the other, 8 parts take 3 us
   for (int part = 0; part < tile.parts; ++part) {
@@ -106,7 +137,7 @@ __device__ __forceinline__ void read_parts(const CachedParams& params, const Cac
   state.sum[0] = state.sum[1] = 0.f;
 #pragma unroll
   for (float& value : output) value = 0.f;
-#pragma unroll 1
+#pragma unroll kAtOnce
   for (int part = 0; part < tile.parts; ++part) {
     const PartMemory<C> memory(params, tile.first_part + part, thread);
     const float4 rows = load_16(memory.piece(kOutputs));

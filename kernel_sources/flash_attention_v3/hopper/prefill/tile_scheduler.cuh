@@ -44,15 +44,15 @@ class TileScheduler {
  public:
   __device__ TileScheduler(const typename C::Params& params, const unsigned short* order)
       : params_(params), order_(order) {
-    if constexpr (C::kCached) splits_ = parts_of_tiles<C>(params);
+    if constexpr (C::kCached) cut_ = parts_of_tiles<C>(params);
     open_window(0);
   }
 
   // Finds the tile of a linear index that is not below that of the call before. False past the end.
   __device__ bool seek(int index, typename C::Info& info) {
     int tiles = __reduce_add_sync(0xffffffffu, blocks_);
-    while (index - base_ >= tiles * heads() * splits_) {
-      base_ += tiles * heads() * splits_;
+    while (index - base_ >= tiles * heads() * cut_.parts()) {
+      base_ += tiles * heads() * cut_.parts();
       if (!advance()) return false;
       tiles = __reduce_add_sync(0xffffffffu, blocks_);
     }
@@ -68,7 +68,7 @@ class TileScheduler {
     const int batch = __shfl_sync(0xffffffffu, batch_, source);
     if (lane() == 0) {
       write(info, batch, first_head_ + head, block * C::kRows, len_q, len_k);
-      if constexpr (C::kCached) cut(info, base_ / splits_ + offset, part);
+      if constexpr (C::kCached) cut(info, base_ / cut_.parts() + offset, part);
     }
     return true;
   }
@@ -77,7 +77,7 @@ class TileScheduler {
   // Tiles of different length need many of them to even out, and 8 heads at a time still share each
   // read from memory 16 times: 8 heads of 16384 keys, d 256, took 12 % longer in sections of two
   // heads.
-  static constexpr int kLeastHeads = C::kMasked ? 8 : 1;
+  static constexpr int kLeastHeads = C::kMasked ? kHeadsOfSection : 1;
 
   __device__ static int lane() { return threadIdx.x % 32; }
   __device__ int heads() const { return min(section_, heads_of_tiles<C>(params_) - first_head_); }
@@ -143,12 +143,12 @@ class TileScheduler {
   // The blocks of one part of a tile; none where part is not below parts.
   __device__ void cut(typename C::Info& info, int ordinal, int part) const {
     info.ordinal = ordinal;
-    info.first_part = ordinal * splits_;
+    info.first_part = ordinal * cut_.parts();
     info.part = part;
     info.parts = 1;
-    if (splits_ == 1 || info.first_part + splits_ > params_.most_parts) return;
+    if (cut_.parts() == 1 || info.first_part + cut_.parts() > params_.most_parts) return;
     const int blocks = info.block_end - info.block_begin;
-    const int each = (blocks + splits_ - 1) / splits_;
+    const int each = cut_.blocks_of_part(blocks);
     info.parts = (blocks + each - 1) / each;
     info.block_begin += part * each;
     info.block_end = min(info.block_end, info.block_begin + each);
@@ -200,7 +200,7 @@ class TileScheduler {
   int first_, width_;                   // the window's sequences
   int batch_, len_q_, len_k_, blocks_;  // this lane's sequence, blocks of queries
   int first_head_, section_;            // first query head of the section, heads of a whole one
-  int splits_ = 1;                      // parts of each tile's keys
+  PartCut cut_{1};                      // of each tile's keys
 };
 
 // The scheduler warp: finds the next tile while the producer and the consumers work on the present
