@@ -56,7 +56,11 @@ inline void product_tile(const Product& g, int64_t row, int64_t first_panel) {
     if (!kTransposed) ++lower;
     b += step;
     right += step;
-    asm("" : "+r"(a), "+r"(lower), "+r"(b), "+r"(right));
+    if constexpr (kTransposed) {
+      asm("" : "+r"(a), "+r"(b), "+r"(right));
+    } else {
+      asm("" : "+r"(a), "+r"(lower), "+r"(b), "+r"(right));
+    }
   }
   float* c = g.c + row * g.ldc + first_panel * kLanes;
 #pragma GCC unroll 6
