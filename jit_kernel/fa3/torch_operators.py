@@ -169,6 +169,11 @@ _FIELDS = {
 }
 
 
+def fields_of(function: str) -> tuple[tuple[str, str], ...]:
+    """Each argument of a public function with the field of a `Call` that holds it."""
+    return _FIELDS[function]
+
+
 def _number(value: Any) -> Any:
     """An argument that is one number as a schema takes it: that of a tensor is read, or traced."""
     return value.item() if isinstance(value, Tensor) else value

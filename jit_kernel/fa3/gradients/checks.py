@@ -59,22 +59,22 @@ def _check_floats(call: Backward, heads: int) -> None:
 
 
 def _check_offsets(call: Backward) -> None:
-    batches: dict[str, int] = {}
+    """As many sequences on both sides, and index tensors that fit them."""
+    of_q = call.q.shape[0] if call.cu_seqlens_q is None else call.cu_seqlens_q.shape[0] - 1
     for side, rows in (("q", call.q), ("k", call.k)):
         starts, used = getattr(call, f"cu_seqlens_{side}"), getattr(call, f"seqused_{side}")
-        batch = rows.shape[0] if starts is None else starts.shape[0] - 1
-        batches["qk" if starts is None else f"cu_seqlens_{side}"] = batch
         if starts is not None:
             need_dims(f"cu_seqlens_{side}", starts, "(b + 1,)")
             need_device(f"cu_seqlens_{side}", starts, call.q.device)
+        batch = rows.shape[0] if starts is None else starts.shape[0] - 1
+        if batch != of_q:
+            name = side if starts is None else f"cu_seqlens_{side}"
+            raise ValueError(f"{name} has {batch} sequences; it must have q's {of_q}")
         if used is not None:
             need_shape(f"seqused_{side}", used, (batch,), "(b,)")
             need_device(f"seqused_{side}", used, call.q.device)
         if rows.is_cpu or config.check_indices():
             _check_numbers(side, rows, starts, used)
-        if len({*batches.values(), batch}) > 1:
-            name = "k" if starts is None else f"cu_seqlens_{side}"
-            raise ValueError(f"{name} has {batch} sequences; q has {next(iter(batches.values()))}")
 
 
 def _check_numbers(side: str, rows: Tensor, starts: Tensor | None, used: Tensor | None) -> None:

@@ -30,13 +30,13 @@ def _names(target: Target) -> tuple[str, ...]:
 
 def decide(name: str, target: Target, call: Backward) -> Decision:
     """What one candidate says of a backward pass."""
+    module = _module(name)
+    if module is None:
+        return Rejected("it has no backward pass", claimed=False)
     if name != TORCH:
         supported = dispatch.supports(name, target)
         if isinstance(supported, Rejected):
             return supported
-    module = _module(name)
-    if module is None:
-        return Rejected("it has no backward pass", claimed=False)
     decision: Decision = module.decide(call)
     return decision
 

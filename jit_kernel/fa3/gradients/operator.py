@@ -68,20 +68,33 @@ def differentiable(operator: Callable[..., Any], arguments: Mapping[str, Any]) -
     lse can be differentiated where return_softmax_lse is given. Raises NotImplementedError where nothing serves the
     backward pass.
     """
+    forward, tensors = _taken_apart(operator, arguments)
+    if tensors[0].device.type != "cpu":  # a CPU serves what the checks let pass
+        choice.served(_before_the_result(forward, tensors))
+    found: tuple[Tensor, Tensor] = _Attention.apply(forward, *tensors)  # type: ignore[no-untyped-call]
+    return found
+
+
+def backward_of(arguments: Mapping[str, Any]) -> Backward:
+    """The backward pass of a public function's arguments, by name, as `decide` looks at it: there is no result yet."""
+    return _before_the_result(*_taken_apart(None, arguments))
+
+
+def _taken_apart(operator: Any, arguments: Mapping[str, Any]) -> tuple[_Forward, list[Any]]:
     rest = dict(arguments)
     tensors = [rest.pop(name) for name in "qkv"]
     tensors += [rest.pop(name, None) for name in _TENSORS]
     for name in ("cu_seqlens_q", "cu_seqlens_k"):  # without a default in the operator's schema
         if name in arguments:
             rest[name] = None
-    forward = _Forward(operator, rest)
+    return _Forward(operator, rest), tensors
+
+
+def _before_the_result(forward: _Forward, tensors: list[Any]) -> Backward:
     q, v = tensors[0], tensors[2]
-    if q.device.type != "cpu":  # a CPU serves what the checks let pass; elsewhere `decide` looks, with no result yet
-        out = q.new_empty(1).expand(*q.shape[:-1], v.shape[-1])
-        lse = q.new_empty(1, dtype=torch.float32).expand(lse_shape(q))
-        choice.served(_settled(Backward(*forward.backward((out, None), (out, lse), *tensors))))
-    found: tuple[Tensor, Tensor] = _Attention.apply(forward, *tensors)  # type: ignore[no-untyped-call]
-    return found
+    out = q.new_empty(1).expand(*q.shape[:-1], v.shape[-1])
+    lse = q.new_empty(1, dtype=torch.float32).expand(lse_shape(q))
+    return _settled(Backward(*forward.backward((out, None), (out, lse), *tensors)))
 
 
 class _Attention(torch.autograd.Function):
