@@ -141,6 +141,17 @@ def test_checkpointing_keeps_half_and_changes_no_bit():
     assert less <= plain / 2
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_row_that_sees_one_key_has_exactly_no_gradient_of_its_query(dtype):
+    """FlashAttention-3's own tests want it: dO V' and rowsum(dO O) are summed in one order."""
+    torch.manual_seed(0)
+    for d in (24, 64, 128):
+        q, k, v = (torch.randn(9, 1, heads, d).to(dtype).requires_grad_() for heads in (6, 3, 3))
+        out = flash_attn_func(q, k, v)
+        dq, dk, dv = torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
+        assert not dq.any() and not dk.any() and dv.any()
+
+
 def test_no_rows_and_no_keys():
     """Without keys the sink alone has a gradient, that of lse, which it is."""
     for sq, sk in ((0, 5), (5, 0)):

@@ -53,38 +53,47 @@ struct BackwardPass {
     ThreadPool::instance().run(threads, p.num_threads, work);
   }
 
-  static float dot(const Element* a, const Element* b, int64_t n) {
-    simd::Vec sum = simd::zero();
-    int64_t i = 0;
-    for (; i + simd::kLanes <= n; i += simd::kLanes) {
-      sum = simd::fma(simd::load_as_float(a + i), simd::load_as_float(b + i), sum);
+  // dO·O of rows first .. first + count - 1 of a head. Each is summed in the order in which
+  // products sum dO·V, side by side as a sum waits for itself: where a row sees one key, whose
+  // value is O, the two are equal and its gradient is exactly 0.
+  static constexpr int64_t kTogether = 8;
+  void row_products(const Sequence& s, int64_t head, int64_t first, int64_t count, float* memory,
+                    float* found) {
+    float *grads = memory, *outs = memory + kTogether * p.dv;
+    for (int64_t r = 0; r < kTogether; ++r) {
+      const int64_t row = s.q_begin + first + std::min(r, count - 1);
+      convert_row<float>(p.grad_out.at(s.q_batch, row, head), grads + r * p.dv, p.dv, p.dv);
+      convert_row<float>(p.result.at(s.q_batch, row, head), outs + r * p.dv, p.dv, p.dv);
     }
-    float rest = 0.0f;
-    for (; i < n; ++i) rest += to_float(a[i]) * to_float(b[i]);
-    return simd::reduce_add(sum) + rest;
+    float sum[kTogether] = {};
+    for (int64_t i = 0; i < p.dv; ++i) {
+      for (int64_t r = 0; r < kTogether; ++r) sum[r] += grads[r * p.dv + i] * outs[r * p.dv + i];
+    }
+    std::copy_n(sum, count, found);
   }
 
   // Of a head's rows: delta = dO·O - dlse, and the lse as what is taken from scores: a row that
   // sees no key has probabilities of 0, and nothing of it is read.
-  void prepare_rows(int64_t batch, int64_t head) {
+  void prepare_rows(int64_t batch, int64_t head, float* memory) {
     const Sequence& s = plan.sequences[batch].sequence;
-    const bool has_sink = p.sinks != nullptr;
     double of_sink = 0.0;
-    for (int64_t i = 0; i < s.sq; ++i) {
-      const int64_t place = p.row_of(s, i, head), row = s.q_begin + i;
-      const float lse = *p.lse_of_rows.at(s.q_batch, row, head);
-      const float grad_lse = p.grad_lse ? *p.grad_lse.at(s.q_batch, row, head) : 0.0f;
-      const Interval seen = visible_keys(p, i, s.sq, s.sk);
-      float delta = -grad_lse;
-      if (seen.begin < seen.end) {
-        delta += dot(p.grad_out.at(s.q_batch, row, head), p.result.at(s.q_batch, row, head), p.dv);
-      }
-      const bool has_weight = lse != -kInfinity;
-      p.deltas[place] = has_weight ? delta : 0.0f;
-      p.shifts[place] = has_weight ? lse : kInfinity;
-      if (has_sink && has_weight) {
-        of_sink += std::exp(static_cast<double>(p.sinks[head]) - static_cast<double>(lse)) *
-                   static_cast<double>(delta);
+    for (int64_t first = 0; first < s.sq; first += kTogether) {
+      const int64_t count = std::min(kTogether, s.sq - first);
+      float products[kTogether];
+      row_products(s, head, first, count, memory, products);
+      for (int64_t r = 0; r < count; ++r) {
+        const int64_t place = p.row_of(s, first + r, head), row = s.q_begin + first + r;
+        const float lse = *p.lse_of_rows.at(s.q_batch, row, head);
+        const float grad_lse = p.grad_lse ? *p.grad_lse.at(s.q_batch, row, head) : 0.0f;
+        const Interval seen = visible_keys(p, first + r, s.sq, s.sk);
+        const float delta = (seen.begin < seen.end ? products[r] : 0.0f) - grad_lse;
+        const bool has_weight = lse != -kInfinity;
+        p.deltas[place] = has_weight ? delta : 0.0f;
+        p.shifts[place] = has_weight ? lse : kInfinity;
+        if (p.sinks && has_weight) {
+          of_sink += std::exp(static_cast<double>(p.sinks[head]) - static_cast<double>(lse)) *
+                     static_cast<double>(delta);
+        }
       }
     }
     of_sinks[batch * p.heads + head] = of_sink;
@@ -132,8 +141,11 @@ struct BackwardPass {
 
   void run() {
     const double of_rows = static_cast<double>(p.all_rows * p.heads * sizes.dv);
-    parallel(p.batch * p.heads, of_rows,
-             [&] { return [&](int64_t i) { prepare_rows(i / p.heads, i % p.heads); }; });
+    parallel(p.batch * p.heads, of_rows, [&] {
+      scratch().reserve(Scratch::size<float>(2 * kTogether * p.dv));
+      float* memory = scratch().take<float>(2 * kTogether * p.dv);
+      return [&, memory](int64_t i) { prepare_rows(i / p.heads, i % p.heads, memory); };
+    });
     if (p.sinks) {
       for (int64_t h = 0; h < p.heads; ++h) {
         double sum = 0.0;
