@@ -12,10 +12,10 @@ Tensors must lie in memory. A lazily negated view (torch's neg and conj) is reso
 of an asynchronous collective is waited for; neither may be written. TypeError, by name: subclasses without memory of
 their own (DTensor), nested, sparse and efficient zero tensors. Fake tensors, make_fx, torch.jit.trace, torch.compile
 and torch.export get the operators torch.ops.jit_kernel.*; NotImplementedError, by name: an argument that torch.vmap
-batches, torch.func.functionalize wraps or torch.func differentiates, or that has a forward-mode tangent.
+batches, torch.func.functionalize wraps, or that has a forward-mode tangent.
 
-Gradients, by torch's own backward operators: those of `flash_attn_func` and `flash_attn_varlen_func`, whose docstring
-says of which calls. Every other derivative that is asked for is a NotImplementedError, by name.
+Gradients, under torch.func too: those of `flash_attn_func` and `flash_attn_varlen_func`, whose docstring says of which
+calls. Every other derivative that is asked for is a NotImplementedError, by name.
 
 What is written, out and a cache that is appended to, shares no byte with another tensor of the call, and none with
 itself: ValueError. Slices that lie between each other's rows share none (q, k, v and out of one buffer).
@@ -168,10 +168,12 @@ def flash_attn_varlen_func(
     NotImplementedError, with every implementation's reason, for what the device cannot do, and for a derivative that
     nothing gives; what `jit_kernel.jit.load` raises when a kernel can be neither loaded nor compiled.
 
-    Gradients: on a CPU and on CUDA q, k and v may require grad, in fp32, bf16 or fp16, dense or ragged, with causal and
-    window_size. torch's own backward operators give the gradients, with this out and lse, which has none itself, as
-    in FlashAttention-3. NotImplementedError, by name, beside softcap, sinks, attention_chunk, qv, page_table, seqused_q
-    and seqused_k, descales, k_scale and v_scale, draft_mask or out, and when they are differentiated again.
+    Gradients: q, k, v and sinks may require grad, in fp32, bf16 or fp16, and lse, where it is returned, has one, too.
+    The backward pass takes this out and lse; 0 for rows and keys that see nothing and those of no sequence. On a CPU it
+    serves every such call, with the same bits for any number of threads; on CUDA what the device's implementations
+    have (`python -m jit_kernel why --backward`). NotImplementedError, by name, beside qv, page_table, descales, k_scale
+    and v_scale, draft_mask or out, on MUSA, and when gradients are differentiated again. On a GPU
+    torch.use_deterministic_algorithms(True) asks for gradients with the same bits from run to run.
     """
     call = (
         VARLEN, q, k, v, softmax_scale, causal, window_size, attention_chunk, softcap, num_splits, return_softmax_lse,
@@ -289,7 +291,8 @@ def flash_attn_func(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over sequences of one length: q (b, sq, hq, d), k (b, sk, hk, d), v (b, sk, hk, dv).
 
-    deterministic: accepted for FA3's sake; the forward pass always is.
+    deterministic: of the gradients: the same bits from run to run. On a CPU they always have them, as has the forward
+        pass everywhere.
     The other arguments, the result, its formulas and the errors are those of `flash_attn_varlen_func`.
     """
     call = (

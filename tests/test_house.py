@@ -65,6 +65,8 @@ def test_no_file_imports_itself_in_a_circle():
 def test_argument_lists_are_few():
     """An argument is listed where it is public, where it becomes a field, and where a kernel takes it.
 
+    A backward pass has fields of its own, in gradients/call.py.
+
     The lists of `integrations/` are those of other projects' functions, which have their own order and names.
     """
     lists = house.argument_lists(house.ROOT)

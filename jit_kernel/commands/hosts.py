@@ -50,7 +50,7 @@ HOSTS = (
         "flash_attn_interface", "FlashAttention-3's module", "torch", ">=2.10,<2.15",
         ("from jit_kernel.integrations import flash_attn_interface", "flash_attn_interface.install()"),
         ("processes that have loaded FlashAttention-3's own extension",
-         "gradients with softcap, attention_chunk, seqused_q, seqused_k, qv, page_table or e4m3"),
+         "gradients with qv, page_table or e4m3"),
     ),
     Host(
         "LOCAL_KERNELS", "LOCAL_KERNELS: FlashAttention-3 of the hub, in transformers, diffusers, sglang", "kernels",
@@ -63,7 +63,7 @@ HOSTS = (
         ("from jit_kernel.integrations import transformers as jit_kernel_transformers",
          "jit_kernel_transformers.register()",
          'AutoModelForCausalLM.from_pretrained(path, attn_implementation="jit_kernel_fa3")'),
-        ("dropout in training, gradients with softcap or sinks",
+        ("dropout in training, gradients with softcap or sinks through other masks than causal ones and windows",
          "models that compute their attention themselves (Bloom, Falcon, MPT, MPNet, DeBERTa)",
          "attention weights, position biases, masks of four dimensions"),
     ),

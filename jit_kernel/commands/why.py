@@ -3,8 +3,8 @@
     python -m jit_kernel why --q bf16[2,4096,32,128] --k bf16[2,4096,8,128] --causal --device cuda:0
 
 Every argument of the public functions is an option: a tensor as dtype[shape], a bool as a flag, window_size as
-left,right. `why --module my.package` says of each kernel that a module declares where it is stored, or which change
-would compile it. Nothing is compiled and nothing is run.
+left,right. With --backward the answer is about the call's backward pass. `why --module my.package` says of each kernel
+that a module declares where it is stored, or which change would compile it. Nothing is compiled and nothing is run.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from jit_kernel.device import Target, detect_device, device_target
 from jit_kernel.engine import build
 from jit_kernel.engine.store import CacheError
 from jit_kernel.fa3 import call as calls
-from jit_kernel.fa3 import dispatch
+from jit_kernel.fa3 import dispatch, gradients, torch_operators
 from jit_kernel.fa3.call import Call
 from jit_kernel.fa3.checks import shapes
 from jit_kernel.fa3.checks.call import check_numbers
 from jit_kernel.fa3.decision import Accepted, Decision
 from jit_kernel.fa3.features import Features, features_of
+from jit_kernel.fa3.gradients import choice, operator
 from jit_kernel.toolkit import declared
 
 _DTYPES = {
@@ -108,6 +109,25 @@ def explain(function: str, *args: Any, device: torch.device | str | Target | Non
     return Explanation(function, target, features, choice.name, kernel, choice.decisions)
 
 
+def explain_backward(
+    function: str, *args: Any, device: torch.device | str | Target | None = None, **kwargs: Any
+) -> Explanation:
+    """The same of the backward pass of a call whose q, k, v and, where given, sinks require grad.
+
+    Raises NotImplementedError, by name, for what no backward pass serves.
+    """
+    call = _call_of(function, *args, **kwargs)
+    if device is None:
+        device = detect_device() if call.q.device.type == "meta" else call.q.device
+    target = _target(device)
+    named = {name: getattr(call, field) for name, field in torch_operators.fields_of(function)}
+    asking = {**named, "q": call.q.detach().requires_grad_()} if call.q.is_floating_point() else named
+    with torch.enable_grad():
+        gradients.refuse_unserved(function, asking)
+    found = choice.choose(target, operator.backward_of(named), ask_all=True)
+    return Explanation(f"the backward pass of {function}", target, features_of(call), found.name, None, found.decisions)
+
+
 def _call_of(function: str, *args: Any, **kwargs: Any) -> Call:
     """The call with its defaults, checked but for the numbers in tensors."""
     if function not in _FUNCTIONS:
@@ -152,6 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--function", choices=_FUNCTIONS, help="the function; without it, the one that fits")
     parser.add_argument("--device", help="a device (cuda:0) or a target (cuda:sm_90a); without it, the detected device")
+    parser.add_argument("--backward", action="store_true", help="explain the call's backward pass")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--module", help="explain the kernels that a module declares: stored, or why not")
     options: dict[str, str] = {}
@@ -198,7 +219,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; answers with its exit status: 0 served, 1 not served, 2 a wrong argument."""
     parser = _parser()
     options = vars(parser.parse_args(argv))
-    function, device, as_json, module = (options.pop(name) for name in ("function", "device", "json", "module"))
+    taken = ("function", "device", "json", "module", "backward")
+    function, device, as_json, module, backward = (options.pop(name) for name in taken)
     if module is not None:
         return _explain_module(module, device, as_json)
     given = {name: value for name, value in options.items() if value is not None}
@@ -209,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if function == "flash_attn_varlen_func":
         given = {"cu_seqlens_q": None, "cu_seqlens_k": None, **given}
     try:
-        found = explain(function, device=device, **given)
+        found = (explain_backward if backward else explain)(function, device=device, **given)
     except (TypeError, ValueError, NotImplementedError) as error:
         print(f"python -m jit_kernel why: {error}", file=sys.stderr)
         return 2

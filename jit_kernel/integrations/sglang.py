@@ -115,8 +115,8 @@ def _without_gradients(*inputs: Any) -> AbstractContextManager[Any]:
 
 
 def _with_gradients(arguments: Mapping[str, Any]) -> Result:
-    """flash_attn_varlen_func of inputs that require grad, as sglang's own tests pass them: the backward pass is torch's
-    own operators', and says by name what it does not serve."""
+    """flash_attn_varlen_func of inputs that require grad, as sglang's own tests pass them: the backward pass says
+    by name what it does not serve."""
     taken = inspect.signature(public.flash_attn_varlen_func).parameters.keys() & arguments.keys()
     given = {name: arguments[name] for name in taken - {"sinks", "out", "return_softmax_lse"}}
     result = differentiable(public.flash_attn_varlen_func, given)

@@ -19,8 +19,9 @@ SUFFIXES = (".h", ".cuh", ".cu", ".cpp", ".inc")
 CPU_FOLDERS = {
     "common": set(),
     "prefill": {"common"},
+    "backward": {"common"},
     "decode": {"common"},
-    "entry": {"common", "prefill", "decode"},
+    "entry": {"common", "prefill", "decode", "backward"},
 }
 INCLUDE = re.compile(r'^\s*#\s*include\s*(?:"([^"]+)"|<([^>]+)>)', re.MULTILINE)
 

@@ -42,8 +42,8 @@ class Verdict:
     judged: bool = True  # False: answered, and the contract leaves open with what
 
 
-GRADIENTS = ("requires grad", "inner of a graph", "parameter of a model")
-DERIVATIVES = (*GRADIENTS, "of grad", "of jvp", "dual")
+GRADIENTS = ("requires grad", "inner of a graph", "parameter of a model", "of grad")
+DERIVATIVES = (*GRADIENTS, "of jvp", "dual")
 
 
 class FaultError(Exception):
@@ -241,9 +241,11 @@ def _must(drawn: Drawn, made: dict[str, Made]) -> str:
 
 
 def _must_as(name: str, kind: kinds.Kind, drawn: Drawn) -> str:
-    """What an argument's kind leaves open. torch's backward operators give some gradients: `_read` looks for them."""
+    """What an argument's kind leaves open. Most calls have gradients: `_read` looks for them."""
     nobody_asks = drawn.surroundings in ("no grad", "inference")
-    may_have = kind.name in GRADIENTS and name in ("q", "k", "v") and drawn.function != "flash_attn_with_kvcache"
+    may_have = (
+        kind.name in GRADIENTS and name in ("q", "k", "v", "sinks") and drawn.function != "flash_attn_with_kvcache"
+    )
     return "either" if may_have or (nobody_asks and kind.name in DERIVATIVES) else kind.must
 
 

@@ -1,4 +1,4 @@
-"""One backward pass, as every implementation takes it, and what it answers."""
+"""One backward pass in its canonical form: what every implementation's `backward.py` takes and returns."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Backward:
 
 
 class Gradients(NamedTuple):
-    """The gradients of one backward pass."""
+    """What a backward pass gives: zeros in rows outside of every sequence, and where nothing is seen."""
 
     q: Tensor  # like q, in its dtype
     k: Tensor
