@@ -1,8 +1,9 @@
-"""Distributed context parallelism on gloo with 1, 2 and 4 processes, and the sharding that it rests on."""
+"""Context parallelism on gloo with several processes, in every form, and the sharding that it rests on."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,32 +12,58 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 import jit_kernel
-from jit_kernel.attention import AttentionLayer, all_gather_attention, backend_name, plan_ring, ring_attention
+from jit_kernel.attention import (
+    AttentionLayer,
+    Prefix,
+    all_gather_attention,
+    all_to_all_attention,
+    backend_name,
+    context_attention,
+    plan_context,
+    plan_ring,
+    ring_attention,
+)
 from jit_kernel.attention.parallel import zigzag
 from tests.support import ring_worker
 
+# Of the whole, 300 cases for each number of processes, `make test` runs a part.
+CASES = int(os.environ.get("JIT_KERNEL_TEST_CASES", "0"))
 
-@pytest.mark.parametrize(("world_size", "cases"), [(2, 300), (4, 80)])
-def test_processes_give_what_one_call_gives(world_size: int, cases: int, tmp_path: Path, say: list[str]) -> None:
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):  # compiled here, once, and not by every process
-        x = torch.zeros(1, 1, 1, 64, dtype=dtype)
-        jit_kernel.flash_attn_func(q=x, k=x, v=x, softmax_scale=1.0)
+
+def spawned(body, world_size: int, *arguments: object, folder: Path) -> None:
     context = multiprocessing.spawn(
-        ring_worker.run,
-        (world_size, str(tmp_path / "store"), cases, str(tmp_path)),
-        nprocs=world_size,
-        join=False,
+        body, (world_size, str(folder / "store"), *arguments, str(folder)), nprocs=world_size, join=False
     )
     try:
         ended = False
         while not ended:  # join() returns as soon as one process has ended
             ended = context.join(timeout=300)
     except Exception as error:
-        output = "\n".join(path.read_text() for path in tmp_path.glob("rank*.txt"))
+        output = "\n".join(path.read_text() for path in sorted(folder.glob("rank*.txt")))
         raise AssertionError(output or str(error)) from error
+
+
+@pytest.mark.parametrize(("world_size", "cases"), [(2, 120), (3, 60), (4, 60), (8, 16)])
+def test_processes_give_what_one_call_gives(world_size: int, cases: int, tmp_path: Path, say: list[str]) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):  # compiled here, once, and not by every process
+        x = torch.zeros(1, 1, 1, 64, dtype=dtype)
+        jit_kernel.flash_attn_func(q=x, k=x, v=x, softmax_scale=1.0)
+    cases = CASES or cases
+    spawned(ring_worker.run, world_size, cases, folder=tmp_path)
     worst = json.loads((tmp_path / "worst.json").read_text())
     say.append(f"context parallelism, {world_size} processes, {cases} cases: worst shares {worst}")
-    assert 0.0 < worst["ring_attention"] <= 1.0
+    assert all(0.0 < share <= 1.0 for share in worst.values())
+
+
+@pytest.mark.parametrize("form", ["ring", "all_to_all", "two_level", "all_gather"])
+@pytest.mark.parametrize("how", ["dies", "is late"])
+def test_a_rank_that_does_not_come_is_named(form: str, how: str, tmp_path: Path) -> None:
+    spawned(ring_worker.run_without, 4, form, how, folder=tmp_path)
+    for rank in (0, 2, 3):
+        assert (tmp_path / f"rank{rank}.txt").read_text().startswith("RankError 1: rank "), (
+            rank,
+            (tmp_path / f"rank{rank}.txt").read_text(),
+        )
 
 
 @pytest.fixture
@@ -47,12 +74,14 @@ def alone(tmp_path: Path):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("function", [ring_attention, all_gather_attention])
-def test_one_rank_alone(alone, function) -> None:
+@pytest.mark.parametrize("form", ["ring", "all_to_all", "all_gather"])
+def test_one_rank_alone(alone, form: str) -> None:
     for seed in range(20):
-        lengths, layer, problem, (q, k, v) = ring_worker.case(seed)
+        lengths, layer, problem, whole, before = ring_worker.case(seed, form)
+        heads = whole[0].shape[1], whole[1].shape[1]
+        plan = plan_context(lengths, layer, heads, 64, whole[0].device, form=form)
         # A rank's share of [prev | next] is the whole sequence in order.
-        out, lse = function(q, k, v, lengths, layer, return_softmax_lse=True)
+        out, lse = context_attention(*whole, plan, layer, prefix=before, return_softmax_lse=True)
         ring_worker.judged(out, lse, lengths, problem)
 
 
@@ -61,24 +90,61 @@ def test_what_cannot_be_split_is_refused(alone) -> None:
     for layer in (AttentionLayer(window_size=(4, 0)), AttentionLayer(attention_chunk=4)):
         with pytest.raises(NotImplementedError, match="a rank's keys are not one run of the sequence"):
             ring_attention(q, q, q, [8], layer)
+    with pytest.raises(NotImplementedError, match="and no causal mask"):
+        all_gather_attention(q, q, q, [8], AttentionLayer(causal=False, window_size=(4, 2)))
     with pytest.raises(ValueError, match=r"q has 8 tokens; rank 0 holds 9 of sequences of \[9\]"):
         ring_attention(q, q, q, [9])
+    with pytest.raises(ValueError, match=r"q has 8 tokens; rank 0 holds 9 of sequences of \[9\]"):
+        all_to_all_attention(q, q, q, [9])
     with pytest.raises(ValueError, match="plan was made for lengths"):
         ring_attention(q, q, q, [8], plan=plan_ring([4, 4], True, q.device))
+    before = Prefix(torch.zeros(1, 4, 2, 64), torch.zeros(1, 4, 2, 64), torch.tensor([4], dtype=torch.int32))
+    for function in (all_gather_attention, all_to_all_attention):
+        with pytest.raises(NotImplementedError, match=r"prefix with window_size \(4, 0\)"):
+            function(q, q, q, [8], AttentionLayer(window_size=(4, 0)), prefix=before)
+    two = Prefix(torch.zeros(2, 4, 2, 64), torch.zeros(2, 4, 2, 64), torch.tensor([4, 4], dtype=torch.int32))
+    with pytest.raises(ValueError, match="cache_seqlens has 2 sequences; it must have 1, or 1 that all share"):
+        ring_attention(q, q, q, [8], prefix=two)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-@pytest.mark.parametrize("lengths", [[0], [1], [7], [64], [5, 0, 33], [128, 1]])
-def test_shares_are_a_partition_of_equal_work(world_size: int, lengths: list[int]) -> None:
+def test_a_plan_says_how_it_was_chosen(alone, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 4)
+    causal, cpu = AttentionLayer(), torch.device("cpu")
+
+    def chosen(lengths: list[int], layer: AttentionLayer, heads: tuple[int, int], **options: object) -> str:
+        return plan_context(lengths, layer, heads, 128, cpu, **options).form
+
+    assert chosen([131072], causal, (32, 8)) == "ring"  # a step's call hides its exchange
+    assert chosen([2048], causal, (32, 8)) == "all_to_all"  # nothing to hide behind
+    assert chosen([131072], AttentionLayer(window_size=(4096, 0)), (32, 8)) == "all_to_all"
+    assert chosen([131072], AttentionLayer(window_size=(4096, 0)), (30, 10)) == "all_gather"
+    plan = plan_context([2048], causal, (30, 10), 128, cpu)
+    assert plan.reasons["all_to_all"] == "q has 30 heads, which 4 does not divide"
+    assert "all_to_all: q has 30 heads, which 4 does not divide" in plan.explain()
+    with pytest.raises(NotImplementedError, match="form 'all_to_all': q has 30 heads, which 4 does not divide"):
+        plan_context([2048], causal, (30, 10), 128, cpu, form="all_to_all")
+    with pytest.raises(NotImplementedError, match="no form serves the layer: ring: a rank's keys"):
+        plan_context([2048], AttentionLayer(causal=False, window_size=(9, 9)), (30, 10), 128, cpu)
+    with pytest.raises(ValueError, match="form is 'star'; it must be None or one of ring"):
+        plan_context([2048], causal, (32, 8), 128, cpu, form="star")
+    with pytest.raises(ValueError, match="inner is 3; it must divide the 4 ranks"):
+        plan_context([2048], causal, (32, 8), 128, cpu, inner=3)
+
+
+@pytest.mark.parametrize(("world_size", "inner"), [(1, 1), (2, 1), (3, 1), (8, 1), (4, 4), (4, 2), (6, 3)])
+@pytest.mark.parametrize("lengths", [[0], [1], [7], [64], [5, 0, 33], [128, 1], [9] * 40, [3, 17, 1] * 9])
+def test_shares_are_a_partition_of_equal_work(world_size: int, inner: int, lengths: list[int]) -> None:
     whole = torch.arange(sum(lengths))
-    parts = [zigzag.shard(whole, lengths, rank, world_size) for rank in range(world_size)]
-    assert torch.equal(zigzag.unshard(parts, lengths), whole)
-    shares = [zigzag.share_of(lengths, rank, world_size) for rank in range(world_size)]
-    assert [share.total for share in shares] == [len(part) for part in parts]
+    parts = [zigzag.shard(whole, lengths, rank, world_size, inner) for rank in range(world_size)]
+    assert torch.equal(zigzag.unshard(parts, lengths, inner), whole)
+    assert zigzag.rows_of(lengths, world_size, inner) == [len(part) for part in parts]
+    rings = world_size // inner
+    shares = [zigzag.share_of(lengths, rank, rings) for rank in range(rings)]
+    totals = [share.total for share in shares]
+    assert max(totals) - min(totals) <= 1, "a batch of many sequences is as even as one"
     work = [sum(sum(range(a + 1, b + 1)) for half in (s.prev, s.next) for a, b in half) for s in shares]
-    longest = max(lengths)
     # Chunks differ by one token at most, so a rank's causal work differs by less than two rows a sequence.
-    assert max(work) - min(work) <= 2 * len(lengths) * max(longest, 1)
+    assert max(work) - min(work) <= 2 * len(lengths) * max([*lengths, 1])
 
 
 def test_backends_by_name() -> None:

@@ -1,4 +1,4 @@
-"""Ring attention: keys and values travel round the ranks of a group while the kernel runs.
+"""Ring attention: other ranks' keys and values come, one rank's after another, while the kernel runs.
 
 Source of the schedule: with chunks 0 .. 2W - 1 and rank r holding [r | 2W - 1 - r], the first chunk of rank j < r is
 seen by all of r's queries and the second by none; both chunks of j > r are seen by r's second chunk and by it alone.
@@ -7,6 +7,7 @@ So every step is one dense call, of equal work on every rank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -18,8 +19,11 @@ from jit_kernel import flash_attention_v3
 from jit_kernel.attention.metadata import AttentionLayer
 from jit_kernel.attention.parallel import exchange as communication
 from jit_kernel.attention.parallel import zigzag
-from jit_kernel.attention.parallel.all_gather import half_rows, need_plain, need_share
+from jit_kernel.attention.parallel.prefix import Parts, Prefix, is_windowed
 from jit_kernel.attention.parallel.zigzag import Share
+
+# So many ranks' keys are under way while a call runs.
+_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -38,13 +42,39 @@ class Block:
 
 @dataclass(frozen=True)
 class RingPlan:
-    """A rank's calls, and how many rows arrive after each. Its index tensors are made before anything is launched,
-    because a copy from the host would wait for the kernel that runs; every layer of a step can use it."""
+    """A rank's calls, how many rows arrive after each, and the most rows that any rank holds.
+
+    Its index tensors are made before anything is launched, because a copy from the host would wait for the kernel that
+    runs; every layer of a step can use it.
+    """
 
     lengths: tuple[int, ...]
     causal: bool
     blocks: tuple[Block, ...]
     coming: tuple[int, ...]
+    most: int
+
+
+def need_plain(layer: AttentionLayer) -> None:
+    """Raise NotImplementedError for a mask that a ring's blocks do not have."""
+    if is_windowed(layer):
+        raise NotImplementedError(
+            f"ring attention with window_size {layer.window_size} and attention_chunk {layer.attention_chunk}: a "
+            "rank's keys are not one run of the sequence; all_to_all_attention serves it, with a causal mask "
+            "all_gather_attention too"
+        )
+
+
+def need_share(q: Tensor, k: Tensor, lengths: Sequence[int], group: dist.ProcessGroup | None) -> Share:
+    """This rank's zig-zag share; ValueError where q or k is not of its size."""
+    share = zigzag.share_of(lengths, dist.get_rank(group), dist.get_world_size(group))
+    for name, tensor in (("q", q), ("k", k)):
+        if tensor.shape[0] != share.total:
+            raise ValueError(
+                f"{name} has {tensor.shape[0]} tokens; rank {dist.get_rank(group)} holds {share.total} "
+                f"of sequences of {list(lengths)}"
+            )
+    return share
 
 
 def plan_ring(
@@ -52,11 +82,11 @@ def plan_ring(
 ) -> RingPlan:
     """The plan for packed sequences of `lengths` (of the whole, not of a rank's share)."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    shares = [zigzag.share_of(lengths, r, size) for r in range(size)]
+    shares = zigzag.shares_of(lengths, size)
     sources = [(rank - step) % size for step in range(size)]
     blocks = [_block(shares[rank], shares[source], rank, source, causal, device) for source in sources]
     coming = [shares[source].total for source in sources[1:]]
-    return RingPlan(tuple(lengths), causal, tuple(blocks), tuple(coming))
+    return RingPlan(tuple(lengths), causal, tuple(blocks), tuple(coming), max(share.total for share in shares))
 
 
 def _block(mine: Share, theirs: Share, rank: int, source: int, causal: bool, device: torch.device) -> Block:
@@ -69,7 +99,7 @@ def _block(mine: Share, theirs: Share, rank: int, source: int, causal: bool, dev
         else:
             used = torch.tensor(visible, dtype=torch.int32, device=device)
     elif causal and source > rank:
-        rows, queries = half_rows(mine, "next", device), mine.next_lengths
+        rows, queries = zigzag.half_rows(mine, "next", device), mine.next_lengths
     packed = theirs.lengths if used is not None else visible
     return Block(
         rows,
@@ -92,13 +122,13 @@ def ring_attention(
     *,
     group: dist.ProcessGroup | None = None,
     plan: RingPlan | None = None,
+    prefix: Prefix | None = None,
     return_softmax_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention of this rank's queries over every rank's keys, one rank's at a time, the next ones under way meanwhile.
+    """Attention of this rank's queries over every rank's keys, one rank's at a time, two ranks' under way meanwhile.
 
-    Arguments and result as `all_gather_attention`; `plan` (`plan_ring`) saves its making in every layer. Partial
-    results are merged in float32, so that the number of ranks does not add roundings; sinks enter once, with this
-    rank's own keys.
+    Arguments, result and errors as `all_gather_attention`, but no window; `plan` (`plan_ring`) saves its making in
+    every layer. Partial results are merged once, in float32; sinks enter once, with this rank's own keys.
     """
     layer = layer or AttentionLayer()
     need_plain(layer)
@@ -107,23 +137,57 @@ def ring_attention(
     plan = plan or plan_ring(lengths, causal, q.device, group)
     if plan.lengths != tuple(lengths) or plan.causal != causal:
         raise ValueError(f"plan was made for lengths {plan.lengths} and causal {plan.causal}, not for this call")
-    keys = [k, v]
-    exchange = communication.Exchange(keys, plan.coming[0], group) if plan.coming else None
-    out, lse = _attend(q, keys, plan.blocks[0], layer)
-    if exchange is None:
-        return (out, lse) if return_softmax_lse else out
-    # One merge rounds once whatever its width; more of them do so in float32.
-    out, layer = (out if len(plan.blocks) == 2 else out.float()), replace(layer, sinks=None)
+    way = communication.transport_of(group, q.device) if plan.coming else None
+    exchange = _Arrivals(way, k, v, plan, group) if way is not None else None
+    parts = Parts(q, v.shape[2], len(plan.blocks) + (prefix is not None))
+    _attend(q, [k, v], plan.blocks[0], layer, parts, way)
+    layer = replace(layer, sinks=None)
+    if prefix is not None:
+        parts.add(*prefix.attend(q, need_share(q, k, lengths, group).lengths, layer), None)
     for step, block in enumerate(plan.blocks[1:], start=1):
-        keys = exchange.wait()
-        if step < len(plan.coming):
-            exchange = communication.Exchange(keys, plan.coming[step], group)
-        out, lse = _merged(out, lse, *_attend(q, keys, block, layer), block.rows)
-    out = out.to(q.dtype)
+        assert exchange is not None
+        _attend(q, exchange.take(step), block, layer, parts, way)
+        exchange.ask(step + _AHEAD)
+    out, lse = parts.merged()
     return (out, lse) if return_softmax_lse else out
 
 
-def _attend(q: Tensor, keys: list[Tensor], block: Block, layer: AttentionLayer) -> tuple[Tensor, Tensor]:
+class _Arrivals:
+    """Other ranks' keys and values, asked for two steps before they are needed."""
+
+    def __init__(
+        self, way: communication.Transport, k: Tensor, v: Tensor, plan: RingPlan, group: dist.ProcessGroup | None
+    ) -> None:
+        self._own, self._coming = [k.contiguous(), v.contiguous()], plan.coming
+        self._rank, self._size = dist.get_rank(group), dist.get_world_size(group)
+        row = sum(math.prod(x.shape[1:]) for x in self._own) * k.element_size()
+        self._published = way.publish(self._own, plan.most * row)
+        self._under_way: dict[int, tuple[communication.Pending, list[Tensor]]] = {}
+        for step in range(1, 1 + _AHEAD):
+            self.ask(step)
+
+    def ask(self, step: int) -> None:
+        """Ask for the keys of a step, if there is one."""
+        if step > len(self._coming):
+            return
+        into = [x.new_empty((self._coming[step - 1], *x.shape[1:])) for x in self._own]
+        to, of = (self._rank + step) % self._size, (self._rank - step) % self._size
+        self._under_way[step] = self._published.ask(to, self._own, of, 0, into), into
+
+    def take(self, step: int) -> list[Tensor]:
+        """The keys and values of a step, for the current stream."""
+        pending, into = self._under_way.pop(step)
+        pending.wait()
+        return into
+
+
+def _attend(
+    q: Tensor, keys: list[Tensor], block: Block, layer: AttentionLayer, parts: Parts,
+    way: communication.Transport | None,
+) -> None:  # fmt: skip
+    """One block's result into the parts."""
+    own_place = block.rows is None or isinstance(block.rows, slice)
+    place = parts.place(block.rows if isinstance(block.rows, slice) else None)
     out, lse = flash_attention_v3.flash_attn_varlen_func(
         q=q if block.rows is None else q[block.rows],
         k=keys[0][block.keys],
@@ -133,18 +197,8 @@ def _attend(q: Tensor, keys: list[Tensor], block: Block, layer: AttentionLayer) 
         max_seqlen_q=block.max_seqlen_q,
         max_seqlen_k=block.max_seqlen_k,
         seqused_k=block.seqused_k,
+        out=place if own_place else None,
+        sm_margin=0 if way is None else way.sm_margin,
         **layer.part_arguments(block.causal),
     )
-    return out, lse
-
-
-def _merged(
-    out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, rows: slice | Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The accumulator with a block's result, which may have some of the queries alone."""
-    part = part.to(out.dtype)
-    if rows is None:
-        return flash_attention_v3.merge_state(out, lse, part, part_lse)
-    merged, merged_lse = flash_attention_v3.merge_state(out[rows], lse[:, rows].contiguous(), part, part_lse)
-    out[rows], lse[:, rows] = merged, merged_lse
-    return out, lse
+    parts.add(None if own_place else out, lse, block.rows)
