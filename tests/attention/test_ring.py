@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 
 import jit_kernel
 from jit_kernel.attention import (
@@ -24,23 +23,10 @@ from jit_kernel.attention import (
     ring_attention,
 )
 from jit_kernel.attention.parallel import zigzag
+from jit_kernel.attention.parallel.choice import FORMS
+from jit_kernel.commands import why
 from tests.support import ring_worker
-
-# Of the whole, 300 cases for each number of processes, `make test` runs a part.
-CASES = int(os.environ.get("JIT_KERNEL_TEST_CASES", "0"))
-
-
-def spawned(body, world_size: int, *arguments: object, folder: Path) -> None:
-    context = multiprocessing.spawn(
-        body, (world_size, str(folder / "store"), *arguments, str(folder)), nprocs=world_size, join=False
-    )
-    try:
-        ended = False
-        while not ended:  # join() returns as soon as one process has ended
-            ended = context.join(timeout=300)
-    except Exception as error:
-        output = "\n".join(path.read_text() for path in sorted(folder.glob("rank*.txt")))
-        raise AssertionError(output or str(error)) from error
+from tests.support.ring_worker import CASES, spawned
 
 
 @pytest.mark.parametrize(("world_size", "cases"), [(2, 120), (3, 60), (4, 60), (8, 16)])
@@ -55,15 +41,16 @@ def test_processes_give_what_one_call_gives(world_size: int, cases: int, tmp_pat
     assert all(0.0 < share <= 1.0 for share in worst.values())
 
 
-@pytest.mark.parametrize("form", ["ring", "all_to_all", "two_level", "all_gather"])
-@pytest.mark.parametrize("how", ["dies", "is late"])
+# Each takes four processes and, where a rank is late, the time to miss it: without JIT_KERNEL_TEST_CASES a part.
+_LATE = FORMS if CASES else FORMS[:1]
+
+
+@pytest.mark.parametrize(("form", "how"), [(f, "dies") for f in FORMS] + [(f, "is late") for f in _LATE])
 def test_a_rank_that_does_not_come_is_named(form: str, how: str, tmp_path: Path) -> None:
     spawned(ring_worker.run_without, 4, form, how, folder=tmp_path)
-    for rank in (0, 2, 3):
-        assert (tmp_path / f"rank{rank}.txt").read_text().startswith("RankError 1: rank "), (
-            rank,
-            (tmp_path / f"rank{rank}.txt").read_text(),
-        )
+    told = {rank: (tmp_path / f"rank{rank}.txt").read_text() for rank in (0, 2, 3)}
+    for rank, text in told.items():
+        assert text.startswith(f"RankError 1: rank {rank} got nothing from rank 1 in context parallelism"), told
 
 
 @pytest.fixture
@@ -116,8 +103,9 @@ def test_a_plan_says_how_it_was_chosen(alone, monkeypatch: pytest.MonkeyPatch) -
 
     assert chosen([131072], causal, (32, 8)) == "ring"  # a step's call hides its exchange
     assert chosen([2048], causal, (32, 8)) == "all_to_all"  # nothing to hide behind
-    assert chosen([131072], AttentionLayer(window_size=(4096, 0)), (32, 8)) == "all_to_all"
-    assert chosen([131072], AttentionLayer(window_size=(4096, 0)), (30, 10)) == "all_gather"
+    windowed = AttentionLayer(window_size=(4096, 0))
+    assert chosen([131072], windowed, (32, 32)) == "all_to_all"
+    assert chosen([131072], windowed, (32, 8)) == "all_gather"  # few key heads: their keys are less than all queries
     plan = plan_context([2048], causal, (30, 10), 128, cpu)
     assert plan.reasons["all_to_all"] == "q has 30 heads, which 4 does not divide"
     assert "all_to_all: q has 30 heads, which 4 does not divide" in plan.explain()
@@ -129,6 +117,31 @@ def test_a_plan_says_how_it_was_chosen(alone, monkeypatch: pytest.MonkeyPatch) -
         plan_context([2048], causal, (32, 8), 128, cpu, form="star")
     with pytest.raises(ValueError, match="inner is 3; it must divide the 4 ranks"):
         plan_context([2048], causal, (32, 8), 128, cpu, inner=3)
+
+
+def test_the_pages_example_runs(alone) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "attention.md").read_text().split("## Context parallelism", 1)[1]
+    code = re.search(r"```python\n(.*?)```", page, re.DOTALL)
+    assert code is not None
+    q, k, v = (torch.randn(300, heads, 128) for heads in (32, 8, 8))
+    scope = {"q": q, "k": k, "v": v, "device": q.device, "group": None}
+    exec(code[1].replace("24000, 8768", "200, 100"), scope)
+    alone = torch.tensor([0, 200, 300], dtype=torch.int32)
+    expected = jit_kernel.flash_attn_varlen_func(q, k, v, alone, alone, 200, 200, causal=True)
+    assert torch.equal(scope["out"], expected)
+
+
+def test_why_explains_the_form(capsys: pytest.CaptureFixture[str]) -> None:
+    of = ["--ranks", "4", "--lengths", "2048,100", "--heads", "30,10", "--head-dim", "128"]
+    assert why.main([*of, "--causal"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("all_gather (ranks that share heads: 1)\n")
+    assert "all_to_all: q has 30 heads, which 4 does not divide" in said
+    assert "tokens of a rank: 537 to 537" in said
+    assert why.main([*of, "--window-size", "9,9"]) == 1
+    assert "no form serves the layer: ring: a rank's keys" in capsys.readouterr().err
+    assert why.main([*of, "--inner", "3"]) == 2
+    assert "inner is 3; it must divide the 4 ranks" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("world_size", "inner"), [(1, 1), (2, 1), (3, 1), (8, 1), (4, 4), (4, 2), (6, 3)])

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import time
 import traceback
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +19,7 @@ from random import Random
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
 from jit_kernel.attention import AttentionLayer, Prefix, backend_name, context_attention, plan_context
@@ -24,16 +28,35 @@ from jit_kernel.attention.parallel import zigzag
 from jit_kernel.attention.parallel.choice import FORMS
 from tests.support import reference
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 Case = tuple[list[int], AttentionLayer, reference.Problem, tuple[Tensor, Tensor, Tensor], Prefix | None]
 
 
-def case(seed: int, form: str = "ring", heads: int = 1) -> Case:
+# Of the whole, 300 cases for each number of processes, `make test` runs a part.
+CASES = int(os.environ.get("JIT_KERNEL_TEST_CASES", "0"))
+
+
+def spawned(body: Callable[..., None], world_size: int, *arguments: object, folder: Path) -> None:
+    """Run `body(rank, world_size, store, *arguments, folder)` in so many processes; the first error is raised."""
+    context = multiprocessing.spawn(
+        body, (world_size, str(folder / "store"), *arguments, str(folder)), nprocs=world_size, join=False
+    )
+    try:
+        ended = False
+        while not ended:  # join() returns as soon as one process has ended
+            ended = context.join(timeout=300)
+    except Exception as error:
+        output = "\n".join(path.read_text() for path in sorted(folder.glob("rank*.txt")))
+        raise AssertionError(output or str(error)) from error
+
+
+def case(seed: int, form: str = "ring", heads: int = 1, dtypes: list[torch.dtype] = DTYPES) -> Case:
     """Lengths of packed sequences, the layer, the exact problem, q, k, v of the whole, and a prefix that all ranks
     hold. heads: what the numbers of query heads must be a multiple of."""
     dice, random = Random(seed), torch.Generator().manual_seed(seed)
     lengths = [dice.choice([0, 1, dice.randint(2, 70)]) for _ in range(dice.choice([1, 1, 2, 3]))]
     lengths[0] = lengths[0] or 33
-    dtype, hk = dice.choice([torch.float32, torch.bfloat16, torch.float16]), dice.choice([1, 2])
+    dtype, hk = dice.choice(dtypes), dice.choice([1, 2])
     hq = hk * dice.choice([1, 2, 4])
     if hq % heads:
         hq = heads
@@ -69,7 +92,10 @@ def _sequences(lengths: list[int], q: Tensor, k: Tensor, v: Tensor, before: Pref
         if before is not None:
             row = i if before.k_cache.shape[0] > 1 or len(lengths) == 1 else 0
             used = int(before.cache_seqlens[row])
-            keys, values = torch.cat([before.k_cache[row, :used], keys]), torch.cat([before.v_cache[row, :used], values])
+            keys, values = (
+                torch.cat([before.k_cache[row, :used], keys]),
+                torch.cat([before.v_cache[row, :used], values]),
+            )
         sequences.append(reference.Sequence(q[at : at + n], keys, values))
         at += n
     return sequences
@@ -89,7 +115,8 @@ def attend(seed: int, device: torch.device) -> tuple[str, float]:
     size = dist.get_world_size()
     form = FORMS[seed % len(FORMS)]
     inner = {"all_to_all": size, "two_level": next(n for n in (2, 3, 1) if size % n == 0)}.get(form, 1)
-    lengths, layer, problem, whole, before = case(seed, form, inner)
+    dtypes = DTYPES if device.type == "cpu" else DTYPES[1:]
+    lengths, layer, problem, whole, before = case(seed, form, inner, dtypes)
     layer = replace(layer, sinks=None if layer.sinks is None else layer.sinks.to(device))
     if before is not None:
         before = Prefix(*(x.to(device) for x in (before.k_cache, before.v_cache, before.cache_seqlens)))
@@ -149,11 +176,7 @@ def run_without(rank: int, world_size: int, store: str, form: str, how: str, fol
     dist.barrier()
     if rank == 1:
         if how == "dies":
-            import os
-
             os._exit(0)
-        import time
-
         time.sleep(12)
         return
     try:
@@ -162,6 +185,4 @@ def run_without(rank: int, world_size: int, store: str, form: str, how: str, fol
     except BaseException as error:
         found = f"{type(error).__name__} {getattr(error, 'rank', None)}: {error}"
     Path(folder, f"rank{rank}.txt").write_text(found)
-    import os
-
     os._exit(0)  # a group that lost a rank is not taken down in order

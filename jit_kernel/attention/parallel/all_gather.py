@@ -88,8 +88,9 @@ def all_gather_attention(
     causal = layer.causal or layer.window_size[1] == 0
     if not causal and is_windowed(layer):
         raise NotImplementedError(
-            f"all_gather_attention with window_size {layer.window_size}, attention_chunk {layer.attention_chunk} and no "
-            "causal mask: the keys of a half of a rank's queries end where the half ends; all_to_all_attention serves it"
+            f"all_gather_attention with window_size {layer.window_size}, attention_chunk {layer.attention_chunk} "
+            "and no causal mask: the keys of a half of a rank's queries end where the half ends; "
+            "all_to_all_attention serves it"
         )
     share = need_share(q, k, lengths, group)
     rows = zigzag.rows_of(lengths, dist.get_world_size(group))
@@ -115,17 +116,15 @@ def _over_all(
         where = zigzag.half_rows(share, name, q.device)
         ends = [end for _, end in getattr(share, name)] if causal else list(lengths)
         half = share.prev_lengths if name == "prev" else share.next_lengths
-        part, part_lse = flash_attention_v3.flash_attn_varlen_func(
-            q=q[where],
-            k=k,
-            v=v,
-            cu_seqlens_q=zigzag.offsets(half, q.device),
+        used = torch.tensor(ends, dtype=torch.int32, device=q.device)
+        rows = ForwardMetadata(
+            zigzag.offsets(half, q.device),
+            max(half, default=0),
             cu_seqlens_k=cu_k,
-            max_seqlen_q=max(half, default=0),
             max_seqlen_k=max(lengths, default=0),
-            seqused_k=torch.tensor(ends, dtype=torch.int32, device=q.device),
-            return_softmax_lse=True,
-            **layer.arguments(),
+        )
+        part, part_lse = flash_attention_v3.flash_attn_varlen_func(
+            q[where], k, v, seqused_k=used, **rows.raw_arguments(), **layer.with_lse()
         )
         out[where], lse[:, where] = part, part_lse
     return out, lse

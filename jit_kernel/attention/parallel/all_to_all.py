@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from jit_kernel import flash_attention_v3
-from jit_kernel.attention.metadata import AttentionLayer
+from jit_kernel.attention.metadata import AttentionLayer, ForwardMetadata
 from jit_kernel.attention.parallel import exchange as communication
 from jit_kernel.attention.parallel import zigzag
 from jit_kernel.attention.parallel.prefix import Parts, Prefix, need_no_window
@@ -143,11 +143,8 @@ def all_to_all_attention(
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         own = layer_of_heads(layer, q.shape[1], group)
-        cu, longest = zigzag.offsets(lengths, q.device), max(lengths, default=0)
-        out, lse = flash_attention_v3.flash_attn_varlen_func(
-            q=q, k=k, v=v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest,
-            return_softmax_lse=True, **own.arguments(),
-        )  # fmt: skip
+        whole = ForwardMetadata(zigzag.offsets(lengths, q.device), max(lengths, default=0))
+        out, lse = flash_attention_v3.flash_attn_varlen_func(q, k, v, **whole.raw_arguments(), **own.with_lse())
         if prefix is None:
             return out, lse
         parts = Parts(q, v.shape[2], 2)

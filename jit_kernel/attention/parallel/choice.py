@@ -17,7 +17,7 @@ from jit_kernel.attention.metadata import AttentionLayer
 from jit_kernel.attention.parallel import all_to_all, zigzag
 from jit_kernel.attention.parallel.all_gather import all_gather_attention
 from jit_kernel.attention.parallel.all_to_all import all_to_all_attention, two_level_attention
-from jit_kernel.attention.parallel.exchange import need_group
+from jit_kernel.attention.parallel.exchange import need_group, transport_of
 from jit_kernel.attention.parallel.prefix import Prefix, is_windowed
 from jit_kernel.attention.parallel.ring import RingPlan, plan_ring, ring_attention
 
@@ -28,21 +28,44 @@ _STEP = 25e-6  # seconds that a further call and its launch cost
 
 
 @dataclass(frozen=True)
-class ContextPlan:
-    """What `context_attention` does in every layer of a step.
-
-    form: one of FORMS; inner: the ranks that share heads, 1 in a ring, all of them in all-to-all. seconds: the estimate
-    of each form, on H200s; reasons: why a form cannot serve.
-    """
+class Choice:
+    """How sequences are shared out. form: one of FORMS; inner: the ranks that share heads, 1 in a ring, all of them in
+    all-to-all. seconds: the estimate of each form, on H200s; reasons: why a form cannot serve."""
 
     form: str
     inner: int
-    lengths: tuple[int, ...]
     seconds: dict[str, float]
     reasons: dict[str, str]
+
+    def explain(self) -> str:
+        """One line a form: its estimate or why it cannot serve, the chosen one first."""
+        lines = [f"{self.form} (ranks that share heads: {self.inner})"]
+        for form in FORMS:
+            text = self.reasons.get(form) or f"{self.seconds[form] * 1e3:.3f} ms estimated"
+            lines.append(f"  {form}: {text}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class ContextPlan:
+    """What `context_attention` does in every layer of a step."""
+
+    choice: Choice
+    lengths: tuple[int, ...]
     group: dist.ProcessGroup | None
     groups: tuple[dist.ProcessGroup, dist.ProcessGroup] | None  # inner and ring of two_level
     ring: RingPlan | None
+    device: torch.device
+
+    @property
+    def form(self) -> str:
+        """One of FORMS."""
+        return self.choice.form
+
+    @property
+    def inner(self) -> int:
+        """The ranks that share heads."""
+        return self.choice.inner
 
     def shard(self, x: Tensor) -> Tensor:
         """This rank's tokens of packed x (total, ...)."""
@@ -54,12 +77,29 @@ class ContextPlan:
         return zigzag.unshard(parts, self.lengths, self.inner)
 
     def explain(self) -> str:
-        """One line a form: its estimate or why it cannot serve, the chosen one first."""
-        lines = [f"{self.form} (ranks that share heads: {self.inner})"]
-        for form in FORMS:
-            text = self.reasons.get(form) or f"{self.seconds[form] * 1e3:.3f} ms estimated"
-            lines.append(f"  {form}: {text}")
-        return "\n".join(lines)
+        """The choice, and the way that tensors take between the ranks; all ranks ask together the first time."""
+        ways = [transport_of(group, self.device) for group in self.groups or (self.group,)]
+        return "\n".join([self.choice.explain(), *(f"  exchange: {way.name}, because {way.reason}" for way in ways)])
+
+
+def choose(
+    lengths: Sequence[int], layer: AttentionLayer, heads: tuple[int, int], head_dim: int, size: int, *,
+    form: str | None = None, inner: int | None = None,
+) -> Choice:  # fmt: skip
+    """The form for packed sequences of `lengths` over `size` ranks. Arguments and errors as `plan_context`."""
+    if form is not None and form not in FORMS:
+        raise ValueError(f"form is {form!r}; it must be None or one of {', '.join(FORMS)}")
+    if inner is not None and (inner < 1 or size % inner):
+        raise ValueError(f"inner is {inner}; it must divide the {size} ranks")
+    reasons = _reasons(layer, heads, size, inner)
+    seconds = _estimates(lengths, layer, heads, head_dim, size, inner or size)
+    able = [each for each in FORMS if each not in reasons]
+    if form is not None and form not in able:
+        raise NotImplementedError(f"form {form!r}: {reasons[form]}")
+    if not able:
+        raise NotImplementedError("no form serves the layer: " + "; ".join(f"{k}: {v}" for k, v in reasons.items()))
+    taken = form or min(able, key=lambda each: (seconds[each], FORMS.index(each)))
+    return Choice(taken, {"all_to_all": size, "two_level": inner or 1}.get(taken, 1), seconds, reasons)
 
 
 def plan_context(
@@ -81,25 +121,12 @@ def plan_context(
     form, cannot serve.
     """
     need_group(group or dist.group.WORLD)
-    size = dist.get_world_size(group)
-    if form is not None and form not in FORMS:
-        raise ValueError(f"form is {form!r}; it must be None or one of {', '.join(FORMS)}")
-    if inner is not None and (inner < 1 or size % inner):
-        raise ValueError(f"inner is {inner}; it must divide the {size} ranks")
-    reasons = _reasons(layer, heads, size, inner)
-    seconds = _estimates(lengths, layer, heads, head_dim, size, inner or size)
-    able = [each for each in FORMS if each not in reasons]
-    if form is not None and form not in able:
-        raise NotImplementedError(f"form {form!r}: {reasons[form]}")
-    if not able:
-        raise NotImplementedError("no form serves the layer: " + "; ".join(f"{k}: {v}" for k, v in reasons.items()))
-    taken = form or min(able, key=lambda each: (seconds[each], FORMS.index(each)))
-    shared = {"all_to_all": size, "two_level": inner or 1}.get(taken, 1)
-    groups = _groups(group, shared) if taken == "two_level" else None
+    choice = choose(lengths, layer, heads, head_dim, dist.get_world_size(group), form=form, inner=inner)
+    groups = _groups(group, choice.inner) if choice.form == "two_level" else None
     causal = layer.causal or layer.window_size[1] == 0
     of_ring = groups[1] if groups else group
-    ring = plan_ring(lengths, causal, device, of_ring) if taken in ("ring", "two_level") else None
-    return ContextPlan(taken, shared, tuple(lengths), seconds, reasons, group, groups, ring)
+    ring = plan_ring(lengths, causal, device, of_ring) if choice.form in ("ring", "two_level") else None
+    return ContextPlan(choice, tuple(lengths), group, groups, ring, device)
 
 
 def context_attention(

@@ -31,7 +31,8 @@ def failure_of(peer: int, error: BaseException) -> RankError:
     text = f"rank {me} got nothing from rank {first} in context parallelism: it died, or it came too late"
     if first != peer:
         text += f"; rank {peer}, which was to send, had waited for it, too"
-    return RankError(first, f"{text} ({str(error).splitlines()[0] if str(error) else type(error).__name__})")
+    told = str(error).partition(". ")[0] or type(error).__name__
+    return RankError(first, f"{text} ({told})")
 
 
 def _first_of(peer: int) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from jit_kernel import flash_attention_v3
-from jit_kernel.attention.metadata import AttentionLayer
+from jit_kernel.attention.metadata import AttentionLayer, ForwardMetadata
 from jit_kernel.attention.parallel import zigzag
 
 
@@ -39,18 +39,13 @@ class Prefix:
                 f"prefix.cache_seqlens has {count} sequences; it must have {len(lengths)}, or 1 that all share"
             )
         rows = [sum(lengths)] if count == 1 else list(lengths)
+        sequences = ForwardMetadata(
+            zigzag.offsets(rows, q.device), max(rows, default=0), self.cache_seqlens, page_table=self.page_table
+        )
+        # Causal is what the own keys are; sinks enter with them.
+        whole = replace(layer, sinks=None).part_arguments(causal=False)
         out, lse = flash_attention_v3.flash_attn_with_kvcache(
-            q=q,
-            k_cache=self.k_cache,
-            v_cache=self.v_cache,
-            cache_seqlens=self.cache_seqlens,
-            page_table=self.page_table,
-            cu_seqlens_q=zigzag.offsets(rows, q.device),
-            max_seqlen_q=max(rows, default=0),
-            softmax_scale=layer.softmax_scale,
-            softcap=layer.softcap,
-            pack_gqa=layer.pack_gqa,
-            return_softmax_lse=True,
+            q, self.k_cache, self.v_cache, **sequences.cache_arguments(), **whole
         )
         return out, lse
 

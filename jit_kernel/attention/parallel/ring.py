@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from jit_kernel import flash_attention_v3
-from jit_kernel.attention.metadata import AttentionLayer
+from jit_kernel.attention.metadata import AttentionLayer, ForwardMetadata
 from jit_kernel.attention.parallel import exchange as communication
 from jit_kernel.attention.parallel import zigzag
 from jit_kernel.attention.parallel.prefix import Parts, Prefix, is_windowed
@@ -32,11 +32,8 @@ class Block:
 
     rows: slice | Tensor | None
     keys: slice
-    cu_seqlens_q: Tensor
-    cu_seqlens_k: Tensor
+    lengths: ForwardMetadata
     seqused_k: Tensor | None
-    max_seqlen_q: int
-    max_seqlen_k: int
     causal: bool
 
 
@@ -101,16 +98,13 @@ def _block(mine: Share, theirs: Share, rank: int, source: int, causal: bool, dev
     elif causal and source > rank:
         rows, queries = zigzag.half_rows(mine, "next", device), mine.next_lengths
     packed = theirs.lengths if used is not None else visible
-    return Block(
-        rows,
-        keys,
+    of_rows = ForwardMetadata(
         zigzag.offsets(queries, device),
-        zigzag.offsets(packed, device),
-        used,
         max(queries, default=0),
-        max(packed, default=0),
-        causal and source == rank,
+        cu_seqlens_k=zigzag.offsets(packed, device),
+        max_seqlen_k=max(packed, default=0),
     )
+    return Block(rows, keys, of_rows, used, causal and source == rank)
 
 
 def ring_attention(
@@ -189,16 +183,13 @@ def _attend(
     own_place = block.rows is None or isinstance(block.rows, slice)
     place = parts.place(block.rows if isinstance(block.rows, slice) else None)
     out, lse = flash_attention_v3.flash_attn_varlen_func(
-        q=q if block.rows is None else q[block.rows],
-        k=keys[0][block.keys],
-        v=keys[1][block.keys],
-        cu_seqlens_q=block.cu_seqlens_q,
-        cu_seqlens_k=block.cu_seqlens_k,
-        max_seqlen_q=block.max_seqlen_q,
-        max_seqlen_k=block.max_seqlen_k,
+        q if block.rows is None else q[block.rows],
+        keys[0][block.keys],
+        keys[1][block.keys],
         seqused_k=block.seqused_k,
         out=place if own_place else None,
         sm_margin=0 if way is None else way.sm_margin,
+        **block.lengths.raw_arguments(),
         **layer.part_arguments(block.causal),
     )
     parts.add(None if own_place else out, lse, block.rows)
