@@ -23,7 +23,7 @@ from jit_kernel.attention import (
     ring_attention,
 )
 from jit_kernel.attention.parallel import zigzag
-from jit_kernel.attention.parallel.choice import FORMS
+from jit_kernel.attention.parallel.choice import FORMS, choose
 from jit_kernel.commands import why
 from tests.support import ring_worker
 from tests.support.ring_worker import CASES, spawned
@@ -94,29 +94,33 @@ def test_what_cannot_be_split_is_refused(alone) -> None:
         ring_attention(q, q, q, [8], prefix=two)
 
 
-def test_a_plan_says_how_it_was_chosen(alone, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 4)
-    causal, cpu = AttentionLayer(), torch.device("cpu")
+def test_a_choice_says_how_it_was_made() -> None:
+    causal = AttentionLayer()
 
     def chosen(lengths: list[int], layer: AttentionLayer, heads: tuple[int, int], **options: object) -> str:
-        return plan_context(lengths, layer, heads, 128, cpu, **options).form
+        return choose(lengths, layer, heads, 128, 4, **options).form
 
     assert chosen([131072], causal, (32, 8)) == "ring"  # a step's call hides its exchange
     assert chosen([2048], causal, (32, 8)) == "all_to_all"  # nothing to hide behind
     windowed = AttentionLayer(window_size=(4096, 0))
     assert chosen([131072], windowed, (32, 32)) == "all_to_all"
     assert chosen([131072], windowed, (32, 8)) == "all_gather"  # few key heads: their keys are less than all queries
-    plan = plan_context([2048], causal, (30, 10), 128, cpu)
-    assert plan.reasons["all_to_all"] == "q has 30 heads, which 4 does not divide"
-    assert "all_to_all: q has 30 heads, which 4 does not divide" in plan.explain()
+    found = choose([2048], causal, (30, 10), 128, 4)
+    assert found.reasons["all_to_all"] == "q has 30 heads, which 4 does not divide"
+    assert "all_to_all: q has 30 heads, which 4 does not divide" in found.explain()
     with pytest.raises(NotImplementedError, match="form 'all_to_all': q has 30 heads, which 4 does not divide"):
-        plan_context([2048], causal, (30, 10), 128, cpu, form="all_to_all")
+        choose([2048], causal, (30, 10), 128, 4, form="all_to_all")
     with pytest.raises(NotImplementedError, match="no form serves the layer: ring: a rank's keys"):
-        plan_context([2048], AttentionLayer(causal=False, window_size=(9, 9)), (30, 10), 128, cpu)
+        choose([2048], AttentionLayer(causal=False, window_size=(9, 9)), (30, 10), 128, 4)
     with pytest.raises(ValueError, match="form is 'star'; it must be None or one of ring"):
-        plan_context([2048], causal, (32, 8), 128, cpu, form="star")
+        choose([2048], causal, (32, 8), 128, 4, form="star")
     with pytest.raises(ValueError, match="inner is 3; it must divide the 4 ranks"):
-        plan_context([2048], causal, (32, 8), 128, cpu, inner=3)
+        choose([2048], causal, (32, 8), 128, 4, inner=3)
+
+
+def test_a_plan_says_which_way_tensors_take(alone) -> None:
+    plan = plan_context([2048], AttentionLayer(), (4, 2), 64, torch.device("cpu"))
+    assert "exchange: gloo, because a group on cpu has no copy engines between its ranks" in plan.explain()
 
 
 def test_the_pages_example_runs(alone) -> None:
