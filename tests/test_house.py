@@ -24,7 +24,7 @@ FLOORS: list[set[str]] = [
     {"engine"},
     {"toolkit"},
     {"jit"},
-    {"fa3.call", "fa3.decision"},
+    {"fa3.call", "fa3.decision", "fa3.gradients.call"},
     {"fa3.features"},
     {"fa3.checks"},
     {"fa3.header"},
@@ -65,10 +65,12 @@ def test_no_file_imports_itself_in_a_circle():
 def test_argument_lists_are_few():
     """An argument is listed where it is public, where it becomes a field, and where a kernel takes it.
 
+    A backward pass has fields of its own, in gradients/call.py.
+
     The lists of `integrations/` are those of other projects' functions, which have their own order and names.
     """
     lists = house.argument_lists(house.ROOT)
-    assert len([place for place in lists if not place.startswith("jit_kernel/integrations/")]) <= 27
+    assert len([place for place in lists if not place.startswith("jit_kernel/integrations/")]) <= 28
 
 
 def test_functions_are_short_and_fa3_is_not_flat():

@@ -22,6 +22,10 @@ and, where it has them,
     try_unchecked(arguments)    the same for the fields of an unchecked call, asked before the checks: it
                                 declines whatever they would refuse. One for CPUs and one for GPUs; not asked
                                 on a GPU under JIT_KERNEL_CHECK_INDICES=1
+Its file backward.py, where it has one, is its backward pass:
+    decide(call)                Accepted or Rejected for a gradients.call.Backward
+    gradients(call)             the gradients.call.Gradients of one that it accepts
+    variants(target)            what warm-up compiles for it
 It imports neither another implementation nor this module; it is imported when its device is first used.
 """
 
@@ -61,6 +65,12 @@ class Choice:
 def implementation(name: str) -> ModuleType:
     """The package of an implementation, imported when it is first asked for."""
     return importlib.import_module(f"jit_kernel.fa3.{name}")
+
+
+def backward_of(name: str) -> ModuleType | None:
+    """The backward pass of an implementation, None where it has none."""
+    path = f"jit_kernel.fa3.{name}.backward"
+    return None if importlib.util.find_spec(path) is None else importlib.import_module(path)
 
 
 def supports(name: str, target: Target) -> Decision:
@@ -289,8 +299,10 @@ def select_variants(target: Target, wanted: Mapping[str, str]) -> list[KernelSpe
 def _variants_of(name: str, target: Target) -> Iterable[KernelSpec]:
     if isinstance(supports(name, target), Rejected):
         return []
-    variants: Iterable[KernelSpec] = implementation(name).all_variants(target)
-    return variants
+    forward: Iterable[KernelSpec] = implementation(name).all_variants(target)
+    module = backward_of(name)
+    backward: Iterable[KernelSpec] = () if module is None else module.variants(target)
+    return dict.fromkeys((*forward, *backward))
 
 
 def _serves(spec: KernelSpec, canonical: Callable[[KernelSpec, str, str], str], wanted: Mapping[str, str]) -> bool:

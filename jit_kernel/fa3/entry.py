@@ -15,7 +15,7 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 
 from jit_kernel.fa3 import call as calls
 from jit_kernel.fa3 import seam, torch_operators
-from jit_kernel.fa3.call import FIELDS, NAME_OF, Arguments, MetadataParameters, Result
+from jit_kernel.fa3.call import FIELDS, KVCACHE, NAME_OF, Arguments, MetadataParameters, Result
 from jit_kernel.fa3.checks.plain import (
     TracedTensorError,
     are_wrapped,
@@ -27,6 +27,7 @@ from jit_kernel.fa3.checks.plain import (
     tracing_state,
 )
 from jit_kernel.fa3.checks.values import GradientError
+from jit_kernel.fa3.gradients import are_differentiated
 
 T = TypeVar("T")
 
@@ -50,6 +51,8 @@ def _attend_in_mode(call: Arguments) -> Result:
     if is_transformed():
         names = NAME_OF[call[0]]
         named = {names.get(name, name): value for name, value in zip(FIELDS, call, strict=False)}
+        if call[0] != KVCACHE and are_differentiated(named):
+            return torch_operators.attend_traced(call)
         return torch_operators.attend_traced(call) if are_wrapped(named) else outside_of_transforms(attend, call)
     if is_traced():
         return torch_operators.attend_traced(call)

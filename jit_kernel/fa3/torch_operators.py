@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from jit_kernel.fa3 import gradients, header, seam
 from jit_kernel.fa3.call import (
@@ -197,7 +198,10 @@ def attend(arguments: Arguments) -> Result:
     gradients.refuse_unserved(call.function, named)
     refuse_tangents(named.items())
     name = "kvcache_append" if call.k_new is not None else _OPERATORS[call.function]
-    out, lse = getattr(torch.ops.jit_kernel, name)(**named)
+    operator = getattr(torch.ops.jit_kernel, name)
+    # torch.func takes a function of autograd apart by itself, but no operator's autograd kernel.
+    apart = not is_compiling() and gradients.are_differentiated(named)
+    out, lse = differentiable(operator.default, named) if apart else operator(**named)
     if call.out is not None:
         out = call.out
     return (out, lse) if call.return_softmax_lse else out
@@ -220,7 +224,8 @@ def settle(function: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         arguments = {name: value for name, value in arguments.items() if name != keys or value is not None}
     settled = settle_types(seam.FUNCTIONS[function], arguments)
     appends = settled.get("k_cache") is not None and settled.get("k") is not None
-    refuse_untraceable(settled, ("out", "k_cache", "v_cache") if appends else ("out",))
+    written = ("out", "k_cache", "v_cache") if appends else ("out",)
+    refuse_untraceable(settled, written, gradients.DIFFERENTIABLE if function in (VARLEN, DENSE) else ())
     return settled
 
 

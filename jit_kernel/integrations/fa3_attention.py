@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jit_kernel import flash_attention_v3 as public
 from jit_kernel.fa3.checks.values import need_window
-from jit_kernel.integrations.peers import note_served, refuse_given, refuse_other_than, with_unit_stride
+from jit_kernel.integrations.peers import note_served, refuse_given, with_unit_stride
 
 HOST = "flash_attn_interface"
 _COPIED = ("q", "k", "v", "k_new", "v_new", "qv", "page_table", "rotary_cos", "rotary_sin")
@@ -30,9 +30,15 @@ def attend(function: Callable[..., Any], arguments: Mapping[str, Any]) -> tuple[
     if are_gradients_wanted(given.values()):
         result = differentiable(function, given)
     else:
-        result = function(**given, return_softmax_lse=True)
+        result = function(**_of_forward(function, given), return_softmax_lse=True)
     note_served(HOST)
     return result
+
+
+def _of_forward(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a public function; of flash_attn_varlen_func's only the backward pass has deterministic."""
+    has_it = function is public.flash_attn_func
+    return {name: value for name, value in arguments.items() if has_it or name != "deterministic"}
 
 
 def are_gradients_wanted(values: Iterable[Any]) -> bool:
@@ -53,7 +59,7 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, function: Callable[..., Any], rest: dict[str, Any], q: Any, k: Any, v: Any, qv: Any
     ) -> tuple[Tensor, Tensor]:
-        out, lse = function(q=q, k=k, v=v, qv=qv, **rest, return_softmax_lse=True)
+        out, lse = function(q=q, k=k, v=v, qv=qv, **_of_forward(function, rest), return_softmax_lse=True)
         named = {name: value for name, value in rest.items() if name in _OF_THE_BACKWARD}
         tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
         ctx.save_for_backward(q, k, v, out, lse, *tensors.values())
@@ -75,7 +81,7 @@ class _Attention(torch.autograd.Function):
 # The arguments of a public function on which its gradients depend.
 _OF_THE_BACKWARD = frozenset((
     "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "page_table", "max_seqlen_q", "max_seqlen_k",
-    "softmax_scale", "causal", "window_size", "attention_chunk", "softcap",
+    "softmax_scale", "causal", "window_size", "attention_chunk", "softcap", "deterministic",
 ))  # fmt: skip
 
 
@@ -85,26 +91,23 @@ def gradients(
     seqused_k: Tensor | None = None, max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
     softmax_scale: float | None = None, causal: bool = False, window_size_left: int = -1, window_size_right: int = -1,
     softcap: float = 0.0, attention_chunk: int | None = 0, page_table: Tensor | None = None, qv: Any = None,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k and v by torch's own backward operators, with the out and lse of the forward pass.
+    """Gradients of q, k and v with the out and lse of the forward pass.
 
-    Dense calls and ragged ones, causal masks, windows, grouped heads. Raises NotImplementedError, by name, for
-    seqused_q, seqused_k, softcap, attention_chunk, page_table, qv and for e4m3.
+    Dense calls and ragged ones, causal masks, windows, chunks, softcap, grouped heads, seqused. Raises
+    NotImplementedError, by name, for page_table, qv and for e4m3.
     """
     backward = "the backward pass of FlashAttention-3's functions"
-    refuse_given(backward, seqused_q=seqused_q, seqused_k=seqused_k, page_table=page_table, qv=qv)
-    refuse_other_than(backward, 0, softcap=softcap, attention_chunk=attention_chunk)
+    refuse_given(backward, page_table=page_table, qv=qv)
     if q.dtype is torch.float8_e4m3fn:
         raise NotImplementedError(f"q is of {q.dtype}; {backward} needs fp32, bf16 or fp16")
-    longest = [
-        each.shape[1] if each.dim() == 4 else each.shape[0] if bound is None else int(bound)
-        for each, bound in ((q, max_seqlen_q), (k, max_seqlen_k))
-    ]
-    found: tuple[Tensor, Tensor, Tensor] = torch.ops.jit_kernel.backward(
-        dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *longest, softmax_scale, causal, window_size_left,
-        window_size_right,
+    right = 0 if causal else window_size_right
+    grad_q, grad_k, grad_v, _ = torch.ops.jit_kernel.backward(
+        dout, q, k, v, out, lse, softmax_scale, window_size_left, right, None, attention_chunk or 0, softcap, None,
+        cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k, deterministic,
     )  # fmt: skip
-    return found
+    return grad_q, grad_k, grad_v
 
 
 def row_products(dout: Tensor, out: Tensor) -> Tensor:

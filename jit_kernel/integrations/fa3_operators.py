@@ -55,8 +55,7 @@ def _fwd(a: dict[str, Any]) -> tuple[Tensor, ...]:
 def _bwd(a: dict[str, Any]) -> tuple[Tensor, ...]:
     written = [a.pop(name) for name in ("dq", "dk", "dv")]
     lse, causal = a.pop("softmax_lse"), a.pop("is_causal")
-    for hint in ("deterministic", "sm_margin"):
-        a.pop(hint)
+    a.pop("sm_margin")
     dout, out = a["dout"], a["out"]
     for given, made in zip(written, passes.gradients(**a, lse=lse, causal=causal), strict=True):
         if given is not None:

@@ -7,9 +7,9 @@ and returns.
 no top-level module of that name. Read from FlashAttention at 0251105a, hopper/.
 
 Shapes, meaning and errors are those of `jit_kernel.flash_attention_v3`. An input may require grad in every call but
-`flash_attn_with_kvcache`; the backward pass is torch's own operators', for dense and ragged calls with causal masks,
-windows and grouped heads, and raises NotImplementedError by name for anything else. deterministic: any bool, both
-passes are. lse, the result beside out, is float32 and not differentiable.
+`flash_attn_with_kvcache`; the backward pass raises NotImplementedError by name for page_table, qv and e4m3.
+deterministic: gradients have the same bits from run to run; on a CPU they always have. lse, the result beside out, is
+float32 and not differentiable.
 """
 
 from __future__ import annotations
@@ -189,6 +189,7 @@ def _flash_attn_backward(
         dout, q, k, v, out, softmax_lse, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_q=sequed_q,
         seqused_k=sequed_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, softmax_scale=softmax_scale,
         causal=is_causal, window_size_left=window_size_left, window_size_right=window_size_right, softcap=softcap,
+        deterministic=deterministic,
     )  # fmt: skip
     for given, made in zip((dq, dk, dv), found, strict=True):
         if given is not None:

@@ -191,24 +191,35 @@ def test_gradients(form, dtype, options):
         assert error <= 2 * (own.double() - ref).norm() + slack * ref.norm()
 
 
-UNSERVED = {
+MORE = {
     "softcap": ({"softcap": 5.0}, dense),
     "attention_chunk": ({"attention_chunk": 4}, dense),
-    "seqused_q": ({"seqused_q": ints(3, 5, 0)}, ragged),
-    "seqused_k": ({"seqused_k": ints(3, 5, 0)}, ragged),
+    "seqused": ({"seqused_q": ints(3, 5, 0), "seqused_k": ints(3, 5, 0)}, ragged),
+    "deterministic": ({"deterministic": True}, ragged),
 }
 
 
-@pytest.mark.parametrize("name", UNSERVED)
-def test_the_backward_pass_says_what_it_does_not_serve(name):
-    """The forward pass answers, as FlashAttention-3's does with inputs that require grad."""
-    options, form = UNSERVED[name]
+@pytest.mark.parametrize("name", MORE)
+def test_the_gradients_are_jit_kernels(name):
+    options, form = MORE[name]
     call = form()
+    inputs = [call[tensor].requires_grad_() for tensor in "qkv"]
     function = fa3.flash_attn_func if form is dense else fa3.flash_attn_varlen_func
-    wanted = function(**call, **options)
-    out = function(**call | {"q": call["q"].requires_grad_()}, **options)
-    assert torch.equal(out, wanted)
-    with pytest.raises(NotImplementedError, match=f"{name} of the backward pass"):
+    found = torch.autograd.grad(function(**call, **options).sum(), inputs)
+    ours = jit_kernel.flash_attn_func if form is dense else jit_kernel.flash_attn_varlen_func
+    options = {option: value for option, value in options.items() if option != "deterministic"}
+    expected = torch.autograd.grad(ours(**call, **options).sum(), inputs)
+    assert all(map(torch.equal, found, expected)) and all(bool(each.any()) for each in found)
+
+
+def test_a_gradient_through_pages_is_refused_by_name():
+    """By the backward pass: the forward pass answers, as FlashAttention-3's does with inputs that require grad."""
+    q, pages = torch.randn(1, 3, 2, 32, requires_grad=True), torch.randn(2, 4, 2, 32)
+    options = {"seqused_k": ints(5), "page_table": ints(0, 1)[None]}
+    out, _ = fa3.passes.attend(jit_kernel.flash_attn_varlen_func, {
+        "q": q, "k": pages, "v": pages, "cu_seqlens_q": None, "cu_seqlens_k": None, **options,
+    })  # fmt: skip
+    with pytest.raises(NotImplementedError, match="page_table of the backward pass"):
         out.sum().backward()
 
 

@@ -214,8 +214,16 @@ def _refusal(name: str, tensor: Tensor) -> Exception:
     return TypeError(f"{name} {what}; it must be a tensor with {tensor.numel()} numbers in memory")
 
 
-def refusal_of_transform(name: str, tensor: Tensor) -> NotImplementedError | None:
-    """The error for a tensor that one of torch.func's transforms made, None for any other."""
+def is_differentiated(tensor: Tensor) -> bool:
+    """Whether a transform of torch.func differentiates after a tensor, backward."""
+    return torch._C._functorch.is_gradtrackingtensor(tensor) and tensor.requires_grad
+
+
+def refusal_of_transform(name: str, tensor: Tensor, *, differentiable: bool = False) -> NotImplementedError | None:
+    """The error for a tensor that one of torch.func's transforms made, None for any other.
+
+    differentiable: whether torch.func may differentiate after it, backward.
+    """
     functorch = torch._C._functorch
     if functorch.is_batchedtensor(tensor):
         return NotImplementedError(
@@ -227,9 +235,11 @@ def refusal_of_transform(name: str, tensor: Tensor) -> NotImplementedError | Non
             f"{name} is a tensor of torch.func (grad, vjp or jvp) under torch.inference_mode(), which torch gives no "
             "operator: use torch.no_grad() instead"
         )
+    if differentiable and is_differentiated(tensor) and not _has_tangent(tensor):
+        return refusal_of_transform(name, functorch.get_unwrapped(tensor), differentiable=True)
     if functorch.is_gradtrackingtensor(tensor) and (tensor.requires_grad or _has_tangent(tensor)):
         return NotImplementedError(
-            f"{name} is differentiated by torch.func (grad, vjp or jvp); jit_kernel has the forward pass alone: "
+            f"{name} is differentiated by torch.func (grad, vjp or jvp); jit_kernel has no such derivative of it: "
             "detach the tensor"
         )
     if tensor.__class__ in (Tensor, Parameter) and torch._is_functional_tensor(tensor):

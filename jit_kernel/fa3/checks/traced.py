@@ -111,14 +111,17 @@ def _shaped(name: str, value: object) -> Tensor:
     return value
 
 
-def refuse_untraceable(arguments: Mapping[str, Any], written: tuple[str, ...]) -> None:
+def refuse_untraceable(
+    arguments: Mapping[str, Any], written: tuple[str, ...], differentiable: tuple[str, ...] = ()
+) -> None:
     """Raise for a tensor that no operator can take: one of torch.func's transforms, or of another kind than the mode's.
 
-    Fake tensors go with fake ones; what is `written` under FunctionalTensorMode must be functional.
+    Fake tensors go with fake ones; what is `written` under FunctionalTensorMode must be functional. torch.func may
+    differentiate after those named `differentiable`.
     """
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
     for name, value in tensors.items():
-        refused = refusal_of_transform(name, value)
+        refused = refusal_of_transform(name, value, differentiable=name in differentiable)
         if refused is not None:
             raise refused
     _refuse_beside_fakes(tensors)

@@ -32,8 +32,15 @@ def combine_spec() -> KernelSpec:
     return jit.library(None, f"{_KERNEL}/entry/combine.h", exports=exports, variant={"function": "combine"}).spec
 
 
+def backward_spec(dtype: str) -> KernelSpec:
+    """The library of the backward pass in one dtype."""
+    exports = [f"JIT_KERNEL_EXPORT_BACKWARD({_ELEMENTS[dtype]})"]
+    variant = {"function": "backward", "dtype": dtype, "head_dim": "any"}
+    return jit.library(None, f"{_KERNEL}/entry/backward.h", exports=exports, variant=variant).spec
+
+
 def all_specs() -> Iterator[KernelSpec]:
-    """What warm-up compiles."""
+    """What warm-up compiles, but for the backward pass (backward.variants)."""
     for dtype in _ELEMENTS:
         yield forward_spec(dtype)
     for dtype in ("bf16", "fp16"):

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from jit_kernel import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
-from jit_kernel.fa3.gradients import pieces
 from tests.support import case_run, gradients
 from tests.support.gradients import Shape
 
@@ -125,10 +124,11 @@ def test_the_operator_is_what_it_says():
     for shape in (Shape(5, 7, batch=1), Shape(5, 0, batch=1)):
         q, k, v, g = shape.tensors(torch.float32)
         out, lse = flash_attn_func(q, k, v, return_softmax_lse=True)
-        dense_case = (g, q, k, v, out, lse, None, None, 5, shape.sk, None, True, -1, -1)
+        dense_case = (g, q, k, v, out, lse, None, -1, 0)
         starts = [torch.tensor([0, rows], dtype=torch.int32) for rows in (5, shape.sk)]
         flat = (each[0] for each in (g, q, k, v, out, lse))
-        for case in (dense_case, (*flat, *starts, 5, shape.sk, 0.5, False, 3, 2)):
+        ragged = (*flat, 0.5, 3, 2, None, 0, 1.0, torch.zeros(4), *starts, None, None, 5, shape.sk)
+        for case in (dense_case, ragged):
             torch.library.opcheck(
                 torch.ops.jit_kernel.backward.default, case, test_utils=("test_schema", "test_faketensor")
             )
@@ -144,25 +144,6 @@ def test_the_rule_refuses_a_mask_that_is_off_by_one():
     assert gradients.share_of_limit(gradients.by_torch(q, k, v, g, shifted), own, exact) > 2
 
 
-@pytest.mark.parametrize("left", [-1, 0, 3, 9])
-@pytest.mark.parametrize("right", [-1, 0, 2, 9])
-def test_pieces_are_the_mask(left, right, monkeypatch):
-    """Every pair that the mask shows is in one piece, and no other."""
-    monkeypatch.setattr(pieces, "_ROWS", 4)
-    for sq, sk in itertools.product((1, 3, 8, 11), repeat=2):
-        found = torch.zeros(sq, sk, dtype=torch.int64)
-        for piece in pieces.cut(sq, sk, left, right):
-            part = torch.ones(piece.q1 - piece.q0, piece.k1 - piece.k0, dtype=torch.bool)
-            if piece.kind == "causal":
-                assert part.shape[0] == part.shape[1]
-                part = part.tril()
-            mask = pieces.mask_of(piece, sq, sk, left, right, torch.float32)
-            if mask is not None:
-                part &= mask[0, 0] == 0
-            found[piece.q0 : piece.q1, piece.k0 : piece.k1] += part
-        assert torch.equal(found, Shape(sq, sk, window_size=(left, right)).seen().long()), (sq, sk)
-
-
 @each_device
 def test_any_layout_and_any_of_the_inputs(device):
     """Inputs that are parts of one buffer, a gradient without memory of its own, one input that asks alone."""
@@ -176,8 +157,6 @@ def test_any_layout_and_any_of_the_inputs(device):
         torch.testing.assert_close(ours, apart, rtol=2**-8, atol=2**-8)
     alone = dense(shape, q.detach(), k, v.detach())
     assert torch.equal(torch.autograd.grad(alone.sum(), k)[0], expected[1])
-    out, lse = flash_attn_func(q, k, v, causal=True, return_softmax_lse=True)
-    assert out.requires_grad and not lse.requires_grad
 
 
 @each_device
@@ -193,37 +172,34 @@ def test_rows_that_see_no_key_have_no_gradient(device):
 def test_second_derivatives_are_refused_by_name(device):
     q, k, v, _ = (each.requires_grad_() for each in Shape(5, 5).tensors(torch.bfloat16, device))
     (dq,) = torch.autograd.grad(flash_attn_func(q, k, v).sum(), q, create_graph=True)
-    with pytest.raises(NotImplementedError, match="the gradients of q, k and v cannot be differentiated"):
+    with pytest.raises(NotImplementedError, match="the gradients of q, k, v and sinks cannot be differentiated"):
         dq.sum().backward()
 
 
 ASKING = {
-    "softcap": {"softcap": 3.0},
-    "attention_chunk": {"attention_chunk": 4},
-    "sinks": {"sinks": torch.zeros(4)},
     "out": {"out": torch.empty(2, 5, 4, 32)},
+    "draft_mask": {"draft_mask": torch.full((10, 1), -1, dtype=torch.int32)},
 }
 
 
 @pytest.mark.parametrize("name", ASKING)
-def test_what_torch_has_no_backward_for_is_refused_by_name(name):
+def test_what_has_no_backward_pass_is_refused_by_name(name):
     q, k, v, _ = Shape(5, 5).tensors(torch.float32)
     v.requires_grad_()
     with pytest.raises(NotImplementedError, match=f"^v requires grad.* {name}"):
-        flash_attn_func(q, k, v, **ASKING[name])
+        flash_attn_varlen_func(q, k, v, None, None, **ASKING[name])
     with torch.no_grad():
-        flash_attn_func(q, k, v, **ASKING[name])
+        flash_attn_varlen_func(q, k, v, None, None, **ASKING[name])
 
 
 def test_arguments_that_have_no_gradient_are_refused_by_name():
     q, k, v, _ = Shape(5, 5).tensors(torch.float32)
-    with pytest.raises(NotImplementedError, match=r"^sinks requires grad"):
-        flash_attn_func(q, k, v, sinks=torch.zeros(4, requires_grad=True))
     with pytest.raises(NotImplementedError, match=r"^k_cache requires grad"):
         flash_attn_with_kvcache(q, k.requires_grad_(), v, cache_seqlens=5)
+    table = torch.tensor([[0], [1]], dtype=torch.int32)
     used = torch.tensor([3, 5], dtype=torch.int32)
-    with pytest.raises(NotImplementedError, match=r"^k requires grad.* seqused_k"):
-        flash_attn_varlen_func(q, k, v, None, None, seqused_k=used)
+    with pytest.raises(NotImplementedError, match=r"^k requires grad.* page_table"):
+        flash_attn_varlen_func(q, k, v, None, None, seqused_k=used, page_table=table)
 
 
 def test_malformed_calls_are_refused_as_without_gradients():
