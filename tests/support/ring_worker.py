@@ -26,7 +26,7 @@ from jit_kernel.attention import AttentionLayer, Prefix, backend_name, context_a
 from jit_kernel.attention.parallel import exchange as communication
 from jit_kernel.attention.parallel import zigzag
 from jit_kernel.attention.parallel.choice import FORMS
-from tests.support import reference
+from tests.support import backward, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 Case = tuple[list[int], AttentionLayer, reference.Problem, tuple[Tensor, Tensor, Tensor], Prefix | None]
@@ -138,7 +138,48 @@ def attend(seed: int, device: torch.device) -> tuple[str, float]:
         raise AssertionError(f"seed {seed}, {form}, inner {inner}, {layer}, prefix {before}: {error}") from error
 
 
-def run(rank: int, world_size: int, store: str, cases: int, folder: str) -> None:
+def differentiate(seed: int, device: torch.device) -> tuple[str, float]:
+    """The gradients of one case without a prefix in one form on all ranks; (form, worst share), on rank 0."""
+    size = dist.get_world_size()
+    form = FORMS[seed % len(FORMS)]
+    inner = {"all_to_all": size, "two_level": next(n for n in (2, 3, 1) if size % n == 0)}.get(form, 1)
+    dtypes = DTYPES if device.type == "cpu" else DTYPES[1:]
+    lengths, layer, problem, whole, _ = case(seed, form, inner, dtypes)
+    problem = replace(problem, sequences=_sequences(lengths, *whole, None))
+    random = torch.Generator().manual_seed(seed)
+    g = torch.randn(whole[0].shape, generator=random).to(whole[0].dtype)
+    g_lse = torch.randn(whole[0].shape[1::-1], generator=random).t() if seed % 2 else None
+    sinks = None if layer.sinks is None else layer.sinks.to(device).requires_grad_()
+    layer = replace(layer, sinks=sinks)
+    heads = whole[0].shape[1], whole[1].shape[1]
+    plan = plan_context(lengths, layer, heads, 64, device, form=form, inner=inner)
+    parts = [plan.shard(x.to(device)).requires_grad_() for x in whole]
+    out, lse = context_attention(*parts, plan, layer, return_softmax_lse=True)
+    results, of = [out], [plan.shard(g.to(device))]
+    if g_lse is not None:
+        results, of = [out, lse], [*of, plan.shard(g_lse.to(device)).t()]
+    found = torch.autograd.grad(results, [*parts, *([] if sinks is None else [sinks])], of)
+    rows = zigzag.rows_of(lengths, size, plan.inner)
+    grads = [plan.unshard(communication.gather(x, rows, None)).cpu() for x in found[:3]]
+    of_sinks = None
+    if sinks is not None:  # every rank has its queries' part
+        of_sinks = torch.stack(communication.gather(found[3][None], [1] * size, None)).sum((0, 1)).cpu()
+    if dist.get_rank() != 0:
+        return form, 0.0
+    bounds = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    cut = [slice(a, b) for a, b in itertools.pairwise(bounds)]
+    share, where = backward.check(
+        [backward.Grads(*(x[r] for x in grads), of_sinks) for r in cut], problem,
+        [g[r] for r in cut], [None if g_lse is None else g_lse[r].t() for r in cut],
+    )  # fmt: skip
+    if not share <= 1.0:
+        raise AssertionError(f"seed {seed}, {form}, inner {inner}, lengths {lengths}, {layer}: {share} at {where}")
+    return form, share
+
+
+def run(
+    rank: int, world_size: int, store: str, cases: int, folder: str, body: Callable[..., tuple[str, float]] = attend
+) -> None:
     """The body of one process."""
     torch.set_num_threads(1)
     try:
@@ -151,7 +192,7 @@ def run(rank: int, world_size: int, store: str, cases: int, folder: str) -> None
         )
         worst = dict.fromkeys(FORMS, 0.0)
         for seed in range(cases):
-            form, share = attend(seed, torch.device("cpu"))
+            form, share = body(seed, torch.device("cpu"))
             worst[form] = max(worst[form], share)
         dist.barrier()
         if rank == 0:
@@ -160,6 +201,11 @@ def run(rank: int, world_size: int, store: str, cases: int, folder: str) -> None
     except BaseException:
         Path(folder, f"rank{rank}.txt").write_text(traceback.format_exc())
         raise
+
+
+def run_gradients(rank: int, world_size: int, store: str, cases: int, folder: str) -> None:
+    """The same for gradients."""
+    run(rank, world_size, store, cases, folder, differentiate)
 
 
 def run_without(rank: int, world_size: int, store: str, form: str, how: str, folder: str) -> None:

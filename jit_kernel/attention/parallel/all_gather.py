@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from jit_kernel.attention.backend import FlashAttentionBackend
 from jit_kernel.attention.metadata import AttentionLayer, ForwardMetadata
 from jit_kernel.attention.parallel import exchange as communication
 from jit_kernel.attention.parallel import zigzag
-from jit_kernel.attention.parallel.prefix import Parts, Prefix, is_windowed, need_no_window
+from jit_kernel.attention.parallel.prefix import Parts, Prefix, is_windowed, need_no_gradient, need_no_window
 from jit_kernel.attention.parallel.ring import need_share
 from jit_kernel.attention.parallel.zigzag import Share
 from jit_kernel.attention.plan import retagged
@@ -94,7 +95,8 @@ def all_gather_attention(
         )
     share = need_share(q, k, lengths, group)
     rows = zigzag.rows_of(lengths, dist.get_world_size(group))
-    whole_k, whole_v = (zigzag.unshard(communication.gather(x, rows, group), lengths) for x in (k, v))
+    need_no_gradient(prefix, q, k, v, layer.sinks)
+    whole_k, whole_v = (zigzag.unshard(_Gather.apply(x, rows, group), lengths) for x in (k, v))  # type: ignore[no-untyped-call]
     out, lse = _over_all(q, whole_k, whole_v, lengths, share, layer)
     if prefix is not None:
         parts = Parts(q, v.shape[2], 2)
@@ -128,3 +130,16 @@ def _over_all(
         )
         out[where], lse[:, where] = part, part_lse
     return out, lse
+
+
+class _Gather(torch.autograd.Function):
+    """Every rank's rows; their gradients go back to their ranks, whose sum is in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: list[int], group: dist.ProcessGroup | None) -> tuple[Tensor, ...]:
+        ctx.rows, ctx.group = rows, group
+        return tuple(communication.gather(x, rows, group))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return communication.returned([grad.contiguous() for grad in grads], ctx.rows, ctx.group), None, None

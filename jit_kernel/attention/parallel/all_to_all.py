@@ -6,115 +6,41 @@ Source: DeepSpeed Ulysses (arXiv:2309.14509); inside a ring, USP (arXiv:2405.077
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from jit_kernel import flash_attention_v3
 from jit_kernel.attention.metadata import AttentionLayer, ForwardMetadata
-from jit_kernel.attention.parallel import exchange as communication
 from jit_kernel.attention.parallel import zigzag
-from jit_kernel.attention.parallel.prefix import Parts, Prefix, need_no_window
+from jit_kernel.attention.parallel.heads import HeadShare, Swap
+from jit_kernel.attention.parallel.prefix import Parts, Prefix, need_no_gradient, need_no_window
 from jit_kernel.attention.parallel.ring import RingPlan, ring_attention
 
 Result = Tensor | tuple[Tensor, Tensor]
 Attend = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-@dataclass(frozen=True)
-class HeadShare:
-    """Which heads each of `size` ranks attends to: equal numbers of query heads, and the key heads that these have."""
-
-    hq: int
-    hk: int
-    size: int
-
-    def __post_init__(self) -> None:
-        reason = why_not(self.hq, self.hk, self.size)
-        if reason is not None:
-            raise NotImplementedError(f"all-to-all attention over {self.size} ranks: {reason}")
-
-    def queries(self, rank: int) -> slice:
-        count = self.hq // self.size
-        return slice(rank * count, (rank + 1) * count)
-
-    def keys(self, rank: int) -> slice:
-        """Its own key heads, or the one that it shares with its neighbours."""
-        count = max(1, self.hk // self.size)
-        first = rank * self.hk // self.size
-        return slice(first, first + count)
-
-
-def why_not(hq: int, hk: int, size: int) -> str | None:
-    """Why heads cannot be shared out to so many ranks, None where they can."""
-    if hq % size:
-        return f"q has {hq} heads, which {size} does not divide"
-    if hk % size and size % hk:
-        return f"k has {hk} heads, which neither divide {size} nor are divided by it"
-    return None
-
-
-def exchange_heads(
-    tensors: tuple[Tensor, Tensor, Tensor], rows: Sequence[int], attend: Attend, group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor]:
-    """(out, lse) of this rank's q, k, v (tokens, heads, size); `attend` sees all tokens of this rank's heads.
+def _exchanged(
+    tensors: tuple[Tensor, Tensor, Tensor], rows: Sequence[int], attend: Attend, group: dist.ProcessGroup | None,
+    *, return_softmax_lse: bool,
+) -> Result:  # fmt: skip
+    """The result of this rank's q, k, v (tokens, heads, size); `attend` sees all tokens of this rank's heads.
 
     rows: the tokens of every rank of the group, which lie one after another in what attend sees.
     """
-    q, _, v = tensors
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-    heads = HeadShare(q.shape[1], v.shape[1], size)
-    if size == 1:
-        return attend(*tensors)
-    way = communication.transport_of(group, q.device)
-    joined = _tokens_for_heads(way, tensors, heads, rows, group)
-    out, lse = attend(*joined)
-    bounds = zigzag.piece_starts(rows)
-    width = out.shape[1] * out.shape[2]
-    # A row of the result and its lse go together, as bytes.
-    packed = torch.cat([_row_bytes(out), _row_bytes(lse.t())], dim=1)
-    sent = [packed[a:b] for a, b in itertools.pairwise(bounds)]
-    back = packed.new_empty((size, rows[rank], packed.shape[1]))
-    offsets = [bounds[rank] * packed.shape[1]] * size
-    communication.swap_all(way, group, sent, offsets, list(back), packed.numel())
-    cut = width * out.element_size()
-    outs = back[:, :, :cut].contiguous().view(out.dtype).view(size, rows[rank], *out.shape[1:])
-    lses = back[:, :, cut:].contiguous().view(torch.float32).view(size, rows[rank], out.shape[1])
-    return outs.transpose(0, 1).flatten(1, 2), lses.permute(0, 2, 1).flatten(0, 1)
-
-
-def _row_bytes(x: Tensor) -> Tensor:
-    width = math.prod(x.shape[1:]) * x.element_size()
-    return communication.as_bytes(x.contiguous()).view(x.shape[0], width)
-
-
-def _tokens_for_heads(
-    way: communication.Transport, tensors: tuple[Tensor, Tensor, Tensor], heads: HeadShare, rows: Sequence[int],
-    group: dist.ProcessGroup | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """All tokens of this rank's heads: q, k, v as slices of one buffer, whose rows hold a token's three."""
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-    slices = [(heads.queries(r), heads.keys(r), heads.keys(r)) for r in range(size)]
-    of = [[x[:, each].flatten(1) for x, each in zip(tensors, some, strict=True)] for some in slices]
-    widths = [x.shape[1] for x in of[0]]
-    sent = [torch.cat(parts, dim=1) for parts in of]
-    bounds = zigzag.piece_starts(rows)
-    whole = sent[0].new_empty((bounds[-1], sum(widths)))
-    into = [whole[a:b] for a, b in itertools.pairwise(bounds)]
-    row = whole.shape[1] * whole.element_size()
-    offsets = [rank * n * row for n in rows]
-    communication.swap_all(way, group, sent, offsets, into, size * max(rows) * row)
-    ends = itertools.accumulate(widths)
-    q, k, v = (
-        whole[:, end - width : end].view(-1, width // x.shape[2], x.shape[2])
-        for end, width, x in zip(ends, widths, tensors, strict=True)
-    )
-    return q, k, v
+    q, k, _ = tensors
+    if dist.get_world_size(group) == 1:
+        out, lse = attend(*tensors)
+        return (out, lse) if return_softmax_lse else out
+    swap = Swap(HeadShare(q.shape[1], k.shape[1], dist.get_world_size(group)), tuple(rows), group)
+    out, lse = attend(*swap.tokens_for_heads(*tensors))
+    out = swap.heads_for_tokens(q.shape[1], out)
+    if not return_softmax_lse:
+        return out
+    return out, swap.heads_for_tokens(q.shape[1], lse.t().unsqueeze(2)).squeeze(2).t()
 
 
 def all_to_all_attention(
@@ -133,10 +59,12 @@ def all_to_all_attention(
     q (tokens, hq, d), k (tokens, hk, d), v (tokens, hk, dv): this rank's run of packed sequences of `lengths`
     (`shard(..., inner=world_size)`). The ranks must divide hq, and divide or be divided by hk. Every mask of `layer` is
     served; a prefix with a window or a chunk is not. Returns this rank's out (tokens, hq, dv), with return_softmax_lse
-    also lse (hq, tokens). Raises ValueError, NotImplementedError, and RankError where a rank does not come.
+    also lse (hq, tokens); they can be differentiated after q, k, v and sinks, without a prefix. Raises ValueError,
+    NotImplementedError, and RankError where a rank does not come.
     """
     layer = layer or AttentionLayer()
     need_no_window(prefix, layer)
+    need_no_gradient(prefix, q, k, v, layer.sinks)
     size = dist.get_world_size(group)
     rows = zigzag.rows_of(lengths, size, inner=size)
     need_rows(q, k, rows[dist.get_rank(group)], lengths, group)
@@ -154,8 +82,7 @@ def all_to_all_attention(
         return parts.merged()
 
     hq = q.shape[1]
-    out, lse = exchange_heads((q, k, v), rows, attend, group)
-    return (out, lse) if return_softmax_lse else out
+    return _exchanged((q, k, v), rows, attend, group, return_softmax_lse=return_softmax_lse)
 
 
 def two_level_attention(
@@ -178,6 +105,7 @@ def two_level_attention(
     `plan_ring(lengths, causal, device, ring)`. Masks are the ring's. Returns and raises as `all_to_all_attention`.
     """
     layer = layer or AttentionLayer()
+    need_no_gradient(prefix, q, k, v, layer.sinks)
     size, place = dist.get_world_size(inner), dist.get_rank(ring)
     every = zigzag.rows_of(lengths, size * dist.get_world_size(ring), size)
     rows = every[place * size : (place + 1) * size]
@@ -192,8 +120,7 @@ def two_level_attention(
         )  # fmt: skip
         return found[0], found[1]
 
-    out, lse = exchange_heads((q, k, v), rows, attend, inner)
-    return (out, lse) if return_softmax_lse else out
+    return _exchanged((q, k, v), rows, attend, inner, return_softmax_lse=return_softmax_lse)
 
 
 def layer_of_heads(layer: AttentionLayer, count: int, group: dist.ProcessGroup | None) -> AttentionLayer:

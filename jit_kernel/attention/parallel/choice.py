@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from jit_kernel.attention.metadata import AttentionLayer
-from jit_kernel.attention.parallel import all_to_all, zigzag
+from jit_kernel.attention.parallel import heads as of_heads
+from jit_kernel.attention.parallel import zigzag
 from jit_kernel.attention.parallel.all_gather import all_gather_attention
 from jit_kernel.attention.parallel.all_to_all import all_to_all_attention, two_level_attention
 from jit_kernel.attention.parallel.exchange import need_group, transport_of
@@ -168,13 +169,13 @@ def _reasons(layer: AttentionLayer, heads: tuple[int, int], size: int, inner: in
         reasons["ring"] = reasons["two_level"] = "a rank's keys are not one run of the sequence, as a window wants them"
         if not (layer.causal or layer.window_size[1] == 0):
             reasons["all_gather"] = "a window without a causal mask has keys to the right of a rank's queries"
-    shared = all_to_all.why_not(*heads, size)
+    shared = of_heads.why_not(*heads, size)
     if shared is not None:
         reasons["all_to_all"] = shared
     if inner is None:
         reasons.setdefault("two_level", "inner, the ranks that share heads, is not given")
     else:
-        shared = all_to_all.why_not(*heads, inner)
+        shared = of_heads.why_not(*heads, inner)
         if shared is not None:
             reasons.setdefault("two_level", shared)
     return reasons

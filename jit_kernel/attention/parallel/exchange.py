@@ -212,3 +212,16 @@ def gather(x: Tensor, rows: Sequence[int], group: dist.ProcessGroup | None) -> l
     for pending in under_way:
         pending.wait()
     return parts
+
+
+def returned(parts: Sequence[Tensor], rows: Sequence[int], group: dist.ProcessGroup | None) -> Tensor:
+    """What every rank has for this one, added in float32 by rank: parts[r], of rows[r] rows, goes to rank r."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    row = math.prod(parts[rank].shape[1:]) * parts[rank].element_size()
+    into = [torch.empty_like(parts[rank]) for _ in range(size)]
+    offsets = [sum(rows[:rank]) * row] * size
+    swap_all(transport_of(group, parts[rank].device), group, parts, offsets, into, sum(rows) * row)
+    whole = into[0].float()
+    for part in into[1:]:
+        whole += part
+    return whole.to(parts[rank].dtype)

@@ -64,6 +64,20 @@ def need_no_window(prefix: Prefix | None, layer: AttentionLayer) -> None:
         )
 
 
+def need_no_gradient(prefix: Prefix | None, *tensors: Tensor | None) -> None:
+    """Raise NotImplementedError where a tensor requires grad beside a prefix."""
+    if prefix is not None and are_wanted(*tensors):
+        raise NotImplementedError(
+            "prefix is given, and q, k, v or sinks requires grad: attention over a cache has no gradient; call under "
+            "torch.no_grad(), or with the prefix among k and v"
+        )
+
+
+def are_wanted(*tensors: Tensor | None) -> bool:
+    """Whether a gradient of one of them is asked for."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 class Parts:
     """Results over disjoint keys, for one merge at the end: it reads each once, where merging step by step reads and
     writes the whole sum for each."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from jit_kernel import flash_attention_v3
 from jit_kernel.attention.metadata import AttentionLayer, ForwardMetadata
 from jit_kernel.attention.parallel import exchange as communication
 from jit_kernel.attention.parallel import zigzag
-from jit_kernel.attention.parallel.prefix import Parts, Prefix, is_windowed
+from jit_kernel.attention.parallel.prefix import Parts, Prefix, are_wanted, is_windowed, need_no_gradient
 from jit_kernel.attention.parallel.zigzag import Share
 
 # So many ranks' keys are under way while a call runs.
@@ -122,7 +123,8 @@ def ring_attention(
     """Attention of this rank's queries over every rank's keys, one rank's at a time, two ranks' under way meanwhile.
 
     Arguments, result and errors as `all_gather_attention`, but no window; `plan` (`plan_ring`) saves its making in
-    every layer. Partial results are merged once, in float32; sinks enter once, with this rank's own keys.
+    every layer. Partial results are merged once, in float32; sinks enter once, with this rank's own keys. Without a
+    prefix it can be differentiated after q, k, v and sinks.
     """
     layer = layer or AttentionLayer()
     need_plain(layer)
@@ -131,19 +133,104 @@ def ring_attention(
     plan = plan or plan_ring(lengths, causal, q.device, group)
     if plan.lengths != tuple(lengths) or plan.causal != causal:
         raise ValueError(f"plan was made for lengths {plan.lengths} and causal {plan.causal}, not for this call")
+    need_no_gradient(prefix, q, k, v, layer.sinks)
+    if are_wanted(q, k, v, layer.sinks):
+        out, lse = _Ring.apply(q, k, v, layer.sinks, layer, plan, group)  # type: ignore[no-untyped-call]
+    else:
+        out, lse = _forward(q, k, v, layer, plan, group, prefix)
+    return (out, lse) if return_softmax_lse else out
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer, plan: RingPlan, group: dist.ProcessGroup | None,
+    prefix: Prefix | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     way = communication.transport_of(group, q.device) if plan.coming else None
     exchange = _Arrivals(way, k, v, plan, group) if way is not None else None
     parts = Parts(q, v.shape[2], len(plan.blocks) + (prefix is not None))
     _attend(q, [k, v], plan.blocks[0], layer, parts, way)
     layer = replace(layer, sinks=None)
     if prefix is not None:
-        parts.add(*prefix.attend(q, need_share(q, k, lengths, group).lengths, layer), None)
+        share = zigzag.share_of(plan.lengths, dist.get_rank(group), dist.get_world_size(group))
+        parts.add(*prefix.attend(q, share.lengths, layer), None)
     for step, block in enumerate(plan.blocks[1:], start=1):
         assert exchange is not None
         _attend(q, exchange.take(step), block, layer, parts, way)
         exchange.ask(step + _AHEAD)
-    out, lse = parts.merged()
-    return (out, lse) if return_softmax_lse else out
+    return parts.merged()
+
+
+class _Ring(torch.autograd.Function):
+    """The ring's gradients: each block's by the whole's lse, so that blocks add up; its keys' go back to their rank."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layer: AttentionLayer, plan: RingPlan,
+        group: dist.ProcessGroup | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        out, lse = _forward(q, k, v, layer, plan, group, None)
+        ctx.save_for_backward(q, k, v, sinks, out, lse)
+        ctx.layer, ctx.plan, ctx.group = replace(layer, sinks=None), plan, group
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+        q, k, v, sinks, out, lse = ctx.saved_tensors
+        plan, group = ctx.plan, ctx.group
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        results = (grad_out, out, lse, grad_lse)
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        exchange = None
+        if plan.coming:
+            exchange = _Arrivals(communication.transport_of(group, q.device), k, v, plan, group)
+        grad_q = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+        of_keys: list[tuple[Tensor, Tensor]] = [(k, v)] * size
+        grad_sinks = None
+        for step, block in enumerate(plan.blocks):
+            keys = [k, v] if exchange is None or step == 0 else exchange.take(step)
+            found = _gradients(results, q, keys, block, ctx.layer, sinks if step == 0 else None)
+            if step == 0:
+                grad_sinks = found[3]
+            if block.rows is None:
+                grad_q += found[0]
+            else:
+                grad_q[block.rows] += found[0]
+            of_keys[(rank - step) % size] = _whole(found[1], keys[0], block), _whole(found[2], keys[1], block)
+            if exchange is not None and step:
+                exchange.ask(step + _AHEAD)
+        rows = [grads[0].shape[0] for grads in of_keys]
+        grad_k, grad_v = of_keys[0] if size == 1 else (
+            communication.returned([grads[i] for grads in of_keys], rows, group) for i in range(2)
+        )  # fmt: skip
+        of_sinks = None if grad_sinks is None or sinks is None else grad_sinks.to(sinks.dtype)
+        return grad_q.to(q.dtype), grad_k, grad_v, of_sinks, None, None, None
+
+
+def _gradients(
+    results: tuple[Tensor, Tensor, Tensor, Tensor | None], q: Tensor, keys: list[Tensor], block: Block,
+    layer: AttentionLayer, sinks: Tensor | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Of q's rows, the keys, the values and the sinks of one block, by the whole's result."""
+    grad_out, out, lse, grad_lse = results
+    if block.rows is not None:
+        q, grad_out, out, lse = q[block.rows], grad_out[block.rows], out[block.rows], lse[:, block.rows]
+        grad_lse = None if grad_lse is None else grad_lse[:, block.rows]
+    found: tuple[Tensor, ...] = torch.ops.jit_kernel.backward(
+        grad_out, q, keys[0][block.keys], keys[1][block.keys], out, lse.contiguous(), layer.softmax_scale,
+        -1, 0 if block.causal else -1, grad_lse, softcap=layer.softcap, sinks=sinks, seqused_k=block.seqused_k,
+        **block.lengths.raw_arguments(),
+    )  # fmt: skip
+    return found
+
+
+def _whole(grad: Tensor, of: Tensor, block: Block) -> Tensor:
+    """A block's gradient as one of all rows of its rank, zeros in those that it did not see."""
+    if grad.shape[0] == of.shape[0]:
+        return grad
+    whole = torch.zeros_like(of)
+    whole[block.keys] = grad
+    return whole
 
 
 class _Arrivals:
