@@ -1,16 +1,17 @@
-"""Ring attention over the GPUs of one host against one GPU, with the share of the exchange that the kernel hides.
+"""Every form of context parallelism over the GPUs of one host against one GPU, with the exchange that stays exposed.
 
 usage: python benchmarks/context_parallel.py [--world-size 2] [--tokens 32768] [--device cuda|cpu] ...
        torchrun --nproc-per-node 2 benchmarks/context_parallel.py ...
 
-One causal sequence. In one run: one device alone over all tokens; the ring; the ring's calls without any exchange; the
-exchange alone; the all-gather form. Every result is compared with the one device's first. Appends JSON lines to
-benchmarks/results/context_parallel.jsonl.
+One sequence. In one run: one device alone over all tokens; each form; the calls of ring and all-to-all without any
+exchange, which is their limit; the exchange of both alone. Every result is compared with the one device's first.
+Appends JSON lines to benchmarks/results/context_parallel.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import socket
 import statistics
@@ -25,9 +26,11 @@ import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
 from jit_kernel import flash_attention_v3
-from jit_kernel.attention import AttentionLayer, all_gather_attention, backend_name, plan_ring, ring_attention, shard
+from jit_kernel.attention import AttentionLayer, backend_name, context_attention, plan_context, plan_ring
+from jit_kernel.attention.parallel import all_to_all, ring, zigzag
 from jit_kernel.attention.parallel import exchange as communication
-from jit_kernel.attention.parallel import ring
+from jit_kernel.attention.parallel.choice import FORMS, choose
+from jit_kernel.attention.parallel.prefix import Parts
 
 
 def timed(call: Callable[[], Any], device: torch.device, repeats: int, together: bool) -> float:
@@ -61,15 +64,47 @@ def slowest(milliseconds: float, device: torch.device) -> float:
 
 
 def calls_without_exchange(q: Tensor, k: Tensor, v: Tensor, plan: ring.RingPlan, layer: AttentionLayer) -> None:
-    """The ring's own calls and merges, each on this rank's keys: what is left of the time is exposed exchange."""
-    out, lse = ring._attend(q, [k, v], plan.blocks[0], layer)
-    for block in plan.blocks[1:]:
-        out, lse = ring._merged(out, lse, *ring._attend(q, [k, v], block, layer), block.rows)
+    """The ring's own calls and their merge, each on this rank's keys."""
+    parts = Parts(q, v.shape[2], len(plan.blocks))
+    for block in plan.blocks:
+        ring._attend(q, [k, v], block, layer, parts, None)
+    parts.merged()
+
+
+def limits(
+    options: argparse.Namespace, mine: list[Tensor], plan: ring.RingPlan, layer: AttentionLayer, size: int,
+    device: torch.device,
+) -> dict[str, Callable[[], Any]]:  # fmt: skip
+    """What bounds the ring and all-to-all: their calls without an exchange, and their exchanges alone."""
+    heads, kv_heads = options.heads // size, max(1, options.kv_heads // size)
+    q, k, v = (torch.randn(options.tokens, h, options.head_dim, device=device).to(mine[0].dtype)
+               for h in (heads, kv_heads, kv_heads))  # fmt: skip
+    cu = torch.tensor([0, options.tokens], dtype=torch.int32, device=device)
+    rows = zigzag.rows_of([options.tokens], size, inner=size)
+
+    def exchanged(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return q, torch.zeros(q.shape[1], q.shape[0], device=device)
+
+    def keys_alone() -> None:
+        arrivals = ring._Arrivals(communication.transport_of(None, device), mine[1], mine[2], plan, None)
+        for step in range(1, size):
+            arrivals.take(step)
+            arrivals.ask(step + ring._AHEAD)
+
+    tokens = (q, k, v, cu, cu, options.tokens, options.tokens)
+    return {
+        "ring without exchange": lambda: calls_without_exchange(*mine, plan, layer),
+        "ring, exchange alone": keys_alone,
+        "all_to_all without exchange": lambda: flash_attention_v3.flash_attn_varlen_func(*tokens, causal=layer.causal),
+        "all_to_all, exchange alone": lambda: all_to_all.exchange_heads(
+            (mine[0], mine[1], mine[2]), rows, exchanged, None
+        ),
+    }
 
 
 def measure(options: argparse.Namespace, rank: int, size: int, device: torch.device) -> list[dict[str, Any]]:
     """Every figure, on rank 0."""
-    layer, lengths = AttentionLayer(causal=True), [options.tokens]
+    layer, lengths = AttentionLayer(causal=options.causal), [options.tokens]
     random = torch.Generator(device=device).manual_seed(0)
     dtype = getattr(torch, options.dtype)
     q, k, v = (
@@ -80,38 +115,39 @@ def measure(options: argparse.Namespace, rank: int, size: int, device: torch.dev
 
     def alone() -> Tensor:
         out: Tensor = flash_attention_v3.flash_attn_varlen_func(
-            q, k, v, cu, cu, options.tokens, options.tokens, causal=True
+            q, k, v, cu, cu, options.tokens, options.tokens, causal=options.causal
         )
         return out
 
-    mine = [shard(x, lengths, rank, size) for x in (q, k, v)]
-    plan = plan_ring(lengths, True, device)
-    expected = shard(alone(), lengths, rank, size).float()
-    forms = {"ring": ring_attention, "all_gather": all_gather_attention}
-    for name, function in forms.items():
-        difference = float((function(*mine, lengths, layer).float() - expected).abs().max())
+    expected, forms, kept = alone(), {}, {}
+    choice = choose(lengths, layer, (options.heads, options.kv_heads), options.head_dim, size, inner=options.inner)
+    for form in (form for form in FORMS if form not in choice.reasons):
+        heads = (options.heads, options.kv_heads)
+        plan = plan_context(lengths, layer, heads, options.head_dim, device, form=form, inner=options.inner)
+        mine = kept[form] = [plan.shard(x) for x in (q, k, v)]
+        forms[form] = functools.partial(context_attention, *mine, plan, layer)
+        difference = float((forms[form]().float() - plan.shard(expected).float()).abs().max())
         if difference > 0.02:
-            raise RuntimeError(f"{name} on rank {rank} differs from one device by {difference}")
+            raise RuntimeError(f"{form} on rank {rank} differs from one device by {difference}")
     one = timed(alone, device, options.repeats, together=False) if rank == 0 else 0.0
     dist.barrier()
-    figures = {
-        "ring": lambda: ring_attention(*mine, lengths, layer, plan=plan),
-        "ring without exchange": lambda: calls_without_exchange(*mine, plan, layer),
-        "exchange alone": lambda: communication.Exchange(mine[1:], plan.coming[0], None).wait(),
-        "all_gather": lambda: all_gather_attention(*mine, lengths, layer),
-    }
+    ring_plan = plan_ring(lengths, options.causal, device)
+    figures = {**forms, **limits(options, kept["ring"], ring_plan, layer, size, device)}
     times = {name: slowest(timed(f, device, options.repeats, together=True), device) for name, f in figures.items()}
     if rank != 0:
         return []
-    flops = 4.0 * options.tokens**2 * options.heads * options.head_dim / 2
-    common = {name: getattr(options, name) for name in ("tokens", "heads", "kv_heads", "head_dim", "dtype")}
+    flops = 4.0 * options.tokens**2 * options.heads * options.head_dim / (2 if options.causal else 1)
+    common = {name: getattr(options, name) for name in ("tokens", "heads", "kv_heads", "head_dim", "dtype", "causal")}
+    common["exchange"] = communication.transport_of(None, device).name
     lines = [{"case": "one device", "devices": 1, "ms": one, "tflops": flops / one / 1e9, **common}]
     for name, ms in times.items():
-        line = {"case": name, "devices": size, "ms": ms, **common}
+        line = {"case": name, "devices": size, "ms": ms, **common, "chosen": name == choice.form}
         if name in forms:
             line |= {"tflops": flops / ms / 1e9, "times_one_device": one / ms}
+        if f"{name} without exchange" in times:
+            line["exposed_exchange_ms"] = ms - times[f"{name} without exchange"]
+            line["exposed_share"] = line["exposed_exchange_ms"] / times[f"{name}, exchange alone"]
         lines.append(line)
-    lines[1]["exposed_exchange_ms"] = times["ring"] - times["ring without exchange"]
     return lines
 
 
@@ -144,6 +180,8 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--causal", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--inner", type=int, help="neighbouring ranks that share heads in the two-level form")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--dry-run", action="store_true", help="print, and write nothing")
     options = parser.parse_args()

@@ -76,6 +76,10 @@ class AttentionLayer:
         """Each by its name in the public functions."""
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
+    def with_lse(self) -> dict[str, Any]:
+        """The same for a result that its lse comes with."""
+        return {**self.arguments(), "return_softmax_lse": True}
+
     def part_arguments(self, causal: bool) -> dict[str, Any]:
         """The same for a part of the keys, causal or not, whose result is merged by its lse."""
-        return {**self.arguments(), "causal": causal, "window_size": (-1, -1), "return_softmax_lse": True}
+        return {**self.with_lse(), "causal": causal, "window_size": (-1, -1)}

@@ -74,6 +74,9 @@ def _devices() -> dict[str, dict[str, Any]]:
                 "name": torch.cuda.get_device_name(index),
                 "capability": get_device_capability(name),
             }
+            others = [other for other in range(torch.cuda.device_count()) if other != index]
+            if others:  # whose memory context parallelism maps; from elsewhere NCCL brings it
+                devices[name]["peers"] = [o for o in others if torch.cuda.can_device_access_peer(index, o)]
     if moore_threads.probe().usable:
         devices["musa"] = {"target": str(device_target("musa")), "capability": get_device_capability("musa")}
     return devices

@@ -4,7 +4,8 @@
 
 Every argument of the public functions is an option: a tensor as dtype[shape], a bool as a flag, window_size as
 left,right. With --backward the answer is about the call's backward pass. `why --module my.package` says of each kernel
-that a module declares where it is stored, or which change would compile it. Nothing is compiled and nothing is run.
+that a module declares where it is stored, or which change would compile it. `why --ranks 4 --lengths 32768 --heads 32,8
+--head-dim 128 --causal` says which form of context parallelism serves so many ranks. Nothing is compiled or run.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from jit_kernel import flash_attention_v3
+from jit_kernel.commands import ranks
 from jit_kernel.device import Target, detect_device, device_target
 from jit_kernel.engine import build
 from jit_kernel.engine.store import CacheError
@@ -217,8 +219,10 @@ def _explain_module(module: str, device: str | None, as_json: bool) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; answers with its exit status: 0 served, 1 not served, 2 a wrong argument."""
-    parser = _parser()
-    options = vars(parser.parse_args(argv))
+    words = list(sys.argv[1:] if argv is None else argv)
+    if "--ranks" in words:
+        return ranks.main(words)
+    options = vars(_parser().parse_args(words))
     taken = ("function", "device", "json", "module", "backward")
     function, device, as_json, module, backward = (options.pop(name) for name in taken)
     if module is not None:

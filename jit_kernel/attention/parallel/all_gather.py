@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,8 @@ from jit_kernel.attention.backend import FlashAttentionBackend
 from jit_kernel.attention.metadata import AttentionLayer, ForwardMetadata
 from jit_kernel.attention.parallel import exchange as communication
 from jit_kernel.attention.parallel import zigzag
+from jit_kernel.attention.parallel.prefix import Parts, Prefix, is_windowed, need_no_gradient, need_no_window
+from jit_kernel.attention.parallel.ring import need_share
 from jit_kernel.attention.parallel.zigzag import Share
 from jit_kernel.attention.plan import retagged
 
@@ -62,25 +65,6 @@ def forward_zigzag(
     return (out, lse) if return_softmax_lse else out
 
 
-def need_plain(layer: AttentionLayer) -> None:
-    if layer.window_size[0] >= 0 or layer.window_size[1] > 0 or layer.attention_chunk > 0:
-        raise NotImplementedError(
-            f"context parallelism with window_size {layer.window_size} and attention_chunk {layer.attention_chunk}: a "
-            "rank's keys are not one run of the sequence; causal and full attention are served"
-        )
-
-
-def need_share(q: Tensor, k: Tensor, lengths: Sequence[int], group: dist.ProcessGroup | None) -> Share:
-    share = zigzag.share_of(lengths, dist.get_rank(group), dist.get_world_size(group))
-    for name, tensor in (("q", q), ("k", k)):
-        if tensor.shape[0] != share.total:
-            raise ValueError(
-                f"{name} has {tensor.shape[0]} tokens; rank {dist.get_rank(group)} holds {share.total} "
-                f"of sequences of {list(lengths)}"
-            )
-    return share
-
-
 def all_gather_attention(
     q: Tensor,
     k: Tensor,
@@ -89,52 +73,73 @@ def all_gather_attention(
     layer: AttentionLayer | None = None,
     *,
     group: dist.ProcessGroup | None = None,
+    prefix: Prefix | None = None,
     return_softmax_lse: bool = False,
 ) -> Result:
     """Attention of this rank's queries over every rank's keys, which are gathered first.
 
     q (tokens, hq, d), k (tokens, hk, d), v (tokens, hk, dv): this rank's zig-zag share of packed sequences of `lengths`
-    (`zigzag.shard`). Returns this rank's out, with return_softmax_lse also lse (hq, tokens). It needs memory for all
-    keys; `ring_attention` needs it for two ranks' shares.
+    (`shard`). prefix: keys before them that every rank holds. Windows and chunks are served with a causal mask.
+    Returns this rank's out, with return_softmax_lse also lse (hq, tokens). It needs memory for all keys;
+    `ring_attention` needs it for three ranks' shares. Raises ValueError, NotImplementedError, and RankError where a
+    rank does not come.
     """
     layer = layer or AttentionLayer()
-    need_plain(layer)
-    share = need_share(q, k, lengths, group)
-    shares = [zigzag.share_of(lengths, r, dist.get_world_size(group)) for r in range(dist.get_world_size(group))]
-    rows = [s.total for s in shares]
-    whole_k, whole_v = (zigzag.unshard(communication.gather(x, rows, group), lengths) for x in (k, v))
-    cu_k = zigzag.offsets(lengths, q.device)
+    need_no_window(prefix, layer)
     causal = layer.causal or layer.window_size[1] == 0
-    out = q.new_empty((q.shape[0], q.shape[1], v.shape[-1]))
-    lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
-    for name in ("prev", "next"):
-        where = half_rows(share, name, q.device)
-        ends = [end for _, end in getattr(share, name)] if causal else list(lengths)
-        half = share.prev_lengths if name == "prev" else share.next_lengths
-        # A half's queries are the last of the keys up to its end: causal's bottom right corner.
-        part, part_lse = flash_attention_v3.flash_attn_varlen_func(
-            q=q[where],
-            k=whole_k,
-            v=whole_v,
-            cu_seqlens_q=zigzag.offsets(half, q.device),
-            cu_seqlens_k=cu_k,
-            max_seqlen_q=max(half, default=0),
-            max_seqlen_k=max(lengths, default=0),
-            seqused_k=torch.tensor(ends, dtype=torch.int32, device=q.device),
-            **layer.part_arguments(causal),
+    if not causal and is_windowed(layer):
+        raise NotImplementedError(
+            f"all_gather_attention with window_size {layer.window_size}, attention_chunk {layer.attention_chunk} "
+            "and no causal mask: the keys of a half of a rank's queries end where the half ends; "
+            "all_to_all_attention serves it"
         )
-        out[where], lse[:, where] = part, part_lse
+    share = need_share(q, k, lengths, group)
+    rows = zigzag.rows_of(lengths, dist.get_world_size(group))
+    need_no_gradient(prefix, q, k, v, layer.sinks)
+    whole_k, whole_v = (zigzag.unshard(_Gather.apply(x, rows, group), lengths) for x in (k, v))  # type: ignore[no-untyped-call]
+    out, lse = _over_all(q, whole_k, whole_v, lengths, share, layer)
+    if prefix is not None:
+        parts = Parts(q, v.shape[2], 2)
+        parts.add(out, lse, None)
+        parts.add(*prefix.attend(q, share.lengths, layer), None)
+        out, lse = parts.merged()
     return (out, lse) if return_softmax_lse else out
 
 
-def half_rows(share: Share, name: str, device: torch.device) -> slice | Tensor:
-    """Where a half's tokens lie in a rank's share: a slice for one sequence, else indices."""
-    if len(share.prev) == 1:
-        cut = share.prev_lengths[0]
-        return slice(0, cut) if name == "prev" else slice(cut, share.total)
-    pieces, start = [], 0
-    for p, n in zip(share.prev_lengths, share.next_lengths, strict=True):
-        first = start if name == "prev" else start + p
-        pieces.append(torch.arange(first, first + (p if name == "prev" else n)))
-        start += p + n
-    return (torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.int64)).to(device)
+def _over_all(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], share: Share, layer: AttentionLayer
+) -> tuple[Tensor, Tensor]:
+    """This rank's two halves over the packed whole."""
+    cu_k = zigzag.offsets(lengths, q.device)
+    causal = layer.causal or layer.window_size[1] == 0  # a half's queries are then the last of the keys up to its end
+    out = q.new_empty((q.shape[0], q.shape[1], v.shape[-1]))
+    lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
+    for name in ("prev", "next"):
+        where = zigzag.half_rows(share, name, q.device)
+        ends = [end for _, end in getattr(share, name)] if causal else list(lengths)
+        half = share.prev_lengths if name == "prev" else share.next_lengths
+        used = torch.tensor(ends, dtype=torch.int32, device=q.device)
+        rows = ForwardMetadata(
+            zigzag.offsets(half, q.device),
+            max(half, default=0),
+            cu_seqlens_k=cu_k,
+            max_seqlen_k=max(lengths, default=0),
+        )
+        part, part_lse = flash_attention_v3.flash_attn_varlen_func(
+            q[where], k, v, seqused_k=used, **rows.raw_arguments(), **layer.with_lse()
+        )
+        out[where], lse[:, where] = part, part_lse
+    return out, lse
+
+
+class _Gather(torch.autograd.Function):
+    """Every rank's rows; their gradients go back to their ranks, whose sum is in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: list[int], group: dist.ProcessGroup | None) -> tuple[Tensor, ...]:
+        ctx.rows, ctx.group = rows, group
+        return tuple(communication.gather(x, rows, group))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return communication.returned([grad.contiguous() for grad in grads], ctx.rows, ctx.group), None, None

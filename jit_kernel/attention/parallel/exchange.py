@@ -1,19 +1,33 @@
-"""Exchange of keys and values between the ranks of a torch.distributed group: gloo, NCCL and MCCL alike.
+"""Exchange between the ranks of a torch.distributed group: what every form of context parallelism stands on.
 
-Tensors travel as bytes, which every backend takes for every dtype, and arrive in buffers of the size that the sender's
-share has: shares differ by a few tokens where a sequence does not divide.
+A `Transport` publishes a rank's tensors and brings those of others, by name:
+
+- `peers`: CUDA memory of the ranks of one host, mapped into each other; copy engines bring it, no multiprocessor
+  takes part (peers.py);
+- `nccl`, `mccl`, `gloo`: sends and receipts of the group's own backend.
+
+Tensors travel as bytes, which every backend takes for every dtype, straight from the rank that they come from: a rank
+that waits for another knows which one.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from jit_kernel.attention.parallel import peers
+from jit_kernel.attention.parallel.failures import failure_of
+
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "musa": "mccl"}
+# Multiprocessors that an attention call leaves to a backend whose exchange runs on them.
+_MARGIN = 8
 
 
 def backend_name(device: torch.device | str) -> str:
@@ -24,40 +38,190 @@ def backend_name(device: torch.device | str) -> str:
     return BACKENDS[kind]
 
 
-def _bytes(x: Tensor) -> Tensor:
-    return x.contiguous().view(-1).view(torch.uint8)
+class Pending(Protocol):
+    """What was asked for."""
+
+    def wait(self) -> None:
+        """The current stream waits until it is there, the host only with gloo. Raises RankError."""
 
 
-class Exchange:
-    """One step of a ring under way: what goes to the next rank and what comes from the one before."""
+class Published(Protocol):
+    """A rank's tensors while others may read them."""
 
-    def __init__(self, tensors: Sequence[Tensor], rows: int, group: dist.ProcessGroup | None) -> None:
-        rank, size = dist.get_rank(group), dist.get_world_size(group)
-        to, of = ((rank + 1) % size, (rank - 1) % size)
-        if group is not None:
-            to, of = dist.get_global_rank(group, to), dist.get_global_rank(group, of)
-        self._sent = [x.contiguous() for x in tensors]  # kept until they have left
-        self.received = [x.new_empty((rows, *x.shape[1:])) for x in tensors]
-        operations = [dist.P2POp(dist.isend, _bytes(x), to, group) for x in self._sent if x.numel()]
-        operations += [dist.P2POp(dist.irecv, x.view(-1).view(torch.uint8), of, group) for x in self.received if rows]
-        self._requests: list[Any] = dist.batch_isend_irecv(operations) if operations else []
+    def ask(self, to: int, sent: Sequence[Tensor], of: int, offset: int, into: Sequence[Tensor]) -> Pending:
+        """Bring what rank `of` of the group sends here, and let rank `to` have `sent`, parts of what was published.
 
-    def wait(self) -> list[Tensor]:
-        """The received tensors; the current stream waits for them, the host only with gloo."""
-        for request in self._requests:
-            request.wait()
-        return self.received
+        offset: where it lies in what `of` published, in bytes. into: contiguous, one part after another. Every rank
+        asks in the same order, each for whom it is the one to send to.
+        """
+
+
+class Transport(Protocol):
+    """One way between the ranks of a group."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def reason(self) -> str:
+        """Why this way and not a better one."""
+
+    @property
+    def sm_margin(self) -> int:
+        """The multiprocessors that an attention call leaves it while it runs."""
+
+    def publish(self, tensors: Sequence[Tensor], capacity: int) -> Published:
+        """Offer tensors, one after another in memory; capacity: the most bytes that any rank of the group offers."""
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Sends and receipts of the group's backend."""
+
+    group: dist.ProcessGroup
+    name: str
+    reason: str
+    sm_margin: int
+
+    def publish(self, tensors: Sequence[Tensor], capacity: int) -> Published:
+        return _Sent(self.group)
+
+
+class _Sent:
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+
+    def ask(self, to: int, sent: Sequence[Tensor], of: int, offset: int, into: Sequence[Tensor]) -> Pending:
+        return _Messages(self._group, to, sent, of, into)
+
+
+class _Messages:
+    def __init__(
+        self, group: dist.ProcessGroup, to: int, sent: Sequence[Tensor], of: int, into: Sequence[Tensor]
+    ) -> None:
+        self._peers = [dist.get_global_rank(group, rank) for rank in (of, to)]
+        self._kept = [x.contiguous() for x in sent]  # until they have left
+        receipts = [dist.P2POp(dist.irecv, as_bytes(x), self._peers[0], group) for x in into if x.numel()]
+        sends = [dist.P2POp(dist.isend, as_bytes(x), self._peers[1], group) for x in self._kept if x.numel()]
+        self._requests: list[Any] = []
+        self._receipts = len(receipts)
+        if receipts or sends:
+            try:
+                self._requests = dist.batch_isend_irecv([*receipts, *sends])
+            except RuntimeError as error:  # a connection that broke before
+                raise failure_of(self._peers[0], error) from error
+
+    def wait(self) -> None:
+        for at, request in enumerate(self._requests):
+            try:
+                request.wait()
+            except RuntimeError as error:
+                raise failure_of(self._peers[0 if at < self._receipts else 1], error) from error
+
+
+def as_bytes(x: Tensor) -> Tensor:
+    """A contiguous tensor's memory, (bytes,) uint8."""
+    return x.reshape(-1).view(torch.uint8)
+
+
+_chosen: WeakKeyDictionary[dist.ProcessGroup, dict[str, Transport]] = WeakKeyDictionary()
+
+
+def transport_of(group: dist.ProcessGroup | None, device: torch.device) -> Transport:
+    """The group's way on a device, chosen once; all ranks of the group must ask for it together the first time."""
+    group = group or dist.group.WORLD
+    need_group(group)
+    known = _chosen.setdefault(group, {})  # type: ignore[arg-type]
+    kind = device.type if device.type == "cpu" else str(device)
+    if kind not in known:
+        known[kind] = _choose(group, device)  # type: ignore[arg-type]
+    return known[kind]
+
+
+def need_group(group: dist.ProcessGroup | None) -> None:
+    """Raise RuntimeError where there is no process group."""
+    if group is None:
+        raise RuntimeError("context parallelism needs torch.distributed.init_process_group() first")
+
+
+def use(group: dist.ProcessGroup | None, device: torch.device, name: str) -> Transport:
+    """Take a way by name, "peers" or "collective", from now on. Every rank of the group must call it."""
+    if name not in ("peers", "collective"):
+        raise ValueError(f"name is {name!r}; it must be 'peers' or 'collective'")
+    group = group or dist.group.WORLD
+    need_group(group)
+    kind = device.type if device.type == "cpu" else str(device)
+    make = peers.connect if name == "peers" else _asked_for
+    transport: Transport = make(group, device)  # type: ignore[arg-type]
+    _chosen.setdefault(group, {})[kind] = transport  # type: ignore[arg-type]
+    return transport
+
+
+def _choose(group: dist.ProcessGroup, device: torch.device) -> Transport:
+    if device.type != "cuda" or dist.get_world_size(group) == 1:
+        return _collective(group, device, f"a group on {device.type} has no copy engines between its ranks")
+    reason = peers.why_not(group, device)
+    if reason is None:
+        return peers.connect(group, device)
+    return _collective(group, device, reason)
+
+
+def _asked_for(group: dist.ProcessGroup, device: torch.device) -> Transport:
+    return _collective(group, device, "it was asked for")
+
+
+def _collective(group: dist.ProcessGroup, device: torch.device, reason: str) -> Transport:
+    name = str(dist.get_backend(group)) if device.type == "cpu" else backend_name(device)
+    return Collective(group, name, reason, 0 if device.type == "cpu" else _MARGIN)
+
+
+def chosen() -> list[tuple[str, str, str]]:
+    """(device, name, reason) of every way that this process has taken, for `doctor` and `why`."""
+    return [(kind, way.name, way.reason) for of in _chosen.values() for kind, way in of.items()]
+
+
+def swap_all(
+    transport: Transport, group: dist.ProcessGroup | None, sent: Sequence[Tensor], offsets: Sequence[int],
+    into: Sequence[Tensor], capacity: int,
+) -> None:  # fmt: skip
+    """Every rank's part for every other: sent[j] goes to rank j, into[j] comes from rank j, which sends it from byte
+    offsets[j] of its own parts. All parts contiguous."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    into[rank].copy_(sent[rank])
+    published = transport.publish(sent, capacity)
+    under_way = []
+    for step in range(1, size):
+        to, of = (rank + step) % size, (rank - step) % size
+        under_way.append(published.ask(to, [sent[to]], of, offsets[of], [into[of]]))
+    for pending in under_way:
+        pending.wait()
 
 
 def gather(x: Tensor, rows: Sequence[int], group: dist.ProcessGroup | None) -> list[Tensor]:
-    """Every rank's x, of `rows` rows each; a collective wants equal sizes, so all are padded to the longest."""
-    longest = max(rows)
-    padded = x.new_zeros((longest, *x.shape[1:]))
-    padded[: x.shape[0]] = x
-    parts = [torch.empty_like(padded) for _ in rows]
-    dist.all_gather([_bytes_of(part) for part in parts], _bytes_of(padded), group=group)
-    return [part[:n] for part, n in zip(parts, rows, strict=True)]
+    """Every rank's x, of `rows` rows each."""
+    parts = [x.new_empty((n, *x.shape[1:])) for n in rows]
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    whole = x.contiguous()
+    capacity = max(rows) * math.prod(x.shape[1:]) * x.element_size()
+    published = transport_of(group, x.device).publish([whole], capacity)
+    parts[rank].copy_(whole)
+    under_way = [
+        published.ask((rank + step) % size, [whole], (rank - step) % size, 0, [parts[(rank - step) % size]])
+        for step in range(1, size)
+    ]
+    for pending in under_way:
+        pending.wait()
+    return parts
 
 
-def _bytes_of(x: Tensor) -> Tensor:
-    return x.view(-1).view(torch.uint8)
+def returned(parts: Sequence[Tensor], rows: Sequence[int], group: dist.ProcessGroup | None) -> Tensor:
+    """What every rank has for this one, added in float32 by rank: parts[r], of rows[r] rows, goes to rank r."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    row = math.prod(parts[rank].shape[1:]) * parts[rank].element_size()
+    into = [torch.empty_like(parts[rank]) for _ in range(size)]
+    offsets = [sum(rows[:rank]) * row] * size
+    swap_all(transport_of(group, parts[rank].device), group, parts, offsets, into, sum(rows) * row)
+    whole = into[0].float()
+    for part in into[1:]:
+        whole += part
+    return whole.to(parts[rank].dtype)
