@@ -19,6 +19,8 @@ _LOG2E = 1.4426950408889634
 def decide(call: Backward) -> Decision:
     """bf16 and fp16 on sm_90a, head sizes up to 256 that are multiples of 8; every mask, softcap, sinks, in order."""
     q = call.q
+    if q.device.type == "meta":  # of a question about a target, which the dispatcher has looked at
+        return decide_unplaced(call)
     target = device_target(q.device) if q.is_cuda else None
     if target is None or target.architecture != ARCHITECTURE:
         where = target or q.device

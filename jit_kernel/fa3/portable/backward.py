@@ -43,8 +43,10 @@ def decide(call: Backward) -> Decision:
 
 
 def on_served_device(device: torch.device) -> bool:
-    """Whether a device is a GPU that the kernels can be compiled for."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY
+    """Whether a device is a GPU that the kernels can be compiled for; "meta" stands for a target that was looked at."""
+    if device.type != "cuda":
+        return device.type == "meta"
+    return torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY
 
 
 def variants(target: Target) -> list[KernelSpec]:
