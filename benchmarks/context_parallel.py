@@ -27,9 +27,10 @@ from torch import Tensor
 
 from jit_kernel import flash_attention_v3
 from jit_kernel.attention import AttentionLayer, backend_name, context_attention, plan_context, plan_ring
-from jit_kernel.attention.parallel import all_to_all, ring, zigzag
 from jit_kernel.attention.parallel import exchange as communication
+from jit_kernel.attention.parallel import ring, zigzag
 from jit_kernel.attention.parallel.choice import FORMS, choose
+from jit_kernel.attention.parallel.heads import HeadShare, Swap
 from jit_kernel.attention.parallel.prefix import Parts
 
 
@@ -82,8 +83,11 @@ def limits(
     cu = torch.tensor([0, options.tokens], dtype=torch.int32, device=device)
     rows = zigzag.rows_of([options.tokens], size, inner=size)
 
-    def exchanged(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return q, torch.zeros(q.shape[1], q.shape[0], device=device)
+    swap = Swap(HeadShare(options.heads, options.kv_heads, size), tuple(rows), None)
+
+    def heads_alone() -> None:
+        joined, _, _ = swap.tokens_for_heads(*mine)
+        swap.heads_for_tokens(options.heads, joined)
 
     def keys_alone() -> None:
         arrivals = ring._Arrivals(communication.transport_of(None, device), mine[1], mine[2], plan, None)
@@ -96,9 +100,7 @@ def limits(
         "ring without exchange": lambda: calls_without_exchange(*mine, plan, layer),
         "ring, exchange alone": keys_alone,
         "all_to_all without exchange": lambda: flash_attention_v3.flash_attn_varlen_func(*tokens, causal=layer.causal),
-        "all_to_all, exchange alone": lambda: all_to_all.exchange_heads(
-            (mine[0], mine[1], mine[2]), rows, exchanged, None
-        ),
+        "all_to_all, exchange alone": heads_alone,
     }
 
 

@@ -220,7 +220,7 @@ def _explain_module(module: str, device: str | None, as_json: bool) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; answers with its exit status: 0 served, 1 not served, 2 a wrong argument."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if "--ranks" in words:
+    if any(word.partition("=")[0] == "--ranks" for word in words):
         return ranks.main(words)
     options = vars(_parser().parse_args(words))
     taken = ("function", "device", "json", "module", "backward")

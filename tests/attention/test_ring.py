@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -22,7 +23,7 @@ from jit_kernel.attention import (
     plan_ring,
     ring_attention,
 )
-from jit_kernel.attention.parallel import zigzag
+from jit_kernel.attention.parallel import exchange, zigzag
 from jit_kernel.attention.parallel.choice import FORMS, choose
 from jit_kernel.commands import why
 from tests.support import ring_worker
@@ -51,6 +52,8 @@ def test_a_rank_that_does_not_come_is_named(form: str, how: str, tmp_path: Path)
     told = {rank: (tmp_path / f"rank{rank}.txt").read_text() for rank in (0, 2, 3)}
     for rank, text in told.items():
         assert text.startswith(f"RankError 1: rank {rank} got nothing from rank 1 in context parallelism"), told
+    # The rank that is late lives until the others have ended, so nobody was told by a connection that closed.
+    assert how == "dies" or (tmp_path / "rank1.txt").read_text() == "was there", told
 
 
 @pytest.fixture
@@ -79,12 +82,11 @@ def test_what_cannot_be_split_is_refused(alone) -> None:
             ring_attention(q, q, q, [8], layer)
     with pytest.raises(NotImplementedError, match="and no causal mask"):
         all_gather_attention(q, q, q, [8], AttentionLayer(causal=False, window_size=(4, 2)))
-    with pytest.raises(ValueError, match=r"q has 8 tokens; rank 0 holds 9 of sequences of \[9\]"):
-        ring_attention(q, q, q, [9])
-    with pytest.raises(ValueError, match=r"q has 8 tokens; rank 0 holds 9 of sequences of \[9\]"):
-        all_to_all_attention(q, q, q, [9])
     with pytest.raises(ValueError, match="plan was made for lengths"):
         ring_attention(q, q, q, [8], plan=plan_ring([4, 4], True, q.device))
+    other = dataclasses.replace(plan_ring([8], True, q.device), rank=1, size=2)
+    with pytest.raises(ValueError, match=r"rank 1 of 2 on cpu; the call has .* rank 0 of 1 on cpu"):
+        ring_attention(q, q, q, [8], plan=other)
     before = Prefix(torch.zeros(1, 4, 2, 64), torch.zeros(1, 4, 2, 64), torch.tensor([4], dtype=torch.int32))
     for function in (all_gather_attention, all_to_all_attention):
         with pytest.raises(NotImplementedError, match=r"prefix with window_size \(4, 0\)"):
@@ -92,6 +94,39 @@ def test_what_cannot_be_split_is_refused(alone) -> None:
     two = Prefix(torch.zeros(2, 4, 2, 64), torch.zeros(2, 4, 2, 64), torch.tensor([4, 4], dtype=torch.int32))
     with pytest.raises(ValueError, match="cache_seqlens has 2 sequences; it must have 1, or 1 that all share"):
         ring_attention(q, q, q, [8], prefix=two)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"lengths": [9]}, ValueError, "q has 8 tokens; rank 0 of 1 holds 9"),
+        ({"v": torch.zeros(9, 2, 64)}, ValueError, "v has 9 tokens; rank 0 of 1 holds 8"),
+        ({"v": torch.zeros(8, 1, 64)}, ValueError, "v has 1 heads; it must have k's, 2"),
+        ({"k": torch.zeros(8, 2, 32)}, ValueError, "k has a head size of 32; it must be q's, 64"),
+        (
+            {"k": torch.zeros(8, 3, 64), "v": torch.zeros(8, 3, 64)},
+            ValueError,
+            "k has 3 heads; their number must divide",
+        ),
+        ({"k": torch.zeros(8, 128)}, ValueError, "k has 2 dimensions; it must have 3"),
+        ({"k": torch.zeros(8, 2, 64, dtype=torch.float16)}, TypeError, "k is torch.float16 on cpu; it must be"),
+        (
+            {name: torch.zeros(8, 2, 64).to(torch.float8_e4m3fn) for name in "qkv"},
+            TypeError,
+            "context parallelism serves",
+        ),
+        ({"layer": AttentionLayer(sinks=torch.zeros(3))}, ValueError, r"sinks has shape \(3,\); it must be \(2,\)"),
+    ],
+)
+@pytest.mark.parametrize("function", [ring_attention, all_gather_attention, all_to_all_attention])
+def test_a_bad_argument_is_named_before_anything_is_sent(
+    alone, monkeypatch: pytest.MonkeyPatch, function, change: dict[str, object], error: type[Exception], text: str
+) -> None:
+    monkeypatch.setattr(exchange, "transport_of", lambda *_: pytest.fail("something was sent"))
+    q = torch.zeros(8, 2, 64)
+    given = {"q": q, "k": q, "v": q, "lengths": [8], "layer": AttentionLayer(), **change}
+    with pytest.raises(error, match=text):
+        function(**given)
 
 
 def test_a_choice_says_how_it_was_made() -> None:
@@ -120,7 +155,7 @@ def test_a_choice_says_how_it_was_made() -> None:
 
 def test_a_plan_says_which_way_tensors_take(alone) -> None:
     plan = plan_context([2048], AttentionLayer(), (4, 2), 64, torch.device("cpu"))
-    assert "exchange: gloo, because a group on cpu has no copy engines between its ranks" in plan.explain()
+    assert "exchange: gloo, because a rank alone has nobody to exchange with" in plan.explain()
 
 
 def test_the_pages_example_runs(alone) -> None:
@@ -144,6 +179,9 @@ def test_why_explains_the_form(capsys: pytest.CaptureFixture[str]) -> None:
     assert "tokens of a rank: 537 to 537" in said
     assert why.main([*of, "--window-size", "9,9"]) == 1
     assert "no form serves the layer: ring: a rank's keys" in capsys.readouterr().err
+    for wrong in (["--inner", "3"], ["--ranks=0"], ["--heads", "32,0"], ["--heads", "30,8"]):
+        assert why.main([*of, *wrong]) == 2
+        assert "must" in capsys.readouterr().err
     assert why.main([*of, "--inner", "3"]) == 2
     assert "inner is 3; it must divide the 4 ranks" in capsys.readouterr().err
 

@@ -15,8 +15,8 @@ from jit_kernel.attention.backend import FlashAttentionBackend
 from jit_kernel.attention.metadata import AttentionLayer, ForwardMetadata
 from jit_kernel.attention.parallel import exchange as communication
 from jit_kernel.attention.parallel import zigzag
-from jit_kernel.attention.parallel.prefix import Parts, Prefix, is_windowed, need_no_gradient, need_no_window
-from jit_kernel.attention.parallel.ring import need_share
+from jit_kernel.attention.parallel.checks import need_tensors
+from jit_kernel.attention.parallel.prefix import Parts, Prefix, is_windowed, need_no_window
 from jit_kernel.attention.parallel.zigzag import Share
 from jit_kernel.attention.plan import retagged
 
@@ -93,9 +93,9 @@ def all_gather_attention(
             "and no causal mask: the keys of a half of a rank's queries end where the half ends; "
             "all_to_all_attention serves it"
         )
-    share = need_share(q, k, lengths, group)
+    share = zigzag.share_of(lengths, dist.get_rank(group), dist.get_world_size(group))
+    need_tensors(q, k, v, share.total, layer, prefix, len(lengths), group)
     rows = zigzag.rows_of(lengths, dist.get_world_size(group))
-    need_no_gradient(prefix, q, k, v, layer.sinks)
     whole_k, whole_v = (zigzag.unshard(_Gather.apply(x, rows, group), lengths) for x in (k, v))  # type: ignore[no-untyped-call]
     out, lse = _over_all(q, whole_k, whole_v, lengths, share, layer)
     if prefix is not None:

@@ -15,9 +15,10 @@ from torch import Tensor
 from jit_kernel import flash_attention_v3
 from jit_kernel.attention.metadata import AttentionLayer, ForwardMetadata
 from jit_kernel.attention.parallel import zigzag
+from jit_kernel.attention.parallel.checks import need_tensors
 from jit_kernel.attention.parallel.heads import HeadShare, Swap
-from jit_kernel.attention.parallel.prefix import Parts, Prefix, need_no_gradient, need_no_window
-from jit_kernel.attention.parallel.ring import RingPlan, ring_attention
+from jit_kernel.attention.parallel.prefix import Parts, Prefix, need_no_window
+from jit_kernel.attention.parallel.ring import RingPlan, need_plain, ring_attention
 
 Result = Tensor | tuple[Tensor, Tensor]
 Attend = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -64,10 +65,9 @@ def all_to_all_attention(
     """
     layer = layer or AttentionLayer()
     need_no_window(prefix, layer)
-    need_no_gradient(prefix, q, k, v, layer.sinks)
     size = dist.get_world_size(group)
     rows = zigzag.rows_of(lengths, size, inner=size)
-    need_rows(q, k, rows[dist.get_rank(group)], lengths, group)
+    need_tensors(q, k, v, rows[dist.get_rank(group)], layer, prefix, len(lengths), group)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         own = layer_of_heads(layer, q.shape[1], group)
@@ -105,11 +105,11 @@ def two_level_attention(
     `plan_ring(lengths, causal, device, ring)`. Masks are the ring's. Returns and raises as `all_to_all_attention`.
     """
     layer = layer or AttentionLayer()
-    need_no_gradient(prefix, q, k, v, layer.sinks)
     size, place = dist.get_world_size(inner), dist.get_rank(ring)
     every = zigzag.rows_of(lengths, size * dist.get_world_size(ring), size)
     rows = every[place * size : (place + 1) * size]
-    need_rows(q, k, rows[dist.get_rank(inner)], lengths, inner)
+    need_plain(layer)
+    need_tensors(q, k, v, rows[dist.get_rank(inner)], layer, prefix, len(lengths), inner)
     hq = q.shape[1]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,13 +135,3 @@ def prefix_of_heads(prefix: Prefix, group: dist.ProcessGroup | None, hq: int) ->
     """The prefix's key heads that this rank's query heads see."""
     size = dist.get_world_size(group)
     return prefix.of_heads(HeadShare(hq, prefix.k_cache.shape[2], size).keys(dist.get_rank(group)))
-
-
-def need_rows(q: Tensor, k: Tensor, rows: int, lengths: Sequence[int], group: dist.ProcessGroup | None) -> None:
-    """Raise ValueError where q or k is not this rank's share."""
-    for name, tensor in (("q", q), ("k", k)):
-        if tensor.shape[0] != rows:
-            raise ValueError(
-                f"{name} has {tensor.shape[0]} tokens; rank {dist.get_rank(group)} holds {rows} "
-                f"of sequences of {list(lengths)}"
-            )

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -19,6 +21,7 @@ from jit_kernel.attention.parallel import zigzag
 from jit_kernel.attention.parallel.all_gather import all_gather_attention
 from jit_kernel.attention.parallel.all_to_all import all_to_all_attention, two_level_attention
 from jit_kernel.attention.parallel.exchange import need_group, transport_of
+from jit_kernel.attention.parallel.peers import timeout_of
 from jit_kernel.attention.parallel.prefix import Prefix, is_windowed
 from jit_kernel.attention.parallel.ring import RingPlan, plan_ring, ring_attention
 
@@ -90,8 +93,14 @@ def choose(
     """The form for packed sequences of `lengths` over `size` ranks. Arguments and errors as `plan_context`."""
     if form is not None and form not in FORMS:
         raise ValueError(f"form is {form!r}; it must be None or one of {', '.join(FORMS)}")
+    if size < 1:
+        raise ValueError(f"the number of ranks is {size}; it must be at least 1")
     if inner is not None and (inner < 1 or size % inner):
         raise ValueError(f"inner is {inner}; it must divide the {size} ranks")
+    if min(*heads, head_dim) < 1 or heads[0] % heads[1]:
+        raise ValueError(
+            f"heads is {heads} and head_dim {head_dim}; the first must be a multiple of the second, all from 1"
+        )
     reasons = _reasons(layer, heads, size, inner)
     seconds = _estimates(lengths, layer, heads, head_dim, size, inner or size)
     able = [each for each in FORMS if each not in reasons]
@@ -113,17 +122,22 @@ def plan_context(
     *,
     form: str | None = None,
     inner: int | None = None,
+    groups: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None,
 ) -> ContextPlan:
     """The plan for packed sequences of `lengths`, of the whole, made alike on every rank of the group.
 
     heads: (hq, hk) of the whole. form: one of FORMS to take instead of the one with the least estimate. inner: the
     ranks of two_level that share heads, neighbours; two_level is considered where it is given, because it pays where
-    ranks are on several hosts. Raises ValueError for a bad argument and NotImplementedError where the form, or every
-    form, cannot serve.
+    ranks are on several hosts. groups: its (inner, ring) groups, which a group of some ranks alone needs given; of all
+    ranks they are made here, once, by all. Raises ValueError for a bad argument and NotImplementedError where the form,
+    or every form, cannot serve.
     """
     need_group(group or dist.group.WORLD)
     choice = choose(lengths, layer, heads, head_dim, dist.get_world_size(group), form=form, inner=inner)
-    groups = _groups(group, choice.inner) if choice.form == "two_level" else None
+    if choice.form != "two_level":
+        groups = None
+    elif groups is None:
+        groups = _groups(group, choice.inner)
     causal = layer.causal or layer.window_size[1] == 0
     of_ring = groups[1] if groups else group
     ring = plan_ring(lengths, causal, device, of_ring) if choice.form in ("ring", "two_level") else None
@@ -206,19 +220,24 @@ def _estimates(
     }
 
 
-_made: dict[tuple[object, int], tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
+_made: WeakKeyDictionary[dist.ProcessGroup, dict[int, tuple[dist.ProcessGroup, dist.ProcessGroup]]] = (
+    WeakKeyDictionary()
+)
 
 
 def _groups(group: dist.ProcessGroup | None, inner: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    """(inner, ring) groups of this rank, made once."""
-    ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
-    key = (tuple(ranks), inner)
-    if key not in _made:
-        me = ranks.index(dist.get_rank())
-        first = me // inner * inner
-        of_inner, of_ring = ranks[first : first + inner], ranks[me % inner :: inner]
-        _made[key] = (
-            dist.new_group(of_inner, use_local_synchronization=True),
-            dist.new_group(of_ring, use_local_synchronization=True),
-        )
-    return _made[key]
+    """(inner, ring) groups of this rank among all ranks, made once, with the timeout and the backend of theirs."""
+    world = dist.group.WORLD
+    if world is None or (group is not None and group is not world):
+        raise ValueError("groups is None; two_level in a group of some ranks must be given its (inner, ring) groups")
+    known = _made.setdefault(world, {})
+    if inner not in known:
+        ranks, me = list(range(dist.get_world_size())), dist.get_rank()
+        of_inner = [ranks[first : first + inner] for first in range(0, len(ranks), inner)]
+        of_ring = [ranks[place::inner] for place in range(inner)]
+        options = {"timeout": timedelta(seconds=timeout_of(world)), "backend": dist.get_backend_config(world)}
+        # Every rank makes every group, in one order, as torch.distributed asks.
+        made = {tuple(some): dist.new_group(some, **options) for some in (*of_inner, *of_ring)}  # type: ignore[arg-type]
+        mine = [made[tuple(some)] for of in (of_inner, of_ring) for some in of if me in some]
+        known[inner] = (mine[0], mine[1])
+    return known[inner]

@@ -124,18 +124,24 @@ def as_bytes(x: Tensor) -> Tensor:
     return x.reshape(-1).view(torch.uint8)
 
 
-_chosen: WeakKeyDictionary[dist.ProcessGroup, dict[str, Transport]] = WeakKeyDictionary()
+_chosen: WeakKeyDictionary[dist.ProcessGroup, dict[torch.device, Transport]] = WeakKeyDictionary()
 
 
 def transport_of(group: dist.ProcessGroup | None, device: torch.device) -> Transport:
     """The group's way on a device, chosen once; all ranks of the group must ask for it together the first time."""
     group = group or dist.group.WORLD
     need_group(group)
-    known = _chosen.setdefault(group, {})  # type: ignore[arg-type]
-    kind = device.type if device.type == "cpu" else str(device)
-    if kind not in known:
-        known[kind] = _choose(group, device)  # type: ignore[arg-type]
-    return known[kind]
+    known, device = _chosen.setdefault(group, {}), _indexed(device)  # type: ignore[arg-type]
+    if device not in known:
+        known[device] = _choose(group, device)  # type: ignore[arg-type]
+    return known[device]
+
+
+def _indexed(device: torch.device) -> torch.device:
+    """A device by the name that its tensors give it."""
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def need_group(group: dist.ProcessGroup | None) -> None:
@@ -150,20 +156,25 @@ def use(group: dist.ProcessGroup | None, device: torch.device, name: str) -> Tra
         raise ValueError(f"name is {name!r}; it must be 'peers' or 'collective'")
     group = group or dist.group.WORLD
     need_group(group)
-    kind = device.type if device.type == "cpu" else str(device)
+    device = _indexed(device)
     make = peers.connect if name == "peers" else _asked_for
     transport: Transport = make(group, device)  # type: ignore[arg-type]
-    _chosen.setdefault(group, {})[kind] = transport  # type: ignore[arg-type]
+    _chosen.setdefault(group, {})[device] = transport  # type: ignore[arg-type]
     return transport
 
 
 def _choose(group: dist.ProcessGroup, device: torch.device) -> Transport:
-    if device.type != "cuda" or dist.get_world_size(group) == 1:
+    if dist.get_world_size(group) == 1:
+        return _collective(group, device, "a rank alone has nobody to exchange with")
+    if device.type != "cuda":
         return _collective(group, device, f"a group on {device.type} has no copy engines between its ranks")
     reason = peers.why_not(group, device)
-    if reason is None:
+    if reason is not None:
+        return _collective(group, device, reason)
+    try:
         return peers.connect(group, device)
-    return _collective(group, device, reason)
+    except peers.NotMappedError as error:  # on every rank alike
+        return _collective(group, device, str(error))
 
 
 def _asked_for(group: dist.ProcessGroup, device: torch.device) -> Transport:
@@ -173,11 +184,6 @@ def _asked_for(group: dist.ProcessGroup, device: torch.device) -> Transport:
 def _collective(group: dist.ProcessGroup, device: torch.device, reason: str) -> Transport:
     name = str(dist.get_backend(group)) if device.type == "cpu" else backend_name(device)
     return Collective(group, name, reason, 0 if device.type == "cpu" else _MARGIN)
-
-
-def chosen() -> list[tuple[str, str, str]]:
-    """(device, name, reason) of every way that this process has taken, for `doctor` and `why`."""
-    return [(kind, way.name, way.reason) for of in _chosen.values() for kind, way in of.items()]
 
 
 def swap_all(

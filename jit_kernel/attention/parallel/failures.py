@@ -25,9 +25,11 @@ class RankError(RuntimeError):
 
 def failure_of(peer: int, error: BaseException) -> RankError:
     """The error of an exchange with global rank `peer`, which this rank leaves word of."""
-    first = _first_of(peer)
     me = dist.get_rank()
-    _write(me, first)
+    _write(me, peer)  # at once: who waits for this rank looks at its word in a moment
+    first = _first_of(peer, me)
+    if first != peer:
+        _write(me, first)
     text = f"rank {me} got nothing from rank {first} in context parallelism: it died, or it came too late"
     if first != peer:
         text += f"; rank {peer}, which was to send, had waited for it, too"
@@ -35,15 +37,18 @@ def failure_of(peer: int, error: BaseException) -> RankError:
     return RankError(first, f"{text} ({told})")
 
 
-def _first_of(peer: int) -> int:
-    end = time.monotonic() + _GRACE
+def _first_of(peer: int, me: int) -> int:
+    """The end of the chain of words that begins with a rank's; it may still be written."""
+    end, seen = time.monotonic() + _GRACE, {me}
     while True:
         word = _read(peer)
-        if word is not None:
-            return word
-        if time.monotonic() >= end:
+        if word is not None and word not in seen:
+            seen.add(peer)
+            peer = word
+        elif word is not None or time.monotonic() >= end:  # a circle, or nobody that it waited for
             return peer
-        time.sleep(0.02)
+        else:
+            time.sleep(0.02)
 
 
 def _store() -> Any:

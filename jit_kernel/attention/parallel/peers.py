@@ -9,6 +9,8 @@ nobody, and whoever waits knows for whom.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import logging
 import os
 import socket
@@ -24,10 +26,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from jit_kernel.attention.parallel import driver
+from jit_kernel.attention.parallel.failures import failure_of
 
 _SLOTS = 2
 _ALIGNED = 256
 _DEFAULT_TIMEOUT = 600.0
+_EXIT_SECONDS = 5.0
 _log = logging.getLogger("jit_kernel")
 
 
@@ -52,8 +56,12 @@ def why_not(group: dist.ProcessGroup, device: torch.device) -> str | None:
     return next((reason for reason in reasons if reason is not None), None)
 
 
+class NotMappedError(RuntimeError):
+    """A rank could not map another's memory. Every rank of the group raises it."""
+
+
 def connect(group: dist.ProcessGroup, device: torch.device) -> Peers:
-    """Map every rank's words into every other. A collective of the group."""
+    """Map every rank's words into every other. A collective of the group. Raises NotMappedError."""
     return Peers(group, device)
 
 
@@ -72,15 +80,35 @@ class Peers:
         self._slots: list[int] = []  # of every rank, mapped here
         with torch.cuda.device(device):
             # Of every rank: words [0, size) count what others have published, [size, 2 size) what they have taken.
-            own = driver.allocate(2 * 4 * self.size)
-            self.words = self._mapped(own)
+            self.words = self._mapped(2 * 4 * self.size)
             self.stream = torch.cuda.Stream(priority=-1)  # type: ignore[no-untyped-call]
+            self._last: torch.cuda.Event | None = None
             self.watch = _Watch(self)
+        atexit.register(_wait_for_readers, weakref.ref(self))
 
-    def _mapped(self, own: int) -> list[int]:
-        handles: list[Any] = [None] * self.size
-        dist.all_gather_object(handles, driver.handle_of(own), self.group)
-        return [own if rank == self.rank else driver.open_handle(handles[rank]) for rank in range(self.size)]
+    def _mapped(self, count: int) -> list[int]:
+        """`count` bytes of every rank: of this one new, of the others mapped. All ranks come here together."""
+        own, handles = 0, [None] * self.size
+        try:
+            own = driver.allocate(count)
+        except RuntimeError:
+            torch.cuda.empty_cache()  # what torch keeps and does not use
+            with contextlib.suppress(RuntimeError):  # told below, to every rank
+                own = driver.allocate(count)
+        dist.all_gather_object(handles, driver.handle_of(own) if own else None, self.group)
+        found, problem = [own] * self.size, None if own else f"rank {self.rank} has no {count} bytes of GPU memory"
+        for rank, handle in enumerate(handles):
+            if rank != self.rank and handle is not None and problem is None:
+                try:
+                    found[rank] = driver.open_handle(handle)
+                except RuntimeError as error:
+                    problem = f"rank {self.rank} cannot map the memory of rank {rank}: {error}"
+        problems: list[str | None] = [None] * self.size
+        dist.all_gather_object(problems, problem, self.group)
+        told = next((each for each in problems if each is not None), None)
+        if told is not None:
+            raise NotMappedError(told)
+        return found
 
     def publish(self, tensors: Sequence[Tensor], capacity: int) -> _Slot:
         """See exchange.Transport."""
@@ -90,14 +118,23 @@ class Peers:
                 "exchange.use(group, device, 'collective') on every rank before the capture"
             )
         with torch.cuda.device(self.device):
-            if capacity > self._capacity:
+            if capacity > self._capacity or not self._slots:
                 self._grow(capacity)
+            size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            if size > self._capacity:
+                raise ValueError(f"{size} bytes are published; the ranks agreed on {capacity} at most")
             self.calls += 1
-            return _Slot(self, tensors)
+            now = torch.cuda.current_stream(self.device)
+            if self._last is not None:  # calls of several streams are told to the others in their order
+                now.wait_event(self._last)
+            slot = _Slot(self, tensors)
+            self._last = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._last.record(now)
+            return slot
 
     def _grow(self, capacity: int) -> None:
         """New slots, of a size that every rank finds by itself; all ranks come here in the same call."""
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(self.device)
         dist.barrier(self.group)  # nobody reads the old ones
         for rank, address in enumerate(self._slots):
             if rank != self.rank:
@@ -105,8 +142,9 @@ class Peers:
         if self._slots:
             dist.barrier(self.group)  # nobody maps them
             driver.free(self._slots[self.rank])
-        self._capacity = -(-capacity // _ALIGNED) * _ALIGNED
-        self._slots = self._mapped(driver.allocate(_SLOTS * self._capacity))
+            self._slots = []
+        self._capacity = max(1, -(-capacity // _ALIGNED)) * _ALIGNED
+        self._slots = self._mapped(_SLOTS * self._capacity)
 
     def slot_of(self, rank: int, call: int) -> int:
         """Where a rank's slot for a call lies."""
@@ -126,7 +164,7 @@ class _Slot:
 
     def __init__(self, ways: Peers, tensors: Sequence[Tensor]) -> None:
         self._ways, self._call = ways, ways.calls
-        now = torch.cuda.current_stream()
+        now = torch.cuda.current_stream(ways.device)
         for other in range(ways.size):
             if other != ways.rank:
                 driver.wait_for(ways.taken(ways.rank, other), self._call - _SLOTS, now)
@@ -147,7 +185,7 @@ class _Slot:
 class _Pull:
     def __init__(self, ways: Peers, call: int, of: int, offset: int, into: Sequence[Tensor]) -> None:
         # `into` may be memory that kernels of the present stream have just left.
-        ways.stream.wait_stream(torch.cuda.current_stream())
+        ways.stream.wait_stream(torch.cuda.current_stream(ways.device))
         driver.wait_for(ways.published(of, ways.rank), call, ways.stream)
         at = ways.slot_of(of, call) + offset
         for tensor in into:
@@ -158,11 +196,12 @@ class _Pull:
         driver.write(ways.taken(of, ways.rank), call, ways.stream)
         self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._arrived.record(ways.stream)
+        self._device = ways.device
         ways.watch.expect(call, self._arrived)
 
     def wait(self) -> None:
         """The current stream waits for the copies."""
-        torch.cuda.current_stream().wait_event(self._arrived)
+        torch.cuda.current_stream(self._device).wait_event(self._arrived)
 
 
 class _Watch:
@@ -188,6 +227,12 @@ class _Watch:
             self._thread.start()
 
     def _look(self) -> None:
+        ways = self._ways()
+        if ways is None:
+            return
+        torch.cuda.set_device(ways.device)
+        driver.spare_captures()
+        del ways
         while True:
             time.sleep(min(0.1, self._timeout / 4))
             ways = self._ways()
@@ -201,16 +246,33 @@ class _Watch:
             del ways
 
     def _end(self, ways: Peers, call: int) -> None:
-        counted = driver.read_words(ways.words[ways.rank], ways.size, self._stream)
-        behind = [r for r, count in enumerate(counted) if r != ways.rank and count < call]
-        names = [dist.get_global_rank(ways.group, r) for r in behind]
-        _log.critical(
-            "rank %d got nothing from rank %s in context parallelism within %g s: it died, or it came too late; "
-            "this process ends, because its stream cannot", dist.get_rank(), ", ".join(map(str, names)), self._timeout,
-        )  # fmt: skip
-        logging.shutdown()
-        sys.stderr.flush()
-        os.abort()
+        text = "an exchange between ranks did not end"
+        try:
+            text = str(failure_of(self._missing(ways, call), TimeoutError(f"nothing within {self._timeout:g} s")))
+        finally:
+            _log.critical("%s; this process ends, because its stream cannot", text)
+            logging.shutdown()
+            sys.stderr.flush()
+            os.abort()
+
+    def _missing(self, ways: Peers, call: int) -> int:
+        """The global rank that published too few calls, or took too few."""
+        words = driver.read_words(ways.words[ways.rank], 2 * ways.size, self._stream)
+        counts = {r: min(words[r], words[ways.size + r] + _SLOTS) for r in range(ways.size) if r != ways.rank}
+        rank = min(counts, key=lambda r: (min(counts[r], call), r))
+        return dist.get_global_rank(ways.group, rank)
+
+
+def _wait_for_readers(found: weakref.ref[Peers]) -> None:
+    """Before a process ends: others may still copy from its memory, which would go with it."""
+    ways = found()
+    end = time.monotonic() + _EXIT_SECONDS
+    while ways is not None and time.monotonic() < end:
+        stream = torch.cuda.Stream(ways.device)  # type: ignore[no-untyped-call]
+        words = driver.read_words(ways.words[ways.rank], 2 * ways.size, stream)[ways.size :]
+        if all(word >= ways.calls for rank, word in enumerate(words) if rank != ways.rank):
+            return
+        time.sleep(0.02)
 
 
 def timeout_of(group: dist.ProcessGroup) -> float:

@@ -31,14 +31,16 @@ class Prefix:
         """The same of some key heads, without a copy."""
         return replace(self, k_cache=self.k_cache[:, :, heads], v_cache=self.v_cache[:, :, heads])
 
+    def need_sequences(self, count: int) -> None:
+        """Raise ValueError where the prefix is neither that of so many sequences nor one that all share."""
+        found = self.cache_seqlens.shape[0]
+        if found not in (1, count):
+            raise ValueError(f"prefix.cache_seqlens has {found} sequences; it must have {count}, or 1 that all share")
+
     def attend(self, q: Tensor, lengths: Sequence[int], layer: AttentionLayer) -> tuple[Tensor, Tensor]:
         """(out, lse) of packed queries (tokens, hq, d) over the prefix alone; lengths: the queries of each sequence."""
-        count = self.cache_seqlens.shape[0]
-        if count not in (1, len(lengths)):
-            raise ValueError(
-                f"prefix.cache_seqlens has {count} sequences; it must have {len(lengths)}, or 1 that all share"
-            )
-        rows = [sum(lengths)] if count == 1 else list(lengths)
+        self.need_sequences(len(lengths))
+        rows = [sum(lengths)] if self.cache_seqlens.shape[0] == 1 else list(lengths)
         sequences = ForwardMetadata(
             zigzag.offsets(rows, q.device), max(rows, default=0), self.cache_seqlens, page_table=self.page_table
         )

@@ -20,7 +20,9 @@ from jit_kernel import flash_attention_v3
 from jit_kernel.attention.metadata import AttentionLayer, ForwardMetadata
 from jit_kernel.attention.parallel import exchange as communication
 from jit_kernel.attention.parallel import zigzag
-from jit_kernel.attention.parallel.prefix import Parts, Prefix, are_wanted, is_windowed, need_no_gradient
+from jit_kernel.attention.parallel.checks import need_tensors
+from jit_kernel.attention.parallel.failures import RankError
+from jit_kernel.attention.parallel.prefix import Parts, Prefix, are_wanted, is_windowed
 from jit_kernel.attention.parallel.zigzag import Share
 
 # So many ranks' keys are under way while a call runs.
@@ -40,7 +42,7 @@ class Block:
 
 @dataclass(frozen=True)
 class RingPlan:
-    """A rank's calls, how many rows arrive after each, and the most rows that any rank holds.
+    """A rank's calls, how many rows arrive after each, the most rows that any rank holds, and for whom it was made.
 
     Its index tensors are made before anything is launched, because a copy from the host would wait for the kernel that
     runs; every layer of a step can use it.
@@ -51,6 +53,9 @@ class RingPlan:
     blocks: tuple[Block, ...]
     coming: tuple[int, ...]
     most: int
+    rank: int
+    size: int
+    device: torch.device
 
 
 def need_plain(layer: AttentionLayer) -> None:
@@ -63,18 +68,6 @@ def need_plain(layer: AttentionLayer) -> None:
         )
 
 
-def need_share(q: Tensor, k: Tensor, lengths: Sequence[int], group: dist.ProcessGroup | None) -> Share:
-    """This rank's zig-zag share; ValueError where q or k is not of its size."""
-    share = zigzag.share_of(lengths, dist.get_rank(group), dist.get_world_size(group))
-    for name, tensor in (("q", q), ("k", k)):
-        if tensor.shape[0] != share.total:
-            raise ValueError(
-                f"{name} has {tensor.shape[0]} tokens; rank {dist.get_rank(group)} holds {share.total} "
-                f"of sequences of {list(lengths)}"
-            )
-    return share
-
-
 def plan_ring(
     lengths: Sequence[int], causal: bool, device: torch.device, group: dist.ProcessGroup | None = None
 ) -> RingPlan:
@@ -84,7 +77,9 @@ def plan_ring(
     sources = [(rank - step) % size for step in range(size)]
     blocks = [_block(shares[rank], shares[source], rank, source, causal, device) for source in sources]
     coming = [shares[source].total for source in sources[1:]]
-    return RingPlan(tuple(lengths), causal, tuple(blocks), tuple(coming), max(share.total for share in shares))
+    return RingPlan(
+        tuple(lengths), causal, tuple(blocks), tuple(coming), max(share.total for share in shares), rank, size, device
+    )
 
 
 def _block(mine: Share, theirs: Share, rank: int, source: int, causal: bool, device: torch.device) -> Block:
@@ -128,12 +123,16 @@ def ring_attention(
     """
     layer = layer or AttentionLayer()
     need_plain(layer)
-    need_share(q, k, lengths, group)
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    need_tensors(q, k, v, zigzag.share_of(lengths, rank, size).total, layer, prefix, len(lengths), group)
     causal = layer.causal or layer.window_size[1] == 0
     plan = plan or plan_ring(lengths, causal, q.device, group)
-    if plan.lengths != tuple(lengths) or plan.causal != causal:
-        raise ValueError(f"plan was made for lengths {plan.lengths} and causal {plan.causal}, not for this call")
-    need_no_gradient(prefix, q, k, v, layer.sinks)
+    of_plan = plan.lengths, plan.causal, plan.rank, plan.size, plan.device.type
+    if of_plan != (tuple(lengths), causal, rank, size, q.device.type):
+        raise ValueError(
+            f"plan was made for lengths {plan.lengths}, causal {plan.causal}, rank {plan.rank} of {plan.size} on "
+            f"{plan.device}; the call has {tuple(lengths)}, {causal}, rank {rank} of {size} on {q.device}"
+        )
     if are_wanted(q, k, v, layer.sinks):
         out, lse = _Ring.apply(q, k, v, layer.sinks, layer, plan, group)  # type: ignore[no-untyped-call]
     else:
@@ -148,15 +147,22 @@ def _forward(
     way = communication.transport_of(group, q.device) if plan.coming else None
     exchange = _Arrivals(way, k, v, plan, group) if way is not None else None
     parts = Parts(q, v.shape[2], len(plan.blocks) + (prefix is not None))
-    _attend(q, [k, v], plan.blocks[0], layer, parts, way)
-    layer = replace(layer, sinks=None)
-    if prefix is not None:
-        share = zigzag.share_of(plan.lengths, dist.get_rank(group), dist.get_world_size(group))
-        parts.add(*prefix.attend(q, share.lengths, layer), None)
-    for step, block in enumerate(plan.blocks[1:], start=1):
-        assert exchange is not None
-        _attend(q, exchange.take(step), block, layer, parts, way)
-        exchange.ask(step + _AHEAD)
+    try:
+        _attend(q, [k, v], plan.blocks[0], layer, parts, way)
+        layer = replace(layer, sinks=None)
+        if prefix is not None:
+            share = zigzag.share_of(plan.lengths, plan.rank, plan.size)
+            parts.add(*prefix.attend(q, share.lengths, layer), None)
+        for step, block in enumerate(plan.blocks[1:], start=1):
+            assert exchange is not None
+            _attend(q, exchange.take(step), block, layer, parts, way)
+            exchange.ask(step + _AHEAD)
+    except RankError:
+        raise
+    except Exception:  # of this rank alone: the others send, and wait
+        if exchange is not None:
+            exchange.close()
+        raise
     return parts.merged()
 
 
@@ -254,6 +260,13 @@ class _Arrivals:
         into = [x.new_empty((self._coming[step - 1], *x.shape[1:])) for x in self._own]
         to, of = (self._rank + step) % self._size, (self._rank - step) % self._size
         self._under_way[step] = self._published.ask(to, self._own, of, 0, into), into
+
+    def close(self) -> None:
+        """Take what the others still send, and let them have theirs, so that the group stays usable."""
+        for step in range(1, 1 + len(self._coming)):
+            if step in self._under_way:
+                self.take(step)
+                self.ask(step + _AHEAD)
 
     def take(self, step: int) -> list[Tensor]:
         """The keys and values of a step, for the current stream."""
