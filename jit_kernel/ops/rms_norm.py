@@ -10,6 +10,8 @@ from torch import Tensor
 from jit_kernel import jit
 from jit_kernel.ops import checks, launch
 
+FEW = 2  # pieces of 16 bytes that a thread keeps where rows are few
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, residual: Tensor | None = None,
              scale: Tensor | None = None, weight_bias: float = 0.0, out: Tensor | None = None) -> Tensor:  # fmt: skip
@@ -54,7 +56,7 @@ def _plan(x: Tensor, residual: Tensor | None, weight: Tensor, out: Tensor, scale
     if x.is_cpu:
         return launch.on_cpu("rms_norm", "rms_norm", numbers)
     piece = 16 // x.element_size()
-    block, kept = launch.block_of(-(-size // piece), rows, few=2)
+    block, kept = launch.block_of(-(-size // piece), rows, few=FEW)
     whole = launch.wide(piece, x, residual, weight, out)
     name = launch.entry("rms_norm", x.dtype, weight.dtype, out.dtype, residual is not None, whole, kept)
     return launch.on_gpu("rms_norm", name, x.device, rows, block, numbers)

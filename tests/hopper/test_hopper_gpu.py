@@ -189,6 +189,7 @@ def test_a_cold_call_under_capture_names_the_warm_up(monkeypatch: pytest.MonkeyP
     fa3.flash_attn_func(q, k, v)
     kernels = hopper.kernels.kernels_of(q.device)
     monkeypatch.setattr(kernels, "handles", {})
+    monkeypatch.setattr(kernels, "_on_device", {})
     monkeypatch.setattr(build, "is_stored", lambda spec, target: False)
     graph = torch.cuda.CUDAGraph()
     with (
