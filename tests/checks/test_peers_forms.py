@@ -117,11 +117,7 @@ def test_tensors_that_require_grad_while_no_grad_is_recorded(name):
     odd = {each: call[each].clone().requires_grad_() for each in "qkv"}
     with torch.no_grad():
         equal(function, call, odd)
-    if name == "flash_attn_func":
-        assert function(**call | odd)[0].requires_grad
-    else:  # with seqused_q, which torch's backward operators lack
-        with pytest.raises(NotImplementedError, match=r"q requires grad.*seqused_q"):
-            function(**call | odd)
+    assert function(**call | odd)[0].requires_grad
 
 
 @each_function

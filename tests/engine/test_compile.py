@@ -171,13 +171,23 @@ def test_bad_arguments_raise_from_the_compiled_program():
 
 
 def test_inputs_that_require_grad_are_refused_while_tracing():
-    """Here those of a call with seqused_k, which torch's backward operators lack."""
-    q, *rest = varlen_inputs()
+    """Here those of a call with out, which is written without them."""
+    q, *rest = dense_inputs()
     with pytest.raises(Exception, match="NotImplementedError") as caught:
-        compiled(varlen)(q.float().requires_grad_().bfloat16(), *rest)
+        compiled(dense)(q.float().requires_grad_().bfloat16(), *rest)
     assert "requires grad" in str(caught.value)
     with torch.no_grad():
-        compiled(varlen)(q, *rest)
+        compiled(dense)(q, *rest)
+
+
+def test_a_traced_program_has_eagers_gradients():
+    q, *rest = varlen_inputs()
+    found = []
+    for program in (varlen, compiled(varlen)):
+        leaf = q.detach().clone().requires_grad_()
+        out, lse, alone = program(leaf, *rest)
+        found.append(torch.autograd.grad(out.float().sum() + lse.sum() + alone.float().sum(), leaf)[0])
+    same([found[1]], [found[0]])
 
 
 def test_eager_calls_never_reach_the_operators(monkeypatch):

@@ -50,7 +50,7 @@ class Compiled:
         if self.failure is not None:
             raise self.failure
         loading = {"load_kernel": self._load_kernel, "load_plain": self._load_plain}
-        names = ("forward", "forward_fp8", "forward_cached", "append", "decode", "mla", "launch")
+        names = ("forward", "forward_fp8", "forward_cached", "forward_widened", "append", "decode", "mla", "launch")
         launching = {name: name for name in names}
         return {"prepare": self._prepare, **loading, **launching, "known_decode": self._known_decode}
 
