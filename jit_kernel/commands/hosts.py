@@ -78,15 +78,14 @@ HOSTS = (
     Host(
         "sglang", "sglang", "sglang", "==0.5.23",
         ("JIT_KERNEL_PLUGINS=sglang python -m sglang.launch_server --model-path MODEL --attention-backend fa3",),
-        ("FlashAttention-4's functions (ver=4): passed on to sglang",
-         "on a GPU: absorbed MLA, caches in e4m3"),
+        ("FlashAttention-4's functions (ver=4): passed on to sglang",),
         read_only=True,
     ),
     Host(
         "vllm", "vLLM", "vllm", "==0.33.0",
         ("JIT_KERNEL_PLUGINS=vllm vllm serve MODEL --attention-backend FLASH_ATTN",),
         ("FlashAttention-4's functions (fa_version=4): passed on to vLLM",
-         "on a GPU: absorbed MLA, caches in e4m3", "alibi, dropout, context parallelism inside the function"),
+         "alibi, dropout, context parallelism inside the function"),
         read_only=True,
     ),
 )  # fmt: skip

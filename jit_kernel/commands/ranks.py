@@ -50,7 +50,9 @@ def main(argv: Sequence[str]) -> int:
     if options.json:
         print(json.dumps({**asdict(found), "tokens": rows}, indent=1))
     else:
-        print(f"{found.explain()}\n  tokens of a rank: {min(rows)} to {max(rows)}")
+        print(found.explain())
+        print("  estimates: of H200s that are joined by NVLink")
+        print(f"  tokens of a rank: {min(rows)} to {max(rows)}")
     return 0
 
 

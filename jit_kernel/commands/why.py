@@ -170,7 +170,9 @@ def _pair(text: str) -> tuple[int, int]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m jit_kernel why", description="Which implementation serves a call, and why the others do not."
+        prog="python -m jit_kernel why",
+        description="Which implementation serves a call, and why the others do not.",
+        epilog="`why --ranks N --help`: which form of context parallelism serves N ranks.",
     )
     parser.add_argument("--function", choices=_FUNCTIONS, help="the function; without it, the one that fits")
     parser.add_argument("--device", help="a device (cuda:0) or a target (cuda:sm_90a); without it, the detected device")

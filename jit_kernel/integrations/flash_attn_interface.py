@@ -66,7 +66,7 @@ def flash_attn_varlen_func(
         "max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k, "seqused_q": seqused_q, "seqused_k": seqused_k,
         "softmax_scale": softmax_scale, "causal": causal, "qv": qv, "q_descale": q_descale, "k_descale": k_descale,
         "v_descale": v_descale, "window_size": window_size, "attention_chunk": attention_chunk, "softcap": softcap,
-        "num_splits": num_splits, "pack_gqa": pack_gqa, "sm_margin": sm_margin,
+        "num_splits": num_splits, "pack_gqa": pack_gqa, "deterministic": deterministic, "sm_margin": sm_margin,
     }  # fmt: skip
     result = passes.attend(public.flash_attn_varlen_func, named)
     return result if return_attn_probs else result[0]

@@ -253,7 +253,7 @@ def test_cuda_decisions_without_a_gpu(architecture):
     assert all(f"{name}: " in str(caught.value) for name in config.IMPLEMENTATIONS["cuda"])
 
 
-@pytest.mark.parametrize("served", [{"e4m3"}, {"bf16"}, {"e4m3", "bf16"}, set()], ids=str)
+@pytest.mark.parametrize("served", [("e4m3",), ("bf16",), ("e4m3", "bf16"), ()], ids=str)
 def test_metadata_for_e4m3_is_for_a_q_of_either_kind(served, monkeypatch):
     """Engines name the cache's dtype; where nothing takes q in e4m3, it is for q in 16 bits over e4m3."""
     parameters = MetadataParameters(1, 1, 8, 4, 2, 64, torch.ones(1, dtype=torch.int32), torch.float8_e4m3fn)
@@ -265,7 +265,7 @@ def test_metadata_for_e4m3_is_for_a_q_of_either_kind(served, monkeypatch):
 
     monkeypatch.setattr(dispatch, "choose", choose)
     found = dispatch.Dispatcher(Target.parse("cpu:generic"), (cpu, cpu))._planned(parameters)
-    assert (found.dtype, found.kv_dtype) == ("bf16" if served == {"bf16"} else "e4m3", "e4m3")
+    assert (found.dtype, found.kv_dtype) == ("bf16" if served == ("bf16",) else "e4m3", "e4m3")
     assert set(asked) == {"get_scheduler_metadata"}
 
 

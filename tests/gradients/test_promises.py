@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -175,6 +176,15 @@ def malformed() -> dict[str, tuple[dict[str, Any], str]]:
         "sinks": ({"sinks": torch.zeros(3)}, "sinks has shape"),
         "cu_seqlens_q": ({"cu_seqlens_q": torch.zeros(3, **i32)}, "q has shape"),
         "seqused_k": ({"seqused_k": torch.tensor([5, 6], **i32)}, r"seqused_k\[1\] is 6"),
+        "seqused_k of floats": ({"seqused_k": torch.tensor([3.9, 4.0])}, "seqused_k has dtype"),
+        "softcap": ({"softcap": -3.0}, "softcap is -3.0; it must be at least 0"),
+        "softmax_scale": ({"softmax_scale": math.nan}, "softmax_scale is nan; it must be finite"),
+        "attention_chunk": ({"attention_chunk": -4}, "attention_chunk is -4; it must be between 0 and"),
+        "left": ({"left": -5}, "left is -5; it must be between -1 and"),
+        "v": ({"v": torch.zeros(())}, "v has shape"),
+        "no head size": (dict.fromkeys(("q", "k"), torch.zeros(2, 5, 2, 0)), "q has shape .* its head size must be"),
+        "a tensor without memory": ({"grad_out": torch.zeros(2, 5, 4, 8, device="meta")}, "grad_out is on meta"),
+        "sinks without memory": ({"sinks": torch.zeros(4, device="meta")}, "sinks is on meta"),
         "sequences": ({"k": torch.zeros(1, 5, 2, 8), "v": torch.zeros(1, 5, 2, 8)}, "k has 1 sequences"),
     }
 
@@ -186,18 +196,25 @@ def test_the_operator_refuses_what_does_not_fit(name):
     call: dict[str, Any] = {each: torch.zeros(2, 5, heads, 8) for each, heads in shapes.items()}
     call |= {"lse": torch.zeros(2, 4, 5), "softmax_scale": None, "left": -1, "right": -1}
     torch.ops.jit_kernel.backward(**call)
-    with pytest.raises(ValueError, match=f"^{message}"):
+    with pytest.raises((TypeError, ValueError), match=f"^{message}"):
         torch.ops.jit_kernel.backward(**call | wrong)
 
 
 def test_offsets_that_lie_outside_are_refused():
     rows, lse = torch.zeros(9, 2, 8), torch.zeros(2, 9)
-    for numbers in ([0, 10], [0, 5, 4], [-1, 4]):
+    for numbers in ([0, 10], [0, 5, 4], [-1, 4], [1, 4]):
         starts = torch.tensor(numbers, dtype=torch.int32)
         with pytest.raises(ValueError, match=r"^cu_seqlens_q holds"):
             torch.ops.jit_kernel.backward(
                 rows, rows, rows, rows, rows, lse, None, -1, -1, cu_seqlens_q=starts, cu_seqlens_k=starts
             )
+
+
+def test_a_longest_sequence_that_is_too_short_is_refused():
+    rows, lse, starts = torch.zeros(9, 2, 8), torch.zeros(2, 9), torch.tensor([0, 9], dtype=torch.int32)
+    given = (rows, rows, rows, rows, rows, lse, None, -1, -1)
+    with pytest.raises(ValueError, match=r"^max_seqlen_k is 8; cu_seqlens_k has a sequence of 9"):
+        torch.ops.jit_kernel.backward(*given, cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_k=8)
 
 
 def test_why_says_who_serves_a_backward_pass(capsys):
@@ -207,6 +224,10 @@ def test_why_says_who_serves_a_backward_pass(capsys):
     for target, server in (("cuda:sm_80", "portable"), ("cuda:sm_90a", "hopper")):
         assert why.main([*call, "--device", target]) == 0
         assert f"{server}: serves it" in capsys.readouterr().out
+    assert why.main([*call, "--device", "cuda:sm_75"]) == 1
+    assert "torch: rejected: it serves NVIDIA GPUs of compute capability 8.0 and newer" in capsys.readouterr().out
+    assert why.main(["--backward", "--q", "bf16[2,64,8,64]", "--k", "e4m3[2,64,2,64]", "--device", "cpu"]) == 2
+    assert "the backward pass has no torch.float8_e4m3fn" in capsys.readouterr().err
     assert why.main([*call, "--device", "musa:mp_31"]) == 1
     assert "musa: rejected: it has no backward pass" in capsys.readouterr().out
     assert why.main([*call, "--device", "cpu", "--out", "bf16[2,64,8,64]"]) == 2

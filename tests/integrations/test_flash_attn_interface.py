@@ -260,3 +260,16 @@ def test_calls_are_counted():
     with pytest.raises(ValueError, match="q has shape"):
         fa3.flash_attn_func(**dense() | {"q": drawn(9, 4, 64)})
     assert counters.read()["flash_attn_interface"] == {"served": 2, "passed_on": {}}
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_deterministic_reaches_the_backward_pass(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from jit_kernel.fa3.gradients import choice
+
+    real, seen = choice.gradients, []
+    monkeypatch.setattr(choice, "gradients", lambda call: seen.append(call.deterministic) or real(call))
+    q = torch.randn(4, 2, 32, requires_grad=True)
+    cu = torch.tensor([0, 4], dtype=torch.int32)
+    fa3.flash_attn_func(q[None], q[None], q[None], deterministic=deterministic).sum().backward()
+    fa3.flash_attn_varlen_func(q, q, q, cu, cu, 4, 4, deterministic=deterministic).sum().backward()
+    assert seen == [deterministic] * 2

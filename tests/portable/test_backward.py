@@ -56,6 +56,18 @@ def test_random_cases_under_the_interpreter(say: list[str]) -> None:
     say.append(f"portable backward kernels interpreted: {CASES} random cases, worst share {max(shares)}")
 
 
+@pytest.mark.parametrize("head_dim", [60, 64])
+def test_rows_are_runs_of_memory_whatever_the_order_of_dimensions(head_dim: int) -> None:
+    x = torch.randn(2, 16, 3, head_dim, dtype=torch.float16)
+    for order in ((0, 1, 2, 3), (0, 3, 1, 2), (0, 2, 3, 1)):
+        strided = x.permute(order).contiguous().permute([order.index(i) for i in range(4)])
+        rows = backward._in_rows(strided)
+        assert rows.stride(-1) == 1, order
+        assert not any(stride % 8 for stride in rows.stride()[:-1]), order
+        assert torch.equal(rows[..., :head_dim], x), order
+        assert not rows[..., head_dim:].any(), order
+
+
 def _compiled(architecture: str, kernel: str, head_dim: int, head_dim_v: int, softcap: bool) -> tuple[bytes, dict]:
     if kernel == "rows":
         spec = backward_kernels.rows_spec("bf16", head_dim_v)

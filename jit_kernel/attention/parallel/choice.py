@@ -60,6 +60,7 @@ class ContextPlan:
     groups: tuple[dist.ProcessGroup, dist.ProcessGroup] | None  # inner and ring of two_level
     ring: RingPlan | None
     device: torch.device
+    made_for: tuple[object, ...]  # what of a layer and of its heads the choice depends on
 
     @property
     def form(self) -> str:
@@ -93,6 +94,13 @@ def choose(
     """The form for packed sequences of `lengths` over `size` ranks. Arguments and errors as `plan_context`."""
     if form is not None and form not in FORMS:
         raise ValueError(f"form is {form!r}; it must be None or one of {', '.join(FORMS)}")
+    if not isinstance(layer, AttentionLayer):
+        raise TypeError(f"layer is {layer!r}; it must be an AttentionLayer")
+    for name, value in (("lengths", lengths), ("heads", heads)):
+        if not isinstance(value, Sequence) or not all(isinstance(each, int) and each >= 0 for each in value):
+            raise ValueError(f"{name} is {value!r}; it must be a sequence of ints that are at least 0")
+    if len(heads) != 2:
+        raise ValueError(f"heads is {heads}; it must be two numbers, the heads of q and of k")
     if size < 1:
         raise ValueError(f"the number of ranks is {size}; it must be at least 1")
     if inner is not None and (inner < 1 or size % inner):
@@ -117,7 +125,7 @@ def plan_context(
     layer: AttentionLayer,
     heads: tuple[int, int],
     head_dim: int,
-    device: torch.device,
+    device: torch.device | str,
     group: dist.ProcessGroup | None = None,
     *,
     form: str | None = None,
@@ -133,6 +141,7 @@ def plan_context(
     or every form, cannot serve.
     """
     need_group(group or dist.group.WORLD)
+    device = torch.device(device)
     choice = choose(lengths, layer, heads, head_dim, dist.get_world_size(group), form=form, inner=inner)
     if choice.form != "two_level":
         groups = None
@@ -141,7 +150,7 @@ def plan_context(
     causal = layer.causal or layer.window_size[1] == 0
     of_ring = groups[1] if groups else group
     ring = plan_ring(lengths, causal, device, of_ring) if choice.form in ("ring", "two_level") else None
-    return ContextPlan(choice, tuple(lengths), group, groups, ring, device)
+    return ContextPlan(choice, tuple(lengths), group, groups, ring, device, _made_for(layer, *heads, head_dim))
 
 
 def context_attention(
@@ -157,8 +166,14 @@ def context_attention(
     """Attention of this rank's queries over every rank's keys, in the plan's form.
 
     q (tokens, hq, d), k (tokens, hk, d), v (tokens, hk, dv): `plan.shard` of the packed whole. Returns this rank's out,
-    with return_softmax_lse also lse (hq, tokens).
+    with return_softmax_lse also lse (hq, tokens). layer: without one `AttentionLayer()`, which is causal; its mask and
+    the heads must be those of the plan, scale, softcap and sinks may be a layer's own. Raises ValueError where they are
+    not, and what the form raises.
     """
+    layer = layer or AttentionLayer()
+    found = _made_for(layer, q.shape[1], k.shape[1], q.shape[-1]) if q.dim() == k.dim() == 3 else ()
+    if found and found != plan.made_for:
+        raise ValueError(f"plan was made for {plan.made_for}; the call has {found}: {_OF_PLAN}")
     own = {"prefix": prefix, "return_softmax_lse": return_softmax_lse}
     if plan.form == "two_level":
         assert plan.groups is not None
@@ -174,6 +189,13 @@ def context_attention(
         )  # fmt: skip
     function = all_to_all_attention if plan.form == "all_to_all" else all_gather_attention
     return function(q, k, v, plan.lengths, layer, group=plan.group, **own)  # type: ignore[arg-type]
+
+
+_OF_PLAN = "causal, window_size, attention_chunk, heads of q, heads of k, head size of q"
+
+
+def _made_for(layer: AttentionLayer, hq: int, hk: int, head_dim: int) -> tuple[object, ...]:
+    return (layer.causal, tuple(layer.window_size), layer.attention_chunk, hq, hk, head_dim)
 
 
 def _reasons(layer: AttentionLayer, heads: tuple[int, int], size: int, inner: int | None) -> dict[str, str]:

@@ -303,6 +303,6 @@ def refuse_tangent(name: str, value: Any) -> None:
     """A forward-mode derivative that would be lost. torch.no_grad() does not switch such derivatives off."""
     if isinstance(value, Tensor) and _has_tangent(value):
         raise NotImplementedError(
-            f"{name} has a forward-mode tangent; jit_kernel has the forward pass alone: "
+            f"{name} has a forward-mode tangent; jit_kernel has no forward-mode derivatives: "
             "pass its primal (torch.autograd.forward_ad.unpack_dual) or detach the tensor"
         )

@@ -103,7 +103,7 @@ def need_known_dtype(name: str, value: object, allowed: Sequence[torch.dtype], o
 def need_dtype(name: str, tensor: Tensor, allowed: Sequence[torch.dtype], why: str = "") -> None:
     """One of these dtypes."""
     if tensor.dtype not in allowed:
-        wanted = " or ".join(str(dtype)[6:] for dtype in allowed)
+        wanted = " or ".join(dict.fromkeys(str(dtype)[6:] for dtype in allowed))
         raise ValueError(f"{name} has dtype {str(tensor.dtype)[6:]}; it must be {wanted}{why}")
 
 
@@ -253,10 +253,10 @@ def refuse_tangents(named: Iterable[tuple[str, Any]]) -> None:
 
 
 def refuse_gradients(name: str, tensor: Any) -> None:
-    """There is no backward pass: an input that asks for one, in grad mode, is an error."""
+    """Where there is no backward pass, an input that asks for one, in grad mode, is an error."""
     if isinstance(tensor, Tensor) and tensor.requires_grad:
         raise GradientError(
-            f"{name} requires grad; jit_kernel has the forward pass alone: "
+            f"{name} requires grad, and jit_kernel has no backward pass after it in this call: "
             "call it under torch.no_grad() or detach the tensor"
         )
 

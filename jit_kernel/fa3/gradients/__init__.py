@@ -55,7 +55,11 @@ def refuse_unserved(function: str, arguments: Mapping[str, Any]) -> None:
         raise NotImplementedError(f"{asking} requires grad, and out is given, which is written without it: {_WITHOUT}")
     if lacking is not None:
         raise NotImplementedError(f"{asking} requires grad; the backward pass has no {lacking}: {_WITHOUT}")
-    if q.dtype not in _DTYPES:
-        raise NotImplementedError(f"{asking} requires grad; the backward pass has no {q.dtype}: {_WITHOUT}")
+    for name in "qkv":
+        dtype = arguments[name].dtype
+        if dtype not in _DTYPES:
+            raise NotImplementedError(
+                f"{asking} requires grad; the backward pass has no {dtype}, as {name} is: {_WITHOUT}"
+            )
     if q.device.type == "musa":
         raise NotImplementedError(f"{asking} requires grad; MATE has no backward pass on {q.device}: {_WITHOUT}")

@@ -37,6 +37,8 @@ def decide(name: str, target: Target, call: Backward) -> Decision:
         supported = dispatch.supports(name, target)
         if isinstance(supported, Rejected):
             return supported
+    elif isinstance(dispatch.supports("portable", target), Rejected):  # FlashAttention 2 has the same bound
+        return Rejected("it serves NVIDIA GPUs of compute capability 8.0 and newer", claimed=False)
     decision: Decision = module.decide(call)
     return decision
 

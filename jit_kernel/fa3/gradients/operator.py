@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from jit_kernel.fa3.call import UNBOUNDED, default_scale, lse_shape
+from jit_kernel.fa3.checks.values import as_kernel_index
 from jit_kernel.fa3.gradients import choice
 from jit_kernel.fa3.gradients.call import Backward
-from jit_kernel.fa3.gradients.checks import check
+from jit_kernel.fa3.gradients.checks import check, need_one_device
 
 _FIELDS = fields(Backward)
 # By annotation of a field: its type in the operator's schema. What may be None there is resolved by `_settled`.
@@ -126,6 +127,10 @@ class _Attention(torch.autograd.Function):
         return (None, *grads[:3], *(of_sinks if name == "sinks" else None for name in _TENSORS))
 
     @staticmethod
+    def jvp(*_: Any) -> Any:
+        raise NotImplementedError("q, k, v or sinks has a forward-mode tangent, which jit_kernel does not serve")
+
+    @staticmethod
     def vmap(*_: Any) -> Any:
         raise NotImplementedError("q, k or v is batched by torch.vmap, which jit_kernel does not serve")
 
@@ -151,6 +156,12 @@ class _Backward(torch.autograd.Function):
         )
 
     @staticmethod
+    def jvp(*_: Any) -> Any:
+        raise NotImplementedError(
+            "grad_out has a forward-mode tangent: jit_kernel's attention has first derivatives alone"
+        )
+
+    @staticmethod
     def vmap(*_: Any) -> Any:
         raise NotImplementedError("grad_out is batched by torch.vmap, which jit_kernel's backward pass does not serve")
 
@@ -159,7 +170,7 @@ def _settled(call: Backward) -> Backward:
     """The same with both sides dense or both ragged, and what may be None resolved."""
     q, k = call.q, call.k
     longest: list[int] = [
-        each.shape[1] if each.dim() == 4 else each.shape[0] if bound is None else bound
+        each.shape[1] if each.dim() == 4 else bound or each.shape[0]
         for each, bound in ((q, call.max_seqlen_q), (k, call.max_seqlen_k))
     ]
     call.max_seqlen_q, call.max_seqlen_k = longest
@@ -177,7 +188,7 @@ def _settled(call: Backward) -> Backward:
     for name in _INDICES:
         index = getattr(call, name)
         if index is not None:
-            setattr(call, name, index.to(torch.int32).contiguous())
+            setattr(call, name, as_kernel_index(name, index, exact=False))
     return call
 
 
@@ -196,16 +207,23 @@ def _attend_backward(*arguments: Any) -> Four:
     given = Backward(*arguments)
     check(given)
     q, k, v = given.q, given.k, given.v
+    zeros = _like_inputs(given, torch.Tensor.new_zeros) if 0 in (q.numel(), k.numel()) else None
     call = _settled(given)
-    if q.numel() == 0 or (k.numel() == 0 and call.sinks is None):
-        return _fake_backward(*arguments, new=torch.Tensor.new_zeros)
+    if zeros is not None and (q.numel() == 0 or call.sinks is None):
+        return zeros
     found = choice.gradients(call)
     of_sinks = q.new_empty(0, dtype=torch.float32) if found.sinks is None else found.sinks
     return found.q.view(q.shape), found.k.view(k.shape), found.v.view(v.shape), of_sinks
 
 
-def _fake_backward(*arguments: Any, new: Callable[..., Tensor] = torch.Tensor.new_empty) -> Four:
+def _fake_backward(*arguments: Any) -> Four:
+    """Results without numbers; torch comes here as soon as one of the tensors is on "meta"."""
     call = Backward(*arguments)
+    need_one_device(call)
+    return _like_inputs(call, torch.Tensor.new_empty)
+
+
+def _like_inputs(call: Backward, new: Callable[..., Tensor]) -> Four:
     q, k, v = call.q, call.k, call.v
     of_sinks = new(q, 0 if call.sinks is None else q.shape[-2], dtype=torch.float32)
     return new(q, q.shape), new(k, k.shape), new(v, v.shape), of_sinks

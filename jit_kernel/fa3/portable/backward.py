@@ -60,7 +60,9 @@ def gradients(call: Backward) -> Gradients:
     if isinstance(decision, Rejected):
         raise refusal("this backward pass", [("portable", decision)])
     q, k, v, out, grad_out = (_in_rows(x) for x in (call.q, call.k, call.v, call.out, call.grad_out))
-    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+    # Ragged rows may lie before the first sequence, or beyond a max_seqlen that is too small; no kernel writes these.
+    new = torch.empty if call.cu_seqlens_q is None else torch.zeros
+    grads = [new(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
     batch, longest_q, longest_k = _extent(call)
     if batch == 0 or q.shape[-2] == 0 or k.shape[-2] == 0:
         zeros = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (call.q, call.k, call.v)]
@@ -85,7 +87,8 @@ def _in_rows(x: Tensor) -> Tensor:
     """A tensor whose rows are pieces of 16 bytes: itself, or a copy of it with zeros behind odd head sizes."""
     head_dim = x.shape[-1]
     if head_dim % STRIDE_UNIT:
-        return torch.nn.functional.pad(x, (0, -head_dim % STRIDE_UNIT))
+        # pad() keeps an order of dimensions like channels_last, where a row's elements do not lie side by side.
+        return torch.nn.functional.pad(x, (0, -head_dim % STRIDE_UNIT)).contiguous()
     strides = x.stride()
     # A stride of 0, of an expanded gradient, is one like others; that of a row's elements is 1.
     fits = strides[-1] == 1 and not any(s % STRIDE_UNIT for s in strides[:-1]) and strides[-3] < _NARROW
